@@ -171,9 +171,9 @@ def _build(folder: Path, *, trust_remote_code: bool) -> Any:
                     if error.args != (_COUNTED,):
                         raise
                     raise RefusedClassError(_own_attention_message(config.model_type)) from None
-            # Such a class takes the mask of the attention function but computes attention itself.
-            # Bloom gets no mask from it, so its tokens would attend to later ones. A vision tower
-            # may compute attention itself (GOT-OCR 2).
+            # A decoder that computes attention itself is refused: it uses only the mask that belongs
+            # to the attention function. Bloom would get no mask, so its tokens would attend to later
+            # ones. A vision tower may compute attention itself (GOT-OCR 2).
             decoder = text_decoder(model)
             if not isinstance(decoder, PreTrainedModel):
                 decoder = model
