@@ -46,7 +46,7 @@ class ModelLoader:
                 yield self._model
 
     def _load(self, subject: Subject) -> Any:
-        """Base and adapter as in training (quantised if the run was); a merged model is not."""
+        """Base and adapter, quantised as in training; or a merged model in the training dtype."""
         plan = single_process_plan(subject.settings)
         if subject.is_merged:
             dtype = DTYPES[plan.training_dtype]

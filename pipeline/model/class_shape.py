@@ -171,9 +171,9 @@ def _build(folder: Path, *, trust_remote_code: bool) -> Any:
                     if error.args != (_COUNTED,):
                         raise
                     raise RefusedClassError(_own_attention_message(config.model_type)) from None
-            # A decoder that computes attention itself is refused: it uses only the mask that belongs
-            # to the attention function. Bloom would get no mask, so its tokens would attend to later
-            # ones. A vision tower may compute attention itself (GOT-OCR 2).
+            # A decoder that computes attention itself is refused: it would use only the mask that
+            # belongs to the attention function. Bloom would get no mask, so its tokens would attend
+            # to later ones. A vision tower may compute attention itself (GOT-OCR 2).
             decoder = text_decoder(model)
             if not isinstance(decoder, PreTrainedModel):
                 decoder = model
