@@ -9,7 +9,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "tests/bench/lora.jsonl"
 _BEGIN, _END = "<!-- measured -->\n", "<!-- end of measured -->"
-_LEFT, _WIDTH, _GAP, _ROW = 190, 200, 40, 26  # pixels: names, a panel, between panels, a line
+_LEFT, _WIDTH, _GAP, _ROW = 260, 200, 40, 26  # pixels: names, a panel, between panels, a line
 _LOSSES = (0.001, 0.01, 0.1, 1.0)  # marks of the axis
 _STYLE = (
     "text { font: 13px sans-serif; fill: #444 } .grid { stroke: #ddd } circle { fill: #2f6f9f; "
@@ -28,8 +28,8 @@ def variants() -> dict[str, list[dict[str, Any]]]:
     """The lines of each variant; the best exact match first."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for line in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines()):
-        rows = "" if line["heldout_seed"] == 300 else " *"
-        groups.setdefault(line["variant"] + rows, []).append(line)
+        name = line["variant"] + ("" if line["heldout_seed"] == 300 else " *")
+        groups.setdefault(f"{name} ({line['train_rows']} rows)", []).append(line)
     return dict(sorted(groups.items(), key=lambda item: -_mean(item[1], "exact_match")))
 
 

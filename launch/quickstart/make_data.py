@@ -10,7 +10,7 @@ from bakery_orders import orders
 
 from pipeline.files import write_text
 
-SEED, NUM_TRAIN, NUM_HELDOUT = 7, 400, 60
+SEED, NUM_TRAIN, NUM_HELDOUT = 7, 540, 60
 
 
 def make_data(

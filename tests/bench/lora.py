@@ -3,9 +3,8 @@
     python -m tests.bench.lora [--quickstart] [--seeds N]
 
 Appends a line to tests/bench/lora.jsonl after each run, and skips runs that the file has. The runs
-train on the quickstart's 400 rows and are scored on 300 held-out rows of another seed, on which no
-setting was chosen. Lines with `heldout_seed: 4242` are of the 160 rows on which settings were
-chosen. `--quickstart`: only the quickstart's own settings, with five seeds. `make docs` draws
+train on the quickstart's rows and are scored on 300 held-out rows of another seed, on which no
+setting was chosen. Lines with `heldout_seed: 4242` are of the rows on which settings were chosen. `--quickstart`: only the quickstart's own settings, with five seeds. `make docs` draws
 docs/images/lora.svg and the table of docs/lora.md from the lines.
 """
 
@@ -20,9 +19,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, stdev
 
+from pipeline.cli.score import use_waiting_threads
 from pipeline.config.load import load_settings
 from tests import ROOT
-from tests.bench.quickstart_data import make_data
+from tests.bench.quickstart_data import NUM_TRAIN, make_data
 
 RUN_FILE = ROOT / "launch/runs/quickstart.yaml"
 RESULTS = Path(__file__).with_suffix(".jsonl")
@@ -63,14 +63,15 @@ def main() -> None:
         for name, seed in wanted:
             key = {
                 "variant": name, "seed": seed, "heldout_seed": FRESH_SEED,
-                "settings": own | VARIANTS.get(name, {}),
+                "train_rows": NUM_TRAIN, "settings": own | VARIANTS.get(name, {}),
             }  # fmt: skip
             if not any(key.items() <= line.items() for line in results()):
                 append(key | measure(key["settings"], seed, Path(folder)))
     matches = [
         100 * line["exact_match"]
         for line in results()
-        if (line["settings"], line["heldout_seed"]) == (own, FRESH_SEED)
+        if (line["settings"], line["heldout_seed"], line["train_rows"])
+        == (own, FRESH_SEED, NUM_TRAIN)
     ]
     print(
         f"{len(matches)} seeds: exact match {mean(matches):.1f} % on {FRESH_ROWS} fresh rows, "
@@ -137,6 +138,7 @@ def score(adapter: Path, heldout: Path, settings: dict) -> tuple[float, float]:
     Greedy decoding answers these rows exactly. A forward pass over prompt and answer costs much
     less than decoding.
     """
+    use_waiting_threads()
     import torch
     from peft import PeftModel
     from torch.nn.functional import cross_entropy

@@ -7,6 +7,6 @@ from tests import ROOT
 FOLDER = ROOT / "launch/quickstart"
 
 sys.path.insert(0, str(FOLDER))
-from make_data import make_data  # noqa: E402 - needs the path
+from make_data import NUM_TRAIN, make_data  # noqa: E402 - needs the path
 
-__all__ = ["make_data"]
+__all__ = ["NUM_TRAIN", "make_data"]
