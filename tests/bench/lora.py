@@ -4,7 +4,8 @@
 
 Appends a line to tests/bench/lora.jsonl after each run, and skips runs that the file has. The runs
 train on the quickstart's rows and are scored on 300 held-out rows of another seed, on which no
-setting was chosen. Lines with `heldout_seed: 4242` are of the rows on which settings were chosen. `--quickstart`: only the quickstart's own settings, with five seeds. `make docs` draws
+setting was chosen. Lines with `heldout_seed: 4242` are of the rows on which settings were chosen.
+`--quickstart`: only the quickstart's own settings, with five seeds. `make docs` draws
 docs/images/lora.svg and the table of docs/lora.md from the lines.
 """
 
