@@ -6,7 +6,7 @@ options is read.
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -54,6 +54,12 @@ _TORCHTUNE_DATA_SETS = {  # defaults of torchtune 0.6.1
     "samsum_dataset": "Samsung/samsum",
     "slimorca_dataset": "Open-Orca/SlimOrca-Dedup",
 }
+# Nested options of torchtune that need no line of their own: they are part of `dataset`, or name a
+# class that follows from the model.
+_TORCHTUNE_IMPLIED = (
+    *("dataset.source", "dataset.split", "dataset.data_files", "dataset._component_"),
+    *("model._component_", "tokenizer._component_", "checkpointer._component_"),
+)
 _ASSIGNMENT = re.compile(r"(?:export )?([A-Za-z_]\w*)=(.*)")
 _VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)\}?")
 _REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*)\}")  # torchtune: ${output_dir}
@@ -91,15 +97,13 @@ def read_peer_config(path: Path) -> PeerConfig:
 def _flat_torchtune_options(nested: Mapping[str, Any]) -> dict[str, Any]:
     """Options of a torchtune file under flat names such as `lora_rank`.
 
-    An option of `dataset` without a flat name keeps its dotted name. Nested options of other
-    sections are ignored if they have no flat name.
+    An option without a flat name keeps its dotted name, such as `optimizer.fused`.
     """
     options: dict[str, Any] = {}
     for name, value in nested.items():
         if name in ("dataset", "datasets"):
             options["dataset"] = _torchtune_sources(value)
-        for key, item in value.items() if isinstance(value, dict) else [("", value)]:
-            dotted = f"{name}.{key}" if key else name
+        for dotted, item in _torchtune_leaves(name, value):
             text = item if isinstance(item, str) else ""
             reference = _REFERENCE.match(text)
             start = nested.get(reference[1], "") if reference else ""
@@ -107,12 +111,22 @@ def _flat_torchtune_options(nested: Mapping[str, Any]) -> dict[str, Any]:
             if dotted == "model._component_" and "qlora" in text:
                 options["load_in_4bit"] = True
             elif (flat := _TORCHTUNE_OPTIONS.get(dotted)) and flat not in options:
-                options[flat] = text.rpartition(".")[2] if key == "_component_" else resolved
-            elif (not key and name != "datasets") or (
-                name == "dataset" and key not in ("_component_", "source", "split")
-            ):
+                is_component = dotted.endswith("._component_")
+                options[flat] = text.rpartition(".")[2] if is_component else resolved
+            elif dotted not in _TORCHTUNE_IMPLIED:
                 options[dotted] = resolved
     return options
+
+
+def _torchtune_leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of each option in a section of a torchtune file."""
+    if name == "datasets":
+        return
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, item in value.items():
+        yield from _torchtune_leaves(f"{name}.{key}", item)
 
 
 def _torchtune_sources(value: Any) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 Every function adds the names of unread keys to the set `unread`.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,11 @@ from typing import Any
 from pipeline.rows.examples import Completion, Conversation, Message, RowError
 from pipeline.rows.messages import read_message, read_turn
 from pipeline.rows.other_apis import list_tools
+from pipeline.rows.reasoning import (
+    closing_tag,
+    require_closed_reasoning,
+    require_opened_reasoning,
+)
 from pipeline.rows.values import has_value, json_type, parse_list, require_json, require_text
 
 _SYSTEM = (
@@ -22,7 +26,6 @@ _TOOLS = ("tools", "functions", "toolConfig", "tool_config")
 _SCHEMAS = ("input_schema", "inputSchema", "parametersJsonSchema")
 # Optional columns of a conversation, the same in every format.
 CONTEXT_COLUMNS = (*_SYSTEM, *_TOOLS, "chat_template_kwargs")
-_OPENED_REASONING = re.compile(r"\s*(?:<((?:seed:)?think|thinking|thought|reasoning)>|\[THINK\])")
 
 
 def messages_example(row: Mapping[str, Any], unread: set[str]) -> Conversation:
@@ -76,7 +79,9 @@ def completion_example(row: Mapping[str, Any], unread: set[str]) -> Completion |
         before, after = require_text(prompt, "`prompt`"), require_text(completion, "`completion`")
         if not after.strip():
             raise RowError("`completion` is empty")
-        _require_closed_reasoning(after, "`completion`")
+        require_closed_reasoning(after, "`completion`")
+        if tag := closing_tag(after):
+            require_opened_reasoning(tag, before + after[: tag.start()], "`completion`")
         return Completion(before, after)
     if not all(are_lists):
         kinds = f"`prompt` is {json_type(prompt)} and `completion` {json_type(completion)}"
@@ -108,7 +113,7 @@ def _build_conversation(
         )
     for turn in turns:
         if turn.role == "assistant" and turn.is_trained:
-            _require_closed_reasoning(turn.content, "an assistant message")
+            require_closed_reasoning(turn.content, "an assistant message")
     for column in _SYSTEM:
         if not has_value(row.get(column)):
             continue
@@ -123,17 +128,6 @@ def _build_conversation(
         elif turns[0].content != system:
             raise RowError(f"`{column}` and the first message are different system prompts")
     return Conversation(tuple(turns), _read_tools(row))
-
-
-def _require_closed_reasoning(text: str, name: str) -> None:
-    """Raise RowError if a trained text opens reasoning and never closes it."""
-    opened = _OPENED_REASONING.match(text)
-    closing = (f"</{opened[1]}>" if opened[1] else "[/THINK]") if opened else ""
-    if opened and closing not in text:
-        raise RowError(
-            f"{name} begins with {opened[0].strip()}, which is never closed: the answer was cut "
-            f"off; remove the row, or close the reasoning with {closing}"
-        )
 
 
 def _read_tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:

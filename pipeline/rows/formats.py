@@ -56,7 +56,8 @@ _FORMATS_TEXT = "; ".join(
 # Columns of media and preference pairs. A row with a value in one is rejected, because its text is
 # not the whole example.
 _MEDIA = re.compile(
-    r"(?!(num|n|has|is)_)"  # counts and flags, which are text in a CSV file
+    # Counts and flags, which are text in a CSV file, and images of machines are not media.
+    r"(?!(num|n|has|is|docker|container|vm|disk)_)"
     r"(([a-z0-9]+_)*(image|img|picture|photo|screenshot|audio|video)|sound|speech|media)s?(_?\d+)?"
     r"(_(path|url|uri|file|bytes|base64|b64|data|list)s?)?"
     r"|pixel_values|documents|multi_?modal_data|mm_data",
@@ -96,8 +97,8 @@ def read_example(
         _refuse_undesirable(value)
     for column in value.keys() - _KNOWN_COLUMNS[name]:
         if has_value(value[column]):
-            if _holds_media(value[column]):
-                raise RowError(_no_media(column))
+            if media := _media_name(value[column], column):
+                raise RowError(_no_media(media))
             unread.add(columns.get(column, column) if columns else column)
     example = _build_example(name, value, unread)
     return ReadExample(example, name, tuple(sorted(map(printable, unread))))
@@ -161,14 +162,25 @@ def _no_media(column: str) -> str:
     return f"`{column}` has a value, but only text can be trained on"
 
 
-def _holds_media(value: Any) -> bool:
-    """Whether a value is a picture, sound or video, as `datasets` or a data URI represents it."""
+def _media_name(value: Any, name: str) -> str:
+    """The name of the first picture, sound or video in the value called `name`; empty if none.
+
+    Media are objects as `datasets` represents them, data URIs, and keys named as media.
+    """
     if isinstance(value, list):
-        return any(map(_holds_media, value))
+        return next(filter(None, (_media_name(item, name) for item in value)), "")
     if isinstance(value, dict):
         is_file = value.keys() == _MEDIA_FIELDS and not isinstance(value["bytes"], int)
-        return is_file or value.keys() >= _SOUND_FIELDS
-    return isinstance(value, str) and _DATA_URI.match(value) is not None
+        if is_file or value.keys() >= _SOUND_FIELDS:
+            return name
+        for key, item in value.items():
+            inner = f"{name}.{key}"
+            if _MEDIA.fullmatch(key) and has_value(item) and not isinstance(item, int | float):
+                return inner
+            if media := _media_name(item, inner):
+                return media
+    is_uri = isinstance(value, str) and _DATA_URI.match(value) is not None
+    return name if is_uri else ""
 
 
 def _refuse_undesirable(value: Mapping[str, Any]) -> None:

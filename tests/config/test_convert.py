@@ -13,7 +13,7 @@ from pipeline.config.load import load_settings
 from pipeline.config.peer_files import PeerConfig, read_peer_config
 from pipeline.config.peers import ADVICE
 from pipeline.config.settings import RunSettings, settings_by
-from tests.messages import refused
+from tests.messages import assert_mentions, refused
 
 pytestmark = pytest.mark.unit
 
@@ -183,6 +183,23 @@ def test_a_config_of_torchtune_becomes_the_same_training(tmp_path: Path) -> None
         lora_r=8, lora_alpha=16, packing=True, lr=3e-4, warmup_steps=100,
         lr_scheduler_type="cosine", global_batch_size=16, epochs=1,
     )  # fmt: skip
+
+
+def test_each_nested_option_of_torchtune_is_converted_or_named(tmp_path: Path) -> None:
+    others = """
+profiler: {_component_: torchtune.training.setup_torch_profiler, schedule: {wait_steps: 5}}
+loss: {_component_: torchtune.modules.loss.LinearCrossEntropyLoss, num_output_chunks: 8}
+"""
+    nested = TORCHTUNE.replace("lr: 3e-4", "lr: 3e-4\n  fused: true\n  betas: [0.9, 0.99]")
+    text = write_run_file(tmp_path, nested + others).read_text()
+    for option, value in {
+        "profiler._component_": "setup_torch_profiler", "profiler.schedule.wait_steps": "5",
+        "loss._component_": "LinearCrossEntropyLoss", "loss.num_output_chunks": "8",
+        "optimizer.fused": "true", "optimizer.betas": "0.99", "tokenizer.path": "tokenizer.model",
+    }.items():  # fmt: skip
+        (line,) = [line for line in text.splitlines() if option in line]
+        assert_mentions(line, value)
+    assert load_settings(tmp_path / "RUN.yaml").lr == 3e-4
 
 
 def test_trl_gets_the_defaults_of_trl(tmp_path: Path) -> None:

@@ -133,6 +133,28 @@ def test_pictures_and_sound_under_any_name_refuse_the_row(name, value):
         read_example(row_of(FORMATS[name] | {"cover": value}))
 
 
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("extra.image", {"id": 7, "image": "cat.png"}),
+        ("extra.view.screenshots", {"view": {"screenshots": ["1.png"]}}),
+        ("extra.cover", {"cover": {"bytes": None, "path": "cat.png"}}),
+        ("extra.voice", [{"voice": {"array": [0.1], "sampling_rate": 16000}}]),
+        ("extra.first.url", {"first": {"url": "data:image/png;base64,iVBORw0KGgo="}}),
+    ],
+)
+def test_media_within_the_object_of_another_column_refuse_the_row(name, column, value):
+    with refused(f"`{column}`", "has a value", error=RowError):
+        read_example(row_of(FORMATS[name] | {"extra": value}))
+
+
+def test_empty_media_within_an_object_and_images_of_machines_are_only_reported_as_unread():
+    extra = {"image": "", "images": [], "audio": None, "n_images": 2, "docker_image": "a/b:1"}
+    others = {"extra": extra, "docker_image": "a/b:1"}
+    assert read_example(row_of(FORMATS["messages"] | others)).unread == ("docker_image", "extra")
+
+
 def test_counts_flags_and_descriptions_of_media_are_only_reported_as_unread():
     others = {"has_image": True, "image": False, "num_images": 2, "image_id": "7", "photo": 0}
     others |= {"n_images": "0", "num_photos": "3", "has_audio": "False", "is_video": "no"}

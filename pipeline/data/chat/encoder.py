@@ -33,6 +33,7 @@ from pipeline.data.chat.tokenizer import (
 from pipeline.data.chat.turns import Rendered, TurnFinder
 from pipeline.errors import UserError
 from pipeline.rows.examples import Completion, Conversation, Example, RowError, Text, Tokens
+from pipeline.rows.reasoning import closing_tag
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and checking rows needs none of it
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +45,10 @@ _NO_END_OF_SEQUENCE = (
 # Prefixes of names in Encoded.token_counts.
 END_WITHOUT_STOP, INNER_END_WITHOUT_STOP = "end_without_stop ", "inner_end_without_stop "
 _NO_SUPERVISED_TOKEN = "no supervised token"
+_REASONING_WITHOUT_TEMPLATE = (
+    "`completion` has reasoning, which train_on_reasoning: false excludes only in conversations; "
+    "give `prompt` and `completion` as lists of messages"
+)
 _ANSWER_OMITTED = (
     "the chat template omits the whole answer, so the model would learn to answer nothing"
 )
@@ -257,6 +262,8 @@ class Encoder:
         else:
             text, border = example.prompt + example.completion, len(example.prompt)
             names = ("`prompt`", "`completion`")
+            if not self._settings.train_on_reasoning and closing_tag(example.completion):
+                raise RowError(_REASONING_WITHOUT_TEMPLATE)
         special = self._special_in(text)
         named = [(span, names[span[0] >= border]) for span in special]
         ordinary_text = self._ordinary_spans(text, named, token_counts)

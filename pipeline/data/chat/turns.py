@@ -9,13 +9,14 @@ from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pipeline.data.chat.doubled_tags import require_no_doubled_tag
 from pipeline.data.chat.leaves import TOOLS, Kind, placeholder, reasoning_blocks
 from pipeline.data.chat.omissions import OmissionCheck
+from pipeline.data.chat.tags import closing_tags, require_no_doubled_tag
 from pipeline.data.chat.template import ChatTemplate, Rendering, Span
 from pipeline.data.chat.tokenizer import special_pattern
 from pipeline.errors import UserError
 from pipeline.rows.examples import Conversation, Message, RowError
+from pipeline.rows.reasoning import require_opened_reasoning
 
 _NO_END = (
     "model: the chat template ends assistant turns without a special token, so the model would "
@@ -105,7 +106,7 @@ class TurnFinder:
         )
         special, in_texts = self._special_tokens(rendering)
         turn_spans: dict[int, list[Span]] = {}
-        text = rendering.text
+        text, closing = rendering.text, closing_tags(rendering)
         marks = _generation_blocks(rendering, conversation) if self._template.marks_turns else {}
         for i, extent in written.extents.items():
             message, is_trained = conversation.messages[i], i in trained
@@ -116,6 +117,10 @@ class TurnFinder:
                 continue  # the message has only reasoning, which the template omitted
             if is_trained:
                 _require_unambiguous(i, written)
+            if is_trained and i in closing:
+                prompts = "".join(self._openings_after(extent.role_before))
+                before = prompts + text[extent.before : closing[i].start()]
+                require_opened_reasoning(closing[i], before, f"messages[{i}].content")
             end = self._end_of_turn(special, extent)
             if end is None and is_trained:
                 text, end = self._with_end(text, message, extent)

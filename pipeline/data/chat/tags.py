@@ -1,9 +1,11 @@
-"""Check that a row does not already have the tag that its chat template writes around a text."""
+"""Checks of tags in the texts of a row, in the rendered text."""
 
 import re
 
+from pipeline.data.chat.leaves import Kind
 from pipeline.data.chat.template import Rendering
 from pipeline.rows.examples import RowError
+from pipeline.rows.reasoning import closing_tag
 
 _TAG = re.compile(r"\s*(<[A-Za-z_:]+>)")
 
@@ -26,3 +28,15 @@ def require_no_doubled_tag(rendering: Rendering) -> None:
                 "it, so it would be there twice; remove the tag and its closing tag from the row"
             )
         previous_stop = span.stop
+
+
+def closing_tags(rendering: Rendering) -> dict[int, re.Match[str]]:
+    """The first tag in the content of each message that closes reasoning, by message index."""
+    tags: dict[int, re.Match[str]] = {}
+    for span in rendering.spans:
+        leaf = rendering.leaves[span.source]
+        if leaf.kind is Kind.CONTENT and leaf.message not in tags:
+            tag = closing_tag(rendering.text, span.start, span.stop)
+            if tag is not None:
+                tags[leaf.message] = tag
+    return tags
