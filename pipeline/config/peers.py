@@ -21,6 +21,7 @@ _ADAMW = (
 )
 _BETAS = "set betas and eps in optimizer.params of a deepspeed_json; the defaults are AdamW's"
 _NOT_BUILT = "not supported; docs/adapters.md has the options of the LoRA adapter"
+_FLAT = "keys are not nested: lora_r, lora_alpha, lr and so on, each in a line of its own"
 _ONLY_LORA = "LoRA is always trained; QLoRA is load_in_4bit: true"
 _NO_FSDP = "sharding is DeepSpeed's ZeRO: zero_stage, chosen by the plan"
 _BY_ROW = "the format of each row is detected; data_format and columns override that"
@@ -147,6 +148,10 @@ ADVICE: Mapping[str, str] = {
     "lorap_*": _NOT_BUILT,
     "loftq_config": _NOT_BUILT,
     "lora_bias": _NOT_BUILT,
+    "lora_config": _FLAT,
+    "peft_config": _FLAT,
+    "training_arguments": _FLAT,
+    "sft_config": _FLAT,
     "bias": _NOT_BUILT,
     "unfrozen_parameters": _NOT_BUILT,
     "resize_token_embeddings*": _NOT_BUILT,

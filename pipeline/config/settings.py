@@ -6,7 +6,7 @@ settings to a model and a machine.
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -232,11 +232,14 @@ def settings_with(*changes: Change) -> frozenset[str]:
     return frozenset(name for name in names if _traits_of(name)["change"] in changes)
 
 
-def settings_without_effect(settings: RunSettings) -> dict[str, str]:
-    """Settings that the run file sets and that have no effect -> the condition that is not met.
+def settings_without_effect(
+    settings: RunSettings, data_formats: Collection[str] = ()
+) -> dict[str, str]:
+    """Settings that the run file sets and that have no effect -> the reason.
 
-    The conditions are the trait `needs`. A value that turns something off counts as not set. So do
-    defaults in a run.yaml, which has all settings.
+    The conditions are the trait `needs`. A value that turns something off counts as not set, except
+    `false` where the default is true. So do defaults in a run.yaml, which has all settings.
+    `data_formats`: formats of the rows, once they have been read.
     """
     names = settings.model_fields_set
     is_complete = names >= RunSettings.model_fields.keys()
@@ -244,22 +247,33 @@ def settings_without_effect(settings: RunSettings) -> dict[str, str]:
     for name in sorted(names):
         field, value = RunSettings.model_fields[name], getattr(settings, name)
         is_default = value == field.get_default(call_default_factory=True)
-        if value in _OFF or (is_complete and is_default):
+        is_off = value in _OFF and (is_default or value is not False)
+        if is_off or (is_complete and is_default):
             continue
         conditions: Any = _traits_of(name)["needs"]
-        if unmet := [each for each in conditions if not _is_met(each, settings)]:
-            without_effect[name] = unmet[0]
+        if unmet := [each for each in conditions if not _is_met(each, settings, data_formats)]:
+            without_effect[name] = _in_words(unmet[0])
+    if {"eval_steps", "evals_per_epoch"} & without_effect.keys():
+        without_effect.pop("evaluation_strategy", None)  # it may follow from the other setting
     return without_effect
 
 
-def _is_met(condition: str, settings: RunSettings) -> bool:
+def _in_words(condition: str) -> str:
+    """A condition of the trait `needs` as text, such as "needs save_strategy: steps"."""
+    key, _, allowed = condition.partition("=")
+    value = f": {allowed.replace('|', ' or ')}" if allowed else ""
+    return f"{'not with' if '!' in key else 'needs'} {key.strip('!')}{value}"
+
+
+def _is_met(condition: str, settings: RunSettings, data_formats: Collection[str]) -> bool:
     """Whether settings meet a condition of the trait `needs`."""
     key, separator, allowed = condition.partition("=")
     value = getattr(settings, key.strip("!"))
-    holds = value in allowed.split("|") or str(value) in allowed.split("|")
+    values = data_formats if data_formats and key.strip("!") == "data_format" else [value]
+    is_negated = "!" in condition
     if not separator:
-        holds = value not in _OFF
-    return holds != ("!" in condition)
+        return (value not in _OFF) != is_negated
+    return any((str(each) in allowed.split("|")) != is_negated for each in values)
 
 
 def settings_by(trait: Literal["layout", "deepspeed", "peers", "replaces"]) -> dict[str, str]:

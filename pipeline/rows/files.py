@@ -123,6 +123,7 @@ def _find_in_folder(folder: Path, key: str) -> DataFiles:
     notes = (
         *_skip_note(str(folder), search.skipped, folder, _SKIPPED),
         *_skip_note(str(folder), others, folder, "files that are named after other splits"),
+        *_skip_note(str(folder), search.unknown, folder, "files with other suffixes"),
     )
     return DataFiles(files, notes)
 
@@ -130,12 +131,14 @@ def _find_in_folder(folder: Path, key: str) -> DataFiles:
 class _FolderSearch:
     """Recursive search for the data files below a folder.
 
-    A folder is visited once, even if symbolic links lead to it again.
+    A folder is visited once, even if symbolic links lead to it again. `unknown`: files with other
+    suffixes, except hidden files, metadata and texts about the data.
     """
 
     def __init__(self) -> None:
         self.files: list[Path] = []
         self.skipped: list[Path] = []
+        self.unknown: list[Path] = []
         self._visited: set[Path] = set()
 
     def visit(self, folder: Path, key: str) -> None:
@@ -156,6 +159,8 @@ class _FolderSearch:
                 is_data = not _is_cache(path) if listed is None else path.name in listed
                 is_data = is_data and not _is_written_by_prepare(path)
                 (self.files if is_data else self.skipped).append(path)
+            elif path.name not in _METADATA and path.suffix != ".md" and path.stem != "LICENSE":
+                self.unknown.append(path)
 
 
 def _files_in_state_json(folder: Path, key: str) -> list[str] | None:
@@ -278,6 +283,8 @@ def _listed(paths: Sequence[Path], root: Path) -> str:
 
 def _is_empty(file: Path, key: str) -> bool:
     """Whether a file is empty after decompression. Raises UserError if it cannot be read."""
+    if file.is_symlink() and not file.exists():
+        raise UserError(f"{key}: {file} is a link to {file.readlink()}, which does not exist")
     if not file.is_file():
         raise UserError(f"{key}: {file} is not a regular file; a pipe or device is read only once")
     try:

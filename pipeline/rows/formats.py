@@ -70,6 +70,8 @@ _PREFERENCE = re.compile(
     r"|(response|message|answer|completion|conversation|output|text)s?_(chosen|rejected)",
     re.IGNORECASE,
 )
+# Columns that say which tokens or turns count in the loss.
+_LOSS_MASK = re.compile(r"(loss|assistant|completion|answer|response|train(ing)?)_masks?")
 # Columns that mark the answer of a row as desirable or undesirable, as in data for KTO.
 _DESIRABILITY = re.compile(r"label|kto_tag|(is_)?(un)?desirable", re.IGNORECASE)
 
@@ -97,6 +99,11 @@ def read_example(
         _refuse_undesirable(value)
     for column in value.keys() - _KNOWN_COLUMNS[name]:
         if has_value(value[column]):
+            if _LOSS_MASK.fullmatch(column):
+                raise RowError(
+                    f"`{column}` has a value and is not read; use `weight: 0` in the messages that "
+                    "do not count in the loss, or `input_ids` and `labels`"
+                )
             if media := _media_name(value[column], column):
                 raise RowError(_no_media(media))
             unread.add(columns.get(column, column) if columns else column)

@@ -38,6 +38,8 @@ _ROLES: dict[str, Role] = {
     "tool_response": "tool",
     "function_response": "tool",
     "observation": "tool",
+    "ipython": "tool",  # Llama 3 and 4
+    "environment": "tool",  # Olmo 3
 }
 _CONTENT = {role: f"content of a message ({role})" for role in ROLES}
 _CALL_ROLES = ("function_call", "tool_call")  # roles of assistant turns that consist of tool calls

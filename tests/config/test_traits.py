@@ -1,5 +1,6 @@
 """Traits: facts about each setting, stored on its Field (pipeline/config/traits.py)."""
 
+import re
 from typing import get_args
 
 import pytest
@@ -100,8 +101,20 @@ def test_a_setting_without_effect_is_named_with_its_condition(name):
     without, with_effect = WITHOUT_EFFECT[name]
     given = REQUIRED | {name: VALUES[name]}
     named = settings_without_effect(RunSettings.model_validate(given | without))
-    assert named[name].strip("!").partition("=")[0].strip("!") in RunSettings.model_fields
+    assert set(re.findall(r"\w+", named[name])) & NAMES - {name}
     assert not settings_without_effect(RunSettings.model_validate(given | with_effect))
+
+
+@pytest.mark.parametrize("formats", [["text"], ["pre-tokenised", "text"]])
+def test_settings_of_conversations_have_no_effect_on_rows_without_messages(formats):
+    given = {"train_on_reasoning": False, "split_turns": True, "special_tokens_in_text": "reject"}
+    settings = RunSettings.model_validate(REQUIRED | given)
+    assert not settings_without_effect(settings)
+    assert settings_without_effect(settings, formats).keys() == {
+        "split_turns",
+        "train_on_reasoning",
+    }
+    assert not settings_without_effect(settings, [*formats, "messages"])
 
 
 def test_all_conditions_name_settings_and_hold_for_the_defaults_of_other_settings():

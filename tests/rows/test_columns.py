@@ -164,6 +164,14 @@ def test_counts_flags_and_descriptions_of_media_are_only_reported_as_unread():
     assert result.unread == tuple(sorted(others))
 
 
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("column", ["loss_mask", "assistant_masks", "completion_mask"])
+def test_a_loss_mask_that_is_not_read_refuses_the_row(name, column):
+    with refused(f"`{column}`", "weight: 0", "labels", error=RowError):
+        read_example(row_of(FORMATS[name] | {column: [0, 1]}))
+    assert read_example(row_of(FORMATS[name] | {column: []})).unread == ()
+
+
 def test_a_system_prompt_in_text_parts_is_joined():
     parts = [{"type": "text", "text": "be "}, {"type": "text", "text": "brief"}]
     result = read_example(row_of(FORMATS["messages"] | {"system": parts}))

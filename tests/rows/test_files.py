@@ -96,6 +96,21 @@ def test_an_incomplete_saved_data_set_is_refused(tmp_path):
         resolved(tmp_path)
 
 
+def test_files_with_other_suffixes_in_a_folder_are_named(tmp_path):
+    write(tmp_path, "a.jsonl", "b.jsonl.bak", "c.txt", "README.md", "LICENSE", ".d.jsonl")
+    files, (note,) = names_of(tmp_path)
+    assert files == ["a.jsonl"]
+    assert_mentions(note, "b.jsonl.bak, c.txt", "skipped")
+    assert "README" not in note
+
+
+def test_a_link_to_a_missing_file_is_refused_with_its_target(tmp_path):
+    write(tmp_path, "a.jsonl")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with refused("train_data", tmp_path / "b.jsonl", tmp_path / "gone.jsonl", "does not exist"):
+        resolved(tmp_path)
+
+
 def test_caches_are_left_out_of_folders_and_globs(tmp_path):
     write(tmp_path, "rows.arrow", "cache-1.arrow")
     assert files_and_notes(tmp_path)[0] == ["rows.arrow"]

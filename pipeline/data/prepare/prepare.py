@@ -8,7 +8,7 @@ import errno
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from pipeline.config.settings import RunSettings
+from pipeline.config.settings import RunSettings, settings_without_effect
 from pipeline.data.dataset.reader import (
     INDEX,
     REJECTS,
@@ -159,6 +159,7 @@ def prepare_data(
             _write_summary(data_dir, index, {split: audit for split, (_, audit) in splits.items()})
         fingerprints.save()
         _remove_outdated(data_dir, index)
+        _warn_of_settings_without_effect(settings, [audit for _, audit in splits.values()])
         return index
 
 
@@ -180,6 +181,20 @@ def eval_examples(settings: RunSettings, split: SplitIndex) -> Iterator[Example]
                 or digest(example, keeps_space=True) in held_out
             ):
                 yield example
+
+
+def _warn_of_settings_without_effect(
+    settings: RunSettings, audits: Sequence[Mapping[str, Any]]
+) -> None:
+    """Name the settings that have no effect on rows of the formats that the data has."""
+    sources = [source for audit in audits for source in audit["sources"]]
+    formats = sorted({name for source in sources for name in source["formats"]})
+    known = settings_without_effect(settings)  # the plan has named them
+    if names := [name for name in settings_without_effect(settings, formats) if name not in known]:
+        logger.warning(
+            "%s: no effect, because all rows have the format %s",
+            ", ".join(names), " or ".join(formats),
+        )  # fmt: skip
 
 
 def _max_rejected(settings: RunSettings, limit: int | None) -> float | None:
