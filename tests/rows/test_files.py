@@ -98,7 +98,7 @@ def test_an_incomplete_saved_data_set_is_refused(tmp_path):
 
 def test_files_with_other_suffixes_in_a_folder_are_named(tmp_path):
     write(tmp_path, "a.jsonl", "b.jsonl.bak", "c.txt", "README.md", "LICENSE", ".d.jsonl")
-    files, (note,) = names_of(tmp_path)
+    files, (note,) = files_and_notes(tmp_path)
     assert files == ["a.jsonl"]
     assert_mentions(note, "b.jsonl.bak, c.txt", "skipped")
     assert "README" not in note

@@ -342,7 +342,7 @@ def test_the_same_error_in_several_messages_is_one_reason_with_its_first_row(run
 
 
 def test_settings_without_effect_on_the_formats_of_all_rows_are_named(run, caplog):
-    lines_of(run.train, [json.dumps({"text": f"t {n}"}) for n in range(4)])
+    write_lines(run.train, [json.dumps({"text": f"t {n}"}) for n in range(4)])
     run.prepare(eval_data=None, split_turns=True, max_length=64)
     (message,) = [each for each in caplog.messages if "split_turns" in each]
     assert_mentions(message, "no effect", "text")
