@@ -178,6 +178,12 @@ def _over_group(
     `tensors`: query, key and value of this rank's tokens. Between the two exchanges this rank has
     all tokens of its share of the heads, and computes them as without a group.
     """
+    if layer.dropout > 0:
+        raise UserError(
+            f"model: its attention has dropout {layer.dropout:g}, and the masks would depend on "
+            "sequence_parallel_size; set the dropout to 0 in config.json, or "
+            "sequence_parallel_size: 1"
+        )
     query, key, value = heads_of_whole_sequence(group, *tensors)
     if layer.sinks is not None:
         layer = replace(layer, sinks=of_own_heads(group, layer.sinks))

@@ -119,6 +119,7 @@ def count_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, A
     kinds = [json.dumps(block) for block in sizes]
     distinct = list(dict.fromkeys(kinds))
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    receivers = _document_receivers(decoder)
     return {
         "layers_name": names[layers[0]].rpartition(".")[0],
         "embeddings_name": _name_of_width(names, embeddings, sizes[0]["hidden_size"]),
@@ -129,7 +130,8 @@ def count_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, A
         "has_head_bias": getattr(head, "bias", None) is not None,
         "parameters": sum(p.numel() for p in model.parameters()),
         "rewritten_by_peft": rewritten_by_peft(model, decoder),
-        "separate_blocks": _num_separate_blocks(decoder, layers),
+        "separate_blocks": num_blocks_with(receivers, layers),
+        "mixing_modules": _mixing_modules(receivers, layers),
         "blocks": [json.loads(kind) for kind in distinct],
         "layer_kinds": [distinct.index(kind) for kind in kinds],
     }
@@ -367,13 +369,28 @@ def _pretended_tracing() -> AbstractContextManager[Any]:
 
 
 @torch.no_grad()
-def _num_separate_blocks(decoder: Any, layers: Sequence[nn.Module]) -> int:
-    """Number of blocks whose attention receives the documents of a pack."""
+def _document_receivers(decoder: Any) -> list[nn.Module]:
+    """The attention modules that receive the documents of a pack."""
     receivers: list[Any] = []
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
     with suppress(TypeError), _pretended_tracing():  # a decoder may not accept `documents`
         decoder(input_ids=ids, use_cache=False, documents=receivers)
-    return num_blocks_with(receivers, layers)
+    return receivers
+
+
+def _mixing_modules(receivers: Sequence[nn.Module], layers: Sequence[nn.Module]) -> list[str]:
+    """Class names of the modules with weight matrices in blocks that receive no documents.
+
+    Modules that blocks with documents have too, such as an MLP, are left out.
+    """
+    names, other_names = dict[str, None](), set[str]()
+    for layer in layers:
+        for child in layer.children():
+            if num_blocks_with(receivers, [layer]):
+                other_names.add(type(child).__name__)
+            elif any(parameter.dim() > 1 for parameter in child.parameters()):
+                names[type(child).__name__] = None
+    return [name for name in names if name not in other_names]
 
 
 def _count_saved(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[dict[str, int]]:

@@ -20,6 +20,7 @@ from pipeline.plan.cost.memory import Memory, memory
 from pipeline.plan.cost.speed import Speed, step_seconds
 from pipeline.plan.given.hardware import GIB, Hardware
 from pipeline.plan.given.layout import Layout, Offload, SequenceProfile
+from pipeline.plan.given.sequence_parallel import require_groups
 from pipeline.plan.given.shape import ModelShape
 
 _DEFAULT_GLOBAL_BATCH = 16
@@ -182,27 +183,11 @@ def _layouts(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> Iter
 
 
 def _sequence_parallel_size(settings: RunSettings, cluster: Cluster) -> int:
-    """Ranks that share a sequence. Raises UserError if the ranks cannot be grouped like this.
-
-    Groups of consecutive ranks lie within a node. A group spans nodes only if the user asks for a
-    multiple of the ranks of a node.
-    """
+    """Ranks that share a sequence. Raises UserError if the ranks cannot be grouped like this."""
     if settings.sequence_parallel_size == "auto":
         return 1
-    size, per_node, world = (
-        settings.sequence_parallel_size,
-        cluster.ranks_per_node,
-        cluster.world_size,
-    )
-    if per_node % size == 0 or (size % per_node == 0 and world % size == 0):
-        return size
-    possible = [n for n in range(1, world + 1) if per_node % n == 0]
-    possible += [n for n in range(2 * per_node, world + 1, per_node) if world % n == 0]
-    raise UserError(
-        f"sequence_parallel_size: {size} does not divide the {per_node} ranks of a node"
-        + (f" of {cluster.nodes} nodes" if cluster.nodes > 1 else "")
-        + f"; {', '.join(map(str, possible))} would"
-    )
+    require_groups(settings.sequence_parallel_size, cluster.nodes, cluster.ranks_per_node)
+    return settings.sequence_parallel_size
 
 
 def _allowed_stages(settings: RunSettings, dtype: str, cluster: Cluster) -> list[int]:

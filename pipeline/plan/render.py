@@ -41,6 +41,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "checkpointed_layers": layout.checkpointed_layers,
             "hpz_partition_size": layout.hpz_partition_size,
             "offload_param": layout.offload_param,
+            "sequence_parallel_size": layout.sequence_parallel_size,
             "why": plan.why | ({"proof": reason} if (reason := _proof_reason(plan)) else {}),
         },
         "fast_paths": plan.fast_path_states,
@@ -104,14 +105,17 @@ def _summary_lines(plan: Plan) -> list[str]:
     share = 100 * plan.trainable / shape.parameters
     nodes = f"{layout.nodes} nodes of " if layout.nodes > 1 else ""
     unit = f" packs of {plan.settings.max_length} tokens" if plan.settings.packing else ""
+    ranks = f"{layout.world_size} ranks"
+    if layout.sequence_parallel_size > 1:
+        size = layout.sequence_parallel_size
+        ranks = f"{layout.data_parallel_size} groups of {size} ranks that share each sequence"
     return [
         f"model      {shape.folder}: {shape.parameters / 1e6:,.1f} M parameters, "
         f"{plan.trainable / 1e6:,.2f} M trainable ({share:.2f} %)",
         f"hardware   {nodes}{layout.ranks_per_node} x {plan.hardware.name}",
         f"run        ZeRO-{layout.zero_stage}, {layout.training_dtype}, global batch "
         f"{layout.global_batch_size}{unit} = {layout.micro_batch_size} x "
-        f"{layout.accumulation_steps} x {layout.world_size} ranks, "
-        f"{layout.savings_text(shape.num_layers)}",
+        f"{layout.accumulation_steps} x {ranks}, {layout.savings_text(shape.num_layers)}",
     ]
 
 

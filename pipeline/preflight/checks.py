@@ -15,7 +15,7 @@ from pipeline.preflight.inputs import (
     TOKENIZER,
 )
 from pipeline.preflight.network import NETWORK, PORT, RANKS
-from pipeline.preflight.rates import ALL_REDUCE, LINKS, MATRIX_PRODUCT
+from pipeline.preflight.rates import ALL_REDUCE, ALL_TO_ALL, LINKS, MATRIX_PRODUCT
 from pipeline.preflight.software import LIBRARIES, PROCESS_GROUP, QUANTISATION, VERSIONS
 
 
@@ -47,5 +47,9 @@ STAGES = [
     Stage((TOKENIZER, ROWS), requires=(*_PLANNED, VERSIONS, MODEL)),
     Stage((LIBRARIES, QUANTISATION, MATRIX_PRODUCT), requires=(*_PLANNED, VERSIONS, GPUS)),
     Stage((PROCESS_GROUP,), requires=_CONNECTED, needs_several_ranks=True),
-    Stage((ALL_REDUCE, LINKS), requires=(*_CONNECTED, PROCESS_GROUP), needs_several_ranks=True),
+    Stage(
+        (ALL_REDUCE, LINKS, ALL_TO_ALL),
+        requires=(*_CONNECTED, PROCESS_GROUP),
+        needs_several_ranks=True,
+    ),
 ]

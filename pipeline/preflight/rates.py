@@ -5,6 +5,7 @@ The thresholds below are assumptions: these checks have not been measured on a G
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +99,43 @@ def ring_rate(ranks: int, num_bytes: int, seconds: float) -> float:
     return 2 * (ranks - 1) / ranks * num_bytes / seconds
 
 
-def _assess_all_reduce(results: ProbeResults) -> Iterable[Finding]:
+def _probe_all_to_all(context: RankContext) -> dict[str, Any]:
+    """Bytes/s that this rank sends in an all-to-all of its sequence-parallel group. Collective.
+
+    Raises RuntimeError if the ranks receive other values than were sent.
+    """
+    import torch
+
+    plan, kind, device = context.known_plan, context.hardware.kind, context.session.device
+    group = context.session.sequence_group(plan.layout.sequence_parallel_size)
+    if group is None:
+        return {"size": 1}
+    sent = torch.full(
+        (group.size, _SENT_BYTES[kind] // 4 // group.size), group.place, device=device
+    )
+    seconds = _median_seconds(lambda: group.all_to_all(sent), device)
+    received = group.all_to_all(sent)
+    expected = torch.arange(group.size, device=device)[:, None].expand_as(received)
+    if not torch.equal(received, expected.to(received)):
+        raise RuntimeError("an all-to-all returned other values than were sent")
+    return {
+        "size": group.size,
+        "kind": kind,
+        "rate": (group.size - 1) / group.size * _SENT_BYTES[kind] / seconds,
+        "planned": reachable_rates(plan.layout, plan.hardware).exchange,
+    }
+
+
+def _assess_all_to_all(results: ProbeResults) -> Iterable[Finding]:
+    if (size := results.first["size"]) == 1:
+        yield ok("not used: each rank has its own sequences (sequence_parallel_size: 1)")
+        return
+    for finding in _assess_rate(results):
+        yield replace(finding, text=f"groups of {size} ranks: {finding.text}")
+
+
+def _assess_rate(results: ProbeResults) -> Iterable[Finding]:
+    """Compare the lowest rate of a rank with the planned rate."""
     planned = results.first["planned"]
     rate = min(result["rate"] for result in results.by_rank.values())
     text = f"{rate / _GIGA:.3g} GB/s in each direction, planned {planned / _GIGA:.3g}"
@@ -196,7 +233,7 @@ def devices_of(context: RankContext) -> "list[torch.device]":
     return [torch.device("cuda", i) for i in own_devices(context, torch.cuda.device_count())]
 
 
-def _median_seconds(work: Callable[[], None], device: "torch.device") -> float:
+def _median_seconds(work: Callable[[], object], device: "torch.device") -> float:
     """Median time of several calls, each synchronised with the device, after warm-up calls."""
     seconds = []
     for _ in range(_NUM_WARM_UPS + _NUM_REPEATS):
@@ -215,5 +252,6 @@ MATRIX_PRODUCT = Check(
     "matrix product", _probe_product, _assess_product,
     "check nvidia-smi -q and dmesg for a broken device",
 )  # fmt: skip
-ALL_REDUCE = Check("all-reduce", _probe_all_reduce, _assess_all_reduce, _REMEDY)
+ALL_REDUCE = Check("all-reduce", _probe_all_reduce, _assess_rate, _REMEDY)
+ALL_TO_ALL = Check("all-to-all", _probe_all_to_all, _assess_all_to_all, _REMEDY)
 LINKS = Check("links", _probe_links, _assess_links, _REMEDY)

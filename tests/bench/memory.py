@@ -208,7 +208,24 @@ CLASSES = {
     for kind, model in CLASS_MODELS.items()
     for stage, on, checkpointing in ((2, "off", OFF), (3, "on", ON))
 }
-CASES = GRID | OTHERS | PACKED | CLASSES
+SPLIT2, SPLIT4 = ({"sequence_parallel_size": size} for size in (2, 4))
+SPLIT = {  # groups of ranks share each sequence
+    "split-2 fp32 zero2 ckpt-off": Case(settings=OFF | {"zero_stage": 2} | SPLIT2),
+    "split-2 zero2 ckpt-off": Case(settings=ZERO2 | SPLIT2),
+    "split-2 zero2 ckpt-off 1024": Case(settings=ZERO2 | SPLIT2 | {"max_length": 1024}),
+    "split-2 zero3 ckpt-on": Case(settings=ZERO3 | ON | SPLIT2),
+    "split-2 packed": Case(settings=ZERO2 | SPLIT2, documents=5),
+    "split-2 gemma2": Case(settings=ZERO2 | SPLIT2, model=GEMMA2),
+    "split-2 gpt_neox": Case(settings=ZERO2 | ALL | SPLIT2, model={"model_type": "gpt_neox"}),
+    "split-2 class deepseek_v3": Case(
+        settings=ZERO2 | SPLIT2, model=MLA | {"model_type": "deepseek_v3"}
+    ),
+    "split-4 zero2 ckpt-off": Case(settings=ZERO2 | SPLIT4, ranks=4),
+    "split-4 replicated keys 1024": Case(
+        settings=ZERO2 | SPLIT4 | {"max_length": 1024}, model={"num_key_value_heads": 2}, ranks=4
+    ),
+}
+CASES = GRID | OTHERS | PACKED | CLASSES | SPLIT
 TABLE = (
     "| case | measured, MiB | predicted | error | worst moment, predicted |\n|---|---|---|---|---|"
 )
@@ -271,7 +288,8 @@ def two_steps(session, plan, base, documents=1):
     from tests.train_tiny import work
 
     split = FullSequences(64, plan.settings.max_length, plan.shape.vocab_size, documents)
-    engine = Engine(attach_adapter(base, plan), plan)
+    group = session.sequence_group(plan.layout.sequence_parallel_size)
+    engine = Engine(attach_adapter(base, plan), plan, group=group)
     for step in range(2):
         batches, supervised = work(plan, split, step, session.placement.rank)
         engine.optimizer_step(batches, supervised, 1e-3)

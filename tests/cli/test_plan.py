@@ -33,7 +33,8 @@ JSON_KEYS = {
     "hardware": None,
     "choice": {
         "zero_stage", "micro_batch_size", "gradient_accumulation_steps", "global_batch_size",
-        "checkpointed_layers", "hpz_partition_size", "offload_param", "why",
+        "checkpointed_layers", "hpz_partition_size", "offload_param", "sequence_parallel_size",
+        "why",
     },
     "fast_paths": None,
     "proof": None,

@@ -233,3 +233,61 @@ def test_each_reason_names_the_alternative(ranked):
     sharded = ranked(hpz_partition_size=4)[0].why
     assert_mentions(sharded["zero_stage"], "zero_stage 2", "rule hpz-without-zero3")
     assert_mentions(ranked()[0].why["zero_stage"], "only adapter gradients are communicated")
+
+
+def test_ranks_that_share_sequences_count_once_in_the_global_batch(ranked):
+    keys = {"global_batch_size": 16, "batch_size": 1, "ranks": 8}
+    for size, accumulation in ((1, 2), (2, 4), (8, 16)):
+        layout = ranked(sequence_parallel_size=size, **keys)[0].layout
+        assert (layout.accumulation_steps, layout.global_batch_size) == (accumulation, 16)
+        assert layout.data_parallel_size == 8 // size
+    with refused("global_batch_size: 9", "4 groups of 2 ranks", "8 or 12"):
+        ranked(sequence_parallel_size=2, ranks=8, global_batch_size=9, batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("size", "nodes", "ranks", "possible"),
+    [(4, 1, 6, "1, 2, 3, 6"), (16, 1, 8, "1, 2, 4, 8"), (32, 2, 8, "1, 2, 4, 8, 16"),
+     (16, 3, 8, "1, 2, 4, 8, 24")],
+)  # fmt: skip
+def test_groups_lie_within_a_node_or_span_whole_nodes(ranked, size, nodes, ranks, possible):
+    with refused(f"sequence_parallel_size: {size}", f"{ranks} ranks", possible):
+        ranked(sequence_parallel_size=size, nodes=nodes, ranks=ranks)
+
+
+@pytest.mark.parametrize("size", [2, 8, 16])
+def test_a_group_within_a_node_or_of_whole_nodes_is_planned(ranked, size):
+    assert ranked(sequence_parallel_size=size, nodes=2)[0].layout.sequence_parallel_size == size
+
+
+def test_heads_that_do_not_divide_are_refused_with_the_sizes_that_do(ranked):
+    with refused("rule split-heads", "1, 3, 9 divide the 9 heads"):
+        ranked(SMOLLM2, sequence_parallel_size=2)
+    assert ranked(SMOLLM2, ranks=9, sequence_parallel_size=9)[0].layout.world_size == 9
+
+
+def test_groups_divide_activations_and_logits_but_not_weights(ranked):
+    keys = {"max_length": 16384, "batch_size": 1, "gradient_checkpointing": True}
+    one, four = (ranked(sequence_parallel_size=size, **keys)[0] for size in (1, 4))
+    one_terms, four_terms = one.memory.per_rank, four.memory.per_rank
+    assert four_terms["base_weights"] == one_terms["base_weights"]
+    assert four_terms["activations"] == pytest.approx(one_terms["activations"] / 4, rel=0.01)
+    assert four.memory.peak_bytes < one.memory.peak_bytes
+
+
+def test_an_exchange_is_priced_by_the_slowest_link_of_its_group(ranked):
+    keys = {
+        "max_length": 16384, "batch_size": 1, "nodes": 2, "global_batch_size": 16,
+        "gradient_checkpointing": True,
+    }  # fmt: skip
+    seconds = {
+        size: ranked(sequence_parallel_size=size, **keys)[0].speed.terms["sequence_exchange"]
+        for size in (1, 2, 8, 16)
+    }
+    assert seconds[1] == 0
+    # At the same global batch, a rank of a group of P sends (P - 1) / P of equally many values. A
+    # group of 16 exchanges 2 copies of the 8 key heads, beside 32 query heads.
+    assert seconds[8] / seconds[2] == pytest.approx((7 / 8) / (1 / 2), rel=0.05)
+    links = H100.node_link / min(H100.node_link, H100.network)
+    slower = (15 / 16) / (7 / 8) * (32 + 16) / (32 + 8) * links
+    assert seconds[16] / seconds[8] == pytest.approx(slower, rel=0.1)

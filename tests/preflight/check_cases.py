@@ -114,6 +114,8 @@ GOOD = [
     ("process group", {0: "nccl", 1: "nccl"}, ["2 ranks over nccl"]),
     ("all-reduce", {0: summed(280), 1: summed(290)}, ["280 GB/s"]),
     ("all-reduce", {0: summed(0.2, "cpu")}, ["0.2 GB/s"]),
+    ("all-to-all", {0: {"size": 1}, 1: {"size": 1}}, ["sequence_parallel_size: 1"]),
+    ("all-to-all", {0: {"size": 2} | summed(280)}, ["groups of 2 ranks", "280 GB/s"]),
     ("links", links(), ["300 GB/s"]),
     ("links", links(far=True), ["300 GB/s", "25 GB/s"]),
 ]  # fmt: skip
@@ -160,6 +162,12 @@ BAD = [
         ["rank 1 (node2)", "300", "645"]),
     ("matrix product", {0: product(100), 1: product(100)}, "warn", ["100 TFLOPS", "690"]),
     ("all-reduce", {0: summed(20), 1: summed(21)}, "warn", ["20 GB/s", "300"]),
+    (
+        "all-to-all",
+        {0: {"size": 2} | summed(280), 1: {"size": 2} | summed(20)},
+        "warn",
+        ["groups of 2 ranks", "20 GB/s", "300"],
+    ),
     ("links", links(slow=(5,)), "warn", ["rank 5 ", "4-5", "5-6"]),
     ("links", links(far=True, planned=60e9), "warn", ["ranks 3-4 ", "3-4 25 of 60 GB/s"]),
     ("links", links(slow=(0,)), "warn", ["ranks 0-1 ", "0-1 30 of 300 GB/s"]),

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.preflight import host
 from pipeline.preflight.context import RankContext
-from pipeline.preflight.rates import ALL_REDUCE, LINKS
+from pipeline.preflight.rates import ALL_REDUCE, ALL_TO_ALL, LINKS
 from tests.plans import CPU
 from tests.ranks import run_ranks
 from tests.tiny import make_plan
@@ -51,3 +51,18 @@ def test_all_ranks_together_probe_the_clocks_the_run_folder_and_the_rates(tmp_pa
     assert [sorted(partners) for partners in links] == [["1"], ["0", "2"], ["1"]]
     assert all(link["is_local"] for partners in links for link in partners.values())
     json.dumps([rates, links])
+
+
+def probe_groups(session, model, size):
+    plan = make_plan(model, 4, global_batch_size=4, sequence_parallel_size=size)
+    context = RankContext(
+        placement=session.placement, hardware=CPU, session=session, settings=plan.settings,
+        plan=plan,
+    )  # fmt: skip
+    return ALL_TO_ALL.probe(context)
+
+
+def test_an_all_to_all_of_each_planned_group_has_a_rate(tmp_path, tiny_model):
+    results = run_ranks(probe_groups, tiny_model, 2, tmp_path=tmp_path, world_size=4)
+    assert [result["size"] for result in results] == [2] * 4
+    assert all(result["rate"] > 0 and result["planned"] > 0 for result in results)

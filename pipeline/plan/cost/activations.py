@@ -9,12 +9,14 @@ widths of the query heads and of the key heads.
 """
 
 from dataclasses import dataclass
+from math import ceil
 
 from pipeline.config.settings import RunSettings
 from pipeline.plan.given.adapter_counts import AdapterCounts, adapter_counts_by_kind
 from pipeline.plan.given.block import Block
 from pipeline.plan.given.fast_paths import LOSS_GRADIENT, has_fast_path, has_joint_lora
 from pipeline.plan.given.layout import Layout, SequenceProfile
+from pipeline.plan.given.sequence_parallel import key_copies
 from pipeline.plan.given.shape import ModelShape
 
 # Logits are computed in chunks of this many bytes of fp32 (model/loss.py).
@@ -57,7 +59,7 @@ class _BlockKind:
     `count`: number of such blocks. `adapter`: sums over all of them. `reach`: number of tokens to
     which a token may attend, which is the length of its sequence, or of its document in a pack.
     `mask_bytes`: bytes per value of a dropout mask. `is_joint`: whether adapters are computed by
-    the fast path JOINT_LORA.
+    the fast path JOINT_LORA. `group_size`: number of ranks that share each sequence.
     """
 
     block: Block
@@ -69,6 +71,12 @@ class _BlockKind:
     reach: int
     mask_bytes: int
     is_joint: bool
+    group_size: int
+
+    @property
+    def key_copies(self) -> int:
+        """Number of ranks of a group with the same key head."""
+        return key_copies(self.block.num_kv_heads, self.group_size)
 
     @property
     def has_scores(self) -> bool:
@@ -86,8 +94,8 @@ def activations(
 ) -> Activations:
     """Activation memory of one micro-batch of `sequences`."""
     b, h = layout.bytes_per_value, shape.hidden_size
-    tokens = int(sequences.tokens)
-    count = layout.micro_batch_size * tokens
+    tokens, group_size = int(sequences.tokens), layout.sequence_parallel_size
+    count = layout.micro_batch_size * ceil(tokens / group_size)
     attended = None if sequences.attended is None else int(sequences.attended)
     supervised = int(sequences.supervised_share * count)
     is_rms = shape.blocks[0].norm_kind == "rms"
@@ -105,6 +113,7 @@ def activations(
             reach=tokens if attended is None else attended,
             mask_bytes=1 if is_cuda else b,
             is_joint=has_joint_lora(settings, is_sharded=layout.is_sharded),
+            group_size=group_size,
         )
         saved = (
             count * _saved_per_token(kind) + _adapted_expert_bytes(kind) + _saved_weight_bytes(kind)
@@ -116,7 +125,9 @@ def activations(
             BlockActivations(
                 saved=saved,
                 recomputed=saved - (boundary if shares_input else 0),
-                working=_working_bytes(kind, count, count if attended is None else attended),
+                working=_working_bytes(
+                    kind, count, count if attended is None else ceil(attended / group_size)
+                ),
             )
         )
     return Activations(
@@ -149,8 +160,8 @@ def _saved_per_token(kind: _BlockKind) -> int:
         saved = _norm_bytes(block, b) + _attention_bytes(kind) + _mlp_bytes(kind)
     else:
         values, other_bytes = block.saved
-        saved = values * b + other_bytes
-    if attends_by_document(settings):
+        saved = values * b + other_bytes + 2 * (kind.key_copies - 1) * block.key_width * b
+    if attends_by_document(settings) or kind.group_size > 1:
         saved += _concatenated_bytes(kind)
     saved += adapter.inner_width * b // n  # the output of A, which B reads
     if settings.use_dora:  # the outputs of the base and of B, which the magnitude scales
@@ -221,6 +232,7 @@ def _concatenated_bytes(kind: _BlockKind) -> int:
 
     The output projection saves this tensor if an adapter reads it. With fused kernels it is an
     additional tensor, because each attention call saves its own output too (model/attention.py).
+    The output that a group's second all-to-all returns is such a tensor too.
     The result is 0 in two cases in which `_attention_bytes` counts the tensor already: with
     materialised scores, where no call saves its output, and after a fused q-k-v layer, where the
     output is copied with or without packing.
@@ -247,8 +259,10 @@ def _attention_bytes(kind: _BlockKind) -> int:
     (measured).
     """
     block, b = kind.block, kind.b
-    q, k = block.query_width, block.key_width
-    value = 2 * q + 2 * k if block.has_fused_attention else k
+    q, k = block.query_width, block.key_width * kind.key_copies
+    value = k
+    if block.has_fused_attention:  # in a group v is received, not a view
+        value = 2 * q + 2 * k if kind.group_size == 1 else k + q
     if kind.has_scores:
         return (4 * q + k + value) * b + block.num_heads * kind.reach * (2 * b + 4)
     return (2 * q + k + value) * b + 4 * block.num_heads
@@ -282,7 +296,11 @@ def _working_bytes(kind: _BlockKind, count: int, at_once: int) -> int:
     inner = block.intermediate_size + block.experts_per_token * block.expert_size
     scores = block.num_heads * kind.reach * (8 - b) if kind.has_scores else 0
     gradient = kind.adapter.largest_expert_tensor * b  # of one adapted expert tensor
-    return max(count * (2 * inner + 2 * block.hidden_size) * b + gradient, at_once * scores)
+    exchanged = 0
+    if kind.group_size > 1:  # gradients of q, k and v: by heads, sent, received and by tokens
+        exchanged = count * 4 * (block.query_width + 2 * block.key_width * kind.key_copies) * b
+    mlp = count * (2 * inner + 2 * block.hidden_size) * b
+    return max(mlp + gradient, at_once * scores, exchanged)
 
 
 def _loss_bytes(

@@ -14,6 +14,7 @@ from pipeline.plan.given.fast_paths import LOSS_GRADIENT, ONE_REDUCTION, has_fas
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import Layout, SequenceProfile
 from pipeline.plan.given.saved_modules import trained_head
+from pipeline.plan.given.sequence_parallel import key_copies
 from pipeline.plan.given.shape import ModelShape
 
 # Fractions of the vendor's figures that large kernels and collectives are assumed to reach.
@@ -74,13 +75,15 @@ class Rates:
     """Sustained rates of one rank: `flops` in FLOP/s, the others in bytes/s in each direction.
 
     `memory`: device memory. `ring`: slowest link of a ring over all ranks. `base_ring`: slowest
-    link of a ring over the ranks that gather the base together. `host`: link to host memory.
+    link of a ring over the ranks that gather the base together. `exchange`: slowest link between
+    ranks that share sequences. `host`: link to host memory.
     """
 
     flops: float
     memory: float
     ring: float
     base_ring: float
+    exchange: float
     host: float
 
 
@@ -95,9 +98,9 @@ def step_seconds(
     cost = cost_per_token(shape, settings, layout.training_dtype, is_sharded=layout.is_sharded)
     rates = reachable_rates(layout, hardware)
     tokens, attended = sequences.tokens, sequences.attended
-    micro = layout.micro_batch_size * tokens
+    micro = layout.micro_batch_size * tokens / layout.sequence_parallel_size
     reach = tokens if attended is None else attended
-    documents = layout.micro_batch_size if attended is None else micro / attended
+    documents = layout.micro_batch_size * (1 if attended is None else tokens / attended)
     recomputed = layout.checkpointed_layers / shape.num_layers
     device = {
         "arithmetic": _block_flops(cost, micro, reach, recomputed) / rates.flops,
@@ -112,7 +115,11 @@ def step_seconds(
     host = _launch_seconds(cost, layout, recomputed, documents)
     if hardware.kind == "cuda":  # asynchronous: only the excess over device time counts
         host = max(0.0, host - busy - gathers)
-    per_micro_batch = device | {"launches": host, "base_gathers": gathers}
+    per_micro_batch = device | {
+        "launches": host,
+        "base_gathers": gathers,
+        "sequence_exchange": _exchange_seconds(shape, layout, rates, micro, recomputed),
+    }
     steps = layout.accumulation_steps
     terms = {term: steps * seconds for term, seconds in per_micro_batch.items()}
     reductions = 1 if has_fast_path(ONE_REDUCTION, shape, settings, layout) else steps
@@ -135,6 +142,7 @@ def reachable_rates(layout: Layout, hardware: Hardware) -> Rates:
         memory=_BANDWIDTH_SHARE * hardware.memory_bandwidth / sharers,
         ring=ring,
         base_ring=inside if 1 < layout.hpz_partition_size <= layout.ranks_per_node else ring,
+        exchange=inside if layout.sequence_parallel_size <= layout.ranks_per_node else across,
         host=_LINK_SHARE * hardware.host_link / sharers,
     )
 
@@ -175,7 +183,9 @@ def _logits_seconds(
     place, cast to the training dtype and read.
     """
     b, vocabulary = layout.bytes_per_value, shape.vocab_size
-    planned = layout.micro_batch_size * settings.max_length if layout.is_sharded else positions
+    planned = positions
+    if layout.is_sharded:
+        planned = layout.micro_batch_size * settings.max_length / layout.sequence_parallel_size
     chunks = max(1, ceil(planned * vocabulary * 4 / LOGITS_CHUNK_BYTES))
     is_early = has_fast_path(LOSS_GRADIENT, shape, settings, layout)
     recomputed = 0 if chunks == 1 or is_early else 1
@@ -256,6 +266,27 @@ def _gather_seconds(cost: CostPerToken, layout: Layout, rates: Rates) -> float:
     if layout.offload_param == "cpu":
         seconds += cost.stored_bytes / group / rates.host
     return 2 * seconds
+
+
+def _exchange_seconds(
+    shape: ModelShape, layout: Layout, rates: Rates, micro: float, recomputed: float
+) -> float:
+    """Seconds of the all-to-alls of a group in a micro-batch; `micro`: tokens of a rank.
+
+    In each pass a block exchanges query, key and value before its attention, and the output after
+    it (model/ulysses.py). A rank keeps 1/P of the values and sends the others. Nothing overlaps
+    with the exchanges, because attention needs their results.
+    """
+    size, b = layout.sequence_parallel_size, layout.bytes_per_value
+    if size == 1:
+        return 0.0
+    values = sum(
+        count * 2 * (block.query_width + block.key_width * key_copies(block.num_kv_heads, size))
+        for block, count in shape.counts()
+    )
+    passes = 2 + recomputed
+    sent = passes * micro * values * b * (size - 1) / size
+    return sent / rates.exchange + passes * 2 * shape.num_layers * _HOP_S
 
 
 def _exposed_seconds(gathers: float, busy: float) -> float:

@@ -44,8 +44,8 @@ _SIZE = re.compile(r"(layers?|experts?|heads?|size|dim|width|n_embd|n_inner|d_mo
 _LARGEST_SIZE = 10**9  # of widths, heads and vocabularies
 # Keys of config.json that set dropout or noise in training.
 _DROPOUTS = (
-    "attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout", "residual_dropout",
-    "router_jitter_noise",
+    "attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop",
+    "hidden_dropout", "residual_dropout", "router_jitter_noise",
 )  # fmt: skip
 
 
@@ -86,6 +86,7 @@ class ModelShape:
     other_head: str = ""  # class of a checkpoint that has no language-model head
     has_other_towers: bool = False  # has linear layers outside decoder and head (vision tower)
     separate_blocks: int | None = None  # blocks that keep packed documents separate; None: all
+    mixing_modules: tuple[str, ...] = ()  # classes of modules that only the other blocks have
     is_from_class: bool = False  # counted on the model's class, not computed by families.py
     other_parameters: int = 0  # outside blocks, embeddings, final norm and head
     source: str | None = None
@@ -367,6 +368,7 @@ def _from_class(config: Config, model: str, sizes: Mapping[str, Any]) -> ModelSh
         has_head_bias=sizes["has_head_bias"],
         has_other_towers=sizes["has_other_towers"],
         separate_blocks=sizes["separate_blocks"],
+        mixing_modules=tuple(sizes.get("mixing_modules", ())),
         is_from_class=True,
         **_common_fields({**config.get("text_config", {}), **config}, model),
     )

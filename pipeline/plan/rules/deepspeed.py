@@ -220,9 +220,10 @@ _OTHER_RULES: tuple[Rule[PlanContext], ...] = (
         id="model-parallel",
         level="refuse",
         applies=_uses_model_parallelism,
-        reason="tensor_parallel, expert_parallel, sequence_parallel_size and pipeline do not "
-        "support adapters and packed weights",
-        remedy="leave them out; zero_stage: 3 shards the base",
+        reason="tensor_parallel, expert_parallel and pipeline do not support adapters and packed "
+        "weights, and a DeepSpeed config with sequence_parallel_size has other gradients",
+        remedy="leave them out; zero_stage: 3 shards the base, and sequence_parallel_size in the "
+        "run file splits sequences",
         source="DeepSpeed 0.19.8 module_inject/auto_tp.py:308",
     ),
     Rule(

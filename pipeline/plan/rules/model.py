@@ -11,6 +11,7 @@ from pipeline.plan.given.layout import SequenceProfile
 from pipeline.plan.given.patterns import full_matches
 from pipeline.plan.given.saved_modules import saved_modules
 from pipeline.plan.rules.rule import DEEPSPEED, PlanContext, PlanInput, Rule, issue
+from pipeline.plan.rules.sequence_parallel import SEQUENCE_PARALLEL_RULES
 
 _WRITE_RATE = 500e6  # bytes/s of a checkpoint to disk, hashing included: an assumption
 
@@ -112,8 +113,10 @@ def _stores_4_bits_in_another_type(run: PlanContext) -> bool:
     return run.settings.load_in_4bit and storage not in ("uint8", run.layout.training_dtype)
 
 
-def _mixes_documents_in_one_forward(run: PlanContext) -> bool:
-    return run.settings.packing or run.layout.micro_batch_size > 1
+def _lengths_differ_in_one_forward(run: PlanContext) -> bool:
+    """Whether documents or parts of documents of different lengths are in a forward pass."""
+    layout = run.layout
+    return run.settings.packing or layout.micro_batch_size > 1 or layout.sequence_parallel_size > 1
 
 
 def _exceeds_original_length(run: PlanContext) -> str:
@@ -121,7 +124,7 @@ def _exceeds_original_length(run: PlanContext) -> str:
     limit, data = run.shape.rope_original_length, run.data
     if limit is None or data is None or not data.is_exact or data.longest is None:
         return ""
-    if data.longest <= limit or not _mixes_documents_in_one_forward(run):
+    if data.longest <= limit or not _lengths_differ_in_one_forward(run):
         return ""
     return f"the longest document has {data.longest} tokens, the original length is {limit} tokens"
 
@@ -132,7 +135,7 @@ def _may_exceed_original_length(run: PlanContext) -> str:
     is_counted = run.data is not None and run.data.longest is not None
     if limit is None or is_counted or run.settings.max_length <= limit:
         return ""
-    if not _mixes_documents_in_one_forward(run):
+    if not _lengths_differ_in_one_forward(run):
         return ""
     return f"max_length is {run.settings.max_length}, the original length {limit}"
 
@@ -263,6 +266,7 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
         remedy="set bf16: true, or both to false for fp32",
         source="DeepSpeed 0.19.8 accelerator/cpu_accelerator.py",
     ),
+    *SEQUENCE_PARALLEL_RULES,
 )
 
 MODEL_RULES: tuple[Rule[PlanContext], ...] = (
@@ -376,8 +380,10 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
         level="refuse",
         applies=_exceeds_original_length,
         reason="rope_type longrope or dynamic depends on the longest document in a forward pass, "
-        "so shorter documents in the same pack or micro-batch get wrong positions",
-        remedy="set max_length to the original length, or packing: false and batch_size: 1",
+        "so shorter documents in the same pack or micro-batch get wrong positions, and so do the "
+        "parts of a document that is split over ranks",
+        remedy="set max_length to the original length, or packing: false, batch_size: 1 and "
+        "sequence_parallel_size: 1",
         source="transformers 5.23.0 modeling_rope_utils.py:38",
     ),
     Rule(
@@ -385,8 +391,10 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
         level="warn",
         applies=_may_exceed_original_length,
         reason="rope_type longrope or dynamic: the run is refused once the data is counted, if a "
-        "document exceeds the model's original length and shares a pack or micro-batch with others",
-        remedy="set max_length to the original length, or packing: false and batch_size: 1",
+        "document exceeds the model's original length and shares a pack or micro-batch with "
+        "others, or is split over ranks",
+        remedy="set max_length to the original length, or packing: false, batch_size: 1 and "
+        "sequence_parallel_size: 1",
         source="transformers 5.23.0 modeling_rope_utils.py:38",
     ),
     Rule(

@@ -31,6 +31,8 @@ NAMES = [
     "qwen3_moe mixed ckpt-3-of-8",
     "packed bf16 zero2 ckpt-off",
     "packed gemma2",
+    "split-2 zero2 ckpt-off",
+    "split-4 replicated keys 1024",
 ]
 # Models counted on their class, one for each kind of block; their lists name 8 blocks.
 KINDS_OF_BLOCKS = [

@@ -414,3 +414,16 @@ def test_experts_per_token_are_read_from_the_key_of_the_class(tmp_path):
     shape = read_shape(str(tmp_path))
     assert [block.experts_per_token for block in shape.blocks] == [2, 2]
     assert [(block.num_kv_heads, block.head_dim) for block in shape.blocks] == [(2, 16), (1, 32)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "mixing"),
+    [("qwen3_next", "Qwen3NextGatedDeltaNet"), ("lfm2", "Lfm2ShortConv"), ("mamba", "MambaMixer")],
+)
+def test_blocks_that_cannot_be_split_over_ranks_are_refused_by_the_name_of_their_modules(
+    tmp_path, kind, mixing
+):
+    AutoConfig.for_model(kind, **ALL[kind][1]).save_pretrained(tmp_path)
+    with refused("sequence_parallel_size", mixing, "of 4 blocks", "rule split-blocks"):
+        make_plan(tmp_path, 2, sequence_parallel_size=2)
+    make_plan(tmp_path, 2, sequence_parallel_size=1)

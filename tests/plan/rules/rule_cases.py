@@ -25,6 +25,7 @@ LONGROPE = LLAMA_8B | {
     "rope_scaling": {"type": "longrope", "original_max_position_embeddings": 4096},
 }
 
+SPLIT = {"sequence_parallel_size": 2}
 MIXES_DOCUMENTS = Proof(without_packs=["1 of 4 blocks"])
 WITHOUT_REENTRANT = Proof(without_reentrant=["gradients differ"])
 
@@ -77,6 +78,19 @@ CASES = {
         {"shape": {"is_from_class": True}, "proof": Proof()},
     ),
     "class-merge": ({"proof": Proof(without_merge=["names"])}, {"proof": Proof()}),
+    "split-heads": ({"sequence_parallel_size": 3}, {"sequence_parallel_size": 16}),
+    "split-blocks": (
+        {"proof": MIXES_DOCUMENTS, "packing": False, **SPLIT},
+        {"proof": MIXES_DOCUMENTS, "packing": False},
+    ),
+    "split-attention-dropout": (
+        {"config": LLAMA_8B | {"attention_dropout": 0.1}, **SPLIT},
+        {"config": LLAMA_8B | {"resid_pdrop": 0.1}, **SPLIT},
+    ),
+    "split-flash-attention": (
+        {"use_flash_attention": True, **SPLIT},
+        {"use_flash_attention": True, "sequence_parallel_size": 1},
+    ),
     "prequantised-base": ({"shape": {"quantization": "gptq"}}, {}),
     "flash-attention-missing": (
         {"use_flash_attention": True, "packages": {"flash-attn": None}},
@@ -387,6 +401,17 @@ MORE = [
             data=sized(9, longest=5000),
         ),
     ),
+    (
+        "rope-original-length",
+        with_layout(
+            {"sequence_parallel_size": 2},
+            config=LONGROPE,
+            packing=False,
+            max_length=8192,
+            data=sized(9, longest=5000),
+        ),
+    ),
+    ("split-attention-dropout", {"config": LLAMA_8B | {"attn_pdrop": 0.1}, **SPLIT}),
     ("beyond-positions", {"config": SHORT, "max_length": 4097}),
     ("base-dropout", {"config": LLAMA_8B | {"router_jitter_noise": 0.01}}),
     ("json-against-plan", {"own": {"gradient_clipping": 0.5}}),
