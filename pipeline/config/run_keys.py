@@ -51,7 +51,7 @@ class RunKeys(BaseModel):
         description="Allowed differences from the run that wrote the checkpoint: `base` (the "
         "model's weights), `data` (the training documents), `total_steps` (the length of the "
         "learning rate schedule).",
-        json_schema_extra=traits(change="run"),
+        json_schema_extra=traits(needs="resume!=never", change="run"),
     )
     preset: Preset | list[Preset] = Field(
         default_factory=list,

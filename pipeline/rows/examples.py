@@ -85,9 +85,10 @@ class ReadExample:
     """The example of a row, the row's format, and the names of its unread columns and keys.
 
     `unread`: sorted names, such as `score` or `message.timestamp`. Each has a value that is not
-    part of the example.
+    part of the example. `is_mapped`: whether the setting `columns` applied to the row.
     """
 
     example: Example
     data_format: DataFormat
     unread: tuple[str, ...] = ()
+    is_mapped: bool = False

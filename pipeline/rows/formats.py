@@ -108,7 +108,8 @@ def read_example(
                 raise RowError(_no_media(media))
             unread.add(columns.get(column, column) if columns else column)
     example = _build_example(name, value, unread)
-    return ReadExample(example, name, tuple(sorted(map(printable, unread))))
+    is_mapped = columns is not None and any(column in row.value for column in columns.values())
+    return ReadExample(example, name, tuple(sorted(map(printable, unread))), is_mapped)
 
 
 def _detect_format(columns: Mapping[str, Any]) -> DataFormat:
@@ -182,7 +183,8 @@ def _media_name(value: Any, name: str) -> str:
             return name
         for key, item in value.items():
             inner = f"{name}.{key}"
-            if _MEDIA.fullmatch(key) and has_value(item) and not isinstance(item, int | float):
+            is_media = key != "documents" and _MEDIA.fullmatch(key)
+            if is_media and has_value(item) and not isinstance(item, int | float):
                 return inner
             if media := _media_name(item, inner):
                 return media

@@ -364,6 +364,14 @@ def test_an_answer_that_was_cut_off_in_its_reasoning_refuses_the_row(tag):
             read_example(row_of(row))
 
 
+def test_a_completion_that_closes_reasoning_that_its_prompt_does_not_open_refuses_the_row():
+    row = {"prompt": "q", "completion": "hm</think>yes"}
+    with refused("`completion`", "</think>", "<think>", error=RowError):
+        read_example(row_of(row))
+    for opened in (row | {"prompt": "q <think>"}, row | {"completion": "<think>hm</think>yes"}):
+        assert read_example(row_of(opened)).example.completion == opened["completion"]
+
+
 @pytest.mark.parametrize("tag", TAGS)
 def test_tags_of_reasoning_that_are_closed_untrained_or_quoted_are_read(tag):
     closing = tag.strip().replace("<", "</").replace("[", "[/")

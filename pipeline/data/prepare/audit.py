@@ -137,6 +137,7 @@ class RowCounts:
             **self.rows,
             "formats": dict(self.formats),
             "files": dict(self.files),
+            "rows_mapped": self.numbers["rows_mapped"],
             "unread_columns": dict(self.unread.most_common()),
             "rejected": dict(self.rejected.most_common()),
             "first_rejected": {reason: self.first[reason] for reason in self.rejected},

@@ -195,6 +195,10 @@ def _warn_of_settings_without_effect(
             "%s: no effect, because all rows have the format %s",
             ", ".join(names), " or ".join(formats),
         )  # fmt: skip
+    if settings.columns and not any(source.get("rows_mapped", 1) for source in sources):
+        logger.warning(
+            "columns: no effect, because no row has %s", " or ".join(settings.columns.values())
+        )
 
 
 def _max_rejected(settings: RunSettings, limit: int | None) -> float | None:

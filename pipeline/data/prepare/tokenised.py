@@ -140,6 +140,7 @@ class _SplitRows:
     def use(self, row: Row, read: ReadExample, windows: Sequence[Window], row_digest: int) -> None:
         self.counts.files[str(row.file)] += 1
         self.counts.formats[read.data_format] += 1
+        self.counts.numbers["rows_mapped"] += read.is_mapped
         self.counts.unread.update(read.unread)
         self._windows += windows
         self._digests += [row_digest] * len(windows)

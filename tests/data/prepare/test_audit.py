@@ -341,6 +341,16 @@ def test_the_same_error_in_several_messages_is_one_reason_with_its_first_row(run
     assert [reject["reason"].count("messages[3].name") for reject in run.rejects()] == [0, 0, 1]
 
 
+def test_a_mapping_of_columns_that_applies_to_no_row_is_named(run, caplog):
+    run.prepare(columns={"completion": "answers"})
+    (message,) = [each for each in caplog.messages if "columns" in each]
+    assert_mentions(message, "no effect", "answers")
+    caplog.clear()
+    write_lines(run.train, [json.dumps({"prompt": "q", "answers": "a"}), row("b")])
+    run.prepare(columns={"completion": "answers"})
+    assert not [each for each in caplog.messages if "no effect" in each]
+
+
 def test_settings_without_effect_on_the_formats_of_all_rows_are_named(run, caplog):
     write_lines(run.train, [json.dumps({"text": f"t {n}"}) for n in range(4)])
     run.prepare(eval_data=None, split_turns=True, max_length=64)
