@@ -36,15 +36,28 @@ class SplitAudit:
 
 
 def count_table(audit: Record) -> Mapping[str, Any] | None:
-    """Table of the audit's counts: one column per split, or a single one if there are no splits."""
+    """Table of the audit's counts: one column per split, or a single one if there are no splits.
+
+    A row without any value is left out, for example the first row with reasoning if none has any.
+    """
     if not audit:
         return None
     is_split = all(isinstance(values, dict) for values in audit.values())
     columns = audit if is_split else {"": audit}
     counts = {name: dict(text.flatten(_without_tables(v))) for name, v in columns.items()}
     keys = dict.fromkeys(key for values in counts.values() for key in values)
-    rows = [(key, [values.get(key, "") for values in counts.values()]) for key in keys]
-    return {"columns": list(counts), "rows": rows}
+    rows = [(key, [_count(key, values.get(key)) for values in counts.values()]) for key in keys]
+    return {"columns": list(counts), "rows": [row for row in rows if any(row[1])]}
+
+
+def _count(key: str, value: Any) -> str:
+    """A count with separators, a share in percent, or the text of another value."""
+    if value is None:
+        return ""
+    if key.endswith("share") and (part := number(value)) is not None:
+        return text.share(part)
+    is_count = isinstance(value, int) and not isinstance(value, bool)
+    return f"{value:,}" if is_count else text.cell(value)
 
 
 def length_texts(plan: Record) -> list[str]:

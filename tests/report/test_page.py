@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.report.curves import MAX_POINTS
+from pipeline.report.data_audit import count_table
 from pipeline.report.folder import read_run_folder
 from pipeline.report.page import write_report
 from tests.messages import assert_mentions, refused
@@ -101,7 +102,7 @@ def test_the_page_shows_every_file_of_the_run_folder(run):
         "the largest up to 8 that fits", "another reason", "bfloat16",  # plan
         "0.251", "0.839", "1.317", "1.316 GiB", "1.330 GiB", "16.000", "1.1 % below",  # memory
         "cpu-bf16", "no bfloat16 units", "accelerator/cpu_accelerator.py",
-        "642", "answer is empty", "112,233", "0.371", "175.4", "259", "10,517",  # audit
+        "642", "answer is empty", "112,233", "37.1", "175.4", "259", "10,517",  # audit
         "104 to 155 301", "data/alpaca.parquet 0.25", "100,001", "orders.jsonl:9",
         "3 of 120 documents have more than 1,024 tokens (max_length)", "formats · alpaca 40",
         "rows rejected 2 0",
@@ -297,3 +298,13 @@ def test_the_script_needs_no_torch(run):
     assert failed.returncode == 2
     assert_mentions(failed.stderr, "not a run folder")
     assert "Traceback" not in failed.stderr
+
+
+def test_counts_of_the_audit_have_separators_and_shares_are_percent():
+    split = {"tokens": 4565, "supervised_share": 0.4344, "omitted": {"rows": 0, "first": None}}
+    table = count_table({"train": split, "eval": split | {"tokens": None}})
+    assert dict(table["rows"]) == {
+        "tokens": ["4,565", ""],
+        "supervised_share": ["43.4\u00a0%"] * 2,
+        "omitted · rows": ["0", "0"],
+    }
