@@ -128,7 +128,7 @@ class Session:
             device_id=self.device if self._is_cuda else None,
         )
         if self._is_cuda and self.placement.world_size > 1:
-            # Host numbers are summed before each micro-batch. gloo does this without synchronising
+            # Host numbers are summed in each step. gloo does this without synchronising
             # the device, whose queue of kernels therefore stays full.
             self._host_group = dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT)
         _import_without_compiler()

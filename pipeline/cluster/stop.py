@@ -1,7 +1,7 @@
 """Stop requests: signals, the stop file, the time limit, a launcher that has ended.
 
-A rank only records a request. In the training loop the ranks compare their requests before each
-micro-batch, so that all ranks stop before the same micro-batch.
+A rank only records a request. In the training loop the ranks compare their requests at the start
+of each step, and in long steps several times, so that all ranks stop before the same micro-batch.
 """
 
 import os
@@ -47,7 +47,7 @@ class StopRequests:
     """The stop requests of this rank. A second Ctrl-C ends the process at once.
 
     `is_first`: whether this is the rank that checks the stop file. `is_in_loop`: set when the
-    training loop has started; from then on the ranks agree on stops before each micro-batch.
+    training loop has started; from then on the ranks agree on stops in each step.
     """
 
     def __init__(self, run_folder: Path, time_limit_s: float | None, *, is_first: bool) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -258,14 +259,28 @@ def _checkpoint_activations(model: PreTrainedModel, plan: Plan) -> None:
     # the first module of its backward pass (partitioned_param_coordinator.py:473) and gathers it a
     # third time. And 4-bit layers do not save gathered weights for backward (rule
     # 4bit-zero3-unchecked). At other stages the non-re-entrant kind is used, as PyTorch recommends.
-    is_reentrant = plan.layout.is_sharded
-    model.gradient_checkpointing_enable({"use_reentrant": is_reentrant})  # type: ignore[no-untyped-call]
+    options = {"use_reentrant": plan.layout.is_sharded}
+    # Without dropout the recomputation draws no random numbers, so their state is not saved.
+    options["preserve_rng_state"] = plan.settings.lora_dropout > 0 or _draws_random_numbers(model)
+    model.gradient_checkpointing_enable(options)  # type: ignore[no-untyped-call]
     layers = blocks(model)
     assert count <= len(layers), f"planned {count} checkpointed blocks of {len(layers)}"
     checkpointed = set(layers[:count])
     for module in model.modules():  # also disables it in other blocks and in a vision tower
         if isinstance(module, GradientCheckpointingLayer):
             module.gradient_checkpointing = module in checkpointed
+
+
+def _draws_random_numbers(model: PreTrainedModel) -> bool:
+    """Whether its dropout modules or its config make blocks of this model random in training."""
+    probabilities = [
+        value
+        for name, value in model.config.get_text_config().to_dict().items()
+        if any(word in name for word in ("drop", "jitter", "noise"))
+        and isinstance(value, int | float)
+    ]
+    probabilities += [module.p for module in model.modules() if isinstance(module, _DropoutNd)]
+    return any(probability > 0 for probability in probabilities)
 
 
 def remove_input_gradients(model: PreTrainedModel) -> None:

@@ -57,12 +57,18 @@ class SummedLoss(nn.Module):
         self._group = group
 
     def forward(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, documents: Documents
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        documents: Documents,
+        predicting: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the sum of the losses at the S supervised positions, in fp32.
 
         If S is 0, the result is 0 and still has an autograd graph. `documents`: lengths of the
         packed documents of each row. The first token of a document is never supervised.
+        `predicting`: offsets in the flattened input of the tokens before a supervised one. Without
+        it they are searched for here, and a GPU then has to finish its queue of kernels first.
 
         The decoder gets no padding mask: padding is on the right, which causal attention does not
         reach. With a mask, PyTorch would use no fused kernels, would repeat keys and values for
@@ -82,8 +88,12 @@ class SummedLoss(nn.Module):
             require_all_blocks_separate(
                 packed["documents"], blocks(causal), causal.config.model_type
             )
-        is_supervised = targets != IGNORED
-        return self._loss_sum(causal, hidden[is_supervised], targets[is_supervised])
+        if predicting is None or group is not None:
+            predicting = (targets != IGNORED).flatten().nonzero().squeeze(1)
+        hidden, targets = (
+            tensor.flatten(0, 1).index_select(0, predicting) for tensor in (hidden, targets)
+        )
+        return self._loss_sum(causal, hidden, targets)
 
     def _loss_sum(self, causal: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits_of = class_logits(causal)

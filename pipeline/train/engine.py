@@ -266,7 +266,9 @@ class Engine:
         if self._noise is not None:
             self._noise.documents = batch.documents
         moved = batch.to(self.device)
-        loss: torch.Tensor = self.deepspeed(moved.input_ids, moved.labels, moved.documents)
+        loss: torch.Tensor = self.deepspeed(
+            moved.input_ids, moved.labels, moved.documents, moved.predicting
+        )
         return loss
 
 

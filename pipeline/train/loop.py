@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable, Iterator
+from itertools import count
 from typing import Any
 
 from pipeline.adapter.gather import gather_moments, gather_weights
@@ -14,6 +15,7 @@ from pipeline.data.order.steps import SeededBatch, TrainingStep, training_steps
 from pipeline.errors import RankZeroError
 from pipeline.evaluate.heldout import held_out_loss
 from pipeline.model.adapter import expected_shapes
+from pipeline.plan.cost.stopping import STOP_INTERVAL_S
 from pipeline.train.engine import StepResult
 from pipeline.train.metrics import Stopwatch
 from pipeline.train.questions import HeldOutQuestions
@@ -68,14 +70,19 @@ def _remaining_steps(run: TrainingState) -> Iterator[TrainingStep]:
 
 
 def _until_stop(run: TrainingState, batches: Iterable[SeededBatch]) -> Iterator[SeededBatch]:
-    """The batches of a step. Before each batch the ranks agree whether to stop."""
+    """The batches of a step.
+
+    Before the first batch the ranks agree whether to stop, and in a long step several times: each
+    agreement makes all ranks wait for the slowest one.
+    """
     iterator = iter(run.input_wait.over(batches))
-    while True:
+    for index in count():
         run.heartbeat.beat("waiting for its batch", run.progress.step)
         if (batch := next(iterator, None)) is None:
             run.heartbeat.beat("the end of its step")
             return
-        _agree_on_stop(run)
+        if index % run.batches_per_agreement == 0:
+            _agree_on_stop(run)
         yield batch
 
 
@@ -119,11 +126,13 @@ def _measure(
     waits = [0.0] * placement.world_size  # after the sum: seconds that each rank waited for data
     waits[placement.rank] = run.input_wait.lap()
     failed_save = float(report_saves(run))
-    loss_sum, tokens, failed_saves, *waits = run.session.sum_over_ranks(
-        [result.loss_sum, result.tokens, failed_save, *waits]
+    loss_sum, tokens, failed_saves, seconds_sum, *waits = run.session.sum_over_ranks(
+        [result.loss_sum, result.tokens, failed_save, run.step_watch.elapsed(), *waits]
     )
     seconds, peak = run.step_watch.lap(), run.peak.after_step()
-    run.micro_batch_s = seconds / run.plan.layout.accumulation_steps
+    # The mean over ranks is the same number on all of them, so that they agree at the same batches.
+    run.micro_batch_s = seconds_sum / placement.world_size / run.plan.layout.accumulation_steps
+    run.batches_per_agreement = max(1, int(STOP_INTERVAL_S / run.micro_batch_s))
     line = {
         "step": step.index + 1,
         "epoch": round((step.index + 1) / run.plan.steps.steps_per_epoch, 4),

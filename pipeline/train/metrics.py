@@ -94,10 +94,14 @@ class Stopwatch:
     def __init__(self) -> None:
         self._last = time.perf_counter()
 
-    def lap(self) -> float:
+    def elapsed(self) -> float:
         """Seconds since the last lap."""
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
+        return time.perf_counter() - self._last
+
+    def lap(self) -> float:
+        """Seconds since the last lap, which ends here."""
+        seconds = self.elapsed()
+        self._last += seconds
         return seconds
 
 

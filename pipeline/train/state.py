@@ -24,7 +24,8 @@ class TrainingState:
     `saved`: progress at the newest checkpoint in the run folder; None if there is none. `writer`
     and `metrics`: None on ranks other than 0. `frozen_checksum`: checksum of the base before
     training, only with `--debug`. `questions`: of `eval_generate`. `micro_batch_s`: seconds of a
-    micro-batch in the last step.
+    micro-batch in the last step. `batches_per_agreement`: micro-batches of a step between two
+    agreements on stops.
     """
 
     context: RunContext
@@ -43,6 +44,7 @@ class TrainingState:
     input_wait: InputWait = field(default_factory=InputWait)
     step_watch: Stopwatch = field(default_factory=Stopwatch)
     micro_batch_s: float = 0.0
+    batches_per_agreement: int = 1
 
     @property
     def plan(self) -> Plan:

@@ -45,7 +45,7 @@ def batch():
     ids = torch.randint(3, 250, (2, 20), generator=generator)
     labels = ids.clone()
     labels[:, :5] = -100
-    return Batch(ids, labels, ((20,), (20,)), 40)
+    return Batch(ids, labels, (labels.flatten() != -100).nonzero()[:, 0] - 1, ((20,), (20,)), 40)
 
 
 def trained(base, **options):

@@ -59,35 +59,40 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows, name = write_rows(arguments.rows, Path(folder))
         common = _machine() | {"rows": name, "quick": arguments.quick, "commit": _commit()}
-        for repeat in range(repeats):
-            for cell in cells:
-                tools = [t for t in cell.tools if not arguments.tools or t.name in arguments.tools]
-                missing = missing_runs(results, cell, tools, repeat, common)
-                if time.monotonic() > deadline:
-                    break
-                if missing:
-                    rate = bare_rate(str(MODEL))
-                for tool in missing:
-                    if time.monotonic() > deadline:
-                        print("the time is over; the same command continues", flush=True)
-                        break
-                    line = _run(tool, cell, repeat, rows, is_quick=arguments.quick)
-                    _append(results, common | line | {"bare_flops": rate})
+        pending = [
+            (repeat, cell, tool)
+            for repeat in range(repeats)
+            for cell in cells
+            for tool in missing_runs(results, cell, arguments.tools, repeat, common)
+        ]
+        rates: dict[tuple[int, str], float] = {}
+        for number, (repeat, cell, tool) in enumerate(pending):
+            if time.monotonic() > deadline:
+                print(f"no time for {len(pending) - number} runs; the same command continues")
+                break
+            if (repeat, cell.name) not in rates:
+                rates[repeat, cell.name] = bare_rate(str(MODEL))
+            line = _run(tool, cell, repeat, rows, is_quick=arguments.quick)
+            _append(results, common | line | {"bare_flops": rates[repeat, cell.name]})
     subprocess.run([sys.executable, ROOT / "docs/speed_tables.py", results], check=True)
 
 
 def missing_runs(
-    results: Path, cell: Cell, tools: list[Tool], repeat: int, common: dict
+    results: Path, cell: Cell, names: list[str] | None, repeat: int, common: dict
 ) -> list[Tool]:
-    """The tools that the file has no run of, for this cell, round and commit.
+    """The tools that the file has no run of, for this cell, round and commit; only these names.
 
     The order starts with another tool in each round. Failed runs are repeated.
     """
     lines = json_lines(results) if results.is_file() else []
     key = {"cell": cell.name, "repeat": repeat} | {k: common[k] for k in ("commit", "quick")}
     done = {line["tool"] for line in lines if key.items() <= line.items() and "error" not in line}
-    start = repeat % len(tools) if tools else 0
-    return [tool for tool in tools[start:] + tools[:start] if tool.name not in done]
+    start = repeat % len(cell.tools)
+    return [
+        tool
+        for tool in cell.tools[start:] + cell.tools[:start]
+        if tool.name not in done and (names is None or tool.name in names)
+    ]
 
 
 def _run(tool: Tool, cell: Cell, repeat: int, rows: Path, *, is_quick: bool) -> dict:

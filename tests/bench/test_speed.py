@@ -22,7 +22,7 @@ def write(path: Path, lines: list[dict]) -> Path:
 
 
 def missing(results: Path, repeat=0, common=COMMON) -> list[str]:
-    tools = speed.missing_runs(results, CELL, list(CELL.tools), repeat, common)
+    tools = speed.missing_runs(results, CELL, None, repeat, common)
     return [tool.name for tool in tools]
 
 

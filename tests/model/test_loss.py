@@ -51,6 +51,20 @@ def test_the_number_of_chunks_does_not_change_loss_and_gradient(model, monkeypat
     assert torch.allclose(gradient, same, rtol=1e-5, atol=1e-5)
 
 
+def test_offsets_from_the_host_select_the_positions_that_a_mask_selects(model):
+    batch = build_batch(Documents(6), range(6))
+    loss, seen = SummedLoss(model), []
+    loss._loss_sum = lambda causal, hidden, targets: seen.append((hidden, targets))
+    loss(batch.input_ids, batch.labels, batch.documents, batch.predicting)
+    loss(batch.input_ids, batch.labels, batch.documents)
+    hidden = model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    targets = batch.labels[:, 1:]
+    expected = hidden[:, :-1][targets != IGNORED], targets[targets != IGNORED]
+    for actual in seen:
+        assert torch.equal(actual[0], expected[0])
+        assert torch.equal(actual[1], expected[1])
+
+
 def test_an_empty_micro_batch_is_zero_with_a_gradient(model):
     total, gradient = loss_and_gradient(model, build_batch(Documents(1), []))
     assert total.item() == 0.0

@@ -81,16 +81,33 @@ def test_the_position_in_the_epoch_is_in_documents():
     assert positions == [4, 8, 12, 16, 18, 4, 8]
 
 
-def test_waiting_for_input_is_a_separate_phase_of_the_heartbeat():
-    """The watchdog names the phase: hanging input must not appear as the previous collective."""
-    heartbeat = Heartbeat()
-    run = SimpleNamespace(
+def run_with_batches(heartbeat, agreements, batches_per_agreement=1):
+    return SimpleNamespace(
         heartbeat=heartbeat,
         progress=Progress(step=4),
         input_wait=InputWait(),
         stops=SimpleNamespace(reason=lambda: None),
-        session=SimpleNamespace(agree_any=lambda mine: mine),
+        session=SimpleNamespace(agree_any=agreements.append),
+        batches_per_agreement=batches_per_agreement,
     )
+
+
+@pytest.mark.parametrize(
+    ("batches_per_agreement", "agreements"), [(1, 6), (2, 3), (4, 2), (6, 1), (99, 1)]
+)
+def test_ranks_agree_on_stops_at_the_start_of_a_step_and_after_so_many_batches(
+    batches_per_agreement, agreements
+):
+    made = []
+    run = run_with_batches(Heartbeat(), made, batches_per_agreement)
+    assert list(loop._until_stop(run, range(6))) == list(range(6))
+    assert len(made) == agreements
+
+
+def test_waiting_for_input_is_a_separate_phase_of_the_heartbeat():
+    """The watchdog names the phase: hanging input must not appear as the previous collective."""
+    heartbeat = Heartbeat()
+    run = run_with_batches(heartbeat, agreements=[])
     phases = []
 
     def source():

@@ -115,3 +115,4 @@ def test_a_best_adapter_that_could_not_be_written_is_kept_in_memory(writer, chec
 def test_a_stop_longer_than_a_launcher_waits_gives_a_warning():
     assert slow_stop_warning(20.0, 9.0) is None
     assert_mentions(slow_stop_warning(20.0, 11.0), "20 s", "11 s", "stop", "save_steps")
+    assert_mentions(slow_stop_warning(26.0, 0.1), "26 s", "5 s")  # between two agreements

@@ -4,10 +4,10 @@ B: sequences, T: tokens of the longest one. A sequence is a document or a pack o
 """
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, TypeVar
@@ -38,6 +38,7 @@ class Batch:
 
     input_ids: torch.Tensor  # (B, T) int64
     labels: torch.Tensor  # (B, T) int64: the token id if the token is supervised, else IGNORED
+    predicting: torch.Tensor  # (S,) int64: offsets of the tokens before a supervised one, flattened
     documents: tuple[tuple[int, ...], ...]  # for each row the lengths of its documents, in order
     tokens: int  # number of tokens without padding
 
@@ -50,12 +51,19 @@ class Batch:
         return ceil(squares / self.input_ids.numel())
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device."""
-        return Batch(
-            self.input_ids.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            self.documents,
-            self.tokens,
+        """The batch on a device. The copy is asynchronous if the batch is in pinned memory."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The batch in pinned memory. DataLoader calls this method."""
+        return self._with_tensors(torch.Tensor.pin_memory)
+
+    def _with_tensors(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        return replace(
+            self,
+            input_ids=copy(self.input_ids),
+            labels=copy(self.labels),
+            predicting=copy(self.predicting),
         )
 
 
@@ -75,7 +83,13 @@ def build_batch(split: "Split", sequences: Sequence[int]) -> Batch:
             np.copyto(labels[row, start:end], ids, where=supervised)
             start = end
     tokens = sum(map(sum, documents)) if rows else 0
-    return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), documents, tokens)
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        predicting=torch.from_numpy(np.flatnonzero(labels != IGNORED) - 1),
+        documents=documents,
+        tokens=tokens,
+    )
 
 
 class _RankBatches(Dataset[tuple[Batch, int]]):
@@ -118,6 +132,7 @@ def batches_of(
         batch_size=None,
         shuffle=False,
         num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
         worker_init_fn=_ignore_signals,
         prefetch_factor=prefetch_factor if num_workers else None,
         # Forking would copy the locks of DeepSpeed's, CUDA's and our own threads.

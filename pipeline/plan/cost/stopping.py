@@ -2,15 +2,19 @@
 
 # Seconds between SIGTERM and SIGKILL of DeepSpeed's launcher (0.19.8 launcher/launch.py).
 LAUNCHER_PATIENCE_S = 30.0
+# Within a step the ranks agree on stops after about so many seconds, or after each micro-batch if
+# one takes longer. A shorter step has one agreement.
+STOP_INTERVAL_S = 5.0
 
 
 def slow_stop_warning(save_s: float, micro_batch_s: float) -> str | None:
-    """A warning if one save and one micro-batch take longer than the launcher waits, else None."""
-    if save_s + micro_batch_s <= LAUNCHER_PATIENCE_S:
+    """A warning if agreement and save take longer than the launcher waits, else None."""
+    agreement_s = max(micro_batch_s, STOP_INTERVAL_S)
+    if save_s + agreement_s <= LAUNCHER_PATIENCE_S:
         return None
     return (
-        f"a stop takes up to {save_s:.0f} s for saving and {micro_batch_s:.0f} s for a "
-        f"micro-batch, but DeepSpeed's launcher kills a rank {LAUNCHER_PATIENCE_S:.0f} s after "
+        f"a stop takes up to {agreement_s:.0f} s until the ranks agree on it and {save_s:.0f} s "
+        f"for saving, but DeepSpeed's launcher kills a rank {LAUNCHER_PATIENCE_S:.0f} s after "
         "Ctrl-C or SIGTERM: stop this run with its `stop` file, or lower save_steps, so that a "
         "kill loses fewer steps"
     )

@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from recorder import StepCallback  # imports transformers, which looks for torchaudio
+from trainer_arguments import trainer_arguments
+
 # LLaMA-Factory imports it for audio files; the wheel does not load beside a CPU build of torch.
 sys.modules["torchaudio"] = ModuleType("torchaudio")
-
 from llamafactory.train.tuner import run_exp  # noqa: E402
-from recorder import StepCallback  # noqa: E402
-from trainer_arguments import trainer_arguments  # noqa: E402
 
 
 def main():

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.config.settings import RunSettings
 from pipeline.data.dataset.reader import open_split
-from pipeline.data.order.batches import batches_of
+from pipeline.data.order.batches import IGNORED, batches_of, build_batch
 from pipeline.data.order.order import BatchLayout, RankWork
 from pipeline.data.prepare.prepare import prepare_data
 from pipeline.plan.cost.per_token import SequenceFlops
@@ -55,8 +55,30 @@ def test_workers_build_the_same_batches_as_the_rank(split):
         assert first == other_first
         assert torch.equal(one.input_ids, other.input_ids)
         assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.predicting, other.predicting)
         assert one.documents == other.documents
     assert [first for _, first in alone] == [work[i].first for i in range(2 * STEPS)]
+
+
+def test_a_batch_has_the_offsets_of_the_tokens_before_supervised_ones(split):
+    batch = build_batch(split, range(5))
+    supervised = (batch.labels != IGNORED).flatten().nonzero()[:, 0]
+    assert torch.equal(batch.predicting, supervised - 1)
+    assert len(build_batch(split, []).predicting) == 0
+
+
+def test_every_tensor_of_a_batch_is_pinned(split, monkeypatch):
+    """A copy from other memory to a GPU would make the host wait."""
+    pinned = []
+    monkeypatch.setattr(
+        torch.Tensor, "pin_memory", lambda x: pinned.append(x.clone()) or pinned[-1]
+    )
+    batch = build_batch(split, range(3))
+    copy = batch.pin_memory()
+    tensors = {k: v for k, v in vars(copy).items() if isinstance(v, torch.Tensor)}
+    assert all(any(tensor is p for p in pinned) for tensor in tensors.values())
+    assert all(torch.equal(tensor, vars(batch)[name]) for name, tensor in tensors.items())
+    assert (copy.documents, copy.tokens) == (batch.documents, batch.tokens)
 
 
 class RecordingDocuments(Documents):
