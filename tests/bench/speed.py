@@ -26,7 +26,15 @@ from pathlib import Path
 from tests import ROOT
 from tests.bench.gsm8k import LENGTHS
 from tests.bench.speed_cells import CELLS, FIRST_MEASURED, QUICK_CELLS, Cell, Tool
-from tests.bench.speed_run import CACHE, RANKS, bare_rate, install, json_lines, measure
+from tests.bench.speed_run import (
+    CACHE,
+    RANKS,
+    bare_rate,
+    build_operators,
+    install,
+    json_lines,
+    measure,
+)
 
 MODEL = ROOT / "quickstart/smollm2-135m-instruct"
 NUM_ROWS = 1000
@@ -45,8 +53,10 @@ def main() -> None:
     arguments = parser.parse_args()
     cells = QUICK_CELLS if arguments.quick else CELLS
     cells = [cell for cell in cells if not arguments.cells or cell.name in arguments.cells]
-    for name in sorted({tool.environment for cell in cells for tool in cell.tools} - {None}):
-        install(name)
+    for name in {tool.environment: None for cell in cells for tool in cell.tools}:
+        if name is not None:
+            install(name)
+        build_operators(name)
     if arguments.install:
         return
     default = ROOT / f"build/bench/{'quick' if arguments.quick else 'speed'}.jsonl"

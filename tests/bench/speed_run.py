@@ -46,11 +46,26 @@ def install(name: str) -> Path:
     return python
 
 
+def build_operators(name: str | None) -> None:
+    """Compile DeepSpeed's operator for sums over CPU ranks, which a first run would wait for.
+
+    Each environment has a folder of its own: with a common one, every change of the environment
+    compiles the operator again. Without a compiler DeepSpeed runs without the operator.
+    """
+    environment = _environment(name)
+    if Path(environment["TORCH_EXTENSIONS_DIR"]).is_dir():
+        return
+    print("compiling an operator of DeepSpeed ...", flush=True)
+    code = "import deepspeed.comm.torch as backend; backend.build_shm_op()"
+    python = install(name) if name else Path(sys.executable)
+    subprocess.run([python, "-c", code], env=environment, check=False, capture_output=True)
+
+
 def bare_rate(model: str) -> float:
     """FLOP/s of bf16 matrix products, one process for each rank at the same time."""
     command = [sys.executable, PEERS / "bare_products.py", model]
     processes = [
-        subprocess.Popen(command, env=_environment(), stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(command, env=_environment(None), stdout=subprocess.PIPE, text=True)
         for _ in range(RANKS)
     ]
     return sum(float(process.communicate()[0]) for process in processes)
@@ -68,7 +83,7 @@ def measure(tool: Tool, case: dict[str, object], folder: Path) -> dict[str, obje
     log = folder / "output.log"
     load = os.getloadavg()[0]
     started = time.time()
-    code, pss, first_step = _watched(command, log, steps)
+    code, pss, first_step = _watched(command, _environment(tool.environment), log, steps)
     wall_s = time.time() - started
     if code:
         return {"error": f"exit code {code}: {_last_words(log)}"}
@@ -88,21 +103,24 @@ def _last_words(log: Path) -> str:
     return re.split(r"\n[EW]\d{4} [^\n]*torch/distributed/elastic", text)[0][-1500:]
 
 
-def _environment() -> dict[str, str]:
+def _environment(name: str | None) -> dict[str, str]:
     """One thread for each rank, no hub, and `bin` of this environment in PATH."""
     threads = max(1, len(os.sched_getaffinity(0)) // RANKS)
     return os.environ | {
         "OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT),
+        "TORCH_EXTENSIONS_DIR": str(CACHE / f"extensions-{name or 'project'}"),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
 
 
-def _watched(command: list[str], log: Path, steps: Path) -> tuple[int, int, float]:
+def _watched(
+    command: list[str], environment: dict[str, str], log: Path, steps: Path
+) -> tuple[int, int, float]:
     """Exit code, peak of the proportional set size of all processes, time of the first step."""
     deadline, pss, first_step, polls = time.time() + _LIMIT_S, 0, 0.0, 0
     with log.open("wb") as output, subprocess.Popen(
-        command, cwd=ROOT, env=_environment(), stdout=output, stderr=subprocess.STDOUT,
+        command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
     ) as process:  # fmt: skip
         tree = psutil.Process(process.pid)
