@@ -19,6 +19,7 @@ from pipeline.adapter.adapter_file import (
     read_config,
 )
 from pipeline.errors import UserError
+from pipeline.model.packed_files import checkpoint_files, is_packed
 from pipeline.model.tensor_files import (
     INDEX,
     SINGLE,
@@ -86,20 +87,24 @@ class Change:
 def read_base(folder: Path) -> Base:
     """Read the headers of a base.
 
-    Raises UserError unless the folder has a complete, unquantised safetensors model.
+    Packed weights are entries in bf16. Raises UserError unless the folder has a complete
+    safetensors model with weights to which an adapter can be added.
     """
     config = read_config(folder / "config.json", "base")
-    if method := config.get("quantization_config") or config.get("compression_config"):
+    if not is_packed(folder) and (
+        method := config.get("quantization_config") or config.get("compression_config")
+    ):
         name = method.get("quant_method", "unknown") if isinstance(method, dict) else method
         raise UserError(
             f"base: {folder} is already quantised ({name}), so an adapter cannot be added to it "
             "exactly; name the 16-bit model with --base"
         )
-    files = tuple(read_header(path) for path in weight_files(folder, "base"))
+    stored = [read_header(path) for path in weight_files(folder, "base")]
+    files = checkpoint_files(folder, "base")
     if files[0].path.name == SINGLE:
         return Base(folder, config, files)
     weight_map = read_weight_map(folder, "base")
-    file_of = {key: file.path.name for file in files for key in file.entries}
+    file_of = {key: file.path.name for file in stored for key in file.entries}
     if wrong := [key for key, name in weight_map.items() if file_of.get(key) != name]:
         raise UserError(
             f"base: {folder / INDEX}: {len(wrong)} tensors are not in their files, the first is "

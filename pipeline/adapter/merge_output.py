@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.adapter.merge_plan import MergePlan
 from pipeline.errors import RankZeroError, UserError
 from pipeline.files import dump_json, read_json
+from pipeline.model.packed_files import is_packed
 from pipeline.model.tensor_files import INDEX, SINGLE, read_header
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def _is_copied(path: Path) -> bool:
 def copy_other_files(plan: MergePlan, folder: Path) -> None:
     """Copy the files beside the weights; the dtype is changed in those that name it.
 
+    The quantisation of a packed base is removed from its config.json.
     The chat template is that of the last adapter that has one: the one used in training.
     """
     for path in other_files(plan.base.folder):
@@ -54,15 +56,22 @@ def copy_other_files(plan: MergePlan, folder: Path) -> None:
     for adapter in plan.adapters:
         if (adapter.folder / CHAT_TEMPLATE).is_file():
             shutil.copyfile(adapter.folder / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
-    if plan.options.dtype is None:
+    is_unpacked = is_packed(plan.base.folder)
+    if plan.options.dtype is None and not is_unpacked:
         return
     config = read_json(folder / "config.json")
-    _set_dtype(config, _DTYPE_NAMES[plan.options.dtype])
+    _set_dtype(config, _DTYPE_NAMES[plan.options.dtype or "BF16"])
+    if is_unpacked:
+        for each in (config, config.get("text_config") or {}):
+            each.pop("quantization_config", None)
     (folder / "config.json").write_text(dump_json(config), encoding="utf-8")
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX)
         tensors = [task for shard in plan.shards for task in shard.tensors.values()]
         index.setdefault("metadata", {})["total_size"] = sum(task.num_bytes for task in tensors)
+        index["weight_map"] = {
+            name: shard.source.path.name for shard in plan.shards for name in shard.tensors
+        }
         (folder / INDEX).write_text(dump_json(index), encoding="utf-8")
 
 

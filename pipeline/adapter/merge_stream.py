@@ -23,6 +23,8 @@ from pipeline.cluster.progress import Work
 from pipeline.errors import RankZeroError
 from pipeline.files import atomic_file
 from pipeline.model.base import Quantisation
+from pipeline.model.packed import read_tensor
+from pipeline.model.packed_files import PackedEntry
 from pipeline.model.tensor_files import VALUE_BYTES, Entry, TensorFile
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -166,6 +168,9 @@ def _read(file: BinaryIO, task: TensorTask, buffer: torch.Tensor | None = None) 
     if buffer is None:
         buffer = torch.empty(size, dtype=torch.uint8)
     data = buffer[:size]
+    if isinstance(entry, PackedEntry):
+        tensor = data.view(TORCH_DTYPES[task.dtype]).view(entry.shape)
+        return tensor.copy_(read_tensor(entry.values.path, entry.values.name, entry))
     file.seek(entry.start)
     if task.dtype == entry.dtype:
         _fill(file, data)

@@ -24,6 +24,7 @@ from pipeline.config.settings import RunSettings
 from pipeline.data.prepare.prepare import data_size
 from pipeline.errors import UserError
 from pipeline.files import dump_json
+from pipeline.model.complete import require_complete
 from pipeline.plan.choose import Cluster
 from pipeline.plan.fits import fit_rows, fits_text
 from pipeline.plan.given.hardware import GIB
@@ -94,7 +95,9 @@ def _shape(settings: RunSettings) -> ModelShape:
     folder = settings.model_folder
     if not folder.exists():
         return published_shape(settings.model)
-    return read_shape(str(folder), trust_remote_code=settings.trust_remote_code)
+    shape = read_shape(str(folder), trust_remote_code=settings.trust_remote_code)
+    require_complete(shape, trust_remote_code=settings.trust_remote_code)
+    return shape
 
 
 def _next_steps(plan: Plan, args: argparse.Namespace) -> list[str]:

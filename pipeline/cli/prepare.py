@@ -22,6 +22,7 @@ from pipeline.data.prepare.parallel import exclude_torch
 from pipeline.data.prepare.prepare import check_first_rows, prepare_data
 from pipeline.data.prepare.show import number_of_documents, show_documents
 from pipeline.errors import UserError
+from pipeline.model.complete import require_complete
 from pipeline.plan.choose import Cluster
 from pipeline.plan.given.class_proof import (
     cached_proof,
@@ -86,9 +87,10 @@ def _length_texts(settings: RunSettings, size: DataSize) -> list[str]:
 def _with_checked_class(settings: RunSettings) -> RunSettings:
     """The settings, with `packing: false` if the model's class mixes packed documents.
 
-    Raises UserError if the class cannot be trained correctly.
+    Raises UserError if the class cannot be trained correctly, or its weights are not complete.
     """
     shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
+    require_complete(shape, trust_remote_code=settings.trust_remote_code)
     ensure_proof(settings, shape)
     proof = cached_proof(shape, settings)
     if proof is not None and proof.refusals:

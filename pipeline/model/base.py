@@ -21,17 +21,22 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.model.attention import FLASH, WITHIN_DOCUMENTS
+from pipeline.model.complete import Difference, require_no_difference
 from pipeline.model.load_fixes import corrected_loading
+from pipeline.model.packed import checkpoint_tensors
+from pipeline.model.packed_files import is_packed
 from pipeline.model.structure import blocks
-from pipeline.plan.given.shape import ModelShape
+from pipeline.plan.given.shape import DEQUANTISED, ModelShape, quantization_of
 from pipeline.plan.plan import Plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -111,8 +116,16 @@ def load_plain(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
-    """Load a language model from a folder, unquantised by default, without network access."""
+    """Load a language model from a folder, unquantised by default, without network access.
+
+    Packed weights are dequantised one by one, so that transformers sees a 16-bit checkpoint.
+    """
     disable_progress_bar()  # type: ignore[no-untyped-call]  # each rank would show its own
+    if is_packed(folder):
+        options["config"] = model_config(folder, trust_remote_code=trust_remote_code)
+        is_sharded: bool = is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
+        is_receiver = is_sharded and torch.distributed.get_rank() != 0
+        options["state_dict"] = checkpoint_tensors(folder, only_shapes=is_receiver)
     try:
         with corrected_loading():
             model, loaded = auto_class(folder, trust_remote_code).from_pretrained(
@@ -132,24 +145,32 @@ def load_plain(
         raise UserError(
             f"model: {folder}: a tensor of the checkpoint has another shape than in config.json"
         ) from error
-    # transformers fills such weights with random numbers.
-    if missing := sorted(loaded["missing_keys"]):
-        unused = sorted(loaded["unexpected_keys"])
-        others = f"they have {unused[0]}, which the model lacks; " if unused else ""
-        raise UserError(
-            f"model: {folder}: its files lack {len(missing)} of the model's tensors, the first is "
-            f"{missing[0]}; {others}download the model again, or rename the tensors"
-        )
+    # transformers fills missing weights with random numbers.
+    missing, unused = sorted(loaded["missing_keys"]), sorted(loaded["unexpected_keys"])
+    require_no_difference(folder, Difference(missing=missing, unused=unused))
     assert isinstance(model, PreTrainedModel)
     model.config.use_cache = False
     return model
 
 
-def auto_class(folder: Path, trust_remote_code: bool) -> Any:
-    """Auto class for a model folder: causal LM if possible, else image-text-to-text (Qwen-VL)."""
-    config = AutoConfig.from_pretrained(
+def model_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of a model folder; without its quantisation if packed weights are dequantised."""
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
         folder, trust_remote_code=trust_remote_code, local_files_only=True
     )
+    for each in (config, config.get_text_config(decoder=True)):
+        quantization = getattr(each, "quantization_config", None) or {}
+        if (
+            quantization
+            and quantization_of({"quantization_config": quantization})[0] in DEQUANTISED
+        ):
+            del each.quantization_config
+    return config
+
+
+def auto_class(folder: Path, trust_remote_code: bool) -> Any:
+    """Auto class for a model folder: causal LM if possible, else image-text-to-text (Qwen-VL)."""
+    config = model_config(folder, trust_remote_code=trust_remote_code)
     has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if has_own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM

@@ -3,20 +3,28 @@
 transformers renames tensors while it loads a checkpoint (Gemma 3, Mistral 3, Nemotron-H), and
 builds some parameters from several tensors (fused experts). This module applies its conversion
 table to the names only, with the model on the meta device.
+
+    python -m pipeline.model.checkpoint_names MODEL_FOLDER [--trust-remote-code]
+
+prints the differences between a checkpoint and its class, for complete.py.
 """
 
 import copy
+import json
+import re
+import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from pipeline.model.base import auto_class
+from pipeline.model.base import auto_class, model_config
+from pipeline.model.complete import Difference
+from pipeline.model.packed_files import checkpoint_files
 
 
 @dataclass(frozen=True)
@@ -35,10 +43,11 @@ class StoredAs:
 
 def model_on_meta(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The model of a folder on the meta device, without weights."""
-    options = {"trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, **options)
+    config = model_config(folder, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        return auto_class(folder, trust_remote_code).from_config(config, **options)
+        return auto_class(folder, trust_remote_code).from_config(
+            config, trust_remote_code=trust_remote_code
+        )
 
 
 def stored_names(model: Any, keys: Iterable[str]) -> dict[str, StoredAs]:
@@ -81,3 +90,38 @@ def built_parameter(
     built: Any = converter.convert(name, model=model, config=model.config)[name]
     parameter: torch.Tensor = built[0] if isinstance(built, list) else built
     return parameter
+
+
+def difference(folder: Path, *, trust_remote_code: bool = False) -> Difference:
+    """The differences between the checkpoint in a folder and the class of its model."""
+    model = model_on_meta(folder, trust_remote_code=trust_remote_code)
+    shapes = {
+        name: entry.shape
+        for file in checkpoint_files(folder)
+        for name, entry in file.entries.items()
+    }
+    stored = stored_names(model, shapes)
+    tied: dict[str, str] = model.all_tied_weights_keys
+    shared = {name: other for pair in tied.items() for name, other in (pair, pair[::-1])}
+    ignored = re.compile("|".join(model._keys_to_ignore_on_load_missing or ()) or "(?!)")
+    parameters = model.state_dict()
+    used = {key for each in stored.values() for key in each.keys}
+    return Difference(
+        missing=[
+            name
+            for name in parameters
+            if name not in stored and shared.get(name) not in stored and not ignored.search(name)
+        ],
+        unused=[key for key in shapes if key not in used],
+        reshaped=[
+            (each.keys[0], shapes[each.keys[0]], tuple(parameters[name].shape))
+            for name, each in stored.items()
+            if each.converter is None and shapes[each.keys[0]] != tuple(parameters[name].shape)
+        ],
+    )
+
+
+if __name__ == "__main__":
+    trust = "--trust-remote-code" in sys.argv
+    result = difference(Path(sys.argv[1]), trust_remote_code=trust)
+    sys.stdout.write(json.dumps(asdict(result)) + "\n")

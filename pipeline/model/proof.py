@@ -12,6 +12,7 @@ plan/given/class_proof.py runs this command for a `model_type` that families.py 
 
 import argparse
 import copy
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,18 +25,18 @@ import psutil
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import UserError
 from pipeline.model.attention import WITHIN_DOCUMENTS, arguments_for, require_all_blocks_separate
-from pipeline.model.base import auto_class, load_plain
+from pipeline.model.base import auto_class, load_plain, model_config
 from pipeline.model.checkpoint_names import model_on_meta, stored_names
 from pipeline.model.expert_slices import expert_slices
 from pipeline.model.joint_lora import join_lora
 from pipeline.model.loss import IGNORED, SummedLoss
+from pipeline.model.packed_files import checkpoint_files
 from pipeline.model.small_copy import random_model, small_copies
 from pipeline.model.structure import blocks, expert_tensors, text_decoder
-from pipeline.model.tensor_files import read_header, weight_files
 from pipeline.plan.given.class_proof import (
     LIMIT,
     Proof,
@@ -87,15 +88,13 @@ def _proof_of(folder: Path, targets: Sequence[str], *, trust_remote_code: bool) 
 
 def _model_to_check(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
     """A small copy of the model, else the model itself. Raises UserError if neither runs here."""
-    config = AutoConfig.from_pretrained(
-        folder, trust_remote_code=trust_remote_code, local_files_only=True
-    )
+    config = model_config(folder, trust_remote_code=trust_remote_code)
     auto = auto_class(folder, trust_remote_code)
     try:
         return small_model(auto, config, trust_remote_code=trust_remote_code)
     except UserError as error:
-        weights = sum(path.stat().st_size for path in weight_files(folder))
-        needed = _COPIES * 2 * weights  # fp32 takes twice the bytes of a 16-bit checkpoint
+        entries = [entry for file in checkpoint_files(folder) for entry in file.entries.values()]
+        needed = _COPIES * 4 * sum(math.prod(entry.shape) for entry in entries)  # in fp32
         if needed > psutil.virtual_memory().available:
             raise UserError(
                 f"{error}; checks of the model itself need {needed / 2**30:.0f} GiB of host memory"
@@ -360,7 +359,7 @@ def _missing_names(folder: Path, targets: Sequence[str], *, trust_remote_code: b
     The checkpoint must store each adapted weight as a tensor, or as slices of fused experts.
     """
     model = model_on_meta(folder, trust_remote_code=trust_remote_code)
-    files = [read_header(path) for path in weight_files(folder)]
+    files = checkpoint_files(folder)
     shapes = {key: entry.shape for file in files for key, entry in file.entries.items()}
     stored = stored_names(model, shapes)
     names = [f"{name}.weight" for name in target_names(model, targets)]

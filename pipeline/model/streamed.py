@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig
 
 from pipeline.errors import UserError
 from pipeline.model.attention import WITHIN_DOCUMENTS
-from pipeline.model.base import auto_class
+from pipeline.model.base import auto_class, model_config
 from pipeline.model.checkpoint_names import built_parameter, stored_names
+from pipeline.model.packed import read_tensor
+from pipeline.model.packed_files import checkpoint_files
 from pipeline.model.structure import blocks
-from pipeline.model.tensor_files import read_header, weight_files
 
 # Names of peft's wrapper modules, which are not in a parameter's name in the base.
 _WRAPPERS = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")
@@ -33,7 +32,7 @@ Transform = Callable[[str, nn.Module, torch.Tensor], None]
 def streamed_model(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The model of a folder with its parameters on the meta device; buffers have their values."""
     options = {"trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, **options)
+    config = model_config(folder, **options)
     with _parameters_on_meta():
         model = auto_class(folder, trust_remote_code).from_config(
             config, dtype=torch.float32, attn_implementation=WITHIN_DOCUMENTS, **options
@@ -72,10 +71,12 @@ class StreamedWeights:
         self, folder: Path, causal: Any, on_read: Callable[[int], None], transform: Transform | None
     ) -> None:
         self._causal, self._on_read, self._transform = causal, on_read, transform
-        self._file_of = {
-            key: path for path in weight_files(folder) for key in read_header(path).entries
+        self._entries = {
+            key: (file.path, entry)
+            for file in checkpoint_files(folder)
+            for key, entry in file.entries.items()
         }
-        self._stored = stored_names(causal, self._file_of)
+        self._stored = stored_names(causal, self._entries)
         self._tied: dict[str, str] = dict(causal.all_tied_weights_keys)
         self._tied_values: dict[str, torch.Tensor] = {}
 
@@ -169,8 +170,8 @@ class StreamedWeights:
         return value
 
     def _read(self, key: str) -> torch.Tensor:
-        with safe_open(self._file_of[key], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(key)
+        path, entry = self._entries[key]
+        tensor = read_tensor(path, key, entry)
         self._on_read(tensor.nbytes)
         return tensor.float()
 

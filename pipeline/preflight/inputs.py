@@ -11,8 +11,10 @@ from pipeline.data.chat.tokenizer import load_tokenizer, require_tokenizer
 from pipeline.data.dataset.reader import INDEX, DataIndex
 from pipeline.data.prepare.prepare import check_rows, prepare_data
 from pipeline.errors import UserError
+from pipeline.model.complete import require_complete
 from pipeline.model.fingerprint import sampled_fingerprint
 from pipeline.model.tensor_files import read_header
+from pipeline.plan.given.shape import read_shape
 from pipeline.preflight.check import (
     Check,
     Finding,
@@ -69,6 +71,8 @@ def _probe_model(context: RankContext) -> dict[str, Any]:
     folder = context.model_folder
     files = _weight_files(folder)
     require_tokenizer(folder)
+    trust = context.known_settings.trust_remote_code
+    require_complete(read_shape(str(folder), trust_remote_code=trust), trust_remote_code=trust)
     return {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}
 
 

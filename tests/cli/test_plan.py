@@ -239,19 +239,19 @@ def test_a_model_is_planned_by_its_name_without_a_run_file(plan_without_file):
 
 
 def test_a_refused_model_is_planned_and_ends_with_the_rule(plan_without_file):
-    arguments = ("--model", "openai/gpt-oss-120b", "--gpu", "h200-141gb", "--gpus-per-node", "8")
-    code, out, err = plan_without_file(*arguments, "--json")
+    arguments = ("--model", "Qwen/Qwen3.5-27B", "--gpu", "h200-141gb", "--gpus-per-node", "8")
+    code, out, err = plan_without_file(*arguments, "packing=true", "--json")
     assert code == 2
     assert json.loads(out)["speed"]["tokens_per_second"] > 0
-    assert_mentions(err, "prequantised-base")
+    assert_mentions(err, "class-packs")
 
 
 def test_the_message_of_a_refused_model_that_does_not_fit_has_both_reasons(plan_without_file):
     code, out, err = plan_without_file(
-        "--model", "openai/gpt-oss-120b", "--gpu", "l4-24gb", "offload_param=none"
+        "--model", "Qwen/Qwen3.5-27B", "--gpu", "l4-24gb", "offload_param=none", "packing=true"
     )
     assert (code, out) == (2, "")
-    assert_mentions(err, "does not fit", "prequantised-base")
+    assert_mentions(err, "does not fit", "class-packs")
 
 
 def test_the_hub_cache_takes_precedence_over_the_built_in_models(plan_without_file, tmp_path):

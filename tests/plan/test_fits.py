@@ -1,5 +1,7 @@
 """The table of models that fit on given hardware."""
 
+from dataclasses import replace
+
 import pytest
 
 from pipeline.config.settings import RunSettings
@@ -13,6 +15,10 @@ pytestmark = pytest.mark.unit
 NAMES = ("meta-llama/Llama-3.3-70B-Instruct", "Qwen/Qwen3-8B", "openai/gpt-oss-20b",
          "Qwen/Qwen3-32B", "HuggingFaceTB/SmolLM2-135M")  # fmt: skip
 MODELS = [model for model in published_models() if model.name in NAMES]
+QWEN = next(model for model in MODELS if model.name == "Qwen/Qwen3-32B")
+AWQ = replace(
+    QWEN, name="awq", config=QWEN.config | {"quantization_config": {"quant_method": "awq"}}
+)
 
 
 def settings(**run_settings):
@@ -31,11 +37,11 @@ def rows(gib, count=1, run_settings=SETTINGS):
 
 
 def test_rows_are_sorted_by_size_and_refusals_are_marked():
-    table = rows(80)
-    assert len(table) == len(NAMES)
+    table = {row.name: row for row in fit_rows([*MODELS, AWQ], SETTINGS, cluster(80))}
+    assert len(table) == len(NAMES) + 1
     sizes = [row.parameters for row in table.values()]
     assert sizes == sorted(sizes)
-    assert "prequantised-base" in table["openai/gpt-oss-20b"].rules
+    assert "prequantised-base" in table["awq"].rules
     assert table["Qwen/Qwen3-8B"].rules == ()
 
 

@@ -31,6 +31,8 @@ from pipeline.plan.given.patterns import full_matches
 from pipeline.plan.given.positions import max_positions, require_window, rope_original_length
 from pipeline.plan.given.tokens import required_vocab_size
 
+# Quantisations of checkpoints that are dequantised to bf16 while the base is loaded.
+DEQUANTISED = ("mxfp4", "fp8")
 # Entry of lora_target_modules that means the fused experts of all blocks.
 EXPERTS = "experts"
 # Names of the experts and of their projections. In older transformers these were linear layers.
@@ -381,16 +383,13 @@ def _has_own_code(config: Config) -> bool:
 
 def _common_fields(config: Config, model: str) -> dict[str, Any]:
     """The fields of ModelShape that are read from config.json in the same way for every type."""
-    quantization = config.get("quantization_config") or {}
-    if not isinstance(quantization, Mapping):
-        raise UserError(f"quantization_config: expected an object, not {quantization!r}")
     return {
         "folder": model,
         "model_type": config["model_type"],
         "dtype": str(config.get("dtype") or config.get("torch_dtype") or "float32"),
         "logit_softcap": config.get("final_logit_softcapping") is not None,
         "score_softcap": config.get("attn_logit_softcapping") is not None,
-        "quantization": quantization.get("quant_method", "unknown") if quantization else None,
+        "quantization": quantization_of(config)[0],
         "has_own_code": _has_own_code(config),
         "required_vocab_size": required_vocab_size(Path(model)),
         "max_positions": max_positions(config),
@@ -399,6 +398,15 @@ def _common_fields(config: Config, model: str) -> dict[str, Any]:
         "has_router_loss": bool(config.get("output_router_logits")),
         "bidirectional": bidirectional(config),
     }
+
+
+def quantization_of(config: Config) -> tuple[str | None, Mapping[str, Any]]:
+    """The method of a checkpoint's quantisation, and its options; None if it has none."""
+    configs = (config, config.get("text_config") or {})
+    options: Any = next((x for each in configs if (x := each.get("quantization_config"))), {})
+    if not isinstance(options, Mapping):
+        raise UserError(f"quantization_config: expected an object, not {options!r}")
+    return options.get("quant_method", "unknown") if options else None, options
 
 
 def _require_plausible(config: Config) -> None:

@@ -9,6 +9,7 @@ from pipeline.config.presets import PRESETS, RANGES, Preset, preset_for
 from pipeline.config.settings import settings_without_effect
 from pipeline.plan.cost.memory import memory
 from pipeline.plan.given.layout import SequenceProfile
+from pipeline.plan.given.shape import DEQUANTISED
 from pipeline.plan.rules.rule import PlanContext, Rule
 
 _LEARNING_RATES = (1e-5, 2e-4)  # the usual range
@@ -106,6 +107,15 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         reason="lora_alpha is neither r nor 2 x r (rule of thumb)",
         remedy="leave lora_alpha out; the default is 2 x r",
         source="docs/lora.md",
+    ),
+    Rule(
+        id="dequantised-base",
+        level="advise",
+        applies=lambda run: run.shape.quantization if run.shape.quantization in DEQUANTISED else "",
+        reason="the weights of this checkpoint are packed, and are dequantised to 16 bits while it "
+        "is loaded: base and merged model take 2 bytes per weight; quant_method",
+        remedy="load_in_4bit: true quantises the linear layers of the blocks again",
+        source="pipeline/model/packed_files.py",
     ),
     Rule(
         id="lora-r",

@@ -10,6 +10,7 @@ from pipeline.plan.given.class_proof import reason_against_packs
 from pipeline.plan.given.layout import SequenceProfile
 from pipeline.plan.given.patterns import full_matches
 from pipeline.plan.given.saved_modules import saved_modules
+from pipeline.plan.given.shape import DEQUANTISED
 from pipeline.plan.rules.rule import DEEPSPEED, PlanContext, PlanInput, Rule, issue
 from pipeline.plan.rules.sequence_parallel import SEQUENCE_PARALLEL_RULES
 
@@ -226,8 +227,11 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
     Rule(
         id="prequantised-base",
         level="refuse",
-        applies=lambda run: run.shape.quantization is not None,
-        reason="the base is already quantised, so an adapter cannot be merged into it exactly",
+        applies=lambda run: (
+            "" if run.shape.quantization in (None, *DEQUANTISED) else run.shape.quantization
+        ),
+        reason="the base is already quantised in a way that is not dequantised here (quant_method "
+        "in config.json), so an adapter cannot be merged into it exactly:",
         remedy="use the 16-bit model and load_in_4bit: true",
         source=issue(DEEPSPEED, 7096),
     ),

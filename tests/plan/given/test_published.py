@@ -117,7 +117,20 @@ def test_a_plan_by_name_with_packs_of_a_class_that_mixes_documents_has_the_refus
     assert "class-packs" in {rule.id for rule in plan.rules if rule.level == "refuse"}
 
 
-def test_a_plan_of_a_refused_model_has_the_rule_that_refuses_it():
+@pytest.mark.parametrize("name", ["openai/gpt-oss-20b", "deepseek-ai/DeepSeek-V3"])
+def test_a_model_that_is_published_with_packed_weights_is_planned_in_16_bits(name):
+    model = next(model for model in MODELS if model.name == name)
+    plan = plan_on(gpu(4096), model)
+    levels = {rule.id: rule.level for rule in plan.rules}
+    assert levels["dequantised-base"] == "advise"
+    assert "refuse" not in levels.values()
+    unpacked = {key: value for key, value in model.config.items() if key != "quantization_config"}
+    same = plan_on(gpu(4096), replace(model, config=unpacked))
+    assert plan.memory.device_need == same.memory.device_need
+
+
+def test_a_plan_of_a_model_in_another_quantisation_has_the_rule_that_refuses_it():
     model = next(model for model in MODELS if model.name == "openai/gpt-oss-20b")
-    plan = plan_on(gpu(), model)
+    awq = model.config | {"quantization_config": {"quant_method": "awq"}}
+    plan = plan_on(gpu(), replace(model, config=awq))
     assert "prequantised-base" in {rule.id for rule in plan.rules if rule.level == "refuse"}

@@ -91,7 +91,14 @@ CASES = {
         {"use_flash_attention": True, **SPLIT},
         {"use_flash_attention": True, "sequence_parallel_size": 1},
     ),
-    "prequantised-base": ({"shape": {"quantization": "gptq"}}, {}),
+    "prequantised-base": (
+        {"shape": {"quantization": "gptq"}},
+        {"shape": {"quantization": "mxfp4"}},
+    ),
+    "dequantised-base": (
+        {"shape": {"quantization": "fp8"}},
+        {"shape": {"quantization": "gptq"}},
+    ),
     "flash-attention-missing": (
         {"use_flash_attention": True, "packages": {"flash-attn": None}},
         {"use_flash_attention": True, "packages": {"flash-attn": "2.8"}},

@@ -1,0 +1,162 @@
+"""Packed checkpoints, read as if they were 16-bit checkpoints. No torch.
+
+A packed checkpoint stores some weights in 4 or 8 bits, each with a tensor of scales. Here such a
+weight is one entry in bf16, under its name in the model's class. packed.py computes its values.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.files import read_json
+from pipeline.model.tensor_files import Entry, TensorFile, read_header, weight_files
+from pipeline.plan.given.shape import DEQUANTISED, quantization_of
+
+_BLOCKS, _SCALES = "_blocks", "_scales"  # ends of the names of an mxfp4 weight
+_MXFP4_BLOCK = 32  # values with a common scale
+_FP8 = ("F8_E4M3", "F8_E5M2")
+# Ends of the name of an fp8 weight's scales, after the weight's name, and after that of its layer.
+_FP8_SCALES = (("", "_scale_inv"), ("", "_scale"), ("weight", "scale"), ("weight", "qscale_weight"))
+# Scales of activations, which a 16-bit model does not have.
+_ACTIVATION_SCALES = ("activation_scale", "input_scale", "qscale_act")
+_FP8_BLOCK = (128, 128)  # of a config.json without weight_block_size
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stored tensor: its file, its name and its header entry."""
+
+    path: Path
+    name: str
+    entry: Entry
+
+
+@dataclass(frozen=True)
+class PackedEntry(Entry):
+    """A weight in bf16 that is stored as packed values with scales.
+
+    `start`, `end`: offsets in a file that has only the unpacked values. `block`: rows and columns
+    of an fp8 weight that have a common scale.
+    """
+
+    values: Part
+    scales: Part
+    block: tuple[int, int] | None = None
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether the weights of a model folder are dequantised while they are loaded."""
+    return _quantization(folder)[0] in DEQUANTISED
+
+
+def _quantization(folder: Path) -> tuple[str | None, Mapping[str, Any]]:
+    try:
+        return quantization_of(read_json(folder / "config.json"))
+    except (OSError, ValueError):
+        return None, {}
+
+
+def checkpoint_files(folder: Path, setting: str = "model") -> tuple[TensorFile, ...]:
+    """The weight files of a model folder, with packed weights as entries in bf16.
+
+    An unpacked weight belongs to the file of its packed values. Raises UserError if a part of a
+    packed weight is missing or does not fit.
+    """
+    files = tuple(read_header(path) for path in weight_files(folder, setting))
+    method, options = _quantization(folder)
+    if method not in DEQUANTISED:
+        return files
+    parts = {
+        name: Part(file.path, name, entry) for file in files for name, entry in file.entries.items()
+    }
+    try:
+        packed = _mxfp4(parts) if method == "mxfp4" else _fp8(parts, options)
+    except KeyError as error:
+        raise UserError(
+            f"{setting}: {folder} is packed ({method}), and lacks the tensor {error} of a packed "
+            "weight; download the model again"
+        ) from None
+    hidden = {part.name for entry in packed.values() for part in (entry.values, entry.scales)}
+    hidden |= {name for name in parts if name.endswith(_ACTIVATION_SCALES)}
+    return tuple(_unpacked(file, packed, hidden) for file in files)
+
+
+def _mxfp4(parts: Mapping[str, Part]) -> dict[str, PackedEntry]:
+    """The mxfp4 weights: experts of gpt-oss, stored with the outputs before the inputs."""
+    packed = {}
+    for name, values in parts.items():
+        if not name.endswith(_BLOCKS):
+            continue
+        unpacked = name.removesuffix(_BLOCKS)
+        experts, outputs, blocks, _ = values.entry.shape
+        shape = (experts, blocks * _MXFP4_BLOCK, outputs)
+        packed[unpacked] = _entry(shape, values, parts[f"{unpacked}{_SCALES}"])
+    return packed
+
+
+def _fp8(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> dict[str, PackedEntry]:
+    """The fp8 weights, whose scales belong to blocks, to rows or to the whole weight."""
+    packed = {}
+    for name, values in parts.items():
+        if values.entry.dtype not in _FP8:
+            continue
+        names = [f"{name.removesuffix(end)}{scale}" for end, scale in _FP8_SCALES]
+        scales = next((parts[each] for each in names if each in parts), None)
+        if scales is None:
+            raise KeyError(names[0])
+        block = _block(values, scales, quantization.get("weight_block_size") or _FP8_BLOCK)
+        packed[name] = _entry(values.entry.shape, values, scales, block)
+    return packed
+
+
+def _block(values: Part, scales: Part, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the weight with a common scale; the last blocks may be smaller."""
+    shape, grid = values.entry.shape, scales.entry.shape
+    if math.prod(grid) == 1:
+        return shape[-2], shape[-1]
+    rows, columns = (
+        whole if count == 1 else 1 if count == whole else part
+        for whole, count, part in zip(shape[-2:], grid[-2:], size, strict=False)
+    )
+    fitting = (*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // columns))
+    if grid != fitting:
+        raise UserError(
+            f"model: {values.path}: {values.name} has shape {shape}, and its scales have {grid}, "
+            f"which do not fit blocks of {tuple(size)} (weight_block_size in config.json)"
+        )
+    return rows, columns
+
+
+def _entry(
+    shape: tuple[int, ...], values: Part, scales: Part, block: tuple[int, int] | None = None
+) -> PackedEntry:
+    return PackedEntry("BF16", shape, 0, 2 * math.prod(shape), values, scales, block)
+
+
+def _unpacked(file: TensorFile, packed: Mapping[str, PackedEntry], hidden: set[str]) -> TensorFile:
+    """The file as a 16-bit checkpoint would have it."""
+    unpacked_names = {entry.values.name: name for name, entry in packed.items()}
+    entries: dict[str, Entry] = {}
+    for name, entry in file.entries.items():
+        if (unpacked := unpacked_names.get(name)) is not None:
+            entries[unpacked] = packed[unpacked]
+        elif name not in hidden:
+            entries[name] = entry
+    return TensorFile(file.path, _header(file, entries), entries)
+
+
+def _header(file: TensorFile, entries: Mapping[str, Entry]) -> bytes:
+    """The header of a file with these entries."""
+    metadata = json.loads(file.header[8:]).get("__metadata__")
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    end = 0
+    for name, entry in entries.items():
+        offsets = [end, end := end + entry.end - entry.start]
+        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,143 @@
+"""Packed checkpoints are loaded, sharded and merged as if they were 16-bit checkpoints."""
+
+import json
+
+import pytest
+import torch
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+
+from pipeline.model.base import load_base, load_plain
+from pipeline.model.packed_files import checkpoint_files
+from pipeline.plan.given.shape import read_shape
+from tests.adapter.merged import merge_adapter, tensors
+from tests.messages import refused
+from tests.model.models import cache_shape
+from tests.model.packed import PACKED_KINDS, make_packed
+from tests.ranks import run_ranks
+from tests.tiny import make_plan, make_tokenizer
+
+pytestmark = pytest.mark.engine
+
+CONFIGS = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
+
+
+@pytest.fixture(scope="module", params=PACKED_KINDS)
+def packed(request, tmp_path_factory):
+    """The folder of a packed model."""
+    folder = make_packed(request.param, tmp_path_factory.mktemp("packed") / "model")
+    make_tokenizer().save_pretrained(folder)
+    cache_shape(folder)
+    return folder
+
+
+def of_transformers(folder):
+    """The parameters as transformers dequantises them."""
+    method = read_shape(str(folder)).quantization
+    config = CONFIGS[method](dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, quantization_config=config
+    )
+    return dict(model.named_parameters())
+
+
+def assert_equal(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+@pytest.mark.parametrize("name", PACKED_KINDS)
+def test_a_packed_model_is_that_of_transformers(tmp_path, name):
+    folder = make_packed(name, tmp_path, block=(8, 16))  # transformers needs whole blocks
+    model = load_plain(folder, dtype=torch.bfloat16)
+    assert_equal(dict(model.named_parameters()), of_transformers(folder))
+    assert getattr(model.config, "quantization_config", None) is None
+
+
+@pytest.mark.parametrize("block", [(48, 32), (1, 10**6), (10**6, 10**6)])
+def test_fp8_values_are_multiplied_with_the_scales_of_their_blocks(tmp_path, block):
+    """Blocks of 48 rows are not whole in matrices of 64; one scale may hold for a whole row."""
+    folder = make_packed("deepseek_v3/fp8", tmp_path, block=block)
+    stored = {}
+    for path in folder.glob("*.safetensors"):
+        stored |= load_file(path)
+    name = "model.layers.1.self_attn.o_proj.weight"
+    values, scales = stored[name], stored[f"{name}_scale_inv"]
+    rows = torch.arange(values.shape[0]) // block[0]
+    columns = torch.arange(values.shape[1]) // block[1]
+    expected = (values.float() * scales[rows[:, None], columns]).bfloat16()
+    assert len(expected.unique()) > 100
+    loaded = load_plain(folder, dtype=torch.bfloat16).get_parameter(name)
+    assert torch.equal(loaded, expected)
+
+
+def gathered_base(session, folder, changes):
+    base = load_base(make_plan(folder, 2, 40, bf16=False, **changes), session.device)
+    with GatheredParameters([p for p in base.parameters() if hasattr(p, "ds_id")]):
+        return {name: weight.detach().clone() for name, weight in base.named_parameters()}
+
+
+def test_a_packed_model_that_is_sharded_while_it_loads_is_the_same(packed, tmp_path):
+    expected = dict(load_plain(packed, dtype=torch.float32).named_parameters())
+    for loaded in run_ranks(gathered_base, packed, {"zero_stage": 3}, tmp_path=tmp_path):
+        assert_equal(loaded, expected)
+
+
+def test_a_packed_model_can_be_quantised_to_4_bits(packed):
+    plan = make_plan(packed, 1, 40, load_in_4bit=True)
+    model = load_base(plan, torch.device("cpu"))
+    quantised = {n for n, p in model.named_parameters() if hasattr(p, "quant_state")}
+    names = {f"{name}.weight" for name, x in plan.shape.linears.items() if x.is_quantised}
+    assert quantised == names
+
+
+def test_the_merged_model_is_in_16_bits_and_that_of_the_dequantised_base(packed, tmp_path):
+    model = load_plain(packed, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "plain")
+    adapter = make_adapter(model, tmp_path / "adapter")
+    for base, out in ((packed, "merged"), (tmp_path / "plain", "expected")):
+        merge_adapter(base, adapter, tmp_path / out)
+    assert_equal(tensors(tmp_path / "merged"), tensors(tmp_path / "expected"))
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["dtype"] == "bfloat16"
+    loaded = load_plain(tmp_path / "merged", dtype=torch.bfloat16)
+    changed = dict(loaded.named_parameters())
+    before = dict(load_plain(packed, dtype=torch.bfloat16).named_parameters())
+    assert [n for n in changed if not torch.equal(changed[n], before[n])]
+
+
+def make_adapter(model, folder):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["o_proj"]))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", PACKED_KINDS)
+def test_packed_values_without_scales_are_refused(tmp_path, name):
+    folder = make_packed(name, tmp_path)
+    lost = None
+    for path in sorted(folder.glob("*.safetensors")):
+        kept = load_file(path)
+        lost = next((key for key in kept if "_scale" in key), lost)
+        kept.pop(lost, None)
+        save_file(kept, path, metadata={"format": "pt"})
+        break
+    with refused(lost, tmp_path, "download"):
+        checkpoint_files(folder)
+
+
+def test_scales_that_do_not_fit_their_blocks_are_refused(tmp_path):
+    folder = make_packed("deepseek_v3/fp8", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["weight_block_size"] = [16, 16]
+    (folder / "config.json").write_text(json.dumps(config))
+    with refused("weight_block_size", "(16, 16)", "_proj.weight"):
+        checkpoint_files(folder)
