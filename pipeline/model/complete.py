@@ -7,15 +7,19 @@ with torch applies transformers' conversion table to the names, and the result i
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.files import dump_json, read_json, write_text
 from pipeline.model.packed_files import checkpoint_files
 from pipeline.plan.given.shape import ModelShape
-from pipeline.plan.given.torch_process import cache_file, package_version, run_module
+from pipeline.plan.given.torch_process import (
+    cache_file,
+    cached_result,
+    package_version,
+    run_module,
+)
 
 _FORMAT = "1"  # of the cached file
 _PACKAGES = ("torch", "transformers")
@@ -105,19 +109,16 @@ def _difference(folder: Path, shapes: Shapes, trust_remote_code: bool) -> Differ
     files = [folder / "config.json", *(sorted(folder.glob("*.py")) if trust_remote_code else [])]
     contents = [path.read_text(encoding="utf-8", errors="replace") for path in files]
     path = cache_file("checkpoints", [_FORMAT, json.dumps(shapes), *contents], _PACKAGES)
-    with suppress(OSError, ValueError, TypeError):
-        return Difference(**read_json(path))
+    return Difference(**cached_result(path, lambda: _compare(folder, trust_remote_code)))
+
+
+def _compare(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
+    """The fields of the difference, which a subprocess computes."""
     trust = ["--trust-remote-code"] if trust_remote_code else []
+    module = "pipeline.model.checkpoint_names"
     try:
-        output = run_module(
-            "pipeline.model.checkpoint_names", str(folder), *trust, timeout_s=_TIMEOUT_S
-        )
+        return run_module(module, str(folder), *trust, timeout_s=_TIMEOUT_S)
     except UserError as error:
         raise UserError(
             f"model: {folder}: its tensors cannot be compared with its class: {error}"
         ) from None
-    difference = Difference(**json.loads(output.splitlines()[-1]))
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, dump_json(asdict(difference)))
-    return difference

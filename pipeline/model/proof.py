@@ -6,18 +6,19 @@ than 1e-5. For 84 kinds of models every incorrect result differed by more than 1
 
     python -m pipeline.model.proof MODEL_FOLDER NAME ... [--trust-remote-code]
 
-runs the checks for adapters on the linear layers with these names, and caches the results.
+runs the checks for adapters on the linear layers with these names, and prints the results.
 plan/given/class_proof.py runs this command for a `model_type` that families.py does not have.
 """
 
 import argparse
 import copy
+import json
 import math
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,9 @@ from pipeline.plan.given.class_proof import (
     Proof,
     adapted_names,
     proof_file,
-    read_proof,
-    write_proof,
 )
 from pipeline.plan.given.shape import EXPERTS
+from pipeline.plan.given.torch_process import cached_result
 from pipeline.plan.plan import Plan
 
 _COPIES = 3  # in memory at once: the model, a copy with an adapter, a copy loaded from files
@@ -60,12 +60,11 @@ def prove(folder: Path, targets: Sequence[str], *, trust_remote_code: bool = Fal
     `targets`: last parts of the names of the adapted layers. The checks take a few seconds.
     """
     path = proof_file(folder, targets, trust_remote_code=trust_remote_code)
-    if (cached := read_proof(path)) is not None:
-        return cached
-    proof = _proof_of(folder, targets, trust_remote_code=trust_remote_code)
-    with suppress(OSError):
-        write_proof(path, proof)
-    return proof
+    return Proof(
+        **cached_result(
+            path, lambda: asdict(_proof_of(folder, targets, trust_remote_code=trust_remote_code))
+        )
+    )
 
 
 def require_proof(plan: Plan) -> Proof:
@@ -408,13 +407,14 @@ def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def main() -> None:
-    """Check the class of the model in a folder."""
+    """Check the class of the model in a folder, and print the results as JSON."""
     parser = argparse.ArgumentParser(description="check a model class on a small copy of the model")
     parser.add_argument("folder", type=Path)
     parser.add_argument("names", nargs="+")
     parser.add_argument("--trust-remote-code", action="store_true")
     args = parser.parse_args()
-    prove(args.folder, args.names, trust_remote_code=args.trust_remote_code)
+    proof = _proof_of(args.folder, args.names, trust_remote_code=args.trust_remote_code)
+    sys.stdout.write(json.dumps(asdict(proof)) + "\n")
 
 
 if __name__ == "__main__":

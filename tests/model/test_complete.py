@@ -40,7 +40,7 @@ def in_this_process(tmp_path_factory, monkeypatch):
     def run(module, folder, *trust, timeout_s):
         compared.append(folder)
         found = difference(Path(folder), trust_remote_code=bool(trust))
-        return json.dumps(asdict(found))
+        return json.loads(json.dumps(asdict(found)))
 
     monkeypatch.setattr(complete, "run_module", run)
     return compared

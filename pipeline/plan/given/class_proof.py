@@ -4,17 +4,18 @@ model/proof.py runs the checks in a subprocess with torch. The results are cache
 plans need no torch.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
-from pipeline.files import dump_json, read_json, write_text
 from pipeline.plan.given.adapter_counts import adapted_layers
 from pipeline.plan.given.shape import EXPERTS, ModelShape
-from pipeline.plan.given.torch_process import cache_file, one_process_at_a_time, run_module
+from pipeline.plan.given.torch_process import cache_file, cached_result, read_cached, run_module
 
 LIMIT = 1e-5  # largest relative error of a check that passes
 _FORMAT = "7"  # version of the cached file and of the checks
@@ -102,16 +103,14 @@ def ensure_proof(settings: RunSettings, shape: ModelShape) -> None:
         return
     folder, names = Path(shape.folder), adapted_names(shape, settings)
     path = proof_file(folder, names, trust_remote_code=settings.trust_remote_code)
-    try:
-        with one_process_at_a_time(path):
-            if read_proof(path) is None:
-                _run_checks(folder, names, settings)
-    except OSError as error:
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
         raise UserError(
             "model: the result of the checks of its class cannot be cached: the folder "
-            f"{path.parent} is not writable ({error.strerror}); set RANKZERO_CACHE to a folder "
-            "that is"
-        ) from None
+            f"{path.parent} is not writable; set RANKZERO_CACHE to a folder that is"
+        )
+    cached_result(path, lambda: _run_checks(folder, names, settings))
 
 
 def proof_file(folder: Path, names: Sequence[str], *, trust_remote_code: bool) -> Path:
@@ -130,21 +129,14 @@ def proof_file(folder: Path, names: Sequence[str], *, trust_remote_code: bool) -
 
 def read_proof(path: Path) -> Proof | None:
     """The proof in a file; None if the file is missing or damaged."""
-    with suppress(OSError, ValueError, TypeError):
-        return Proof(**read_json(path))
-    return None
+    cached = read_cached(path)
+    return None if cached is None else Proof(**cached)
 
 
-def write_proof(path: Path, proof: Proof) -> None:
-    """Write a proof to a file, for `read_proof`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, dump_json(asdict(proof)))
-
-
-def _run_checks(folder: Path, names: Sequence[str], settings: RunSettings) -> None:
-    """Run the checks in a subprocess, which writes their results to the cache."""
+def _run_checks(folder: Path, names: Sequence[str], settings: RunSettings) -> dict[str, Any]:
+    """The results of the checks, which a subprocess runs."""
     trust = ["--trust-remote-code"] if settings.trust_remote_code else []
     try:
-        run_module("pipeline.model.proof", str(folder), *names, *trust, timeout_s=_TIMEOUT_S)
+        return run_module("pipeline.model.proof", str(folder), *names, *trust, timeout_s=_TIMEOUT_S)
     except UserError as error:
         raise UserError(f"model: the checks of its class do not run: {error}") from None

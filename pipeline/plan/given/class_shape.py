@@ -5,16 +5,15 @@ reads no weights. The shape, or the reason why the class is refused, is cached, 
 need no torch.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.files import dump_json, read_json_or_empty, write_text
 from pipeline.plan.given.torch_process import (
     cache_file,
-    one_process_at_a_time,
+    cached_result,
     package_version,
+    read_cached,
     run_module,
 )
 
@@ -28,36 +27,24 @@ def class_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, A
 
     Raises UserError if the class cannot be built, or is known not to be trained correctly.
     """
-    sizes = _cached_or_counted(folder, trust_remote_code=trust_remote_code)
-    if (reason := sizes.get("refused")) is not None:
-        raise UserError(f"the class of this model cannot be trained here: {reason}")
-    if (reason := sizes.get("failed")) is not None:
-        raise UserError(f"the class of this model cannot be built: {reason}")
-    return sizes
-
-
-def _cached_or_counted(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:
-    """The sizes from the cache, or else counted on the class and written to the cache."""
     path = shape_file(folder, trust_remote_code=trust_remote_code)
-    if cached := read_json_or_empty(path):
-        return cached
-    if package_version("torch") is None:
+    if read_cached(path) is None and package_version("torch") is None:
         raise UserError(
             "this model_type is not in the table of known families, and without torch the sizes of "
             "its class cannot be counted here; run `python -m pipeline.model.class_shape "
             f"{folder}` on a machine with the same versions of torch, transformers and peft, and "
             f"write its output to {path}"
         )
-    try:
-        with one_process_at_a_time(path):  # the ranks of a machine start at the same time
-            if cached := read_json_or_empty(path):
-                return cached
-            counted = _count_in_subprocess(folder, trust_remote_code=trust_remote_code)
-            if "failed" not in counted:  # a failure may depend on a package that is missing
-                write_text(path, dump_json(counted))
-            return counted
-    except OSError:  # the cache cannot be written, so every plan counts the class
-        return _count_in_subprocess(folder, trust_remote_code=trust_remote_code)
+    sizes = cached_result(
+        path,
+        lambda: _count_in_subprocess(folder, trust_remote_code=trust_remote_code),
+        is_lasting=lambda counted: "failed" not in counted,  # a missing package may be installed
+    )
+    if (reason := sizes.get("refused")) is not None:
+        raise UserError(f"the class of this model cannot be trained here: {reason}")
+    if (reason := sizes.get("failed")) is not None:
+        raise UserError(f"the class of this model cannot be built: {reason}")
+    return sizes
 
 
 def shape_file(folder: Path, *, trust_remote_code: bool = False) -> Path:
@@ -75,8 +62,6 @@ def _count_in_subprocess(folder: Path, *, trust_remote_code: bool) -> dict[str, 
     """The sizes of the model's class, counted by a subprocess with torch."""
     trust = ["--trust-remote-code"] if trust_remote_code else []
     try:
-        output = run_module("pipeline.model.class_shape", str(folder), *trust, timeout_s=_TIMEOUT_S)
+        return run_module("pipeline.model.class_shape", str(folder), *trust, timeout_s=_TIMEOUT_S)
     except UserError as error:
         raise UserError(f"the class of this model cannot be built and counted: {error}") from None
-    counted: dict[str, Any] = json.loads(output.splitlines()[-1])
-    return counted

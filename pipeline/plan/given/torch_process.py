@@ -11,13 +11,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.files import user_cache
+from pipeline.files import dump_json, read_json, user_cache, write_text
 
 # Matches the line of a traceback that names the exception.
 _EXCEPTION = re.compile(r"[\w.]*(Error|Exception)\b")
@@ -33,20 +33,42 @@ def cache_file(kind: str, key: Sequence[str], packages: Sequence[str]) -> Path:
     return user_cache() / kind / f"{digest}.json"
 
 
-@contextmanager
-def one_process_at_a_time(path: Path) -> Iterator[None]:
-    """Let one process per machine compute the cached result `path`; the others wait for it.
+def cached_result(
+    path: Path,
+    compute: Callable[[], dict[str, Any]],
+    is_lasting: Callable[[dict[str, Any]], bool] = lambda result: True,
+) -> dict[str, Any]:
+    """The result in a cache file, or else computed and cached.
 
-    Raises OSError if the cache folder cannot be written.
+    One process per machine computes; the others wait for it. A result that is not lasting is not
+    cached. If the cache cannot be written, every call computes.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    if (cached := read_cached(path)) is not None:
+        return cached
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the ranks of a machine start at the same time
+            if (cached := read_cached(path)) is not None:
+                return cached
+            result = compute()
+            if is_lasting(result):
+                write_text(path, dump_json(result))
+            return result
+    except OSError:
+        return compute()
 
 
-def run_module(module: str, *arguments: str, timeout_s: int) -> str:
-    """Output of `python -m MODULE ARGUMENTS`, run without GPUs and without network.
+def read_cached(path: Path) -> dict[str, Any] | None:
+    """The result in a cache file; None if the file is missing or damaged."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return None
+
+
+def run_module(module: str, *arguments: str, timeout_s: int) -> dict[str, Any]:
+    """JSON in the last line that `python -m MODULE ARGUMENTS` prints, without GPUs and network.
 
     Raises UserError with the exception of the subprocess if it fails.
     """
@@ -65,7 +87,8 @@ def run_module(module: str, *arguments: str, timeout_s: int) -> str:
         lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
         errors = [line for line in lines if _EXCEPTION.match(line)] or lines
         raise UserError(errors[-1])
-    return result.stdout
+    output: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return output
 
 
 def package_version(package: str) -> str | None:

@@ -1,6 +1,7 @@
 """The cached results of the class checks restrict a plan; without them, the checks are run."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -12,9 +13,9 @@ from pipeline.plan.given.class_proof import (
     cached_proof,
     ensure_proof,
     proof_file,
-    write_proof,
 )
 from pipeline.plan.given.shape import read_shape
+from pipeline.plan.given.torch_process import cached_result
 from pipeline.plan.plan import make_plan
 from pipeline.plan.render import plan_json, plan_text
 from tests.messages import assert_mentions, refused
@@ -52,7 +53,8 @@ def plan_for(settings):
 def store(settings, proof):
     shape = read_shape(str(settings.model_folder))
     names = adapted_names(shape, settings)
-    write_proof(proof_file(settings.model_folder, names, trust_remote_code=False), proof)
+    path = proof_file(settings.model_folder, names, trust_remote_code=False)
+    cached_result(path, lambda: asdict(proof))
 
 
 def test_packing_is_off_by_default_for_a_class_that_mixes_documents(model):
