@@ -15,7 +15,7 @@ RANKED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Qwen 3.5, 3.6 dense", ("qwen3_5", "qwen3_5_text")),
     ("Gemma 4", ("gemma4", "gemma4_unified", "gemma4_text", "gemma4_text/ple+shared",
                  "gemma4_text/moe", "gemma4_unified_text")),
-    ("gpt-oss", ("gpt_oss",)),
+    ("gpt-oss", ("gpt_oss", "gpt_oss/mxfp4")),
     ("Gemma 3", ("gemma3_text", "gemma3")),
     ("Qwen 3 mixtures", ("qwen3_moe",)),
     ("Qwen 3.5, 3.6 mixtures", ("qwen3_5_moe", "qwen3_5_moe_text")),
@@ -27,7 +27,7 @@ RANKED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("GLM 4.5, 4.6, 4.7", ("glm4_moe",)),
     ("Granite 4", ("granitemoehybrid", "granitemoehybrid/attn-only")),
     ("LFM 2, 3", ("lfm2", "lfm2_moe", "lfm3")),
-    ("DeepSeek V3, Kimi K2", ("deepseek_v3",)),
+    ("DeepSeek V3, Kimi K2", ("deepseek_v3", "deepseek_v3/fp8")),
     ("Nemotron 3", ("nemotron_h",)),
     ("Llama 4", ("llama4", "llama4_text")),
     ("Granite 3", ("granite",)),
@@ -132,6 +132,15 @@ pipeline's code have changed since; the lines here are from several states of th
 |---|---|---|
 {ranked}
 
+## Packed checkpoints
+
+Checkpoints whose `config.json` has a `quantization_config` with `quant_method` `mxfp4` (gpt-oss) or
+`fp8` (DeepSeek V3, Kimi K2, Qwen3-FP8, Ministral 3) are trained as they are published. Each packed
+weight is dequantised to bf16 when it is read: one after another, at every ZeRO stage, and before
+4-bit quantisation by `load_in_4bit`. The plan counts 2 bytes per weight. Merged models are
+written in bf16, without `quantization_config`. The fingerprint is that of the packed files. Other
+kinds of quantisation (GPTQ, AWQ, compressed-tensors) are refused: use the 16-bit model.
+
 ## Measured
 
 The numbers are relative differences:
@@ -141,8 +150,7 @@ The numbers are relative differences:
   it is trained without packs.
 - ZeRO-2, ZeRO-3, QLoRA: the held-out loss of the run from that of plain transformers and peft with
   its adapter. At most 1e-4 passes, and no matrix of the adapter may be zero.
-- `experts`: as ZeRO-3, with an adapter on the fused experts too. Empty for models without experts,
-  and in lines that are older than this column.
+- `experts`: as ZeRO-3, with an adapter on the fused experts too. Empty for models without experts.
 - `merged`: RankZero's merged weights from those of peft.
 
 | kind | state | loss | attention | packs | ZeRO-2 | ZeRO-3 | experts | QLoRA | merged |

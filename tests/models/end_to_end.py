@@ -21,6 +21,7 @@ from pipeline.data.dataset.reader import DataIndex, open_split
 from pipeline.errors import UserError
 from pipeline.model.base import load_plain
 from pipeline.model.checkpoint_names import model_on_meta, stored_names
+from pipeline.model.packed_files import is_packed
 from pipeline.model.proof import prove
 from pipeline.plan.given.catalogue import cpu_of
 from pipeline.plan.given.class_proof import adapted_names
@@ -30,6 +31,7 @@ from pipeline.plan.plan import make_plan
 from pipeline.train.run import run_training
 from tests.adapter.merged import merge_adapter, tensors
 from tests.model.models import build, cache_shape
+from tests.model.packed import PACKED_KINDS, make_packed
 from tests.ranks import run_processes
 from tests.tiny import make_tokenizer
 
@@ -53,7 +55,10 @@ ROWS = [
 
 def make_folder(kind, kinds, folder):
     """Save random weights of a kind, a tokenizer, and rows for training and evaluation."""
-    build(kind, kinds=kinds).save_pretrained(folder)
+    if kind in PACKED_KINDS:
+        make_packed(kind, folder)
+    else:
+        build(kind, kinds=kinds).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     for name, rows in (("train", ROWS), ("eval", ROWS[:7])):
         text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -196,7 +201,9 @@ def _held_out_loss(model, run):
 def _merge_error(folder, run, model):
     """Largest relative difference between our merged weights and peft's, or why there is none."""
     try:
-        merge_adapter(folder, run / "adapter", run / "merged")
+        # as peft's model here, which is loaded in fp32
+        dtype = "F32" if is_packed(folder) else None
+        merge_adapter(folder, run / "adapter", run / "merged", dtype=dtype)
     except UserError as error:
         return str(error).replace(str(folder.parent), "")
     model.merge_and_unload().save_pretrained(run / "theirs")

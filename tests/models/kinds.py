@@ -7,6 +7,7 @@ that change the computation (rope types, shared keys, tied embeddings, a bidirec
 # ruff: noqa: C408, E501 - configs as keyword arguments, one kind a line
 # fmt: off
 from tests.model.kinds import EXPERTS, HYBRID, KINDS, SLIDING, VISION, VOCABULARY, small
+from tests.model.packed import PACKED_KINDS
 
 MROPE = dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 2, 2]))
 LONGROPE = dict(
@@ -83,4 +84,4 @@ MORE_KINDS = {
     "gptj": ("gptj", dict(FLAT, n_embd=64, n_layer=4, n_head=4, rotary_dim=8, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)),
 }
 # fmt: on
-ALL = KINDS | MORE_KINDS
+ALL = KINDS | MORE_KINDS | {name: KINDS[kind] for name, kind in PACKED_KINDS.items()}
