@@ -121,13 +121,14 @@ def load_plain(
     Packed weights are dequantised one by one, so that transformers sees a 16-bit checkpoint.
     """
     disable_progress_bar()  # type: ignore[no-untyped-call]  # each rank would show its own
+    tensors = None
     if is_packed(folder):
         options["config"] = model_config(folder, trust_remote_code=trust_remote_code)
         is_sharded: bool = is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
         is_receiver = is_sharded and torch.distributed.get_rank() != 0
-        options["state_dict"] = checkpoint_tensors(folder, only_shapes=is_receiver)
+        tensors = checkpoint_tensors(folder, only_shapes=is_receiver)
     try:
-        with corrected_loading():
+        with corrected_loading(tensors):
             model, loaded = auto_class(folder, trust_remote_code).from_pretrained(
                 folder,
                 dtype=dtype,

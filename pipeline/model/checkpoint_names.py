@@ -106,11 +106,17 @@ def difference(folder: Path, *, trust_remote_code: bool = False) -> Difference:
     ignored = re.compile("|".join(model._keys_to_ignore_on_load_missing or ()) or "(?!)")
     parameters = model.state_dict()
     used = {key for each in stored.values() for key in each.keys}
+    incomplete = {
+        name
+        for name, each in stored.items()
+        if each.converter is not None and not _is_whole(model, name, each, shapes)
+    }
     return Difference(
         missing=[
             name
             for name in parameters
-            if name not in stored and shared.get(name) not in stored and not ignored.search(name)
+            if name in incomplete
+            or (name not in stored and shared.get(name) not in stored and not ignored.search(name))
         ],
         unused=[key for key in shapes if key not in used],
         reshaped=[
@@ -119,6 +125,18 @@ def difference(folder: Path, *, trust_remote_code: bool = False) -> Difference:
             if each.converter is None and shapes[each.keys[0]] != tuple(parameters[name].shape)
         ],
     )
+
+
+def _is_whole(
+    model: Any, name: str, stored: StoredAs, shapes: Mapping[str, tuple[int, ...]]
+) -> bool:
+    """Whether a parameter that is built from several tensors has all of them."""
+    tensors = {key: torch.empty(shapes[key], device="meta") for key in stored.keys}
+    try:
+        built = built_parameter(model, name, stored, tensors)
+    except (RuntimeError, ValueError, KeyError, IndexError):  # of a conversion that lacks an input
+        return False
+    return bool(built.shape == model.get_parameter_or_buffer(name).shape)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,17 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 
 @contextmanager
-def corrected_loading() -> Iterator[None]:
-    """Keep loaded weights as they are stored, and convert tensors correctly at ZeRO-3."""
+def corrected_loading(tensors: dict[str, torch.Tensor] | None = None) -> Iterator[None]:
+    """Keep loaded weights as they are stored, and convert tensors correctly at ZeRO-3.
+
+    `tensors`: used in place of those in the checkpoint's files.
+    """
+
+    def load(model: Any, state_dict: Any, *arguments: Any, **options: Any) -> Any:
+        return _load(model, state_dict if tensors is None else tensors, *arguments, **options)
+
     with (
+        patch.object(PreTrainedModel, "_load_pretrained_model", staticmethod(load)),
         patch.object(PreTrainedModel, "_initialize_weights", _initialize_missing_weights),
         patch.object(WeightConverter, "convert", _convert_with_full_shapes),
     ):
@@ -24,6 +32,7 @@ def corrected_loading() -> Iterator[None]:
 
 _initialize_weights = PreTrainedModel._initialize_weights
 _convert = WeightConverter.convert
+_load = PreTrainedModel._load_pretrained_model
 
 
 def _initialize_missing_weights(

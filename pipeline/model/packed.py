@@ -1,6 +1,5 @@
 """Values of packed weights, and tensors that are read from a checkpoint when they are used."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,7 @@ def _values(argument: Any) -> Any:
     return argument
 
 
-def checkpoint_tensors(folder: Path, *, only_shapes: bool = False) -> Mapping[str, torch.Tensor]:
+def checkpoint_tensors(folder: Path, *, only_shapes: bool = False) -> dict[str, torch.Tensor]:
     """All tensors of a model folder by their names, read when they are used.
 
     `only_shapes`: on the meta device instead, for ranks that receive the values from rank 0.
