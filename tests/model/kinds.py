@@ -483,3 +483,5 @@ KINDS = {
         ),
     ),
 }
+# Kinds of packed checkpoints, which tests/model/packed.py makes, with the kind of their class.
+PACKED_KINDS = {"gpt_oss/mxfp4": "gpt_oss", "deepseek_v3/fp8": "deepseek_v3"}

@@ -5,10 +5,10 @@ import json
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.model.kinds import PACKED_KINDS
 from tests.model.models import build
 
 FP8_BLOCK = (48, 32)  # does not divide all matrices of the kinds
-PACKED_KINDS = {"gpt_oss/mxfp4": "gpt_oss", "deepseek_v3/fp8": "deepseek_v3"}
 
 
 def make_packed(name, folder, *, block=FP8_BLOCK, scale_dtype=torch.float32):

@@ -12,8 +12,9 @@ from pipeline.model.checkpoint_names import difference
 from pipeline.model.complete import require_complete
 from pipeline.plan.given.shape import read_shape
 from tests.messages import refused
+from tests.model.kinds import PACKED_KINDS
 from tests.model.models import build, cache_shape, make_own_code
-from tests.model.packed import PACKED_KINDS, make_packed
+from tests.model.packed import make_packed
 from tests.models.kinds import ALL
 
 pytestmark = pytest.mark.tensor

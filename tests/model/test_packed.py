@@ -13,8 +13,9 @@ from pipeline.model.packed_files import checkpoint_files
 from pipeline.plan.given.shape import read_shape
 from tests.adapter.merged import merge_adapter, tensors
 from tests.messages import refused
+from tests.model.kinds import PACKED_KINDS
 from tests.model.models import cache_shape
-from tests.model.packed import PACKED_KINDS, make_packed
+from tests.model.packed import make_packed
 from tests.ranks import run_ranks
 from tests.tiny import make_plan, make_tokenizer
 

@@ -30,8 +30,9 @@ from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import make_plan
 from pipeline.train.run import run_training
 from tests.adapter.merged import merge_adapter, tensors
+from tests.model.kinds import PACKED_KINDS
 from tests.model.models import build, cache_shape
-from tests.model.packed import PACKED_KINDS, make_packed
+from tests.model.packed import make_packed
 from tests.ranks import run_processes
 from tests.tiny import make_tokenizer
 

@@ -6,8 +6,16 @@ that change the computation (rope types, shared keys, tied embeddings, a bidirec
 
 # ruff: noqa: C408, E501 - configs as keyword arguments, one kind a line
 # fmt: off
-from tests.model.kinds import EXPERTS, HYBRID, KINDS, SLIDING, VISION, VOCABULARY, small
-from tests.model.packed import PACKED_KINDS
+from tests.model.kinds import (
+    EXPERTS,
+    HYBRID,
+    KINDS,
+    PACKED_KINDS,
+    SLIDING,
+    VISION,
+    VOCABULARY,
+    small,
+)
 
 MROPE = dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 2, 2]))
 LONGROPE = dict(
