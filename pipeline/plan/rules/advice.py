@@ -113,7 +113,7 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         level="advise",
         applies=lambda run: run.shape.quantization if run.shape.quantization in DEQUANTISED else "",
         reason="the weights of this checkpoint are packed, and are dequantised to 16 bits while it "
-        "is loaded: base and merged model take 2 bytes per weight; quant_method",
+        "is loaded: base and merged model take 2 bytes per weight",
         remedy="load_in_4bit: true quantises the linear layers of the blocks again",
         source="pipeline/model/packed_files.py",
     ),
