@@ -230,8 +230,8 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
         applies=lambda run: (
             "" if run.shape.quantization in (None, *DEQUANTISED) else run.shape.quantization
         ),
-        reason="the base is already quantised, in a way that is not dequantised here, so an adapter "
-        "cannot be merged into it exactly, according to quant_method in config.json",
+        reason="the base is already quantised, in a way that is not dequantised here, so an "
+        "adapter cannot be merged into it exactly, according to quant_method in config.json",
         remedy="use the 16-bit model and load_in_4bit: true",
         source=issue(DEEPSPEED, 7096),
     ),
