@@ -15,6 +15,8 @@
 # make site         the pages of docs/ as a website in build/site (own environment, 1 minute)
 # make bench        speed beside HF Trainer, TRL, LLaMA-Factory and a bare loop (75 minutes, resumable; QUICK=1: 5)
 # make bench-gpu    everything that needs a GPU, in one process of 8 minutes; writes build/bench-gpu
+#                   LONG=1: 8B LoRA at 64k and 128k tokens with tiles and activations in host memory
+# make bench-long   speed and memory over sequence length and group size on a CPU (hours; resumable)
 # make bench-profile  where the time of a training step goes, on a CPU or a GPU
 # make check        ruff, mypy --strict, import-linter, generated docs
 # On a machine without a GPU, TORCH_INDEX=<PyTorch's CPU index> saves gigabytes of CUDA libraries.
@@ -25,7 +27,7 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: quickstart install test models real-model templates test-slurm test-gpu test-trackers test-serving faults check fix docs goldens test-floors clean test-report bench bench-gpu bench-profile
+.PHONY: quickstart install test models real-model templates test-slurm test-gpu test-trackers test-serving faults check fix docs goldens test-floors clean test-report bench bench-gpu bench-long bench-profile
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python launch/quickstart/quickstart.py
@@ -103,7 +105,10 @@ bench: $(VENV)/.installed
 
 # Weights are random and created on the device. TINY=1 checks the script itself on any machine.
 bench-gpu: $(VENV)/.installed
-	$(BIN)/python -m tests.bench.gpu $(if $(TINY),--tiny)
+	$(BIN)/python -m tests.bench.gpu $(if $(TINY),--tiny) $(if $(LONG),--long)
+
+bench-long: $(VENV)/.installed
+	$(BIN)/python -m tests.bench.long
 
 bench-profile: $(VENV)/.installed
 	$(BIN)/python -m tests.bench.step_profile

@@ -200,7 +200,6 @@ ADVICE: Mapping[str, str] = {
     "gpus": _LAUNCHER,
     "devices": _LAUNCHER,
     "accelerator*": _LAUNCHER,
-    "*activation_offloading": "not supported; the plan recomputes layers to save memory",
     "log_peak_memory_stats": "not needed: metrics.jsonl has the memory of each step; remove it",
     "save_adapter_weights_only": "only the adapter is saved; launch/merge.py merges it",
     "eval_sample_packing": _EVAL_PACKING,

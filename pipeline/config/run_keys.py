@@ -288,12 +288,33 @@ class RunKeys(BaseModel):
         description="Number of consecutive ranks that share each sequence, so that each of them "
         "holds the activations of a part of its tokens (Ulysses sequence parallelism, "
         "docs/long.md). It must divide the model's attention heads and the ranks of a node; a "
-        "multiple of the ranks of a node lets a group span nodes. `auto` is 1: each rank has its "
-        "own sequences.",
+        "multiple of the ranks of a node lets a group span nodes. `auto` is 1, so that each rank "
+        "has its own sequences, unless these only fit in groups within a node.",
         json_schema_extra=traits(
             change="run",
             layout="sequence_parallel_size",
             peers="context_parallel_size sequence_parallel_degree",
+        ),
+    )
+    offload_activations: bool | Auto = Field(
+        default="auto",
+        description="Store the inputs of checkpointed layers in host memory until the backward "
+        "pass; the copies overlap with computing. `true` checkpoints every layer; `auto` does this "
+        "only if the run does not fit otherwise.",
+        json_schema_extra=traits(
+            change="run",
+            layout="offload_activations",
+            peers="activation_offloading activation_cpu_offload",
+        ),
+    )
+    mlp_tiles: Positive | Auto = Field(
+        default="auto",
+        description="Number of parts into which each MLP divides a sequence. It computes one part "
+        "at a time, and again in the backward pass, which needs less memory and more time. `auto` "
+        "is 1, or for sequences of 16,384 tokens and more a part for every 4,096 tokens, if that "
+        "makes a run fit or faster.",
+        json_schema_extra=traits(
+            change="run", layout="mlp_tiles", peers="tiled_mlp_num_shards tiled_mlp"
         ),
     )
     deepspeed_json: Annotated[str, Field(min_length=1)] | None = Field(

@@ -8,6 +8,7 @@ import gc
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.model.attention import FLASH, WITHIN_DOCUMENTS
 from pipeline.model.complete import Difference, require_no_difference
+from pipeline.model.host_activations import HostActivations
 from pipeline.model.load_fixes import corrected_loading
 from pipeline.model.packed import checkpoint_tensors
 from pipeline.model.packed_files import is_packed
@@ -291,6 +293,10 @@ def _checkpoint_activations(model: PreTrainedModel, plan: Plan) -> None:
     for module in model.modules():  # also disables it in other blocks and in a vision tower
         if isinstance(module, GradientCheckpointingLayer):
             module.gradient_checkpointing = module in checkpointed
+    if plan.layout.offload_activations:
+        inputs = HostActivations()
+        for layer in checkpointed:
+            layer._gradient_checkpointing_func = partial(inputs.checkpoint, **options)  # type: ignore[assignment]
 
 
 def _draws_random_numbers(model: PreTrainedModel) -> bool:

@@ -1,30 +1,44 @@
 """Search for the layout: all layouts that the settings allow, with predicted memory and time.
 
 A key that the user set is a constraint; a key that is `auto` is free. Layouts that fit are ranked
-in three classes: layouts that replicate the base on every device, then layouts that shard it
-(ZeRO-3), then layouts that offload it to host memory. Within a class they are ranked by predicted
-seconds per step. A layout of a later class may be predicted to be a little faster, because it
-checkpoints fewer blocks. It is still not preferred: its time depends on link rates, the least
-certain part of the prediction. Optimizer states are never offloaded, because an adapter's are
-small.
+in classes: layouts that keep base and activations on the devices, then layouts that offload
+activations to host memory, then layouts that offload the base. In each class, layouts that
+replicate the base on every device come before layouts that shard it (ZeRO-3). Within a class they
+are ranked by predicted seconds per step. A layout of a later class may be predicted to be a little
+faster, because it checkpoints fewer blocks. It is still not preferred: its time depends on link
+rates, the least certain part of the prediction. Optimizer states are never offloaded, because an
+adapter's are small.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
+from math import ceil
+from typing import Any
 
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.plan.cost.memory import Memory, memory
 from pipeline.plan.cost.speed import Speed, step_seconds
+from pipeline.plan.given.class_proof import cached_proof
 from pipeline.plan.given.hardware import GIB, Hardware
 from pipeline.plan.given.layout import Layout, Offload, SequenceProfile
-from pipeline.plan.given.sequence_parallel import require_groups
+from pipeline.plan.given.sequence_parallel import (
+    reason_against_split,
+    require_groups,
+    sizes_by_heads,
+    sizes_by_ranks,
+)
 from pipeline.plan.given.shape import ModelShape
 
 _DEFAULT_GLOBAL_BATCH = 16
 _LARGEST_MICRO_BATCH = 64
+_TILE_TOKENS = 4096  # tokens of a tile of an MLP: enough to keep a GPU's matrix units busy
+# Tokens of a rank's part of a sequence from which MLPs are tiled. For shorter ones the time that
+# tiles take is too uncertain, and smaller micro-batches save as much memory.
+_LONG_SEQUENCE = 16_384
 _HOST_SHARE = 0.9  # usable fraction of a node's memory; system and page cache need the rest
 
 
@@ -133,25 +147,61 @@ def candidates(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> li
 
     Raises UserError if the batch keys contradict each other.
     """
-    return sorted(
-        (
-            _with_fewest_checkpointed(settings, shape, cluster, layout)
-            for layout in _layouts(settings, shape, cluster)
-        ),
-        key=preference,
+    found = _without_auto_split(settings, shape, cluster)
+    is_kept = any(
+        candidate.refusal is None
+        and not candidate.layout.offload_activations
+        and candidate.layout.offload_param == "none"
+        for candidate in found
     )
+    for size in [] if is_kept else _auto_splits(settings, shape, cluster):
+        changes: dict[str, Any] = {"sequence_parallel_size": size}
+        if settings.batch_size == settings.gradient_accumulation_steps == "auto":
+            changes["batch_size"] = 1  # a longer micro-batch would need another split
+        split = settings.model_copy(update=changes)
+        with suppress(UserError):  # batch keys that do not suit this number of groups
+            found += _without_auto_split(split, shape, cluster)
+    return sorted(found, key=preference)
 
 
-def preference(candidate: Candidate) -> tuple[bool, bool, bool, float]:
+def _without_auto_split(
+    settings: RunSettings, shape: ModelShape, cluster: Cluster
+) -> list[Candidate]:
+    """Candidates with one size of sequence-parallel groups, which is 1 for `auto`."""
+    return [
+        candidate
+        for layout in _layouts(settings, shape, cluster)
+        for candidate in _with_savings(settings, shape, cluster, layout)
+    ]
+
+
+def _auto_splits(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> list[int]:
+    """Sizes of groups within a node to try if the ranks cannot hold whole sequences.
+
+    The conditions are those of the rules split-heads to split-flash-attention.
+    """
+    if settings.sequence_parallel_size != "auto" or cluster.ranks_per_node == 1:
+        return []
+    has_dropout = any(entry.startswith("att") for entry in shape.dropouts)
+    if has_dropout or settings.use_flash_attention is True or cluster.hardware.kind == "cpu":
+        return []
+    if reason_against_split(shape, cached_proof(shape, settings)):
+        return []
+    by_ranks = sizes_by_ranks(1, cluster.ranks_per_node)
+    return [size for size in sizes_by_heads(shape) if size > 1 and size in by_ranks]
+
+
+def preference(candidate: Candidate) -> tuple[bool, bool, bool, bool, float]:
     """Sort key that puts the best candidate first.
 
     Refused candidates come last, sorted by the device memory that they need.
     """
     layout = candidate.layout
     if candidate.refusal is not None:
-        return True, False, False, candidate.memory.device_need
+        return True, False, False, False, candidate.memory.device_need
     is_offloaded = layout.offload_param != "none"
-    return False, layout.is_sharded, is_offloaded, candidate.speed.seconds_per_step
+    seconds = candidate.speed.seconds_per_step
+    return False, is_offloaded, layout.offload_activations, layout.is_sharded, seconds
 
 
 def _layouts(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> Iterator[Layout]:
@@ -219,6 +269,43 @@ def _allowed_offloads(settings: RunSettings, hardware: Hardware) -> list[Offload
     return ["none", "cpu"] if hardware.kind == "cuda" else ["none"]
 
 
+def _with_savings(
+    settings: RunSettings, shape: ModelShape, cluster: Cluster, layout: Layout
+) -> Iterator[Candidate]:
+    """Candidates for a layout: as it is, with tiled MLPs, and with offloaded activations.
+
+    Tiles that are `auto` are tried if blocks have to be checkpointed, because tiles may cost less
+    time. Offload of activations that is `auto` is tried if nothing fits without it.
+    """
+    search = partial(_with_fewest_checkpointed, settings, shape, cluster)
+    length = settings.max_length / layout.sequence_parallel_size
+    num_tiles = ceil(layout.micro_batch_size * length / _TILE_TOKENS)
+    is_tileable = length >= _LONG_SEQUENCE and any(block.has_tileable_mlp for block in shape.blocks)
+    if settings.mlp_tiles != "auto":
+        num_tiles = settings.mlp_tiles
+        layout = replace(layout, mlp_tiles=num_tiles)
+    may_tile = settings.mlp_tiles == "auto" and is_tileable and num_tiles > 1
+    if settings.offload_activations is not True:
+        first = search(layout)
+        yield first
+        fits = first.refusal is None
+        if may_tile and first.layout.checkpointed_layers:
+            tiled = search(replace(layout, mlp_tiles=num_tiles))
+            yield tiled
+            fits |= tiled.refusal is None
+        may_offload = (
+            settings.offload_activations == "auto"
+            and cluster.hardware.kind == "cuda"
+            and settings.gradient_checkpointing is not False
+        )
+        if fits or not may_offload:
+            return
+    layout = replace(layout, offload_activations=True)
+    yield search(layout)
+    if may_tile:
+        yield search(replace(layout, mlp_tiles=num_tiles))
+
+
 def _with_fewest_checkpointed(
     settings: RunSettings, shape: ModelShape, cluster: Cluster, layout: Layout
 ) -> Candidate:
@@ -229,7 +316,9 @@ def _with_fewest_checkpointed(
     predict = partial(_predict_candidate, settings, shape, cluster)
     # At ZeRO-3, a 4-bit layer that is not checkpointed keeps its gathered weight until its backward
     # pass (rule 4bit-zero3-unchecked in docs/rules.md).
-    needs_all = layout.is_sharded and settings.load_in_4bit
+    needs_all = (layout.is_sharded and settings.load_in_4bit) or (
+        settings.offload_activations is True
+    )
     if needs_all and settings.gradient_checkpointing is not False:
         return predict(replace(layout, checkpointed_layers=shape.num_layers))
     first = predict(layout)

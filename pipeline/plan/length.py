@@ -1,14 +1,18 @@
 """Cost of the setting max_length: tokens lost at its value, and memory at greater values."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config.settings import RunSettings
+from pipeline.errors import UserError
 from pipeline.plan.choose import Candidate, Cluster, candidates
 from pipeline.plan.given.data_size import DataSize, LengthLoss
 from pipeline.plan.given.hardware import GIB
 from pipeline.plan.given.shape import ModelShape
 from pipeline.plan.plan import Plan
+
+_STEP = 1024  # tokens; the longest length is found to the next step or to 1 %
+_LONGEST = 2**24  # tokens that are tried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +72,73 @@ def length_needs(
                 )
             )
     return needs
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongestLength:
+    """The longest `max_length` that fits, in steps of `_STEP` tokens, and its best candidate."""
+
+    max_length: int
+    best: Candidate
+
+
+def longest_length(
+    settings: RunSettings, shape: ModelShape, cluster: Cluster
+) -> LongestLength | None:
+    """The longest `max_length` that fits, whatever the model's number of positions.
+
+    None if no length fits, or if the batch keys do not suit the cluster. What is `auto` is searched
+    with micro-batches of one sequence and every layer checkpointed, because nothing else makes a
+    longer sequence fit.
+    """
+    smallest: dict[str, Any] = {}
+    if settings.batch_size == "auto" and settings.gradient_accumulation_steps == "auto":
+        smallest["batch_size"] = 1
+    if settings.gradient_checkpointing == "auto":
+        smallest["gradient_checkpointing"] = True
+    settings = settings.model_copy(update=smallest)
+
+    def best_at(steps: int) -> Candidate | None:
+        longer = settings.model_copy(update={"max_length": steps * _STEP})
+        best = candidates(longer, shape, cluster)[0]
+        return best if best.refusal is None else None
+
+    found: LongestLength | None = None
+    low, high = 0, 1  # `low` steps fit, or are 0; `high` steps do not fit once `is_bounded`
+    is_bounded = False
+    try:
+        while high - low > max(1, low // 100) or not is_bounded:
+            middle = (low + high) // 2 if is_bounded else high
+            best = best_at(middle)
+            if best is not None:
+                found = LongestLength(max_length=middle * _STEP, best=best)
+                low, high = middle, high if is_bounded else 2 * middle
+                is_bounded |= high * _STEP > _LONGEST
+            else:
+                high, is_bounded = middle, True
+    except UserError:
+        return None
+    return found
+
+
+def longest_text(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> str:
+    """The longest `max_length` that fits on the cluster and on one of its devices, as a line."""
+    clusters = [cluster]
+    if cluster.world_size > 1 and cluster.hardware.kind == "cuda":
+        clusters.append(replace(cluster, nodes=1, ranks_per_node=1))
+    texts = []
+    for each in clusters:
+        found = longest_length(settings, shape, each)
+        device = f"{each.world_size} x {each.hardware.name}" if each is cluster else "1 of them"
+        if found is None:
+            texts.append(f"no length fits on {device}")
+        else:
+            savings = found.best.layout.savings_text(shape.num_layers)
+            texts.append(f"up to {found.max_length:,} tokens on {device} ({savings})")
+    text = "; ".join(texts)
+    if shape.max_positions is not None:
+        text += f"; the model has {shape.max_positions:,} positions"
+    return text
 
 
 def length_texts(

@@ -72,8 +72,8 @@ class Plan:
     """The plan of a run: settings, layout, DeepSpeed config, rules, and the reason for each choice.
 
     `fits`: whether `layout` fits in memory; if no layout does, `layout` is the one that needs the
-    least memory. `proof`: results of the checks of the model's class; None if the class has not
-    been checked on this machine.
+    least memory. `candidates`: all candidates for the layout, best first. `proof`: results of the
+    checks of the model's class; None if the class has not been checked on this machine.
     """
 
     settings: RunSettings
@@ -86,6 +86,7 @@ class Plan:
     data: DataSize | None = None
     schedule: Schedule | None = None
     fits: bool = True
+    candidates: tuple[Candidate, ...] = ()
     proof: Proof | None = None
 
     @property
@@ -279,10 +280,10 @@ def plan_and_candidates(
     ranked = candidates(settings, shape, cluster)
     if all(candidate.refusal for candidate in ranked):
         message = misfit_message(settings, shape, cluster, ranked)
-        raise DoesNotFitError(message, _build_plan(plan_input, ranked[0], why), ranked)
+        raise DoesNotFitError(message, _build_plan(plan_input, ranked, why), ranked)
     ranked = _refused_by_rules_last(plan_input, ranked)
     why |= reasons(ranked[0], ranked, settings, shape, cluster)
-    return _build_plan(plan_input, ranked[0], why), ranked
+    return _build_plan(plan_input, ranked, why), ranked
 
 
 def _refused_by_rules_last(plan_input: PlanInput, ranked: list[Candidate]) -> list[Candidate]:
@@ -305,8 +306,9 @@ def _refused_by_rules_last(plan_input: PlanInput, ranked: list[Candidate]) -> li
     return checked
 
 
-def _build_plan(plan_input: PlanInput, chosen: Candidate, why: dict[str, str]) -> Plan:
-    """The plan with the layout of the chosen candidate."""
+def _build_plan(plan_input: PlanInput, ranked: Sequence[Candidate], why: dict[str, str]) -> Plan:
+    """The plan with the layout of the first candidate."""
+    chosen = ranked[0]
     context = _build_context(plan_input, chosen.layout)
     return Plan(
         settings=plan_input.settings,
@@ -317,6 +319,7 @@ def _build_plan(plan_input: PlanInput, chosen: Candidate, why: dict[str, str]) -
         rules=_all_applicable_rules(context),
         deepspeed=dict(context.deepspeed),
         fits=chosen.refusal is None,
+        candidates=tuple(ranked),
         proof=plan_input.proof,
     )
 

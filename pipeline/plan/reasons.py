@@ -18,6 +18,10 @@ _SETTING_OF = {
 }
 
 
+# Values of fields that need no reason: the run fits without a saving of memory.
+_UNUSED = (("offload_activations", False), ("mlp_tiles", 1), ("sequence_parallel_size", 1))
+
+
 def reasons(
     chosen: Candidate,
     ranked: Sequence[Candidate],
@@ -35,6 +39,8 @@ def reasons(
             continue
         if key in ("hpz_partition_size", "offload_param") and not chosen.layout.is_sharded:
             continue  # these keys apply only to a sharded base
+        if (key, getattr(chosen.layout, key)) in _UNUSED:
+            continue
         if key == "hpz_partition_size" and cluster.nodes == 1:
             why[key] = "one node: gathers never use the network"
         elif key == "checkpointed_layers":

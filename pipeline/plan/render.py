@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.plan.choose import Candidate
 from pipeline.plan.cost.memory import disk_bytes
 from pipeline.plan.given.hardware import GIB
-from pipeline.plan.length import length_json, length_texts
+from pipeline.plan.length import length_json, length_texts, longest_text
 from pipeline.plan.plan import Plan
 from pipeline.plan.rules.rule import PlanContext, Rule
 
@@ -42,6 +42,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "hpz_partition_size": layout.hpz_partition_size,
             "offload_param": layout.offload_param,
             "sequence_parallel_size": layout.sequence_parallel_size,
+            "offload_activations": layout.offload_activations,
+            "mlp_tiles": layout.mlp_tiles,
             "why": plan.why | ({"proof": reason} if (reason := _proof_reason(plan)) else {}),
         },
         "fast_paths": plan.fast_path_states,
@@ -55,17 +57,30 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "fits": plan.fits,
         },
         "length": length_json(plan),
+        "longest": longest_text(plan.settings, plan.shape, plan.cluster),
         "speed": {
             "seconds_per_step": speed.seconds_per_step,
             "tokens_per_second": speed.tokens_per_second,
             "terms": speed.terms,
         },
         "disk": disk_bytes(shape, plan.settings),
+        "candidates": [_candidate_json(candidate) for candidate in plan.candidates],
         "rules": [
             {"id": r.id, "level": r.level, "message": r.message, "source": r.source}
             for r in plan.rules
         ],
         "deepspeed": plan.deepspeed,
+    }
+
+
+def _candidate_json(candidate: Candidate) -> dict[str, Any]:
+    """A candidate for the layout, with its memory in bytes, its time and its refusal."""
+    return {
+        **asdict(candidate.layout),
+        "device_bytes": candidate.memory.device_need,
+        "host_bytes": candidate.memory.host_peak_bytes,
+        "seconds_per_step": candidate.speed.seconds_per_step,
+        "refusal": candidate.refusal,
     }
 
 
@@ -80,6 +95,7 @@ def plan_text(plan: Plan) -> str:
             *(f"  {key:<28} {text}" for key, text in plan.why.items()),
             *_memory_lines(plan),
             *_memory_terms(plan),
+            f"longest    {longest_text(plan.settings, plan.shape, plan.cluster)}",
             *_speed_lines(plan),
             *(_rule_line(rule) for rule in plan.rules),
         ]
@@ -205,14 +221,20 @@ def _speed_lines(plan: Plan) -> list[str]:
 
 
 def candidates_text(ranked: Sequence[Candidate]) -> str:
-    """A table of all candidates, best first: layout, memory, speed and refusal."""
-    head = "stage  micro  accum    ckpt  hpZ  offload     GiB  s/step"
+    """A table of all candidates, best first: layout, memory, speed and refusal.
+
+    `split`: ranks that share a sequence. `host`: whether inputs of checkpointed layers are in host
+    memory.
+    """
+    head = "stage  micro  accum    ckpt  split  tiles  host  hpZ  offload     GiB  s/step"
     lines = [head]
     for candidate in ranked:
         layout = candidate.layout
         lines.append(
             f"{layout.zero_stage:>5}  {layout.micro_batch_size:>5}  {layout.accumulation_steps:>5}"
-            f"  {layout.checkpointed_layers:>6}  {layout.hpz_partition_size:>3}  "
+            f"  {layout.checkpointed_layers:>6}  {layout.sequence_parallel_size:>5}"
+            f"  {layout.mlp_tiles:>5}  "
+            f"{'yes' if layout.offload_activations else 'no':>4}  {layout.hpz_partition_size:>3}  "
             f"{layout.offload_param:>7}  {candidate.memory.device_need / GIB:>6.1f}  "
             f"{candidate.speed.seconds_per_step:>6.2f}  {candidate.refusal or ''}".rstrip()
         )

@@ -29,6 +29,7 @@ from pipeline.model.base import remove_input_gradients, require_input_gradients
 from pipeline.model.joint_lora import join_lora
 from pipeline.model.loss import SummedLoss, max_chunks
 from pipeline.model.neftune import EmbeddingNoise
+from pipeline.model.tiles import tile_mlps
 from pipeline.plan.given.fast_paths import JOINT_LORA, LOSS_GRADIENT, ONE_REDUCTION
 from pipeline.plan.given.layout import SequenceProfile
 from pipeline.plan.plan import Plan
@@ -80,6 +81,7 @@ class Engine:
         if not plan.fast_paths[JOINT_LORA]:
             join_lora(model)
         causal: Any = model.get_base_model()
+        tile_mlps(causal, plan)
         is_reentrant = is_sharded and plan.layout.checkpointed_layers > 0
         if is_reentrant:
             remove_input_gradients(causal)

@@ -1,11 +1,12 @@
 """Everything that needs one GPU, in one process and in less than 8 minutes.
 
-    python -m tests.bench.gpu [--out FOLDER] [--limit SECONDS] [--tiny]
+    python -m tests.bench.gpu [--out FOLDER] [--limit SECONDS] [--tiny] [--long]
 
 Writes FOLDER/gpu.json after each part, and FOLDER/gpu.md, a page with the results. Parts that have
 not begun when the time limit is reached are skipped by name, and a part that fails is recorded with
 its error. Weights are random and are created on the device in the shape of Llama 3.1 8B.
-`--tiny` runs every part with a tiny shape, also on a CPU: `make test` does so.
+`--tiny` runs every part with a tiny shape, also on a CPU: `make test` does so. `--long` runs the
+sequences of 65,536 and 131,072 tokens instead; a step of these takes up to a minute (predicted).
 """
 
 import argparse
@@ -55,7 +56,8 @@ LLAMA_1B = {
 class Cell:
     """A short run: settings, share of checkpointed layers, documents in a sequence.
 
-    `without`: a fast path that is off. `model`: changes of the shape of Llama 3.1 8B.
+    `without`: a fast path that is off. `model`: changes of the shape of Llama 3.1 8B. `steps`:
+    measured steps. `warm_up`: steps before them.
     """
 
     settings: dict = field(default_factory=dict)
@@ -63,6 +65,8 @@ class Cell:
     documents: int = 1
     without: str = ""
     model: dict = field(default_factory=dict)
+    steps: int = 5
+    warm_up: int = 2
 
 
 NF4, INT8 = {"load_in_4bit": True}, {"load_in_8bit": True}
@@ -85,11 +89,22 @@ CELLS = {
     "1B QLoRA": Cell(model=LLAMA_1B, settings=NF4),
     "1B 8-bit": Cell(model=LLAMA_1B, settings=INT8),
 }
+TILED_64K = {"max_length": 65_536, "batch_size": 1, "global_batch_size": 1, "mlp_tiles": 16}
+TILED_128K = TILED_64K | {"max_length": 131_072, "mlp_tiles": 32}
+ON_HOST = {"offload_activations": True}
+LONG_CELLS = {
+    name: Cell(settings=settings, checkpointed=1, steps=2, warm_up=1)
+    for name, settings in {
+        "8B LoRA, 64k, tiles": TILED_64K,
+        "8B LoRA, 64k, tiles and offload": TILED_64K | ON_HOST,
+        "8B LoRA, 128k, tiles and offload": TILED_128K | ON_HOST,
+        "8B LoRA, 128k, tiles": TILED_128K,
+    }.items()
+}
 SETTINGS = {
     "bf16": True, "lora_r": 16, "max_length": 4096, "batch_size": 2, "global_batch_size": 4,
     "gradient_checkpointing": False, "zero_stage": 2,
 }  # fmt: skip
-STEPS, WARM_UP = 5, 2
 
 
 class Bench:
@@ -130,7 +145,7 @@ class Bench:
             split = self.split(plan, cell.documents)
             if self.is_cuda:
                 torch.cuda.reset_peak_memory_stats()
-            seconds, largest = self._train(plan, split)
+            seconds, largest = self._train(plan, split, cell)
         median = statistics.median(seconds)
         tokens = plan.layout.global_batch_size * plan.settings.max_length
         return {
@@ -142,14 +157,14 @@ class Bench:
             "fast_paths": plan.fast_path_states | ({cell.without: "off"} if cell.without else {}),
         }
 
-    def _train(self, plan, split):
+    def _train(self, plan, split, cell):
         from pipeline.model.adapter import attach_adapter
         from pipeline.train.engine import Engine
         from tests.train_tiny import work
 
         engine = Engine(attach_adapter(random_base(plan, self.session.device), plan), plan)
         seconds = []
-        for step in range(WARM_UP + STEPS):
+        for step in range(cell.warm_up + cell.steps):
             batches, supervised = work(plan, split, step, 0)
             synchronise(self.is_cuda)
             start = time.perf_counter()
@@ -157,7 +172,7 @@ class Bench:
             synchronise(self.is_cuda)
             seconds.append(time.perf_counter() - start)
         engine.deepspeed.destroy()
-        return seconds[WARM_UP:], engine.largest_batch
+        return seconds[cell.warm_up :], engine.largest_batch
 
     def profile(self, cell):
         """Share of a step that each kind of operator takes."""
@@ -186,8 +201,10 @@ def machine(hardware):
     }
 
 
-def parts(bench):
+def parts(bench, *, is_long=False):
     """Name of each part -> the function that measures it, the most important first."""
+    if is_long:
+        return {name: partial(bench.measure, cell) for name, cell in LONG_CELLS.items()}
     device, is_tiny = bench.session.device, bench.is_tiny
     rates = {
         "matrix products": partial(gpu_rates.products, device, is_tiny=is_tiny),
@@ -225,6 +242,7 @@ def main(arguments=None):
     parser.add_argument("--out", type=Path, default=Path("build/bench-gpu"))
     parser.add_argument("--limit", type=float, default=460, help="seconds")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--long", action="store_true")
     options = parser.parse_args(arguments)
     start = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -234,7 +252,7 @@ def main(arguments=None):
         bench = Bench(session, hardware, Path(tmp), is_tiny=options.tiny)
         results = {"date": time.strftime("%Y-%m-%d"), "tiny": options.tiny,
                    "machine": machine(hardware), "parts": {}}  # fmt: skip
-        for name, measure in parts(bench).items():
+        for name, measure in parts(bench, is_long=options.long).items():
             late = time.perf_counter() - start > options.limit
             part = {"skipped": "the time limit was reached"} if late else run_part(measure)
             results["parts"][name] = part

@@ -225,7 +225,28 @@ SPLIT = {  # groups of ranks share each sequence
         settings=ZERO2 | SPLIT4 | {"max_length": 1024}, model={"num_key_value_heads": 2}, ranks=4
     ),
 }
-CASES = GRID | OTHERS | PACKED | CLASSES | SPLIT
+TILES, HOST_INPUTS = {"mlp_tiles": 8}, {"offload_activations": True}
+LONG = {"batch_size": 1, "global_batch_size": 2, "max_length": 1024}
+WIDE = {"vocab_size": 128, "intermediate_size": 1376, "num_hidden_layers": 3}
+LONGER = {
+    f"{kind} zero{stage} {name}": Case(
+        settings=settings | LONG | savings | {"zero_stage": stage}, model=WIDE
+    )
+    for kind, settings in {"fp32": {}, "bf16": BF16, "nf4": NF4}.items()
+    for stage in (2, 3)
+    for name, savings in {
+        "tiles ckpt-off": TILES | OFF,
+        "tiles ckpt-on": TILES | ON,
+        "tiles inputs-on-host": TILES | HOST_INPUTS,
+        "inputs-on-host": HOST_INPUTS,
+    }.items()
+    if not (kind == "nf4" and stage == 3 and name == "tiles ckpt-off")
+} | {
+    "tiles phi": Case(settings=ZERO2 | ALL | LONG | TILES, model=WIDE | {"model_type": "phi"}),
+    "tiles dropout": Case(settings=ZERO2 | LONG | TILES | {"lora_dropout": 0.1}, model=WIDE),
+    "tiles packed": Case(settings=ZERO2 | LONG | TILES, model=WIDE, documents=5),
+}
+CASES = GRID | LONGER | OTHERS | PACKED | CLASSES | SPLIT
 TABLE = (
     "| case | measured, MiB | predicted | error | worst moment, predicted |\n|---|---|---|---|---|"
 )

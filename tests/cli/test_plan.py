@@ -34,7 +34,7 @@ JSON_KEYS = {
     "choice": {
         "zero_stage", "micro_batch_size", "gradient_accumulation_steps", "global_batch_size",
         "checkpointed_layers", "hpz_partition_size", "offload_param", "sequence_parallel_size",
-        "why",
+        "offload_activations", "mlp_tiles", "why",
     },
     "fast_paths": None,
     "proof": None,
@@ -42,8 +42,10 @@ JSON_KEYS = {
         "per_rank", "peak_bytes", "load_peak_bytes", "host_peak_bytes", "device_bytes", "fits",
     },
     "length": None,
+    "longest": None,
     "speed": {"seconds_per_step", "tokens_per_second", "terms"},
     "disk": None,
+    "candidates": None,
     "rules": None,
     "deepspeed": None,
 }  # fmt: skip
@@ -104,7 +106,7 @@ def test_the_text_has_layout_reasons_memory_and_start_commands(call):
         out,
         "ZeRO-2", "global batch 64", "79 an epoch", "estimated",
         "zero_stage", "activations", "host memory of a node", "disk: checkpoints",
-        "s/step", "tokens/s", "deepspeed launch/train.py",
+        "longest", "tokens on 8 x", "1 of them", "s/step", "tokens/s", "deepspeed launch/train.py",
         "sbatch --nodes=1 --gpus-per-node=8 --cpus-per-gpu=4", "slurm/train.sbatch",
         "global_batch_size=64",
     )  # fmt: skip
@@ -160,7 +162,8 @@ def test_an_index_of_other_settings_is_not_used(call):
 def test_option_all_shows_why_each_candidate_does_not_fit(call):
     code, out, err = call("--gpu-memory-gib", "16", "zero_stage=2", "global_batch_size=4", "--all")
     assert code == 2
-    assert out.count("GiB a rank (") == 3  # micro-batches of 4, 2 and 1
+    # Micro-batches of 4, 2 and 1, each with activations on the device and in host memory.
+    assert out.count("GiB a rank (") == 6
     assert "does not fit" in err
 
 

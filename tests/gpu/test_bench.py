@@ -35,6 +35,17 @@ def test_every_part_is_measured_with_a_tiny_shape(tmp_path):
     assert all(name in text for name in results["parts"])
 
 
+@pytest.mark.engine
+@pytest.mark.timeout(300)
+def test_every_long_sequence_is_measured_with_a_tiny_shape(tmp_path):
+    command = [sys.executable, "-m", "tests.bench.gpu", "--tiny", "--long", "--out", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env=os.environ | CPU, check=True, capture_output=True)
+    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert parts.keys() == gpu.LONG_CELLS.keys()
+    assert all(part["tokens_per_second"] > 0 for part in parts.values()), parts
+    assert all(len(part["step_seconds"]) == 2 for part in parts.values())
+
+
 @pytest.mark.unit
 def test_a_part_that_fails_is_recorded_and_a_missing_feature_is_named():
     def fails():

@@ -13,9 +13,10 @@ from pipeline.errors import UserError
 from pipeline.plan.choose import Cluster, candidates
 from pipeline.plan.cost.memory import memory
 from pipeline.plan.given.catalogue import gpu_named
+from pipeline.plan.given.hardware import GIB
 from pipeline.plan.given.layout import SequenceProfile
 from pipeline.plan.given.shape import read_shape
-from pipeline.plan.plan import make_plan, plan_and_candidates
+from pipeline.plan.plan import DoesNotFitError, make_plan, plan_and_candidates
 from tests.messages import assert_mentions, refused
 from tests.plans import CPU, LLAMA_8B, LLAMA_70B, SMOLLM2, gpu
 
@@ -291,3 +292,83 @@ def test_an_exchange_is_priced_by_the_slowest_link_of_its_group(ranked):
     links = H100.node_link / min(H100.node_link, H100.network)
     slower = (15 / 16) / (7 / 8) * (32 + 16) / (32 + 8) * links
     assert seconds[16] / seconds[8] == pytest.approx(slower, rel=0.1)
+
+
+LONG = {"config": LLAMA_8B, "ranks": 1, "hardware": gpu(80, count=1), "global_batch_size": 1}
+
+
+def test_tiles_and_offload_are_used_only_where_a_longer_sequence_needs_them(ranked):
+    short, tiled, offloaded = (
+        ranked(**LONG, max_length=length)[0] for length in (16_384, 131_072, 262_144)
+    )
+    assert (short.layout.mlp_tiles, short.layout.offload_activations) == (1, False)
+    assert (tiled.layout.mlp_tiles, tiled.layout.offload_activations) == (32, False)
+    assert (offloaded.layout.mlp_tiles, offloaded.layout.offload_activations) == (64, True)
+    assert not {"mlp_tiles", "offload_activations"} & short.why.keys()
+    assert "offload_activations False needs" in offloaded.why["offload_activations"]
+    assert tiled.layout.offload_param == offloaded.layout.offload_param == "none"
+    assert offloaded.memory.host_peak_bytes > 31 * 2**31 > tiled.memory.host_peak_bytes
+    assert offloaded.speed.terms["tiles"] > 0
+    assert offloaded.speed.terms["activation_copies"] > 0
+
+
+def test_sequences_are_split_over_ranks_if_they_only_fit_with_copies_in_host_memory(ranked):
+    keys = {"hardware": gpu(80), "global_batch_size": 8, "max_length": 262_144}
+    plan, found = ranked(**keys)
+    assert plan.layout.sequence_parallel_size == 8
+    assert not plan.layout.offload_activations
+    assert plan.layout.global_batch_size == 8
+    assert {c.layout.sequence_parallel_size for c in found} == {1, 2, 4, 8}
+    assert "sequence_parallel_size" in plan.why
+    best, others = found[0], [c for c in found if c.layout.zero_stage == 2 and not c.refusal]
+    on_devices = [c.speed.seconds_per_step for c in others if not c.layout.offload_activations]
+    assert best.speed.seconds_per_step == min(on_devices)
+    for refused_keys in ({"sequence_parallel_size": 1}, {"hardware": gpu(80, count=1), "ranks": 1}):
+        assert ranked(**keys | refused_keys)[0].layout.sequence_parallel_size == 1
+
+
+def test_sequences_are_not_split_if_a_rule_would_refuse_it(ranked):
+    """SmolLM2 has 9 heads, and dropout in attention depends on the size."""
+    keys = {"hardware": gpu(24), "global_batch_size": 8, "max_length": 1_048_576}
+    for config in (SMOLLM2, SMOLLM2 | {"num_attention_heads": 8, "attention_dropout": 0.1}):
+        try:
+            found = ranked(config, **keys)[1]
+        except DoesNotFitError as error:
+            found = error.ranked
+        assert {c.layout.sequence_parallel_size for c in found} == {1}
+
+
+def test_offload_that_the_host_has_no_memory_for_is_refused(ranked):
+    small = replace(gpu(80, count=1), host_bytes=32 * GIB)
+    with refused("max_length", "does not fit"):
+        ranked(**(LONG | {"hardware": small}), max_length=262_144)
+
+
+def test_activations_are_not_offloaded_if_the_settings_forbid_it(ranked):
+    for keys in ({"offload_activations": False}, {"gradient_checkpointing": False}):
+        try:
+            found = ranked(**LONG, **keys, max_length=262_144)[1]
+        except DoesNotFitError as error:
+            found = error.ranked
+        assert not any(candidate.layout.offload_activations for candidate in found)
+    _, found = ranked(SMOLLM2, CPU, ranks=2, max_length=4096)
+    assert not any(candidate.layout.offload_activations for candidate in found)
+
+
+def test_offload_set_to_true_checkpoints_every_layer(layout):
+    chosen = layout(SMOLLM2, CPU, ranks=2, max_length=512, offload_activations=True, mlp_tiles=3)
+    assert (chosen.checkpointed_layers, chosen.offload_activations, chosen.mlp_tiles) == (
+        30,
+        True,
+        3,
+    )
+
+
+def test_tiles_of_an_mlp_save_memory_and_cost_time(ranked):
+    whole, tiled = (
+        ranked(**LONG, max_length=32_768, mlp_tiles=n, gradient_checkpointing=True)[0]
+        for n in (1, 8)
+    )
+    assert tiled.memory.peak_bytes < whole.memory.peak_bytes
+    assert tiled.speed.seconds_per_step > whole.speed.seconds_per_step
+    assert "tiles" not in whole.speed.terms

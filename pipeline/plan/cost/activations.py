@@ -8,7 +8,7 @@ In the formulas b is the number of bytes per value in the training dtype; q and 
 widths of the query heads and of the key heads.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from pipeline.config.settings import RunSettings
@@ -59,7 +59,8 @@ class _BlockKind:
     `count`: number of such blocks. `adapter`: sums over all of them. `reach`: number of tokens to
     which a token may attend, which is the length of its sequence, or of its document in a pack.
     `mask_bytes`: bytes per value of a dropout mask. `is_joint`: whether adapters are computed by
-    the fast path JOINT_LORA. `group_size`: number of ranks that share each sequence.
+    the fast path JOINT_LORA. `group_size`: number of ranks that share each sequence. `num_tiles`:
+    tiles of the MLP. `outside_mlp`: sums over the adapters of other layers.
     """
 
     block: Block
@@ -72,11 +73,19 @@ class _BlockKind:
     mask_bytes: int
     is_joint: bool
     group_size: int
+    num_tiles: int
+    outside_mlp: AdapterCounts
 
     @property
     def key_copies(self) -> int:
         """Number of ranks of a group with the same key head."""
         return key_copies(self.block.num_kv_heads, self.group_size)
+
+    @property
+    def without_mlp(self) -> "_BlockKind":
+        """The same block with an MLP that saves nothing."""
+        block = replace(self.block, intermediate_size=0)
+        return replace(self, block=block, adapter=self.outside_mlp)
 
     @property
     def has_scores(self) -> bool:
@@ -102,7 +111,10 @@ def activations(
     boundary = count * h * b
     blocks = []
     adapters = adapter_counts_by_kind(shape, settings)
-    for (block, layers), adapter in zip(shape.counts(), adapters, strict=True):
+    outside_mlp = adapter_counts_by_kind(shape, settings, has_mlp=False)
+    for (block, layers), adapter, outside in zip(
+        shape.counts(), adapters, outside_mlp, strict=True
+    ):
         kind = _BlockKind(
             block=block,
             count=layers,
@@ -114,10 +126,13 @@ def activations(
             mask_bytes=1 if is_cuda else b,
             is_joint=has_joint_lora(settings, is_sharded=layout.is_sharded),
             group_size=group_size,
+            num_tiles=layout.mlp_tiles if block.has_tileable_mlp else 1,
+            outside_mlp=outside,
         )
-        saved = (
-            count * _saved_per_token(kind) + _adapted_expert_bytes(kind) + _saved_weight_bytes(kind)
-        )
+        per_token = _saved_per_token(kind)
+        if kind.num_tiles > 1:  # only the MLP's input is saved
+            per_token = _saved_per_token(kind.without_mlp) + block.hidden_size * b
+        saved = count * per_token + _adapted_expert_bytes(kind) + _saved_weight_bytes(kind)
         # The first norm of a block saves the block's input itself, except that RMSNorm on 16-bit
         # values saves an fp32 copy.
         shares_input = not (is_rms and b < 4)
@@ -300,7 +315,26 @@ def _working_bytes(kind: _BlockKind, count: int, at_once: int) -> int:
     if kind.group_size > 1:  # gradients of q, k and v: by heads, sent, received and by tokens
         exchanged = count * 4 * (block.query_width + 2 * block.key_width * kind.key_copies) * b
     mlp = count * (2 * inner + 2 * block.hidden_size) * b
+    if kind.num_tiles > 1:
+        mlp = _tiled_working_bytes(kind, count)
     return max(mlp + gradient, at_once * scores, exchanged)
+
+
+def _tiled_working_bytes(kind: _BlockKind, count: int) -> int:
+    """Bytes of temporary tensors in the backward pass of a block with a tiled MLP.
+
+    In the MLP's backward pass they are the tensors of one tile, the gradients of the output and of
+    the input for all tokens, and the gradients of the MLP's adapters in fp32. After it the norm
+    before the MLP needs more than attention: an RMSNorm has five fp32 tensors and the gradient of
+    its output.
+    """
+    block, b = kind.block, kind.b
+    of_mlp = _saved_per_token(kind) - _saved_per_token(kind.without_mlp)
+    tile = -(-count // kind.num_tiles)
+    adapters = 4 * (kind.adapter.parameters - kind.outside_mlp.parameters) // max(1, kind.count)
+    in_mlp = tile * (of_mlp + 2 * block.intermediate_size * b) + adapters
+    in_norm = count * block.hidden_size * (20 + b) if block.norm_kind == "rms" else 0
+    return max(2 * count * block.hidden_size * b + in_mlp, in_norm)
 
 
 def _loss_bytes(

@@ -33,6 +33,8 @@ _CUDA_CONTEXT = 700 * 2**20
 _ALLOCATOR_SLACK = 0.03
 # Bytes of host memory of a rank's process for libraries and the CUDA runtime: an assumption.
 _PROCESS = 4 * 2**30
+# Inputs of checkpointed blocks on the device if they are offloaded (model/host_activations.py).
+INPUTS_ON_DEVICE = 2
 _NOT_TENSORS = ("cuda_context", "allocator_slack")
 
 
@@ -92,7 +94,8 @@ def memory(
         worst_moment=worst,
         load_peak_bytes=load,
         loading_tensors=loading_tensors,
-        host_peak_bytes=_host_peak(shape, settings, layout, 0 if is_cuda else peak),
+        host_peak_bytes=_host_peak(shape, settings, layout, 0 if is_cuda else peak)
+        + (_offloaded_activations(layout, acts.boundary) if is_cuda else 0),
     )
 
 
@@ -190,7 +193,11 @@ def _moments(
 ) -> dict[str, dict[str, int]]:
     """Temporary terms at each moment that may be the peak of a step: moment -> term -> bytes."""
     num_checkpointed = layout.checkpointed_layers
-    boundaries = num_checkpointed * acts.boundary
+    # With offload, the input of the present block and that of the next one are on the device.
+    num_on_device = num_checkpointed
+    if layout.offload_activations and is_cuda:
+        num_on_device = min(num_checkpointed, INPUTS_ON_DEVICE)
+    boundaries = num_on_device * acts.boundary
     not_checkpointed = [count for _, count in shape.counts(start=num_checkpointed)]
     saved_without_checkpoint = sum(
         n * block.saved for n, block in zip(not_checkpointed, acts.blocks, strict=True)
@@ -369,6 +376,19 @@ def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_c
         return shard + constants + being_read + on_rank_0 + saved
     num_unquantised = 4 if is_cuda else 1
     return base + saved + (num_unquantised * largest if settings.is_quantised else 0)
+
+
+def _offloaded_activations(layout: Layout, boundary: int) -> int:
+    """Bytes of the inputs of checkpointed blocks in a node's host memory.
+
+    They are in parts of 64 MiB; the last part is rounded up to a power of two
+    (model/host_activations.py).
+    """
+    if not layout.offload_activations:
+        return 0
+    whole, rest = divmod(boundary, 64 * 2**20)
+    pinned = whole * 64 * 2**20 + (1 << (rest - 1).bit_length() if rest else 0)
+    return layout.ranks_per_node * layout.checkpointed_layers * pinned
 
 
 def _host_peak(shape: ModelShape, settings: RunSettings, layout: Layout, device_peak: int) -> int:

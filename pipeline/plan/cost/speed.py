@@ -110,6 +110,8 @@ def step_seconds(
         "memory_traffic": _traffic_bytes(cost, layout, micro, reach, recomputed) / rates.memory,
         "dequantisation": _dequantisation_bytes(cost, settings, layout, recomputed) / rates.memory,
     }
+    if layout.mlp_tiles > 1:
+        device["tiles"] = _tile_seconds(shape, settings, layout, rates, micro)
     busy = sum(device.values())
     gathers = _exposed_seconds(_gather_seconds(cost, layout, rates), busy)
     host = _launch_seconds(cost, layout, recomputed, documents)
@@ -120,6 +122,9 @@ def step_seconds(
         "base_gathers": gathers,
         "sequence_exchange": _exchange_seconds(shape, layout, rates, micro, recomputed),
     }
+    if layout.offload_activations:
+        size = layout.checkpointed_layers * micro * shape.hidden_size * layout.bytes_per_value
+        per_micro_batch["activation_copies"] = _copy_seconds(size / rates.host, busy, recomputed)
     steps = layout.accumulation_steps
     terms = {term: steps * seconds for term, seconds in per_micro_batch.items()}
     reductions = 1 if has_fast_path(ONE_REDUCTION, shape, settings, layout) else steps
@@ -287,6 +292,34 @@ def _exchange_seconds(
     passes = 2 + recomputed
     sent = passes * micro * values * b * (size - 1) / size
     return sent / rates.exchange + passes * 2 * shape.num_layers * _HOP_S
+
+
+def _tile_seconds(
+    shape: ModelShape, settings: RunSettings, layout: Layout, rates: Rates, micro: float
+) -> float:
+    """Seconds that tiles of MLPs add to a micro-batch: a forward pass more, and weights read again.
+
+    Each tile reads the weights of the MLP in each pass, and dequantises them if they are quantised.
+    """
+    cost = cost_per_token(shape, settings, layout.training_dtype, is_sharded=layout.is_sharded)
+    b = layout.bytes_per_value
+    weights = sum(n * block.mlp_weights for block, n in shape.counts() if block.has_tileable_mlp)
+    share = weights / cost.linear_values
+    flops = share * (cost.base_flops + cost.adapter_flops) * micro
+    reads = (layout.mlp_tiles - 1) * (3 + layout.checkpointed_layers / shape.num_layers) + 1
+    per_read = b * weights + (share * (cost.packed_bytes + b * weights) if cost.packed_bytes else 0)
+    traffic = share * b * cost.token_values * micro + reads * per_read
+    return flops / rates.flops + traffic / rates.memory
+
+
+def _copy_seconds(one_way: float, busy: float, recomputed: float) -> float:
+    """Seconds that copies of activations add: to the host in the forward pass, and back after it.
+
+    Of the computing, the forward pass has one part; the backward pass has two parts, because a
+    frozen weight has no gradient, and recomputation is one more.
+    """
+    forward = busy / (2 + recomputed)
+    return _exposed_seconds(one_way, forward) + _exposed_seconds(one_way, busy - forward)
 
 
 def _exposed_seconds(gathers: float, busy: float) -> float:

@@ -73,9 +73,15 @@ def adapter_counts(shape: ModelShape, settings: RunSettings) -> AdapterCounts:
     return _cached_counts(shape, _Selection.of(settings))[0]
 
 
-def adapter_counts_by_kind(shape: ModelShape, settings: RunSettings) -> tuple[AdapterCounts, ...]:
-    """Counts for the blocks of each kind, in the order of `shape.blocks`."""
-    return _cached_counts(shape, _Selection.of(settings))[1]
+def adapter_counts_by_kind(
+    shape: ModelShape, settings: RunSettings, *, has_mlp: bool = True
+) -> tuple[AdapterCounts, ...]:
+    """Counts for the blocks of each kind, in the order of `shape.blocks`.
+
+    Without `has_mlp` the layers of MLPs are left out.
+    """
+    _, all_layers, outside_mlps = _cached_counts(shape, _Selection.of(settings))
+    return all_layers if has_mlp else outside_mlps
 
 
 def lora_scaling(r: int, alpha: float, *, use_rslora: bool) -> float:
@@ -226,19 +232,24 @@ def _not_excluded(shape: ModelShape, excluded: str | Sequence[str], names: list[
 @lru_cache(maxsize=16)
 def _cached_counts(
     shape: ModelShape, selection: _Selection
-) -> tuple[AdapterCounts, tuple[AdapterCounts, ...]]:
-    """Counts for all adapted layers, and for those in the blocks of each kind."""
+) -> tuple[AdapterCounts, tuple[AdapterCounts, ...], tuple[AdapterCounts, ...]]:
+    """Counts for all adapted layers, for those in the blocks of each kind, and without MLPs."""
     selected, r = _select_layers(shape, selection), selection.r
     experts = shape.targeted_experts(selection.targets)
-    by_kind = [
-        _sum_counts(
-            [layer for layer in selected if shape.kind_of(layer.name) == kind],
-            [tensor for name, tensor in experts if shape.kind_of(name) == kind],
-            r,
+
+    def by_kind(layers: Sequence[AdaptedLayer]) -> tuple[AdapterCounts, ...]:
+        return tuple(
+            _sum_counts(
+                [layer for layer in layers if shape.kind_of(layer.name) == kind],
+                [tensor for name, tensor in experts if shape.kind_of(name) == kind],
+                r,
+            )
+            for kind in range(len(shape.blocks))
         )
-        for kind in range(len(shape.blocks))
-    ]
-    return _sum_counts(selected, [tensor for _, tensor in experts], r), tuple(by_kind)
+
+    outside = [layer for layer in selected if "mlp." not in layer.linear.name]
+    total = _sum_counts(selected, [tensor for _, tensor in experts], r)
+    return total, by_kind(selected), by_kind(outside)
 
 
 def _sum_counts(

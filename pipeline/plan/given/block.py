@@ -46,6 +46,20 @@ class Block:
     saved_for_expert_adapters: int | None = None
 
     @property
+    def has_tileable_mlp(self) -> bool:
+        """Whether the MLP is a module `mlp` that treats each token separately (model/tiles.py).
+
+        Blocks with experts are left out, and classes whose MLP has not been read (`saved`).
+        """
+        names = [linear.name for linear in self.linears]
+        return self.saved is None and not self.experts and any("mlp." in name for name in names)
+
+    @property
+    def mlp_weights(self) -> int:
+        """Weights of the linear layers of a tileable MLP."""
+        return sum(linear.weights for linear in self.linears if "mlp." in linear.name)
+
+    @property
     def num_experts(self) -> int:
         """Number of experts; 0 for a dense block."""
         return self.experts[0].count if self.experts else 0

@@ -17,6 +17,8 @@ class Layout:
     there is no second copy. `loads_through_host`: a quantised base that is too large for one device
     is loaded into host memory and sharded from there. `sequence_parallel_size`: number of
     consecutive ranks that share each sequence; 1 if each rank has its own sequences.
+    `offload_activations`: inputs of checkpointed blocks are in host memory until the backward pass.
+    `mlp_tiles`: number of parts of a sequence that each MLP computes one after another.
     """
 
     zero_stage: int
@@ -30,6 +32,8 @@ class Layout:
     offload_param: Offload = "none"
     loads_through_host: bool = False
     sequence_parallel_size: int = 1
+    offload_activations: bool = False
+    mlp_tiles: int = 1
 
     @property
     def world_size(self) -> int:
@@ -58,6 +62,12 @@ class Layout:
             parts.append(f"hpZ over {self.hpz_partition_size} ranks")
         if self.offload_param == "cpu":
             parts.append("base offloaded to host memory")
+        if self.sequence_parallel_size > 1:
+            parts.append(f"sequences split over {self.sequence_parallel_size} ranks")
+        if self.offload_activations:
+            parts.append("inputs of checkpointed layers in host memory")
+        if self.mlp_tiles > 1:
+            parts.append(f"MLPs in {self.mlp_tiles} tiles")
         return ", ".join(parts)
 
     @property

@@ -33,6 +33,11 @@ NAMES = [
     "packed gemma2",
     "split-2 zero2 ckpt-off",
     "split-4 replicated keys 1024",
+    "bf16 zero2 tiles ckpt-off",
+    "fp32 zero3 tiles inputs-on-host",
+    "bf16 zero2 inputs-on-host",
+    "nf4 zero3 tiles ckpt-on",
+    "tiles packed",
 ]
 # Models counted on their class, one for each kind of block; their lists name 8 blocks.
 KINDS_OF_BLOCKS = [
@@ -52,9 +57,10 @@ ALL_BLOCKS = {
 FEWER_BLOCKS = {
     name: replace(case, model=case.model | {"num_hidden_layers": 4})
     for name, case in memory.CASES.items()
-    if name in NAMES and name not in ALL_BLOCKS
+    if name in NAMES and name not in ALL_BLOCKS and name not in memory.LONGER
 }
-CASES = FEWER_BLOCKS | ALL_BLOCKS
+LONGER = {name: memory.LONGER[name] for name in NAMES if name in memory.LONGER}
+CASES = FEWER_BLOCKS | ALL_BLOCKS | LONGER
 
 
 @pytest.fixture(scope="module")

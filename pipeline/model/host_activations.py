@@ -1,0 +1,134 @@
+"""Inputs of checkpointed blocks in host memory, from their forward to their backward pass.
+
+On a GPU the copies run on a stream of their own, into pinned memory. The input of the next block
+in the backward pass is copied back while the present block computes. transformers' `offload`
+(5.23, modeling_utils.py) copies on the stream of the computation, and DeepSpeed 0.19.8
+(runtime/activation_checkpointing/offload_activations.py) starts the copy back only when the block
+needs its input. Neither copies anything on a CPU; here a CPU rank makes a plain copy, so that the
+same code runs in tests.
+"""
+
+from collections import deque
+from functools import partial
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+# Pinned memory is allocated in parts of this size, because PyTorch rounds the size of each part up
+# to a power of two (2.13 c10/core/CachingHostAllocator.h).
+PART_BYTES = 64 * 2**20
+# Inputs that stay on the device while the copies to the host catch up with the forward pass. The
+# last ones need no copy back: the backward pass begins with them.
+IN_FLIGHT = 2
+
+
+class _Input:
+    """The input of one block. `earlier`: that of the block before it; None for the first block."""
+
+    def __init__(self, tensor: torch.Tensor, earlier: "_Input | None") -> None:
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        self.host = [
+            torch.empty(len(part), dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            for part in _parts(tensor)
+        ]
+        self.earlier = earlier
+        self.on_device: torch.Tensor | None = None
+        self.copied: Any = None  # event at the end of the last copy
+
+    def copy_to_host(self, tensor: torch.Tensor) -> None:
+        """Copy the input; on a GPU the copy runs in the background."""
+        for host, part in zip(self.host, _parts(tensor), strict=True):
+            host.copy_(part, non_blocking=True)
+
+    def copy_from_host(self, tensor: torch.Tensor) -> None:
+        """Copy the input back into a tensor of its shape."""
+        for host, part in zip(self.host, _parts(tensor), strict=True):
+            part.copy_(host, non_blocking=True)
+
+    def empty_on_device(self) -> torch.Tensor:
+        """A tensor for the input on its device."""
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+
+
+def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Views of at most PART_BYTES into a contiguous tensor."""
+    return tensor.view(-1).split(PART_BYTES // tensor.element_size())  # type: ignore[no-any-return, no-untyped-call]
+
+
+class HostActivations:
+    """Checkpointing of blocks that keeps their inputs in host memory."""
+
+    def __init__(self) -> None:
+        self._last: _Input | None = None  # the next input that the backward pass needs
+        self._in_flight: deque[_Input] = deque()
+        self._stream: Any = None
+
+    def checkpoint(self, function: Any, *inputs: Any, **options: Any) -> Any:
+        """torch.utils.checkpoint.checkpoint; the first input, the hidden states, is offloaded.
+
+        The hooks only reach tensors that checkpointing itself saves, because the function runs
+        without saved tensors or under the hooks of checkpointing.
+        """
+        assert inputs, f"{function} has no positional input: offload_activations: false is needed"
+        with saved_tensors_hooks(partial(self._pack, inputs[0]), self._unpack):
+            return checkpoint(function, *inputs, **options)
+
+    def _pack(self, hidden: torch.Tensor, tensor: torch.Tensor) -> Any:
+        is_hidden = tensor.data_ptr() == hidden.data_ptr() and tensor.shape == hidden.shape
+        if not is_hidden or not tensor.is_contiguous():
+            return tensor
+        self._last = _Input(tensor, self._last)
+        if tensor.is_cuda:
+            self._start_copy_to_host(self._last, tensor)
+        else:
+            self._last.copy_to_host(tensor)
+        return self._last
+
+    def _unpack(self, packed: Any) -> torch.Tensor:
+        if not isinstance(packed, _Input):
+            return packed  # type: ignore[no-any-return]
+        self._last = packed.earlier
+        if packed.device.type != "cuda":
+            tensor = packed.empty_on_device()
+            packed.copy_from_host(tensor)
+            return tensor
+        self._in_flight.clear()  # inputs that are still on the device hold references themselves
+        if packed.on_device is None:
+            self._start_copy_to_device(packed)
+        restored, packed.on_device = packed.on_device, None
+        torch.cuda.current_stream(packed.device).wait_event(packed.copied)
+        if packed.earlier is not None and packed.earlier.on_device is None:
+            self._start_copy_to_device(packed.earlier)
+        assert restored is not None
+        return restored
+
+    def _start_copy_to_host(self, entry: _Input, tensor: torch.Tensor) -> None:
+        """Copy in the background. An earlier input is released when its copy has ended.
+
+        The computation waits for that copy, so the memory of the input is not used again too early
+        and at most IN_FLIGHT inputs are on the device, however far the CPU is ahead of the GPU.
+        """
+        current = torch.cuda.current_stream(entry.device)
+        if len(self._in_flight) == IN_FLIGHT:
+            done = self._in_flight.popleft()
+            current.wait_event(done.copied)
+            done.on_device = None
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(entry.device)  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            entry.copy_to_host(tensor)
+            entry.copied = self._stream.record_event()
+        entry.on_device = tensor
+        self._in_flight.append(entry)
+
+    def _start_copy_to_device(self, entry: _Input) -> None:
+        """Copy in the background into memory that the present stream allocates and releases."""
+        tensor = entry.empty_on_device()
+        self._stream.wait_stream(torch.cuda.current_stream(entry.device))
+        with torch.cuda.stream(self._stream):
+            entry.copy_from_host(tensor)
+            entry.copied = self._stream.record_event()
+        entry.on_device = tensor

@@ -1,0 +1,73 @@
+"""The longest length that fits, and what the lengths need that lose fewer tokens."""
+
+from dataclasses import replace
+
+import pytest
+
+from pipeline.config.settings import RunSettings
+from pipeline.plan.choose import Cluster, candidates
+from pipeline.plan.given.data_size import DataSize, LengthLoss
+from pipeline.plan.given.hardware import GIB
+from pipeline.plan.given.shape import shape_of
+from pipeline.plan.length import length_texts, longest_length, longest_text
+from tests.messages import assert_mentions
+from tests.plans import CPU, LLAMA_8B, SMOLLM2, gpu
+
+pytestmark = pytest.mark.unit
+
+CLUSTERS = [
+    (LLAMA_8B, gpu(80, count=8), 8, {}),
+    (LLAMA_8B, gpu(24, count=1), 1, {"load_in_4bit": True}),
+    (LLAMA_8B, replace(gpu(80, count=1), host_bytes=64 * GIB), 1, {}),
+    (SMOLLM2, CPU, 2, {"offload_activations": False}),
+]
+
+
+def settings(**keys):
+    values = {"model": "m", "train_data": "t", "output_dir": "o", "lora_r": 16}
+    return RunSettings.model_validate(values | keys)
+
+
+@pytest.mark.parametrize(("config", "hardware", "ranks", "keys"), CLUSTERS)
+def test_the_longest_length_fits_and_5_percent_more_does_not(config, hardware, ranks, keys):
+    shape = shape_of(config, "m")
+    cluster = Cluster(hardware=hardware, nodes=1, ranks_per_node=ranks)
+    longest = longest_length(settings(**keys), shape, cluster).max_length
+    for length, fits in ((longest, True), (int(1.05 * longest), False)):
+        best = candidates(settings(**keys, max_length=length), shape, cluster)[0]
+        assert (best.refusal is None) == fits
+
+
+def test_the_line_names_the_whole_machine_and_one_device():
+    shape = replace(shape_of(LLAMA_8B, "m"), max_positions=131_072)
+    cluster = Cluster(hardware=gpu(80), nodes=1, ranks_per_node=8)
+    text = longest_text(settings(), shape, cluster)
+    assert_mentions(text, "tokens on 8 x", "1 of them", "host memory", "131,072 positions")
+    tiny = Cluster(hardware=gpu(1, count=1), nodes=1, ranks_per_node=1)
+    assert_mentions(longest_text(settings(), shape, tiny), "no length fits on 1 x")
+
+
+@pytest.mark.parametrize(
+    ("over_length", "lost", "words"),
+    [
+        ("truncate", 400, ["truncated", "loses 400 of 10,000 supervised tokens (4 %)"]),
+        ("drop", 900, ["dropped", "loses 900 of 10,000 supervised tokens (9 %)"]),
+        ("split", 0, ["split", "no supervised token is lost"]),
+        ("fail", 400, ["over_length: fail ends the run"]),
+    ],
+)
+def test_the_loss_is_named_for_every_over_length(over_length, lost, words):
+    loss = LengthLoss(
+        documents=100, longer=7, tokens=10_000, lost=lost, keeps_99=4096, keeps_all=9_000_000
+    )
+    data = DataSize(documents=100, tokens=9000, longest=9, is_exact=True, length_loss=loss)
+    shape, run = shape_of(LLAMA_8B, "m"), settings(over_length=over_length)
+    cluster = Cluster(hardware=gpu(80), nodes=1, ranks_per_node=8)
+    texts = length_texts(data, run, shape, cluster)
+    assert_mentions(
+        " ".join(texts), "7 of 100 documents", "more than 1,024 tokens", *words,
+        "max_length 4,096 keeps 99 %", "max_length 9,000,000 keeps 100 %, but needs",
+    )  # fmt: skip
+    assert len(length_texts(data, run, shape, None)) == 1
+    shorter = replace(data, length_loss=replace(loss, longer=0))
+    assert length_texts(shorter, run, shape, cluster) == []
