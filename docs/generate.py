@@ -19,7 +19,7 @@ from scale_tables import filled
 
 from pipeline.config.presets import PRESETS, RANGES
 from pipeline.config.schema import run_file_schema
-from pipeline.config.settings import RunSettings
+from pipeline.config.settings import RunSettings, condition_text
 from pipeline.config.traits import Change
 from pipeline.files import dump_json
 from pipeline.plan.rules.table import RULES
@@ -87,7 +87,9 @@ def configuration() -> str:
             else f"`{_json(field.get_default(call_default_factory=True))}`"
         )
         change = described.get("change", "result")
-        cells = [f"`{name}`", _values(described), default, change, described["description"]]
+        effect = "; ".join(map(condition_text, described.get("needs", ())))
+        text = described["description"] + (f" Used {effect}." if effect else "")
+        cells = [f"`{name}`", _values(described), default, change, text]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## Presets", "", "| preset | sets | usual range |", "|---|---|---|"]
     for name, values in PRESETS.items():

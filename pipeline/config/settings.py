@@ -252,17 +252,17 @@ def settings_without_effect(
             continue
         conditions: Any = _traits_of(name)["needs"]
         if unmet := [each for each in conditions if not _is_met(each, settings, data_formats)]:
-            without_effect[name] = _in_words(unmet[0])
+            without_effect[name] = condition_text(unmet[0])
     if {"eval_steps", "evals_per_epoch"} & without_effect.keys():
         without_effect.pop("evaluation_strategy", None)  # it may follow from the other setting
     return without_effect
 
 
-def _in_words(condition: str) -> str:
-    """A condition of the trait `needs` as text, such as "needs save_strategy: steps"."""
+def condition_text(condition: str) -> str:
+    """A condition of the trait `needs` as text, such as "only with save_strategy: steps"."""
     key, _, allowed = condition.partition("=")
     value = f": {allowed.replace('|', ' or ')}" if allowed else ""
-    return f"{'not with' if '!' in key else 'needs'} {key.strip('!')}{value}"
+    return f"{'except with' if '!' in key else 'only with'} {key.strip('!')}{value}"
 
 
 def _is_met(condition: str, settings: RunSettings, data_formats: Collection[str]) -> bool:

@@ -46,7 +46,7 @@ def _evaluates_at_other_steps(run: PlanContext) -> bool:
 def _settings_without_effect(run: PlanContext) -> str:
     """The settings without effect, each with the reason."""
     without_effect = settings_without_effect(run.settings)
-    return ", ".join(f"{name} ({reason})" for name, reason in without_effect.items())
+    return ", ".join(f"{name} (used {reason})" for name, reason in without_effect.items())
 
 
 def _is_short_of_memory(run: PlanContext) -> bool:
