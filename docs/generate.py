@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import long_tables
 import lora_figures
 import peer_tables
 import speed_tables
@@ -200,6 +201,7 @@ def main() -> None:
         HERE / "converting.md": peer_tables.filled(
             (HERE / "converting.md").read_text(encoding="utf-8")
         ),
+        HERE / "long.md": long_tables.filled((HERE / "long.md").read_text(encoding="utf-8")),
         HERE / "lora.md": lora_figures.filled((HERE / "lora.md").read_text(encoding="utf-8")),
         HERE / "benchmarks.md": speed_tables.filled(
             (HERE / "benchmarks.md").read_text(encoding="utf-8")

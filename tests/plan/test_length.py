@@ -4,12 +4,17 @@ from dataclasses import replace
 
 import pytest
 
+from pipeline.config.load import load_settings
 from pipeline.config.settings import RunSettings
 from pipeline.plan.choose import Cluster, candidates
+from pipeline.plan.given.catalogue import gpu_named
 from pipeline.plan.given.data_size import DataSize, LengthLoss
 from pipeline.plan.given.hardware import GIB
+from pipeline.plan.given.published import published_shape
 from pipeline.plan.given.shape import shape_of
 from pipeline.plan.length import length_texts, longest_length, longest_text
+from pipeline.plan.plan import make_plan
+from tests import ROOT
 from tests.messages import assert_mentions
 from tests.plans import CPU, LLAMA_8B, SMOLLM2, gpu
 
@@ -45,6 +50,18 @@ def test_the_line_names_the_whole_machine_and_one_device():
     assert_mentions(text, "tokens on 8 x", "1 of them", "host memory", "131,072 positions")
     tiny = Cluster(hardware=gpu(1, count=1), nodes=1, ranks_per_node=1)
     assert_mentions(longest_text(settings(), shape, tiny), "no length fits on 1 x")
+
+
+def test_the_run_file_for_long_trajectories_fits_on_its_machine_and_on_one_gpu():
+    run = load_settings(ROOT / "launch/runs/agents-long.yaml")
+    shape = published_shape(run.model)
+    assert run.max_length == shape.max_positions == 131_072
+    hardware = gpu_named("h100-80gb")
+    for ranks in (8, 1):
+        plan = make_plan(run, shape, hardware, nodes=1, ranks_per_node=ranks)
+        assert plan.layout.micro_batch_size == 1
+        assert plan.layout.mlp_tiles > 1
+        assert plan.layout.global_batch_size == 8
 
 
 @pytest.mark.parametrize(
