@@ -1,12 +1,15 @@
 """A checkpoint without all tensors of its class is refused before anything is loaded."""
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from pipeline.cli.plan import plan
+from pipeline.cli.prepare import prepare
 from pipeline.model import complete
 from pipeline.model.checkpoint_names import difference
 from pipeline.model.complete import require_complete
@@ -16,6 +19,7 @@ from tests.model.kinds import PACKED_KINDS
 from tests.model.models import build, cache_shape, make_own_code
 from tests.model.packed import make_packed
 from tests.models.kinds import ALL
+from tests.tiny import make_tokenizer
 
 pytestmark = pytest.mark.tensor
 
@@ -116,3 +120,19 @@ def test_a_model_with_its_own_code_is_compared_with_that_code(tmp_path):
     change_names(tmp_path, lambda name: None if name == UP else name)
     with refused(UP):
         require_complete(read_shape(str(tmp_path), trust_remote_code=True), trust_remote_code=True)
+
+
+@pytest.mark.parametrize("verb", [plan, prepare])
+def test_an_incomplete_checkpoint_is_refused_by_the_verbs_before_a_run(tmp_path, monkeypatch, verb):
+    folder = tmp_path / "model"
+    build("llama").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    change_names(folder, lambda name: None if name == UP else name)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "yes"}\n')
+    values = {"model": folder, "train_data": rows, "output_dir": tmp_path / "run"}
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text("".join(f"{key}: {value}\n" for key, value in values.items()))
+    monkeypatch.setattr(sys, "argv", ["verb", str(run_file)])
+    with refused(UP, folder):
+        verb()
