@@ -23,6 +23,8 @@ _FP8 = ("F8_E4M3", "F8_E5M2")
 _FP8_SCALES = (("", "_scale_inv"), ("", "_scale"), ("weight", "scale"), ("weight", "qscale_weight"))
 # Scales of activations, which a 16-bit model does not have.
 _ACTIVATION_SCALES = ("activation_scale", "input_scale", "qscale_act")
+# Ends of names that only parts of packed weights have.
+_OF_WEIGHTS = (_BLOCKS, _SCALES, "_scale_inv", ".weight_scale", ".qscale_weight")
 _FP8_BLOCK = (128, 128)  # of a config.json without weight_block_size
 
 
@@ -82,6 +84,11 @@ def checkpoint_files(folder: Path, setting: str = "model") -> tuple[TensorFile, 
         ) from None
     hidden = {part.name for entry in packed.values() for part in (entry.values, entry.scales)}
     hidden |= {name for name in parts if name.endswith(_ACTIVATION_SCALES)}
+    if unused := [name for name in parts if name.endswith(_OF_WEIGHTS) and name not in hidden]:
+        raise UserError(
+            f"{setting}: {folder} is packed ({method}), and {unused[0]} belongs to a weight in a "
+            "format that is not dequantised here; use the 16-bit model"
+        )
     return tuple(_unpacked(file, packed, hidden) for file in files)
 
 
@@ -92,10 +99,22 @@ def _mxfp4(parts: Mapping[str, Part]) -> dict[str, PackedEntry]:
         if not name.endswith(_BLOCKS):
             continue
         unpacked = name.removesuffix(_BLOCKS)
-        experts, outputs, blocks, _ = values.entry.shape
-        shape = (experts, blocks * _MXFP4_BLOCK, outputs)
-        packed[unpacked] = _entry(shape, values, parts[f"{unpacked}{_SCALES}"])
+        scales = parts[f"{unpacked}{_SCALES}"]
+        stored = values.entry.shape
+        if len(stored) != 4 or stored[3] != _MXFP4_BLOCK // 2 or scales.entry.shape != stored[:3]:
+            raise _unknown(
+                values, scales, f"experts x outputs x blocks x {_MXFP4_BLOCK // 2} bytes"
+            )
+        shape = (stored[0], stored[2] * _MXFP4_BLOCK, stored[1])
+        packed[unpacked] = _entry(shape, values, scales)
     return packed
+
+
+def _unknown(values: Part, scales: Part, expected: str) -> UserError:
+    return UserError(
+        f"model: {values.path}: {values.name} has shape {values.entry.shape}, and its scales have "
+        f"{scales.entry.shape}, which do not fit {expected}"
+    )
 
 
 def _fp8(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> dict[str, PackedEntry]:
@@ -124,10 +143,8 @@ def _block(values: Part, scales: Part, size: tuple[int, int]) -> tuple[int, int]
     )
     fitting = (*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // columns))
     if grid != fitting:
-        raise UserError(
-            f"model: {values.path}: {values.name} has shape {shape}, and its scales have {grid}, "
-            f"which do not fit blocks of {tuple(size)} (weight_block_size in config.json)"
-        )
+        expected = f"blocks of {tuple(size)} (weight_block_size in config.json)"
+        raise _unknown(values, scales, expected)
     return rows, columns
 
 

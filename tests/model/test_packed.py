@@ -142,3 +142,28 @@ def test_scales_that_do_not_fit_their_blocks_are_refused(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with refused("weight_block_size", "(16, 16)", "_proj.weight"):
         checkpoint_files(folder)
+
+
+def test_weights_in_another_packed_format_are_refused(tmp_path):
+    """For example two fp4 values in a byte: loaded as they are, they would be wrong weights."""
+    folder = make_packed("deepseek_v3/fp8", tmp_path)
+    lost = None
+    for path in folder.glob("*.safetensors"):
+        stored = load_file(path)
+        lost = next((key for key in stored if stored[key].dtype == torch.float8_e4m3fn), None)
+        stored[lost] = stored[lost].view(torch.int8)
+        save_file(stored, path, metadata={"format": "pt"})
+        break
+    with refused(f"{lost}_scale_inv", "fp8", "16-bit"):
+        checkpoint_files(folder)
+
+
+def test_packed_experts_of_another_shape_are_refused(tmp_path):
+    folder = make_packed("gpt_oss/mxfp4", tmp_path)
+    for path in folder.glob("*.safetensors"):
+        stored = load_file(path)
+        packed = {k: t[..., :8].contiguous() if k.endswith("_blocks") else t
+                  for k, t in stored.items()}  # fmt: skip
+        save_file(packed, path, metadata={"format": "pt"})
+    with refused("_blocks", "16 bytes"):
+        checkpoint_files(folder)
