@@ -40,8 +40,7 @@ class Omissions:
 class OmissionCheck:
     """Raises RowError for a row if the chat template omits one of its leaves.
 
-    Reasoning may be missing if the template omits it by design, that is, in every row of the same
-    shape.
+    Reasoning may be missing if the template omits it by design, that is, whatever its text is.
     """
 
     def __init__(self, template: ChatTemplate) -> None:
