@@ -78,6 +78,14 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def closest_existing(folder: Path) -> Path:
+    """The folder if it exists, else its closest parent that exists."""
+    parent = folder.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    return parent
+
+
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:
     """Replace a text file atomically.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.adapter.merge_plan import MergePlan
 from pipeline.errors import RankZeroError, UserError
-from pipeline.files import dump_json, read_json
+from pipeline.files import closest_existing, dump_json, read_json
 from pipeline.model.packed_files import is_packed
 from pipeline.model.tensor_files import INDEX, SINGLE, read_header
 
@@ -148,9 +148,7 @@ def require_replaceable(out: Path, inputs: Sequence[Path]) -> None:
 
 def require_space(out: Path, need: int) -> None:
     """Raise UserError unless the disk of `out` has room for `need` bytes."""
-    parent = out.resolve().parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = closest_existing(out.resolve().parent)
     free = shutil.disk_usage(parent).free
     if free < need:
         raise UserError(

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.cluster.host_memory import host_memory
 from pipeline.errors import UserError
-from pipeline.files import write_text
+from pipeline.files import closest_existing, write_text
 from pipeline.plan.cost.memory import disk_bytes
 from pipeline.preflight.check import Check, Finding, ProbeResults, fail, in_units, ok, warn
 from pipeline.preflight.context import RankContext
@@ -104,7 +104,7 @@ def _probe_disk(context: RankContext) -> dict[str, int]:
     """
     plan, folder = context.known_plan, context.folder
     require_writable(folder)
-    parent = _closest_existing(folder)
+    parent = closest_existing(folder)
     predicted = disk_bytes(plan.shape, plan.settings)
     need = predicted["checkpoints"] + predicted["adapter"]
     # Checkpoints of an earlier start are part of the prediction and already on the disk. Copies
@@ -136,18 +136,10 @@ def _assess_disk(results: ProbeResults) -> Iterable[Finding]:
 
 def require_writable(folder: Path) -> None:
     """Raise UserError unless the folder can be created and written to."""
-    parent = _closest_existing(folder)
+    parent = closest_existing(folder)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         problem = "is not writable" if parent.is_dir() else "is a file"
         raise UserError(f"output_dir: {folder}: {parent} {problem}; set another folder")
-
-
-def _closest_existing(folder: Path) -> Path:
-    """The folder if it exists, else its closest parent that exists."""
-    parent = folder.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    return parent
 
 
 def _probe_clock(context: RankContext) -> float:
@@ -215,7 +207,7 @@ def _assess_run_folder(results: ProbeResults) -> Iterable[Finding]:
 def _write_probe_file(folder: Path, token: str) -> dict[str, str]:
     """Write a file like a checkpoint: to a temporary sibling that is synced and renamed."""
     require_writable(folder)
-    path = _closest_existing(folder) / f".preflight-{token}"
+    path = closest_existing(folder) / f".preflight-{token}"
     try:
         write_text(path, token, durable=True)
     except OSError as error:
