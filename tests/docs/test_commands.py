@@ -81,7 +81,7 @@ def belongs_elsewhere(line: CommandLine) -> bool:
 def words_of(line: CommandLine) -> tuple[str, ...]:
     """The script and its arguments, with files of the workspace and settings of a tiny run."""
     match = _VERB.fullmatch(line.text)
-    assert match, f"{line.page}: {line.text}: no test runs it, and the page does not say what it needs"
+    assert match, f"{line.page}: {line.text}: no test runs it, and the page names no need of it"
     rest = match[3].replace("RUN RUN", "RUN run2")
     rest = re.sub(r"\s>.*|\.\.\.|[\[\]]", "", rest.replace("'#### (-?[\\d.,]+)'", "."))
     words = []
