@@ -38,7 +38,7 @@ class SequenceGroup:
 
 
 class _AllToAll(torch.autograd.Function):
-    """All-to-all with a gradient, which travels back by the same exchange.
+    """Differentiable all-to-all: its gradient is the all-to-all of the gradient.
 
     torch.distributed.nn has such a function too, but torch 2.13 deprecates it.
     """

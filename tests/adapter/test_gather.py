@@ -90,6 +90,7 @@ def test_state_is_restored_exactly_on_ranks_with_padded_shards(tiny_model, tmp_p
     {"zero_stage": 2, "bf16": True},
     {"zero_stage": 3, "bf16": True, "gradient_checkpointing": True},
     {"zero_stage": 3, "load_in_4bit": True},  # without checkpointing
+    {"zero_stage": 2, "sequence_parallel_size": 2, "neftune_noise_alpha": 5.0},
 ])  # fmt: skip
 def test_a_restored_run_with_the_same_split_is_bitwise_equal(tiny_model, tmp_path, settings):
     settings = settings | {"batch_size": 2, "lora_dropout": 0.1}

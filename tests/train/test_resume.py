@@ -53,3 +53,16 @@ def test_a_run_resumed_at_another_stage_or_size_has_the_same_losses(
     assert len(expected) == MORE > 1
     dtype = "bfloat16" if kind == BF16 else "float32"
     assert after["losses"] == pytest.approx(expected, rel=MAX_RELATIVE_ERROR[dtype])
+
+
+# Ranks, ranks that share each sequence, and stage of the resumed run.
+@pytest.mark.parametrize(("world_size", "size", "stage"), [(1, 1, 2), (2, 1, 3), (4, 4, 2)])
+def test_a_run_that_shared_sequences_between_two_ranks_resumes_at_any_other_size(
+    tiny_model, tmp_path, saved, world_size, size, stage
+):
+    before = saved(2, 2, {"sequence_parallel_size": 2})
+    settings = {"zero_stage": stage, "batch_size": 1, "sequence_parallel_size": size}
+    after = run_ranks(
+        restore_and_train, tiny_model, settings, before, tmp_path=tmp_path, world_size=world_size
+    )[0]
+    assert after["losses"] == pytest.approx(before["losses"][STEPS:], rel=1e-5)

@@ -6,9 +6,10 @@ First gradients are compared, because Adam hides a constant factor in the weight
 import numpy as np
 import pytest
 
+from pipeline.evaluate.heldout import held_out_loss
 from tests.ranks import run_ranks
 from tests.tiny import Documents, sequences_of
-from tests.train_tiny import distance, train_tiny
+from tests.train_tiny import build_engine, distance, train_tiny
 
 pytestmark = pytest.mark.engine
 
@@ -31,6 +32,7 @@ ON_FOUR_RANKS = {
     "zero 2, packs": (True, {"zero_stage": 2, "batch_size": 2}),
     "zero 3, documents, checkpointed": (False, {"zero_stage": 3, "batch_size": 2} | CHECKPOINTED),
 }
+HELD_OUT = "held-out loss"
 SIZES = [(2, 2), (4, 2), (4, 4)]  # ranks, and ranks of a group; groups of 4 replicate key heads
 
 
@@ -54,12 +56,15 @@ class Packed(Documents):
 
 def train_all(session, folder, runs, change):
     """The results of several runs, by name; the ranks start once for all of them."""
-    return {
+    results = {
         name: train_tiny(
             session, folder, settings | change, split=(Packed if is_packed else Documents)(40)
         )
         for name, (is_packed, settings) in runs.items()
     }
+    plan, engine = build_engine(session, folder, {"batch_size": 4} | change)
+    loss = held_out_loss(engine.evaluate, Packed(40), session, plan.layout)
+    return results | {HELD_OUT: loss}
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +90,4 @@ def test_a_group_has_the_losses_gradients_and_weights_of_one_rank(
         assert result["losses"] == pytest.approx(expected["losses"], rel=LOSSES), name
         assert distance(result["gradients"], expected["gradients"]) < FIRST_GRADIENTS, name
         assert distance(result["weights"], expected["weights"]) < WEIGHTS_AFTER_5, name
+    assert results[HELD_OUT] == pytest.approx(alone[HELD_OUT], rel=LOSSES)

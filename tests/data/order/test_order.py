@@ -277,5 +277,15 @@ def test_evaluation_sees_every_sequence_as_an_epoch_does(sequences, ranks, micro
 
 
 def test_seeds_of_forward_passes_differ():
-    seeds = {forward_seed(s, t, f) for s in range(3) for t in range(50) for f in range(50)}
-    assert len(seeds) == 3 * 50 * 50
+    seeds = {
+        forward_seed(s, t, f, place)
+        for s in range(3)
+        for t in range(50)
+        for f in range(50)
+        for place in range(4)
+    }
+    assert len(seeds) == 3 * 50 * 50 * 4
+
+
+def test_the_first_rank_of_a_group_has_the_seed_that_it_has_without_groups():
+    assert forward_seed(1, 2, 3, place=0) == forward_seed(1, 2, 3)
