@@ -136,10 +136,15 @@ def _set_batches(draft: _Draft, config: PeerConfig, gpus: int) -> None:
     given = {key: draft.values.pop(key, None) for key in sizes}
     if "global_batch_size" in draft.values:
         return
-    micro, steps = micro_batches(given, config.program, gpus)
-    draft.values["global_batch_size"] = micro * steps * gpus
+    size = draft.values.get("sequence_parallel_size", 1)
+    groups = max(1, gpus // size) if isinstance(size, int) and size > 1 else gpus
+    micro, steps = micro_batches(given, config.program, groups)
+    draft.values["global_batch_size"] = micro * steps * groups
+    unit = f"{gpus} GPUs (--gpus)"
+    if groups != gpus:
+        unit = f"{groups} groups of {size} GPUs that share sequences (--gpus {gpus})"
     draft.comments["global_batch_size"] = (
-        f"micro-batches of {micro} x {steps} accumulation steps x {gpus} GPUs (--gpus)"
+        f"micro-batches of {micro} x {steps} accumulation steps x {unit}"
     )
 
 

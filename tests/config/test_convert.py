@@ -210,6 +210,13 @@ def test_trl_gets_the_defaults_of_trl(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+def test_gpus_that_share_sequences_count_once_in_the_global_batch(tmp_path: Path) -> None:
+    config = AXOLOTL + "context_parallel_size: 4\n"
+    assert_settings(
+        converted(tmp_path, config, gpus=8), sequence_parallel_size=4, global_batch_size=2 * 4 * 2
+    )
+
+
 OPTIONS = sorted(
     {*settings_by("peers"), *RunSettings.model_fields, "unheard_of"}
     | {name.replace("*", "x").replace("?", "x") for name in ADVICE}
