@@ -3,8 +3,9 @@
 Every function adds the names of unread keys to the set `unread`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 from pipeline.rows.examples import Completion, Conversation, Message, RowError
@@ -127,7 +128,25 @@ def _build_conversation(
             turns = [Message("system", system), *turns]
         elif turns[0].content != system:
             raise RowError(f"`{column}` and the first message are different system prompts")
-    return Conversation(tuple(turns), _read_tools(row))
+    return Conversation(tuple(_results_in_call_order(turns)), _read_tools(row))
+
+
+def _results_in_call_order(turns: Sequence[Message]) -> Iterator[Message]:
+    """The turns, with the results of parallel calls in the order of these calls.
+
+    A template that writes no ids assigns results to calls by their order. Results without ids, or
+    with ids of other calls, keep their order.
+    """
+    ids: list[Any] = []  # of the preceding calls
+    for is_result, group in groupby(turns, lambda turn: turn.role == "tool"):
+        messages = list(group)
+        if is_result:
+            given = [message.others.get("tool_call_id") for message in messages]
+            is_unique = None not in given and len(set(given)) == len(given)
+            if is_unique and set(given) <= set(ids):
+                messages.sort(key=lambda message: ids.index(message.others["tool_call_id"]))
+        ids = [call.get("id") for call in messages[-1].others.get("tool_calls", ())]
+        yield from messages
 
 
 def _read_tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:

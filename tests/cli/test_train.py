@@ -320,6 +320,8 @@ def test_a_run_that_diverges_ends_with_its_checkpoints_untouched(run_file, works
     assert final["reason"] in output
     assert "Traceback" not in output
     assert not (folder / "adapter").exists()
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line, parse_constant=pytest.fail) for line in lines)  # no bare NaN
     newest = max((folder / "checkpoints").glob("step-*"))
     saved = load_file(newest / "adapter.safetensors")
     assert all(tensor.isfinite().all() for tensor in saved.values())

@@ -345,6 +345,27 @@ def test_a_tool_without_a_name_refuses_the_row(tool):
         read(USER, ANSWER, tools=[tool])
 
 
+def test_results_of_parallel_calls_are_in_the_order_of_the_calls():
+    """A template without ids assigns results to calls by their order."""
+
+    def call(number):
+        return {"id": f"c{number}", "type": "function", "function": {"name": "f", "arguments": {}}}
+
+    def result(number):
+        return {"role": "tool", "content": f"r{number}", "tool_call_id": f"c{number}"}
+
+    def texts(*results):
+        calls = {"role": "assistant", "content": "", "tool_calls": [call(n) for n in (1, 2, 3)]}
+        return [m.content for m in messages_of(USER, calls, *results, ANSWER)[2:-1]]
+
+    assert texts(result(3), result(1), result(2)) == ["r1", "r2", "r3"]
+    assert texts(result(3), result(2)) == ["r2", "r3"]
+    other = {"role": "tool", "content": "r", "tool_call_id": "c9"}
+    for kept in ([result(2), other], [result(2), {"role": "tool", "content": "r"}, result(1)]):
+        assert texts(*kept) == [each["content"] for each in kept]
+    assert texts(result(2), result(1), result(1)) == ["r2", "r1", "r1"]
+
+
 TAGS = ["<think>", "\n<thinking>\n", "<seed:think>", "[THINK]"]
 
 

@@ -14,7 +14,7 @@ from pipeline.rows.content import detect_kind
 from pipeline.rows.sources import Source
 
 FINGERPRINTS = "fingerprints.json"
-_FORMAT = 8  # version; raise it when the documents, their files or their order change
+_FORMAT = 9  # version; raise it when the documents, their files or their order change
 _TOKENIZER_FILES = (
     "tokenizer*",
     "*chat_template*",
