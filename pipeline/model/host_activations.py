@@ -72,12 +72,14 @@ class HostActivations:
         without saved tensors or under the hooks of checkpointing.
         """
         assert inputs, f"{function} has no positional input: offload_activations: false is needed"
-        with saved_tensors_hooks(partial(self._pack, inputs[0]), self._unpack):
+        hidden = inputs[0]
+        # The hooks live as long as the graph, so they hold no reference to the hidden states.
+        pack = partial(self._pack, (hidden.data_ptr(), hidden.shape))
+        with saved_tensors_hooks(pack, self._unpack):
             return checkpoint(function, *inputs, **options)
 
-    def _pack(self, hidden: torch.Tensor, tensor: torch.Tensor) -> Any:
-        is_hidden = tensor.data_ptr() == hidden.data_ptr() and tensor.shape == hidden.shape
-        if not is_hidden or not tensor.is_contiguous():
+    def _pack(self, hidden: tuple[int, torch.Size], tensor: torch.Tensor) -> Any:
+        if (tensor.data_ptr(), tensor.shape) != hidden or not tensor.is_contiguous():
             return tensor
         self._last = _Input(tensor, self._last)
         if tensor.is_cuda:

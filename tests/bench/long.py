@@ -19,8 +19,8 @@ from tests.bench.memory import BASE, FullSequences, make_folder
 LENGTHS = [4096, 8192, 16_384, 32_768, 65_536]
 GROUPS = [1, 2, 4]
 SHAPE = BASE | {
-    "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "vocab_size": 256, "max_position_embeddings": 65_536,
+    "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "vocab_size": 64, "max_position_embeddings": 65_536,
 }  # fmt: skip
 SETTINGS = {
     "lora_r": 4, "batch_size": 1, "zero_stage": 2, "gradient_checkpointing": True,

@@ -195,8 +195,10 @@ def _moments(
     num_checkpointed = layout.checkpointed_layers
     # With offload, the input of the present block and that of the next one are on the device.
     num_on_device = num_checkpointed
-    if layout.offload_activations and is_cuda:
+    if layout.offload_activations:
         num_on_device = min(num_checkpointed, INPUTS_ON_DEVICE)
+        if not is_cuda:  # the copies in host memory count too, and one of them is copied back
+            num_on_device = num_checkpointed + 1
     boundaries = num_on_device * acts.boundary
     not_checkpointed = [count for _, count in shape.counts(start=num_checkpointed)]
     saved_without_checkpoint = sum(

@@ -1,0 +1,57 @@
+"""Inputs of checkpointed layers are in host memory, and gradients are those of plain layers."""
+
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.model.host_activations import HostActivations
+
+pytestmark = pytest.mark.tensor
+
+
+def forward(layers, hidden, checkpoint=None):
+    """The output of the layers, and a weak reference to the storage of each layer's input."""
+    inputs = []
+    for layer in layers:
+        inputs.append(weakref.ref(hidden.untyped_storage()))
+        hidden = layer(hidden) if checkpoint is None else checkpoint(layer, hidden)
+    return hidden, inputs
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_the_graph_keeps_no_input_and_the_gradients_are_equal(use_reentrant):
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)]
+    weights = [weight for layer in layers for weight in layer.parameters()]
+    leaf = torch.randn(2, 5, 8, requires_grad=True)
+    output, _ = forward(layers, leaf * 2)
+    expected = torch.autograd.grad(output.sin().sum(), [leaf, *weights])
+
+    host = HostActivations()
+    for _ in range(2):  # two micro-batches
+        output, inputs = forward(
+            layers,
+            leaf * 2,
+            lambda *args: host.checkpoint(*args, use_reentrant=use_reentrant),
+        )
+        assert [storage() for storage in inputs] == [None] * 4
+        for weight in (leaf, *weights):
+            weight.grad = None
+        output.sin().sum().backward()
+        for weight, gradient in zip((leaf, *weights), expected, strict=True):
+            assert weight.grad.equal(gradient)
+
+
+def test_tensors_other_than_the_hidden_states_stay_where_they_are():
+    host, positions = HostActivations(), torch.randn(5, 8)
+    hidden = torch.randn(5, 8, requires_grad=True) * 1
+    packed = host._pack((hidden.data_ptr(), hidden.shape), positions)
+    assert packed is positions
+    assert host._unpack(packed) is positions
+
+
+def test_a_function_without_a_positional_input_is_refused():
+    with pytest.raises(AssertionError, match="offload_activations"):
+        HostActivations().checkpoint(lambda: None, use_reentrant=False)
