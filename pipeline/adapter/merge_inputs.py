@@ -1,4 +1,4 @@
-"""Inputs of a merge: shards of the base, class of its model, and the adapters that fit it.
+"""Inputs of a merge: the shards of the base, its model without weights, and fitting adapters.
 
 Names and shapes are compared without torch first, so that an adapter of another model is refused
 quickly.
@@ -58,7 +58,7 @@ class Base:
 
 @dataclass(frozen=True)
 class MetaModel:
-    """The class of a base on the meta device.
+    """The transformers model of a base, on the meta device, so without weights.
 
     `stored`: name of a parameter -> its tensors in the files. `shapes`: of all tensors in the
     files. `error`: why the class cannot be built; `model` is then None.
@@ -77,7 +77,11 @@ class MetaModel:
 
 @dataclass(frozen=True)
 class Change:
-    """The change of one tensor of the base by one adapter. `weight`: factor of its scaling."""
+    """The change of one tensor of the base by one adapter. `weight`: factor of its scaling.
+
+    `update`: a product of matrices that is added (LayerUpdate), or values that replace those of the
+    base or are added to them (ValueUpdate).
+    """
 
     file: Path
     weight: float
@@ -87,7 +91,8 @@ class Change:
 def read_base(folder: Path) -> Base:
     """Read the headers of a base.
 
-    Packed weights are entries in bf16. Raises UserError unless the folder has a complete
+    Weights that are stored in 4 or 8 bits (mxfp4, fp8) are listed as bf16, to which they are
+    converted when they are read. Raises UserError unless the folder has a complete
     safetensors model with weights to which an adapter can be added.
     """
     config = read_config(folder / "config.json", "base")
@@ -114,7 +119,7 @@ def read_base(folder: Path) -> Base:
 
 
 def meta_model(base: Base, *, trust_remote_code: bool = False) -> MetaModel:
-    """The class of the base on the meta device. Imports torch and transformers."""
+    """Build the model of a base on the meta device. Imports torch and transformers."""
     from pipeline.model.checkpoint_names import model_on_meta, stored_names
 
     try:
@@ -151,7 +156,10 @@ def with_stored_names(adapter: Adapter, meta: MetaModel) -> Adapter:
 
 
 def _is_transposed(name: str, adapter: Adapter, meta: MetaModel) -> bool:
-    """Whether a layer stores its weight as (d_in, d_out). Raises UserError for other kinds."""
+    """Whether a layer stores its weight as (d_in, d_out).
+
+    Raises UserError for a layer of a kind that cannot be merged tensor by tensor.
+    """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -171,12 +179,17 @@ def _is_transposed(name: str, adapter: Adapter, meta: MetaModel) -> bool:
 
 
 def _require_untied(adapter: Adapter, tied: Mapping[str, str]) -> None:
-    """Raise UserError if the adapter changes one of two tensors that the base ties."""
+    """Raise UserError if the adapter changes one of two tensors that the base ties.
+
+    They stay tied if the adapter replaces both by equal values.
+    """
     for key, source in tied.items():
         for name in (key, source):
             is_replaced = any(each.rows is None for each in adapter.values.get(name, ()))
-            is_kept = adapter.config.get("ensure_weight_tying") or _are_equal(adapter, key, source)
-            if name in adapter.updates or (is_replaced and not is_kept):
+            stays_tied = adapter.config.get("ensure_weight_tying") or _are_equal(
+                adapter, key, source
+            )
+            if name in adapter.updates or (is_replaced and not stays_tied):
                 raise UserError(
                     f"adapter: {adapter.folder} changes {name}, but the base ties {key} to "
                     f"{source}; one of the two would be lost when the merged model is loaded: "
@@ -281,8 +294,8 @@ def changes_by_tensor(
 ) -> dict[str, list[Change]]:
     """Name of a tensor of the base -> its changes, in the order of the adapters.
 
-    Raises UserError if several adapters, or a weight, have no defined result: only products of
-    matrices can be weighted and added.
+    Only products of matrices can be multiplied by a weight and added up. Raises UserError if an
+    adapter with other changes has a weight, or if another adapter changes the same tensor.
     """
     changes: dict[str, list[Change]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
@@ -290,7 +303,7 @@ def changes_by_tensor(
             if weight != 1 and "magnitude" in update.parts:
                 raise UserError(
                     f"adapter: {adapter.folder} is a DoRA adapter, whose magnitudes replace those "
-                    f"of the base: it has no weight; remove :{weight:g}"
+                    f"of the base, so it cannot have a weight; remove :{weight:g}"
                 )
             changes.setdefault(name, []).append(Change(adapter.file.path, weight, update))
         for name, values in adapter.values.items():

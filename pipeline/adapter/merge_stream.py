@@ -29,15 +29,17 @@ from pipeline.model.tensor_files import VALUE_BYTES, Entry, TensorFile
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _CHUNK_BYTES = 2**24
-_CACHED_PARTS = 4  # A and B of two fused tensors, whose experts are stored one after another
+# A and B of two fused tensors. A base may store the tensors of an expert together, one expert after
+# another, so that the parts of both are needed for each expert.
+_CACHED_PARTS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorTask:
     """One tensor of a merged model.
 
-    `dtype`: its dtype in the merged model. `quantised`: None unless training quantised the tensor;
-    then "stored", or "transposed" if training quantised its transpose.
+    `dtype`: its dtype in the merged model. `quantised`: the orientation in which training
+    quantised the tensor: "stored" or "transposed"; None if it was not quantised.
     """
 
     entry: Entry

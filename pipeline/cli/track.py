@@ -28,7 +28,9 @@ def track() -> None:
     """Parse the command line and send the run."""
     parser = Parser(__doc__)
     parser.add_run_folder()
-    parser.add_argument("--tracker", choices=TRACKERS, help="only this one; default: trackers")
+    parser.add_argument(
+        "--tracker", choices=TRACKERS, help="default: all of the setting `trackers`"
+    )
     parser.add_argument("--follow", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     settings = run_settings(args.run_folder)
@@ -51,7 +53,7 @@ def _send_once(folder: Path, name: str) -> None:
     except Exception as error:
         install = f"; pip install -e '.[{name}]'" if isinstance(error, ImportError) else ""
         raise RankZeroError(f"tracker {name}: {type(error).__name__}: {error}{install}") from error
-    print(f"{name}: all data is sent; {folder / 'tracking'}")
+    print(f"{name}: all data is sent; its log and state are in {folder / 'tracking'}")
 
 
 def _follow_training(folder: Path, name: str) -> None:
@@ -84,7 +86,7 @@ def _follow_training(folder: Path, name: str) -> None:
 
 
 def main() -> None:
-    """Run the verb and end the process with its exit code."""
+    """Run the command and end the process with its exit code."""
     run_main(track)
 
 

@@ -155,7 +155,7 @@ class RunSettings(AdapterKeys, RunKeys, DataKeys):
 
     @property
     def eval_sources(self) -> list[DataSource]:
-        """`eval_data` as a list of sources; empty for a share or a number of training rows."""
+        """`eval_data` as a list of sources; empty if it is a share or number of training rows."""
         return [] if isinstance(self.eval_data, int | float) else sources(self.eval_data)
 
     @property
@@ -227,7 +227,10 @@ def path_settings() -> list[str]:
 
 
 def settings_with(*changes: Change) -> frozenset[str]:
-    """Names of the settings whose trait `change` is one of `changes`."""
+    """Names of the settings whose trait `change` is one of `changes`.
+
+    The trait says what a changed value means for a run that is resumed (config/traits.py).
+    """
     names = RunSettings.model_fields
     return frozenset(name for name in names if _traits_of(name)["change"] in changes)
 
@@ -237,8 +240,9 @@ def settings_without_effect(
 ) -> dict[str, str]:
     """Settings that the run file sets and that have no effect -> the reason.
 
-    The conditions are the trait `needs`. A value that turns something off counts as not set, except
-    `false` where the default is true. So do defaults in a run.yaml, which has all settings.
+    The conditions are the trait `needs`. Two kinds of values count as not set: one that turns
+    something off (unless it is `false` and the default is true), and the defaults in a run.yaml,
+    because that file has all settings.
     `data_formats`: formats of the rows, once they have been read.
     """
     names = settings.model_fields_set
@@ -254,7 +258,7 @@ def settings_without_effect(
         if unmet := [each for each in conditions if not _is_met(each, settings, data_formats)]:
             without_effect[name] = condition_text(unmet[0])
     if {"eval_steps", "evals_per_epoch"} & without_effect.keys():
-        without_effect.pop("evaluation_strategy", None)  # it may follow from the other setting
+        without_effect.pop("evaluation_strategy", None)  # one of the two sets it
     return without_effect
 
 
@@ -266,7 +270,10 @@ def condition_text(condition: str) -> str:
 
 
 def _is_met(condition: str, settings: RunSettings, data_formats: Collection[str]) -> bool:
-    """Whether settings meet a condition of the trait `needs`."""
+    """Whether settings meet a condition of the trait `needs`.
+
+    `KEY`: it has a value; `KEY=A|B`: one of these values. `!KEY` and `KEY!=A|B` are the opposite.
+    """
     key, separator, allowed = condition.partition("=")
     value = getattr(settings, key.strip("!"))
     values = data_formats if data_formats and key.strip("!") == "data_format" else [value]
@@ -277,7 +284,11 @@ def _is_met(condition: str, settings: RunSettings, data_formats: Collection[str]
 
 
 def settings_by(trait: Literal["layout", "deepspeed", "peers", "replaces"]) -> dict[str, str]:
-    """Mapping from each value of a trait to the name of the setting that has it."""
+    """Mapping from each value of a trait to the name of the setting that has it.
+
+    `layout`: a field of Layout that the setting fixes. `deepspeed`: its key in a DeepSpeed JSON.
+    `peers`: its names in other programs. `replaces`: the settings that it replaces.
+    """
     by_value: dict[str, str] = {}
     for name in RunSettings.model_fields:
         values: Any = _traits_of(name)[trait] or []

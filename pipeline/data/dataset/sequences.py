@@ -1,6 +1,7 @@
 """Per-sequence statistics and the composition of an epoch: the input of data/order.
 
-A sequence is a pack or, without packing, a document. S: sequences.
+A sequence is a pack or, without packing, a document. In array shapes, S is the number of
+sequences.
 """
 
 from dataclasses import dataclass

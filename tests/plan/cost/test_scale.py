@@ -25,7 +25,7 @@ pytestmark = pytest.mark.unit
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("sharding", ["ZeRO-2", "ZeRO-3"])
 @pytest.mark.parametrize("gpus", [8, 64])
-def test_a_step_on_slow_links_takes_the_time_of_its_bytes(base, sharding, gpus):
+def test_a_step_on_slow_links_takes_as_long_as_sending_its_bytes(base, sharding, gpus):
     """The links are so slow that everything else is negligible; 0.7 of their rate is reached."""
     slow = 1e5
     case = Case(
