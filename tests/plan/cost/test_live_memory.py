@@ -36,7 +36,6 @@ NAMES = [
     "bf16 zero2 tiles ckpt-off",
     "fp32 zero3 tiles inputs-on-host",
     "bf16 zero2 inputs-on-host",
-    "nf4 zero3 tiles ckpt-on",
     "tiles packed",
 ]
 # Models counted on their class, one for each kind of block; their lists name 8 blocks.
