@@ -17,6 +17,7 @@ FIRST_GRADIENTS = LOSSES = 1e-6
 WEIGHTS_AFTER_5 = 1e-5
 CHECKPOINTED = {"gradient_checkpointing": True}
 NF4 = {"load_in_4bit": True}
+LONG = {"mlp_tiles": 3, "offload_activations": True}
 # (is packed, settings) of each run. The 8 sequences of a step are the same in all of them.
 ON_TWO_RANKS = {
     "zero 1, documents": (False, {"zero_stage": 1, "batch_size": 2}),
@@ -24,6 +25,7 @@ ON_TWO_RANKS = {
     "zero 2, packs, checkpointed": (True, {"zero_stage": 2, "batch_size": 2} | CHECKPOINTED),
     "zero 3, documents": (False, {"zero_stage": 3, "batch_size": 4}),
     "zero 3, packs, checkpointed": (True, {"zero_stage": 3, "batch_size": 2} | CHECKPOINTED),
+    "zero 3, packs, tiles, offload": (True, {"zero_stage": 3, "batch_size": 2} | LONG),
     "zero 1, packs, 4 bits": (True, {"zero_stage": 1, "batch_size": 8} | NF4 | CHECKPOINTED),
     "zero 3, documents, 4 bits": (False, {"zero_stage": 3, "batch_size": 4} | NF4),
     "zero 2, documents, plain": (False, {"zero_stage": 2, "batch_size": 2, "fast_paths": False}),

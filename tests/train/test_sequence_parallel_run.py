@@ -80,6 +80,17 @@ def test_a_run_resumes_on_one_rank_from_a_checkpoint_of_two_that_shared_sequence
     assert distance(weights(resumed), weights(shared)) < 1e-5
 
 
+def test_a_checkpoint_does_not_depend_on_the_ranks_that_share_sequences(alone, shared):
+    checkpoints = [folder / "checkpoints/step-00000004" for folder in (alone, shared)]
+    assert len({frozenset(path.name for path in folder.iterdir()) for folder in checkpoints}) == 1
+    expected, state = (read_json(folder / "state.json") for folder in checkpoints)
+    for key in expected.keys() - {"fast_paths", "progress"}:
+        assert state[key] == expected[key], key
+    for key, value in expected["progress"].items():
+        same = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
+        assert state["progress"][key] == same, key
+
+
 def test_a_rank_that_dies_in_an_exchange_ends_the_run_and_is_named(start):
     folder = start.folder / "killed"
     arguments = ("launch/train.py", start.folder / "run.yaml", f"output_dir={folder}")
