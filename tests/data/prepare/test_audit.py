@@ -129,7 +129,7 @@ def test_the_report_shows_the_audit(run):
             first, width = histogram["first"] + i * histogram["width"], histogram["width"]
             assert f"{cell(first)} to {cell(first + width - 1)} {cell(count)} " in page
         for number in (audit["rows_read"], audit["tokens"], audit["supervised_tokens"]):
-            assert f" {cell(number)} " in page
+            assert f" {number:,} " in page
     train = run.audit()
     assert train["rows_read"] == 24 + 2 + 1234
     for source in train["sources"]:
