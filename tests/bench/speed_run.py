@@ -53,8 +53,10 @@ def build_operators(name: str | None) -> None:
     compiles the operator again. Without a compiler DeepSpeed runs without the operator.
     """
     environment = _environment(name)
-    if Path(environment["TORCH_EXTENSIONS_DIR"]).is_dir():
+    folder = Path(environment["TORCH_EXTENSIONS_DIR"])
+    if any(folder.rglob("*.so")):
         return
+    shutil.rmtree(folder, ignore_errors=True)  # the lock of an interrupted compilation
     print("compiling an operator of DeepSpeed ...", flush=True)
     code = "import deepspeed.comm.torch as backend; backend.build_shm_op()"
     python = install(name) if name else Path(sys.executable)
