@@ -8,16 +8,15 @@ from pipeline.adapter.gather import gather_weights
 from pipeline.data.order.batches import build_batch
 from pipeline.data.order.order import BatchLayout, RankWork, forward_seed
 from pipeline.data.order.steps import SeededBatch
-from pipeline.model.adapter import attach_adapter
-from pipeline.model.base import load_base
 from pipeline.plan.cost.per_token import cost_per_token, sequence_flops
+from pipeline.train.assemble import build_model
 from pipeline.train.engine import Engine
 from tests.tiny import Documents, make_plan
 
 
 def build_engine(session, folder: Path, settings: dict, documents: int = 40):
     plan = make_plan(folder, session.placement.world_size, documents, **settings)
-    model = attach_adapter(load_base(plan, session.device), plan)
+    model, _ = build_model(plan, session, None)
     group = session.sequence_group(plan.layout.sequence_parallel_size)
     return plan, Engine(model, plan, group=group)
 

@@ -12,7 +12,7 @@ from pipeline.adapter.trained_on import WEIGHTS
 from pipeline.errors import UserError
 from pipeline.files import require_json
 from pipeline.model.tensor_files import VALUE_BYTES, Entry, TensorFile, read_header
-from pipeline.plan.given.adapter_counts import lora_scaling, pattern_value
+from pipeline.plan.given.adapter_counts import TOKEN_ROWS, lora_scaling, pattern_value
 from pipeline.plan.given.shape import is_or_ends_with
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ _LORA_PARTS = {
     ".lora_embedding_B": "embedding_B",
 }
 _LORA_BIAS = ".lora_B.bias"
-_TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 # Values of init_lora_weights that do not change the base before training.
 _PLAIN_INITIAL_VALUES = (True, False, "gaussian", "orthogonal", "eva")
 # Keys of adapter_config.json without influence on the merged weights. All other keys must be empty,
@@ -114,6 +113,11 @@ class Adapter:
     def names(self) -> set[str]:
         """Names of all tensors of the base that it changes, without those of fused experts."""
         return {*self.updates, *self.values}
+
+    @property
+    def has_token_rows(self) -> bool:
+        """Whether it has trained rows of tokens."""
+        return any(each.rows for values in self.values.values() for each in values)
 
     @property
     def folder(self) -> Path:
@@ -214,8 +218,8 @@ def _value_update(
         use_rslora = bool(config.get("use_rslora"))
         scaling = lora_scaling(_r_of(layer, config), alpha, use_rslora=use_rslora)
         return f"{layer}.bias", ValueUpdate(part=entry, scaling=scaling)
-    if name.endswith(_TOKEN_ROWS):
-        module = name.removesuffix(_TOKEN_ROWS)
+    if name.endswith(TOKEN_ROWS):
+        module = name.removesuffix(TOKEN_ROWS)
         rows = _token_rows(module, config.get("trainable_token_indices"))
         if len(rows) != entry.shape[0]:
             raise UserError(

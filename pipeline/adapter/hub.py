@@ -13,13 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.adapter.adapter_file import read_config
+from pipeline.adapter.merge_output import TOKENIZER_FILES
 from pipeline.config.hub import HubSplit
 from pipeline.config.settings import RunSettings
 from pipeline.errors import RankZeroError, UserError
 from pipeline.files import dump_json, read_json_or_empty
+from pipeline.plan.rules.serving import SERVING_RULES
 
 _CARD = "README.md"
 _LEFT_OUT = {"trained_on.json", "rankzero_merge.json", _CARD}  # have paths of this machine
+# Files of earlier publications, which a new one replaces as a whole. Other files stay.
+_PUBLISHED = (
+    "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json",
+    "generation_config.json", "score.json", "plan.json", "audit.json",
+    *(f"{name}/*" if "." not in name else name for name in TOKENIZER_FILES),
+)  # fmt: skip
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Forms of access tokens and private keys.
 _SECRETS = {
@@ -50,9 +58,10 @@ _HYPERPARAMETERS = (
 class Publication:
     """The adapter or the merged model of a run, to be published.
 
-    `base_model`: the name of the base on the hub.
+    `name`: of the repository on the hub. `base_model`: the name of the base on the hub.
     """
 
+    name: str
     run_folder: Path
     settings: RunSettings
     base_model: str
@@ -198,10 +207,18 @@ def _card_body(publication: Publication, scores: Mapping[str, Any]) -> str:
             "```python",
             "from peft import AutoPeftModelForCausalLM",
             "",
-            'model = AutoPeftModelForCausalLM.from_pretrained("THIS_REPOSITORY")',
+            f'model = AutoPeftModelForCausalLM.from_pretrained("{publication.name}")',
             "```",
         ]
+        lines += ["", *(f"- {note}" for note in _serving_notes(publication.run_folder))]
     return "\n".join([*lines, ""])
+
+
+def _serving_notes(run: Path) -> list[str]:
+    """Messages of the run's plan about servers that refuse or ignore a part of the adapter."""
+    ids = {rule.id for rule in SERVING_RULES}
+    rules = read_json_or_empty(run / "plan.json").get("rules") or []
+    return [str(rule.get("message")) for rule in rules if rule.get("id") in ids]
 
 
 def require_no_secrets(folder: Path) -> None:
@@ -248,6 +265,8 @@ def _contents(folder: Path) -> Iterator[tuple[Path, bytes]]:
 def upload(folder: Path, name: str, *, is_private: bool) -> str:
     """Create the repository if it is missing, send the folder in one commit; return its address.
 
+    The commit also deletes files of an earlier publication that are not in the folder.
+
     Raises UserError if the repository exists and is public although a private one is asked for.
     """
     from huggingface_hub import HfApi
@@ -259,8 +278,9 @@ def upload(folder: Path, name: str, *, is_private: bool) -> str:
         if is_private and not api.model_info(name).private:  # create_repo left an existing one
             raise UserError(f"--private: {name} exists and is public; nothing was sent")
         commit = api.upload_folder(
-            repo_id=name, folder_path=folder, commit_message="Published with RankZero"
-        )
+            repo_id=name, folder_path=folder, commit_message="Published with RankZero",
+            delete_patterns=list(_PUBLISHED),
+        )  # fmt: skip
     except UserError:
         raise
     except LocalTokenNotFoundError as error:

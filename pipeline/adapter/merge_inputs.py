@@ -262,9 +262,27 @@ def require_compatible(base: Base, adapter: Adapter, *, any_orientation: bool = 
         for value in values:
             shape = value.part.shape
             if value.rows is not None:
-                shape = (max(entries[name].shape[0], *(row + 1 for row in value.rows)), *shape[1:])
+                _require_rows(mismatch, name, entries[name], value)
+                shape = (entries[name].shape[0], *shape[1:])
             _require_shape(mismatch, name, entries[name], shape)
         _require_mergeable_dtype(base, name, entries[name])
+
+
+def _require_rows(mismatch: str, name: str, entry: Entry, value: ValueUpdate) -> None:
+    """Raise UserError if a row of the merged tensor would have no value."""
+    assert value.rows is not None
+    if missing := {*range(entry.shape[0], max(value.rows) + 1)} - {*value.rows}:
+        raise UserError(
+            f"{mismatch}: it has values for row {max(value.rows)} of {name}, but none for row "
+            f"{min(missing)}, which the base does not have either; if the vocabulary was extended "
+            f"for it, call base.resize_token_embeddings({max(value.rows) + 1}), and {WITH_PEFT}"
+        )
+
+
+def added_rows(entry: Entry, changes: Sequence[Change]) -> int:
+    """Number of rows of new tokens that follow the rows of a tensor of the base."""
+    rows = [c.update.rows for c in changes if isinstance(c.update, ValueUpdate) and c.update.rows]
+    return max(0, *(max(each) + 1 - entry.shape[0] for each in rows)) if rows else 0
 
 
 def _require_shape(mismatch: str, name: str, entry: Entry, shape: tuple[int, ...]) -> None:

@@ -15,6 +15,20 @@ if TYPE_CHECKING:
     from pipeline.adapter.merge import MergeReport
 
 CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    CHAT_TEMPLATE,
+    "chat_template.json",
+    "additional_chat_templates",
+)
 # File with the record of a merge. A folder with this file may be replaced by another merge.
 MARKER = "rankzero_merge.json"
 # Suffixes of files with weights. Weights in other formats are not copied, because they are not
@@ -44,7 +58,7 @@ def _is_copied(path: Path) -> bool:
 
 
 def copy_other_files(plan: MergePlan, folder: Path) -> None:
-    """Copy the files beside the weights; the dtype is changed in those that name it.
+    """Copy the files beside the weights; dtype and vocabulary size are changed if they differ.
 
     The quantisation of a packed base is removed from its config.json.
     The chat template is that of the last adapter that has one: the one used in training.
@@ -54,25 +68,49 @@ def copy_other_files(plan: MergePlan, folder: Path) -> None:
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
     for adapter in plan.adapters:
-        if (adapter.folder / CHAT_TEMPLATE).is_file():
-            shutil.copyfile(adapter.folder / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
+        # An adapter with new tokens has its own tokenizer.
+        names = TOKENIZER_FILES if adapter.has_token_rows else (CHAT_TEMPLATE,)
+        copy_files(adapter.folder, folder, names)
+    tasks = [task for shard in plan.shards for task in shard.tensors.values()]
     is_unpacked = is_packed(plan.base.folder)
-    if plan.options.dtype is None and not is_unpacked:
+    is_converted = plan.options.dtype is not None or is_unpacked
+    if not is_converted and not any(task.added_rows for task in tasks):
         return
     config = read_json(folder / "config.json")
-    _set_dtype(config, _DTYPE_NAMES[plan.options.dtype or "BF16"])
+    if is_converted:
+        _set_dtype(config, _DTYPE_NAMES[plan.options.dtype or "BF16"])
     if is_unpacked:
         for each in (config, config.get("text_config") or {}):
             each.pop("quantization_config", None)
+    for task in tasks:
+        if task.added_rows:
+            _set_vocab_size(config, task.entry.shape[0], task.shape[0])
     (folder / "config.json").write_text(dump_json(config), encoding="utf-8")
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX)
-        tensors = [task for shard in plan.shards for task in shard.tensors.values()]
-        index.setdefault("metadata", {})["total_size"] = sum(task.num_bytes for task in tensors)
+        index.setdefault("metadata", {})["total_size"] = sum(task.num_bytes for task in tasks)
         index["weight_map"] = {
             name: shard.source.path.name for shard in plan.shards for name in shard.tensors
         }
         (folder / INDEX).write_text(dump_json(index), encoding="utf-8")
+
+
+def copy_files(source: Path, folder: Path, names: Sequence[str]) -> None:
+    """Copy the files and folders with these names that exist; they replace earlier ones."""
+    for path in (source / name for name in names):
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+        elif path.is_file():
+            shutil.copyfile(path, folder / path.name)
+
+
+def _set_vocab_size(config: dict[str, Any], old: int, new: int) -> None:
+    """Set the size of the vocabulary in a configuration and in those inside it."""
+    if config.get("vocab_size") == old:
+        config["vocab_size"] = new
+    for value in config.values():
+        if isinstance(value, dict):
+            _set_vocab_size(value, old, new)
 
 
 def _set_dtype(config: dict[str, Any], name: str) -> None:
@@ -115,7 +153,7 @@ def check_output(plan: MergePlan, folder: Path) -> None:
                 kinds = {k: (s.get_dtype(), tuple(s.get_shape())) for k, s in slices.items()}
         except (OSError, SafetensorError, UserError) as error:
             raise RankZeroError(f"{path}: cannot be read back: {error}") from error
-        if kinds != {name: (task.dtype, task.entry.shape) for name, task in shard.tensors.items()}:
+        if kinds != {name: (task.dtype, task.shape) for name, task in shard.tensors.items()}:
             raise RankZeroError(f"{path}: names, dtypes or shapes differ from the planned ones")
 
 

@@ -8,11 +8,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.adapter.adapter_file import CONFIG, Adapter, LayerUpdate, read_adapter
+from pipeline.adapter.adapter_file import CONFIG, WITH_PEFT, Adapter, LayerUpdate, read_adapter
 from pipeline.adapter.merge_inputs import (
     Base,
     Change,
     MetaModel,
+    added_rows,
     changes_by_tensor,
     meta_model,
     read_base,
@@ -105,14 +106,29 @@ def plan_merge(base: Path, adapters: Sequence[WeightedAdapter], options: MergeOp
         _require_undoable(changes)
     quantisation = _quantisation(options)
     quantised = _quantised_tensors(model, meta, quantisation)
+    shards = _shard_tasks(model, changes, _dtypes(model, meta, options), quantised)
+    _require_same_rows(shards)
     return MergePlan(
         base=model,
         adapters=tuple(loras),
         options=options,
-        shards=_shard_tasks(model, changes, _dtypes(model, meta, options), quantised),
+        shards=shards,
         quantisation=quantisation,
         identity=_identity(model, adapters, options),
     )
+
+
+def _require_same_rows(shards: Sequence["ShardTask"]) -> None:
+    """Raise UserError unless all tensors with a row for each token get the rows of new tokens."""
+    tasks = {name: task for shard in shards for name, task in shard.tensors.items()}
+    for resized, task in tasks.items():
+        for name, other in tasks.items() if task.added_rows else ():
+            is_same = other.shape[:1] == task.shape[:1]
+            if other.entry.shape[:1] == task.entry.shape[:1] and not is_same:
+                raise UserError(
+                    f"adapter: it has rows of new tokens for {resized}, but not for {name}, which "
+                    f"also has a row for each token; {WITH_PEFT}"
+                )
 
 
 def _require_undoable(changes: Mapping[str, list[Change]]) -> None:
@@ -205,6 +221,7 @@ def _shard_tasks(
                     entry=entry,
                     dtype=dtypes[name],
                     changes=tuple(changes.get(name, ())),
+                    added_rows=added_rows(entry, changes.get(name, ())),
                     quantised=quantised.get(name),
                 )
                 for name, entry in file.entries.items()

@@ -38,21 +38,34 @@ _CACHED_PARTS = 4
 class TensorTask:
     """One tensor of a merged model.
 
-    `dtype`: its dtype in the merged model. `quantised`: the orientation in which training
-    quantised the tensor: "stored" or "transposed"; None if it was not quantised.
+    `dtype`: its dtype in the merged model. `added_rows`: rows of new tokens, which follow those of
+    the base. `quantised`: the orientation in which training quantised the tensor: "stored" or
+    "transposed"; None if it was not quantised.
     """
 
     entry: Entry
     dtype: str
     changes: tuple[Change, ...] = ()
+    added_rows: int = 0
     quantised: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape in the merged model."""
+        shape = self.entry.shape
+        return (shape[0] + self.added_rows, *shape[1:]) if self.added_rows else shape
 
     @property
     def num_bytes(self) -> int:
         """Size in the merged model."""
-        if self.dtype == self.entry.dtype:
+        if self.dtype == self.entry.dtype and not self.added_rows:
             return self.entry.end - self.entry.start
-        return VALUE_BYTES[self.dtype] * math.prod(self.entry.shape)
+        return VALUE_BYTES[self.dtype] * math.prod(self.shape)
+
+    @property
+    def is_resized(self) -> bool:
+        """Whether its size differs from that in the base."""
+        return self.dtype != self.entry.dtype or self.added_rows > 0
 
 
 @dataclass(frozen=True)
@@ -69,14 +82,13 @@ class ShardTask:
 
     @cached_property
     def header(self) -> bytes:
-        """The header of the merged shard: that of the source with other dtypes and offsets."""
-        entries = self.source.entries
-        if all(task.dtype == entries[name].dtype for name, task in self.tensors.items()):
+        """The header of the merged shard: that of the source with other dtypes, shapes, offsets."""
+        if not any(task.is_resized for task in self.tensors.values()):
             return self.source.header
         header, end = json.loads(self.source.header[8:]), 0
         for name, task in self.tensors.items():
             offsets = [end, end := end + task.num_bytes]
-            header[name] |= {"dtype": task.dtype, "data_offsets": offsets}
+            header[name] |= {"dtype": task.dtype, "shape": task.shape, "data_offsets": offsets}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
@@ -165,7 +177,10 @@ def _read_part(path: Path, entry: Entry) -> torch.Tensor:
 
 
 def _read(file: BinaryIO, task: TensorTask, buffer: torch.Tensor | None = None) -> torch.Tensor:
-    """A tensor in its new dtype. It is read in chunks, so that it is not held in two dtypes."""
+    """A tensor in its new dtype; added rows are zero until they are merged.
+
+    It is read in chunks, so that it is not held in two dtypes.
+    """
     entry, size = task.entry, task.num_bytes
     if buffer is None:
         buffer = torch.empty(size, dtype=torch.uint8)
@@ -175,15 +190,19 @@ def _read(file: BinaryIO, task: TensorTask, buffer: torch.Tensor | None = None) 
         return tensor.copy_(read_tensor(entry.values.path, entry.values.name, entry))
     file.seek(entry.start)
     if task.dtype == entry.dtype:
-        _fill(file, data)
+        in_base = entry.end - entry.start
+        _fill(file, data[:in_base])
+        data[in_base:] = 0
         dtype = TORCH_DTYPES.get(entry.dtype)
-        return data if dtype is None else data.view(dtype).view(entry.shape)
+        return data if dtype is None else data.view(dtype).view(task.shape)
     tensor = data.view(TORCH_DTYPES[task.dtype])
-    for part in tensor.split(_CHUNK_BYTES // VALUE_BYTES[entry.dtype]):  # type: ignore[no-untyped-call]
+    in_base = math.prod(entry.shape)
+    tensor[in_base:] = 0
+    for part in tensor[:in_base].split(_CHUNK_BYTES // VALUE_BYTES[entry.dtype]):  # type: ignore[no-untyped-call]
         chunk = torch.empty(len(part), dtype=TORCH_DTYPES[entry.dtype])
         _fill(file, chunk.view(torch.uint8))
         part.copy_(chunk)
-    return tensor.view(entry.shape)
+    return tensor.view(task.shape)
 
 
 def _fill(file: BinaryIO, data: torch.Tensor) -> None:

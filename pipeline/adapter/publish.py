@@ -5,7 +5,7 @@ one.
 """
 
 import json
-import shutil
+import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -17,36 +17,25 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pipeline.adapter.initial import initial_adapter_of, lineage_texts
-from pipeline.adapter.merge_output import CHAT_TEMPLATE
+from pipeline.adapter.merge_output import CHAT_TEMPLATE, TOKENIZER_FILES, copy_files
 from pipeline.adapter.serving import serving_notes, vllm_command
 from pipeline.adapter.trained_on import WEIGHTS, write_trained_on
 from pipeline.adapter.verify import verify_adapter_file, verify_tensors
 from pipeline.config.settings import RunSettings
 from pipeline.data.chat.encoder import chat_template_of
+from pipeline.data.chat.tokenizer import run_tokenizer
 from pipeline.data.prepare.audit import ends_without_stop
 from pipeline.errors import RankZeroError
 from pipeline.files import atomic_folder, dump_json, read_json
 from pipeline.model.adapter import expected_shapes, lora_config
 from pipeline.model.fingerprint import Fingerprint
+from pipeline.plan.given.adapter_counts import TOKEN_ROWS
+from pipeline.plan.given.new_tokens import token_rows
 from pipeline.plan.given.saved_modules import saved_modules
 from pipeline.plan.plan import Plan
 
 _CONFIG, _CARD = "adapter_config.json", "README.md"
 _PREFIX = "base_model.model."
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    CHAT_TEMPLATE,
-    "chat_template.json",
-    "additional_chat_templates",
-)
 
 
 def publish_adapter(
@@ -59,10 +48,11 @@ def publish_adapter(
 ) -> None:
     """Write the adapter folder, on rank 0 only.
 
-    `tensors`: fp32 weights on the CPU, under the keys of peft's adapter file. Raises RankZeroError
-    if a check fails; an earlier adapter then remains unchanged.
+    `tensors`: fp32 weights on the CPU, under the keys of peft's adapter file; of PiSSA and OLoRA,
+    the result of `on_unchanged_base`. Raises RankZeroError if a check fails; an earlier adapter
+    then remains unchanged.
     """
-    settings, expected = plan.settings, expected_shapes(plan)
+    settings, expected = plan.settings, _saved_shapes(plan)
     started_from = initial_adapter_of(folder.parent, settings)
     config = adapter_config(settings)
     notes = ends_without_stop(folder.parent / "data")
@@ -85,11 +75,29 @@ def publish_adapter(
             (fresh / _CONFIG).write_text(dump_json(config), encoding="utf-8")
             (fresh / _CARD).write_text(card, encoding="utf-8")
             write_trained_on(fresh, settings, base, started_from)
-            _copy_tokenizer(settings.model_folder, fresh)
+            if settings.new_tokens:
+                run_tokenizer(settings).save_pretrained(fresh)
+            else:
+                copy_files(settings.model_folder, fresh, TOKENIZER_FILES)
             if (template := chat_template_of(settings)) is not None:  # replaces the base's template
                 (fresh / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise RankZeroError(f"{folder}: the adapter cannot be written: {error}") from error
+
+
+def _saved_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the tensors to save; PiSSA and OLoRA have twice the r of training."""
+    shapes = expected_shapes(plan)
+    if not plan.settings.splits_base:
+        return shapes
+    return {
+        key: (2 * size[0], size[1])
+        if ".lora_A." in key
+        else (size[0], 2 * size[1])
+        if ".lora_B." in key
+        else size
+        for key, size in shapes.items()
+    }
 
 
 def _tied_copies(plan: Plan) -> dict[str, str]:
@@ -115,10 +123,34 @@ def adapter_config(settings: RunSettings) -> dict[str, Any]:
         key: sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()  # type: ignore[no-untyped-call]
     }
-    alpha = settings.alpha  # written as an integer if possible, as serving engines expect
+    if settings.splits_base:  # see split_base.py; alpha such that the scaling stays the same
+        factor = math.sqrt(2) if settings.use_rslora else 2
+        plain["r"] *= 2
+        plain["rank_pattern"] = {key: 2 * r for key, r in settings.rank_pattern.items()}
+        plain["alpha_pattern"] = {key: factor * a for key, a in settings.alpha_pattern.items()}
+        plain["lora_alpha"] *= factor
+    alpha = plain["lora_alpha"]  # written as an integer if possible, as serving engines expect
     plain["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
     data: dict[str, Any] = json.loads(json.dumps(plain))
     return data
+
+
+def on_unchanged_base(
+    tensors: Mapping[str, torch.Tensor], initial: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The adapter B A - B0 A0 as one LoRA of twice the r. Raises RankZeroError if B is still B0.
+
+    peft calls this `subtract_mutated_init` (0.21.2 tuners/lora/model.py).
+    """
+    result = dict(tensors)
+    for key, start in initial.items():
+        if ".lora_A." in key:
+            result[key] = torch.cat([tensors[key], start], dim=0)
+            continue
+        if torch.equal(tensors[key], start):
+            raise RankZeroError(f"{key} still has its initial value: no gradient reached it")
+        result[key] = torch.cat([tensors[key], -start], dim=1)
+    return result
 
 
 def check_servable(tensors: Mapping[str, torch.Tensor], adapter_config: Mapping[str, Any]) -> None:
@@ -131,7 +163,8 @@ def check_servable(tensors: Mapping[str, torch.Tensor], adapter_config: Mapping[
     problems = [
         f"{key} is not a key that serving engines read"
         for key in tensors
-        if not key.startswith(_PREFIX) or not (".lora_" in key or key.startswith(saved))
+        if not key.startswith(_PREFIX)
+        or not (".lora_" in key or key.startswith(saved) or key.endswith(TOKEN_ROWS))
     ]
     largest_r = max([adapter_config["r"], *(adapter_config.get("rank_pattern") or {}).values()])
     # Modules whose fused experts are adapted: their matrices have r columns for each expert.
@@ -180,8 +213,10 @@ def model_card(
         "global batch": f"{plan.layout.global_batch_size} sequences of at most "
         f"{settings.max_length} tokens",
         "learning rate": f"{settings.lr:g}, {settings.lr_scheduler_type}",
-        "LoRA": f"r {settings.lora_r}, alpha {settings.alpha:g}, dropout {settings.lora_dropout:g}",
+        "LoRA": f"r {settings.lora_r}, alpha {settings.alpha:g}, dropout {settings.lora_dropout:g}"
+        + (f"; saved with r {2 * settings.lora_r}" if settings.splits_base else ""),
         **{f"`{name}`": f"`{value}`" for name, value in settings.adapter_options.items()},
+        **({"new tokens": plan.why["new_tokens"]} if settings.new_tokens else {}),
         "base quantised in training": quantised,
         "training dtype": f"{plan.training_dtype}; these files have the fp32 master weights",
         "seed": settings.seed,
@@ -193,10 +228,20 @@ def model_card(
         front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         base=json.dumps(settings.model, ensure_ascii=False),
         revision=f'revision="{settings.model_revision}", ' if settings.model_revision else "",
+        resize=_resize_call(plan),
         table="\n".join([table, *(f"\n{note}" for note in notes)]),
         vllm=vllm_command(settings, "ADAPTER", "MERGED"),
         serving="".join(f"- {note}\n" for note in serving_notes(plan)),
     )
+
+
+def _resize_call(plan: Plan) -> str:
+    """The line of Python that adds the rows of new tokens to the base; empty if it has them."""
+    rows = token_rows(plan.shape, plan.settings)
+    if rows is None or not plan.shape.added_rows:
+        return ""
+    call = f"base.resize_token_embeddings({rows.vocab_size}, mean_resizing=False)"
+    return f"{call}  # rows of the new tokens\n"
 
 
 _CARD_TEXT = """\
@@ -216,7 +261,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 base = AutoModelForCausalLM.from_pretrained({base}, {revision}dtype="auto")
-model = PeftModel.from_pretrained(base, ADAPTER)
+{resize}model = PeftModel.from_pretrained(base, ADAPTER)
 tokenizer = AutoTokenizer.from_pretrained(ADAPTER)
 ```
 
@@ -229,11 +274,3 @@ To serve it, with `MERGED` as the path of the merged model (`launch/merge.py`):
 `launch/export.py RUN_FOLDER --gguf` writes the files for llama.cpp and Ollama.
 
 {serving}"""
-
-
-def _copy_tokenizer(base: Path, folder: Path) -> None:
-    for source in (base / name for name in _TOKENIZER_FILES):
-        if source.is_dir():
-            shutil.copytree(source, folder / source.name)
-        elif source.is_file():
-            shutil.copyfile(source, folder / source.name)

@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.adapter.merge_output import CHAT_TEMPLATE
 from pipeline.config.settings import RunSettings
 from pipeline.plan.plan import Plan
-from pipeline.plan.rules.serving import SERVING_RULES, vllm_rank
+from pipeline.plan.rules.serving import SERVING_RULES, saved_rank, vllm_rank
 
 _NOT_A_NAME = re.compile(r"[^\w.-]+")
 
@@ -17,8 +17,8 @@ def vllm_command(settings: RunSettings, adapter: str, merged: str) -> str:
 
     The command serves the merged model if vLLM rejects the adapter.
     """
-    rank = vllm_rank(max((settings.lora_r, *settings.rank_pattern.values())))
-    if rank is None or settings.use_dora or settings.modules_to_save:
+    rank = vllm_rank(saved_rank(settings))
+    if rank is None or settings.use_dora or settings.modules_to_save or settings.new_tokens:
         return shlex.join(["vllm", "serve", merged])
     name = _NOT_A_NAME.sub("-", Path(settings.output_dir).name).strip("-.") or "adapter"
     revision = ["--revision", settings.model_revision] if settings.model_revision else []

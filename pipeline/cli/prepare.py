@@ -15,7 +15,7 @@ from pipeline.cluster.devices import detect_hardware
 from pipeline.cluster.exits import run_main
 from pipeline.config.load import load_settings
 from pipeline.config.settings import RunSettings
-from pipeline.data.chat.tokenizer import load_tokenizer
+from pipeline.data.chat.tokenizer import run_tokenizer
 from pipeline.data.dataset.reader import open_split
 from pipeline.data.prepare.audit_table import audit_table
 from pipeline.data.prepare.parallel import exclude_torch
@@ -61,7 +61,7 @@ def prepare() -> None:
             exclude_torch()
         index = prepare_data(settings, data_dir)
     if args.show:
-        tokenizer = load_tokenizer(settings.model_folder, settings.trust_remote_code)
+        tokenizer = run_tokenizer(settings)
         show_documents(console, open_split(index.train), tokenizer, args.show)
     audit = json.loads((data_dir / "audit.json").read_text(encoding="utf-8"))
     console.print(audit_table(audit))

@@ -44,6 +44,7 @@ def publish() -> None:
     if args.merged:
         require_merged(run_folder)
     publication = Publication(
+        name=name,
         run_folder=run_folder,
         settings=settings,
         base_model=base_model_name(settings, args.base_model),

@@ -6,17 +6,14 @@ lists the settings that differ from their defaults.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field, field_validator
 
 from pipeline.config.data_names import Positive
 from pipeline.config.traits import traits
 
-_CHANGES_BASE = "it replaces the weights of the base, and runs here never change the base"
 # Values of init_lora_weights in peft 0.21.2 that are not supported, with the reason.
 _OTHER_INITIAL_VALUES = {
-    "pissa": _CHANGES_BASE,
-    "olora": _CHANGES_BASE,
-    "corda": _CHANGES_BASE,
+    "corda": "it needs a forward pass over the data before ZeRO shards the model",
     "loftq": "its adapter corrects the 4-bit base, so it is wrong on the 16-bit base",
     "eva": "it needs a forward pass over the data before ZeRO shards the model",
 }
@@ -24,15 +21,21 @@ _OTHER_INITIAL_VALUES = {
 
 def _supported_initial_values(value: object) -> object:
     """Validate `init_lora_weights`. Raises ValueError for values of peft that do not work here."""
-    name = value.partition("_niter_")[0] if isinstance(value, str) else ""  # pissa_niter_16
-    if name in _OTHER_INITIAL_VALUES:
-        reason = _OTHER_INITIAL_VALUES[name]
-        raise ValueError(f"{value} is not supported: {reason}; set true or gaussian")
+    if isinstance(value, str) and value in _OTHER_INITIAL_VALUES:
+        reason = _OTHER_INITIAL_VALUES[value]
+        raise ValueError(f"{value} is not supported: {reason}; set true, gaussian, pissa or olora")
     return value
 
 
 class AdapterKeys(BaseModel):
     """Adapter settings other than r, alpha, dropout and target modules."""
+
+    @field_validator("new_tokens")
+    @classmethod
+    def _check_new_tokens(cls, value: list[str]) -> list[str]:
+        if repeated := [token for token in value if value.count(token) > 1]:
+            raise ValueError(f"{repeated[0]!r} is there more than once")
+        return value
 
     use_rslora: bool = Field(
         default=False,
@@ -72,12 +75,16 @@ class AdapterKeys(BaseModel):
         json_schema_extra=traits(peers="lora_exclude_modules"),
     )
     init_lora_weights: Annotated[
-        Literal[True, "gaussian"], BeforeValidator(_supported_initial_values)
+        Literal[True, "gaussian", "pissa", "olora"]
+        | Annotated[str, Field(pattern="^pissa_niter_[1-9][0-9]?$")],
+        BeforeValidator(_supported_initial_values),
     ] = Field(
         default=True,
-        description="Initial values of the A matrices; B matrices start at zero. `true`: "
+        description="Initial values of A and B. With the first two, B starts at zero. `true`: "
         "Kaiming-uniform, as in the LoRA paper's code. `gaussian`: normal, with standard deviation "
-        "1 / r.",
+        "1 / r. `pissa`, `olora`: the principal part of each weight by SVD or QR, which is "
+        "subtracted from the base in memory; the saved adapter has twice the r and belongs to the "
+        "unchanged base. `pissa_niter_16`: PiSSA by a faster, approximate SVD of 16 iterations.",
         json_schema_extra=traits(needs="!init_adapter", peers="peft_init_lora_weights"),
     )
     modules_to_save: list[str] = Field(
@@ -88,6 +95,14 @@ class AdapterKeys(BaseModel):
         json_schema_extra=traits(
             peers="lora_modules_to_save additional_target additional_trainable_modules"
         ),
+    )
+    new_tokens: list[Annotated[str, Field(min_length=1, pattern=r"\S")]] = Field(
+        default_factory=list,
+        description="Texts that become single tokens, for example `[<tool>, </tool>]`. They are "
+        "added to the tokenizer, and each gets a trained row in embeddings and head. Spare rows of "
+        "the model are used first; then rows are added. A row starts at the mean of all rows with "
+        "some noise, which depends on `seed`.",
+        json_schema_extra=traits(peers="tokens"),
     )
     lora_plus_ratio: Annotated[float, Field(ge=1, le=1e6)] = Field(
         default=1.0,

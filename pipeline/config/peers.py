@@ -22,6 +22,7 @@ _ADAMW = (
 _BETAS = "set betas and eps in optimizer.params of a deepspeed_json; the defaults are AdamW's"
 _NOT_BUILT = "not supported; docs/adapters.md has the options of the LoRA adapter"
 _FLAT = "keys are not nested: lora_r, lora_alpha, lr and so on, each in a line of its own"
+_NEW_TOKENS = "new_tokens adds tokens and trains their rows of embeddings and head"
 _ONLY_LORA = "LoRA is always trained; QLoRA is load_in_4bit: true"
 _NO_FSDP = "sharding is DeepSpeed's ZeRO: zero_stage, chosen by the plan"
 _BY_ROW = "the format of each row is detected; data_format and columns override that"
@@ -154,11 +155,9 @@ ADVICE: Mapping[str, str] = {
     "sft_config": _FLAT,
     "bias": _NOT_BUILT,
     "unfrozen_parameters": _NOT_BUILT,
-    "resize_token_embeddings*": _NOT_BUILT,
-    "tokens": _NOT_BUILT,
-    "added_tokens*": _NOT_BUILT,
-    "new_tokens": _NOT_BUILT,
-    "trainable_token*": _NOT_BUILT,
+    "resize_token_embeddings*": _NEW_TOKENS,
+    "added_tokens*": _NEW_TOKENS,
+    "trainable_token*": _NEW_TOKENS,
     "ensure_weight_tying": "not needed: modules_to_save keeps a tied pair tied; remove it",
     "lora_target_linear": "lora_target_modules: all-linear",
     "gradient_checkpointing_kwargs": _CHECKPOINTING,

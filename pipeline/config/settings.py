@@ -180,6 +180,11 @@ class RunSettings(AdapterKeys, RunKeys, DataKeys):
         }
 
     @property
+    def splits_base(self) -> bool:
+        """Whether A and B start with a part of the base: PiSSA and OLoRA."""
+        return self.init_lora_weights not in (True, "gaussian")
+
+    @property
     def is_quantised(self) -> bool:
         """Whether the base model is quantised to 4 or 8 bits."""
         return self.load_in_4bit or self.load_in_8bit

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import RankZeroError, UserError
 from pipeline.evaluate.subjects import Subject
@@ -36,7 +37,11 @@ def run_harness(subjects: Sequence[Subject], tasks: str, out: Path) -> None:
 def harness_command(subject: Subject, tasks: str, folder: Path) -> list[str]:
     """The command for one model. The base of a quantised run is loaded in as many bits."""
     settings = subject.settings
-    arguments = {"pretrained": subject.folder, "tokenizer": settings.model_folder, "dtype": "auto"}
+    arguments: dict[str, Any] = {
+        "pretrained": subject.folder,
+        "tokenizer": settings.model_folder,
+        "dtype": "auto",
+    }
     if subject.adapter is not None and subject.is_adapter_used:
         arguments["peft"] = subject.adapter
     if settings.trust_remote_code:
@@ -45,7 +50,14 @@ def harness_command(subject: Subject, tasks: str, folder: Path) -> list[str]:
         bits = "load_in_4bit" if settings.load_in_4bit else "load_in_8bit"
         arguments[bits] = "True"
         if settings.load_in_4bit:
+            compute: str = settings.bnb_4bit_compute_dtype
+            if compute == "auto":  # the training dtype
+                from pipeline.evaluate.loading import single_process_plan  # imports torch
+
+                compute = single_process_plan(settings).training_dtype
             arguments["bnb_4bit_quant_type"] = settings.bnb_4bit_quant_type
+            arguments["bnb_4bit_use_double_quant"] = settings.bnb_4bit_use_double_quant
+            arguments["bnb_4bit_compute_dtype"] = compute
     words = ",".join(f"{key}={value}" for key, value in arguments.items())
     return [
         sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", words,

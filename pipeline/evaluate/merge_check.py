@@ -151,6 +151,14 @@ def _logits(
     return logits
 
 
+def _add_rows(causal: Any, indices: dict[str, list[int]] | list[int] | None) -> None:
+    """Add rows for the new tokens of an adapter, without values."""
+    lists = indices.values() if isinstance(indices, dict) else [indices or []]
+    num_rows = max((index + 1 for each in lists for index in each), default=0)
+    if num_rows > causal.get_input_embeddings().weight.shape[0]:
+        causal.resize_token_embeddings(num_rows, mean_resizing=False)
+
+
 def _with_adapters(causal: Any, adapters: Sequence[WeightedAdapter]) -> PeftModel:
     """The model with all adapters active, each with its weight, without values."""
     names = [_NAME.format(number) for number in range(len(adapters))]
@@ -158,6 +166,7 @@ def _with_adapters(causal: Any, adapters: Sequence[WeightedAdapter]) -> PeftMode
     for name, adapter in zip(names, adapters, strict=True):
         config = LoraConfig.from_pretrained(str(adapter.folder), inference_mode=True)
         config.init_lora_weights = False
+        _add_rows(causal, config.trainable_token_indices)
         if model is None:
             model = PeftModel(causal, config, name)
         else:

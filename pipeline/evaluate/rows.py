@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.config.data_names import DataSource
 from pipeline.config.settings import RunSettings
 from pipeline.data.chat.encoder import Encoder
-from pipeline.data.chat.tokenizer import load_tokenizer
+from pipeline.data.chat.tokenizer import run_tokenizer
 from pipeline.data.dataset.reader import DataIndex
 from pipeline.data.prepare.lines import read_line
 from pipeline.data.prepare.prepare import eval_examples
@@ -72,7 +72,7 @@ class RowEncoder:
     """Tokenizer and chat template of a model, which encode examples as in training."""
 
     def __init__(self, settings: RunSettings) -> None:
-        self.tokenizer: Any = load_tokenizer(settings.model_folder, settings.trust_remote_code)
+        self.tokenizer: Any = run_tokenizer(settings)
         self._encoder = Encoder(self.tokenizer, settings)
         self._settings = settings
         self.ends = self._encoder.ends

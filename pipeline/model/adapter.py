@@ -1,5 +1,7 @@
 """LoRA adapter: its peft configuration, its attachment to the base, its trainable parameters."""
 
+from typing import Any
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
@@ -9,8 +11,10 @@ from transformers import PreTrainedModel
 from pipeline.config.settings import RunSettings
 from pipeline.model.base import DTYPES
 from pipeline.model.checkpoint_names import model_on_meta
+from pipeline.model.token_rows import add_rows
 from pipeline.plan.given.adapter_counts import adapted_layers
-from pipeline.plan.given.saved_modules import SavedModule, saved_modules
+from pipeline.plan.given.new_tokens import token_rows
+from pipeline.plan.given.saved_modules import saved_modules
 from pipeline.plan.given.shape import EXPERTS, read_shape
 from pipeline.plan.plan import Plan
 
@@ -22,7 +26,11 @@ def lora_config(settings: RunSettings) -> LoraConfig:
     them, and a configuration has one dropout for all layers. `attach_adapter` then sets the dropout
     of the linear layers.
     """
-    experts, saved = _target_parameters(settings), _saved_modules(settings)
+    shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
+    experts, saved = _target_parameters(settings), saved_modules(shape, settings)
+    rows = token_rows(shape, settings)
+    # PiSSA and OLoRA: peft would change the base while it attaches the adapter (split_base.py).
+    initial: Any = True if settings.splits_base else settings.init_lora_weights
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_r,
@@ -34,16 +42,12 @@ def lora_config(settings: RunSettings) -> LoraConfig:
         alpha_pattern=dict(settings.alpha_pattern),
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
-        init_lora_weights=settings.init_lora_weights,
+        init_lora_weights=initial,
         modules_to_save=[module.name for module in saved] or None,
         ensure_weight_tying=any(module.tied_name for module in saved),
+        trainable_token_indices=None if rows is None else dict.fromkeys(rows.modules, rows.indices),
         bias="none",
     )
-
-
-def _saved_modules(settings: RunSettings) -> tuple[SavedModule, ...]:
-    shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
-    return saved_modules(shape, settings)
 
 
 def _target_modules(settings: RunSettings) -> list[str]:
@@ -127,7 +131,10 @@ def expected_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     """Keys and shapes of the adapter file, from the model's class on the meta device."""
     settings = plan.settings
     base = model_on_meta(settings.model_folder, trust_remote_code=settings.trust_remote_code)
+    rows = token_rows(plan.shape, settings)
     with torch.device("meta"):
+        if rows is not None:
+            add_rows(base, rows)
         model = get_peft_model(base, lora_config(settings))
     assert isinstance(model, PeftModel)
     return {key: tuple(parameter.shape) for key, parameter in trainable(model).items()}

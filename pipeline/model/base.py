@@ -38,6 +38,7 @@ from pipeline.model.load_fixes import corrected_loading
 from pipeline.model.packed import checkpoint_tensors
 from pipeline.model.packed_files import is_packed
 from pipeline.model.structure import blocks
+from pipeline.model.token_rows import set_token_rows
 from pipeline.plan.given.shape import DEQUANTISED, ModelShape, quantization_of
 from pipeline.plan.plan import Plan
 
@@ -49,6 +50,8 @@ _VALUES_OF_PART = 2**20  # number of values that are quantised at a time
 
 def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
     """Load the base on its device, frozen, with activation checkpointing as planned.
+
+    New tokens have rows in its embeddings and head.
 
     At ZeRO-3 an unquantised base is sharded while it is read. A quantised base is loaded whole on
     every rank (transformers 5.23 does not shard it), and DeepSpeed shards it later. If the plan has
@@ -73,7 +76,9 @@ def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
     )
     del sharding
     gc.collect()
-    return freeze_base(model, plan, device)
+    freeze_base(model, plan, device)
+    set_token_rows(model, plan)
+    return model
 
 
 def freeze_base(model: PreTrainedModel, plan: Plan, device: torch.device) -> PreTrainedModel:

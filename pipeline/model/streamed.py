@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from pipeline.errors import UserError
 from pipeline.model.attention import WITHIN_DOCUMENTS
@@ -125,6 +126,8 @@ class StreamedWeights:
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
                 value = self._value(f"{name}.{key}", module)
+                if (missing := parameter.shape[0] - value.shape[0]) > 0:
+                    value = F.pad(value, (0, 0, 0, missing))  # rows that an adapter replaces
                 loaded = nn.Parameter(value, requires_grad=False)
                 loaded.is_streamed = True  # type: ignore[attr-defined]
                 module._parameters[key] = loaded

@@ -28,6 +28,7 @@ from pipeline.plan.given.data_size import DataSize
 from pipeline.plan.given.fast_paths import fast_paths
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import Layout, SequenceProfile
+from pipeline.plan.given.new_tokens import rows_text, token_rows, with_added_rows
 from pipeline.plan.given.shape import EXPERTS, ModelShape, read_shape
 from pipeline.plan.reasons import misfit_message, reasons
 from pipeline.plan.rules.model import INPUT_RULES
@@ -253,6 +254,9 @@ def plan_and_candidates(
     if settings.deepspeed_json is not None:
         settings = with_json_constraints(settings.deepspeed_json, settings)
     why = replaced_preset_values(settings)
+    shape = with_added_rows(shape, settings)
+    if (rows := token_rows(shape, settings)) is not None:
+        why["new_tokens"] = rows_text(rows, shape, settings)
     targets = shape.without_auto(settings.lora_target_modules)
     if targets != settings.lora_target_modules:
         settings = settings.model_copy(update={"lora_target_modules": targets})

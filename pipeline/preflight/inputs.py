@@ -7,7 +7,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.chat.tokenizer import load_tokenizer, require_tokenizer
+from pipeline.data.chat.tokenizer import require_tokenizer, run_tokenizer
 from pipeline.data.dataset.reader import INDEX, DataIndex
 from pipeline.data.prepare.prepare import check_rows, prepare_data
 from pipeline.errors import UserError
@@ -137,7 +137,7 @@ def _assess_prepared_data(results: ProbeResults) -> Iterable[Finding]:
 def _probe_tokenizer(context: RankContext) -> dict[str, Any]:
     """Size of the tokenizer. Raises UserError if it has more tokens than the base embeddings."""
     settings, shape = context.known_settings, context.known_plan.shape
-    tokenizer = load_tokenizer(context.model_folder, settings.trust_remote_code)
+    tokenizer = run_tokenizer(settings)
     if len(tokenizer) > shape.vocab_size:
         raise UserError(
             f"model: {context.model_folder}: the tokenizer has {len(tokenizer)} tokens, but the "

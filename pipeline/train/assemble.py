@@ -5,23 +5,27 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 
 from pipeline.adapter.gather import MOMENTS, OptimizerState, gather_weights, restore
 from pipeline.adapter.initial import read_initial_adapter
 from pipeline.adapter.initial_weights import initial_weights
 from pipeline.cluster.heartbeat import LOADING
 from pipeline.cluster.progress import show_progress
+from pipeline.cluster.session import Session
 from pipeline.data.dataset.reader import DataIndex, open_split
 from pipeline.errors import UserError
 from pipeline.model.adapter import attach_adapter, frozen_checksum
 from pipeline.model.base import load_base
 from pipeline.model.proof import require_proof
+from pipeline.model.split_base import split_base
 from pipeline.plan.given.class_proof import Proof
 from pipeline.plan.plan import Plan
 from pipeline.train.checkpoint import (
     Checkpoints,
     Progress,
     computation_changes,
+    read_initial,
     read_progress,
     read_tensors,
 )
@@ -54,10 +58,12 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
     loading, creating, restoring = LOADING
     heartbeat.beat(loading)
     with show_progress("loading the model"):
-        model = attach_adapter(load_base(plan, session.device), plan)
+        model, initial = build_model(plan, session, None if resumed is None else Path(resumed))
         heartbeat.beat(creating)
         group = session.sequence_group(plan.layout.sequence_parallel_size)
         engine = Engine(model, plan, heartbeat.beat, group)
+    if folder.checkpoints is not None:
+        folder.checkpoints.initial = initial
     progress = Progress()
     if resumed is not None:
         heartbeat.beat(restoring)
@@ -93,6 +99,20 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
         questions=questions,
         frozen_checksum=frozen_checksum(engine.deepspeed.module) if context.is_debug else None,
     )
+
+
+def build_model(
+    plan: Plan, session: Session, checkpoint: Path | None
+) -> tuple[PeftModel, dict[str, torch.Tensor]]:
+    """The base with its adapter, and on rank 0 A0 and B0 if these are a part of the base.
+
+    `checkpoint`: the one that the run resumes from. Collective.
+    """
+    model = attach_adapter(load_base(plan, session.device), plan)
+    if not plan.settings.splits_base:
+        return model, {}
+    stored = None if checkpoint is None else read_initial(checkpoint)
+    return model, split_base(model, plan, session, stored)
 
 
 def _log_changes(checkpoint: Path, checkpoints: Checkpoints) -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 _ADAPTER, _OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"
+_INITIAL = "initial.safetensors"  # only if A and B started with a part of the base
 _STATE, _MANIFEST = "state.json", "manifest.json"
 DATA_MADE_WITH = "data_made_with"  # entry of state.json: versions of the tokenising packages
 _OF_EXPERTS = re.compile(r"\.experts(\.base_layer)?\.lora_[AB]\.weight$")
@@ -95,7 +96,8 @@ class Checkpoints:
     checkpoints of the run record this path. `shapes`: shapes of the trained tensors,
     without those of fused experts.
     `model_folder`: the base. It is needed for old checkpoints, whose fingerprint covers only
-    samples of the weights. `about`: further entries of state.json for users.
+    samples of the weights. `about`: further entries of state.json for users. `initial`: A0 and B0
+    of PiSSA and OLoRA (model/split_base.py), which each checkpoint contains.
     """
 
     folder: Path
@@ -106,6 +108,7 @@ class Checkpoints:
     shapes: Mapping[str, Sequence[int]] | None = None
     model_folder: Path | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    initial: Mapping[str, "torch.Tensor"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Step of the best adapter to which the newest checkpoint refers.
@@ -122,7 +125,7 @@ class Checkpoints:
         Raises OSError, SafetensorError or RankZeroError if this fails; earlier checkpoints then
         stay unchanged.
         """
-        self._require_space(weights, moments)
+        self._require_space(weights, moments, self.initial)
         path = self.folder / f"step-{progress.step:08d}"
         self._write_folder(path, weights, moments, progress)
         self._best_of_newest = progress.best_step
@@ -361,6 +364,8 @@ class Checkpoints:
         with atomic_folder(path, check=lambda fresh: None) as fresh:
             save_file(dict(weights), fresh / _ADAPTER, metadata={"format": "pt"})
             save_file(dict(moments), fresh / _OPTIMIZER, metadata={"format": "pt"})
+            if self.initial:
+                save_file(dict(self.initial), fresh / _INITIAL, metadata={"format": "pt"})
             state = {
                 "identity": asdict(self.identity),
                 "progress": asdict(progress),
@@ -368,9 +373,7 @@ class Checkpoints:
                 **self.about,
             }
             (fresh / _STATE).write_text(dump_json(state), encoding="utf-8")
-            files = {
-                name: _size_and_digest(fresh / name) for name in (_ADAPTER, _OPTIMIZER, _STATE)
-            }
+            files = {path.name: _size_and_digest(path) for path in sorted(fresh.iterdir())}
             (fresh / _MANIFEST).write_text(dump_json({"files": files}), encoding="utf-8")
 
 
@@ -385,6 +388,13 @@ def read_tensors(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, "torc
     from safetensors.torch import load_file
 
     return load_file(path / _ADAPTER), load_file(path / _OPTIMIZER)
+
+
+def read_initial(path: Path) -> dict[str, "torch.Tensor"]:
+    """A0 and B0 in an intact checkpoint."""
+    from safetensors.torch import load_file
+
+    return load_file(path / _INITIAL)
 
 
 def computation_changes(path: Path, about: Mapping[str, Any]) -> list[str]:

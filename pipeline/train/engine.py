@@ -12,6 +12,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from peft import PeftModel
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from pipeline.adapter.gather import (
@@ -105,6 +106,8 @@ class Engine:
         create_state_of_groups(self.deepspeed)
         disable_scale_error(self.deepspeed)
         self._persistent = self.deepspeed.optimizer.persistent_parameters if is_sharded else []
+        if is_sharded:
+            _register_token_weights(model)
         if is_reentrant:
             require_input_gradients(causal)
         alpha = plan.settings.neftune_noise_alpha
@@ -272,6 +275,15 @@ class Engine:
             moved.input_ids, moved.labels, moved.documents, moved.predicting
         )
         return loss
+
+
+def _register_token_weights(model: PeftModel) -> None:
+    """Let ZeRO-3 gather the weights that peft's layers of token rows read from other modules."""
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer):
+            rows = module.trainable_tokens_delta.values()
+            for parameter in (module.get_base_layer().weight, *rows):
+                deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def _parameter_groups(

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.adapter.gather import gather_weights
 from pipeline.adapter.products import mark_outdated
-from pipeline.adapter.publish import publish_adapter
+from pipeline.adapter.publish import on_unchanged_base, publish_adapter
 from pipeline.errors import RankZeroError, Stopped
 from pipeline.model.adapter import frozen_checksum
 from pipeline.model.fingerprint import base_of_run
@@ -83,8 +83,10 @@ def _publish(run: TrainingState, weights: dict[str, torch.Tensor]) -> int:
     """Publish the last or the best adapter and return its step. On rank 0."""
     settings, progress, step = run.plan.settings, run.progress, run.progress.step
     assert run.writer is not None
+    assert run.folder.checkpoints is not None
     if settings.keep_best and progress.best_step not in (0, step):
         weights, step = dict(run.writer.best(progress)), progress.best_step
+    weights = on_unchanged_base(weights, run.folder.checkpoints.initial)
     try:
         publish_adapter(
             run.plan,

@@ -16,6 +16,7 @@ from pipeline.errors import RankZeroError
 from pipeline.evaluate.heldout import held_out_loss
 from pipeline.model.adapter import expected_shapes
 from pipeline.plan.cost.stopping import STOP_INTERVAL_S
+from pipeline.plan.given.adapter_counts import TOKEN_ROWS
 from pipeline.train.engine import StepResult
 from pipeline.train.metrics import Stopwatch
 from pipeline.train.questions import HeldOutQuestions
@@ -193,7 +194,13 @@ def _require_trained(run: TrainingState) -> None:
     """
     parameters, keep = run.engine.parameters, run.session.is_rank_zero
     weights = gather_weights(parameters, keep=keep)
-    in_full = {key: each for key, each in parameters.items() if ".lora_" not in key}
+    # A new token may not occur in the first steps. B of PiSSA and OLoRA is not zero at the start.
+    is_split = run.plan.settings.splits_base
+    in_full = {
+        key: each
+        for key, each in parameters.items()
+        if (is_split or ".lora_" not in key) and not key.endswith(TOKEN_ROWS)
+    }
     moments = gather_moments(in_full, keep=keep)
 
     def verify() -> None:

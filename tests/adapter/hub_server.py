@@ -43,15 +43,20 @@ def local_hub():  # noqa: C901 - a branch for each endpoint
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
         def do_GET(self):
-            self.answer({"sha": "0" * 40, "siblings": [], "id": "org/name", "tags": [],
-                         "private": hub.is_private})  # fmt: skip
+            if "/tree/" in self.path:
+                files = [{"type": "file", "path": path, "oid": "0" * 40, "size": 1}
+                         for path in hub.files]  # fmt: skip
+                self.answer(files)
+            else:
+                self.answer({"sha": "0" * 40, "siblings": [], "id": "org/name", "tags": [],
+                             "private": hub.is_private})  # fmt: skip
 
         def do_PUT(self):
             content = self.body()
             hub.large[hashlib.sha256(content).hexdigest()] = content
             self.answer({})
 
-        def do_POST(self):
+        def do_POST(self):  # noqa: C901 - a branch for each endpoint
             data = self.body()
             if self.path.endswith("/repos/create"):
                 wanted = json.loads(data)
@@ -82,6 +87,8 @@ def local_hub():  # noqa: C901 - a branch for each endpoint
                     if item["key"] == "file":
                         content = base64.b64decode(item["value"]["content"])
                         hub.files[item["value"]["path"]] = content
+                    elif item["key"] == "deletedFile":
+                        del hub.files[item["value"]["path"]]
                     elif item["key"] == "lfsFile":
                         hub.files[item["value"]["path"]] = hub.large[item["value"]["oid"]]
                 self.answer({"commitUrl": f"{hub.address}/org/name/commit/1", "commitOid": "1",

@@ -45,6 +45,7 @@ def run(tmp_path):
             {
                 "settings": {"lora_r": 8, "train_data": str(home / "rows.jsonl")},
                 "choice": {"zero_stage": 2},
+                "rules": [{"id": "dora-when-served", "message": "vLLM rejects DoRA"}],
             }
         )
     )
@@ -102,6 +103,16 @@ def test_the_card_has_metadata_that_huggingface_hub_reads(publish):
     assert (data.base_model, data.license, data.library_name) == ("org/base", "apache-2.0", "peft")
     assert data.datasets == ["org/rows"]
     assert hub.validated  # the card was sent to the endpoint that checks metadata
+    assert_mentions(hub.files["README.md"].decode(), 'from_pretrained("org/name")', "rejects DoRA")
+
+
+def test_a_second_publication_replaces_the_files_of_the_first_and_no_others(publish):
+    call, hub = publish
+    assert call(*TO)[0] == 0
+    hub.files |= {"image.png": b"", ".gitattributes": b""}
+    assert call(*TO, "--merged")[0] == 0
+    assert {"image.png", ".gitattributes", "model.safetensors", "README.md"} <= hub.files.keys()
+    assert not {"adapter_model.safetensors", "adapter_config.json"} & hub.files.keys()
 
 
 def test_the_merged_model_is_sent_when_asked_for(publish):

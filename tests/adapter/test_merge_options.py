@@ -240,6 +240,55 @@ def test_new_tokens_of_a_tied_base_are_merged_bitwise_as_by_peft(bases, tmp_path
     require_merged_as_by_peft(bases / "tied", tmp_path, trainable_token_indices=[7, 2])
 
 
+def adapter_with_rows(base, folder, indices, rows):
+    """Save an adapter with trained token rows, for the base with this number of rows."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    config = LoraConfig(
+        r=2, target_modules=["q_proj"], trainable_token_indices=indices, task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "indices"),
+    [
+        ("tied", None, [260, 4, 259]),
+        ("llama-BF16", None, {"embed_tokens": [259, 260, 7], "lm_head": [259, 260, 7]}),
+        ("llama-BF16", "F32", {"embed_tokens": [259, 260], "lm_head": [259, 260]}),
+    ],
+)
+def test_rows_after_those_of_the_base_are_merged_bitwise_as_by_peft(
+    bases, tmp_path, name, dtype, indices
+):
+    base, merged = bases / name, tmp_path / "merged"
+    adapter = adapter_with_rows(base, tmp_path / "adapter", indices, 261)
+    merge_adapter(base, adapter, merged, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=DTYPES.get(dtype, "auto"))
+    model.resize_token_embeddings(261, mean_resizing=False)
+    by_peft = PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
+    ours = tensors(merged)
+    assert all(torch.equal(tensor, by_peft[key]) for key, tensor in ours.items())
+    loaded = AutoModelForCausalLM.from_pretrained(merged)
+    assert loaded.config.vocab_size == loaded.lm_head.weight.shape[0] == 261
+
+
+def test_rows_that_leave_a_gap_or_miss_the_head_are_refused(bases, tmp_path):
+    base = bases / "llama-BF16"
+    both = {"embed_tokens": [260], "lm_head": [260]}
+    for indices, fact in ((both, "259"), ({"embed_tokens": [259]}, "embed_tokens")):
+        adapter = adapter_with_rows(base, tmp_path / fact, indices, 261)
+        with refused(fact, "lm_head", "merge_and_unload"):
+            merge_adapter(base, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_tied_modules_that_stayed_tied_are_merged(bases, tmp_path):
     options = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
     require_merged_as_by_peft(bases / "tied", tmp_path, **options)

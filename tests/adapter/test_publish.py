@@ -164,7 +164,7 @@ def disk_full(tensors, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(publish, "_copy_tokenizer", fail)
+    monkeypatch.setattr(publish, "copy_files", fail)
     return tensors
 
 

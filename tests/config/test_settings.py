@@ -100,7 +100,7 @@ def test_every_form_of_a_number_is_a_number(run_file, text, value):
             (f"time_limit: '{value}'", ["RUN.yaml:4", "time_limit", "HH:MM:SS"])
             for value in ("90", "00:00:00", "²:00:00", "٣:00:00", "1:00", "-1:00:00", "1 : 2 : 3")
         ),
-        ("init_lora_weights: pissa_niter_4", ["RUN.yaml:4", "pissa_niter_4", "base", "gaussian"]),
+        ("init_lora_weights: corda", ["RUN.yaml:4", "corda", "forward pass", "gaussian"]),
         ("init_lora_weights: eva", ["RUN.yaml:4", "eva", "ZeRO", "gaussian"]),
         ("init_lora_weights: orthogonal", ["RUN.yaml:4", "orthogonal", "gaussian"]),
         ("preset: bigg", ["preset", "bigg", "balanced"]),

@@ -37,6 +37,11 @@ def test_the_adapter_is_handed_over_as_it_was_trained(tiny_model, subject):
     assert words[:3] == [sys.executable, "-m", "lm_eval"]
     assert arguments["pretrained"] == str(tiny_model)
     assert (arguments["peft"], arguments["load_in_4bit"]) == ("run/adapter", "True")
+    assert (arguments["bnb_4bit_quant_type"], arguments["bnb_4bit_use_double_quant"]) == (
+        "nf4",
+        "True",
+    )
+    assert arguments["bnb_4bit_compute_dtype"] == "float32"  # the training dtype
     assert words[words.index("--tasks") + 1] == "a,b.yaml"
 
 

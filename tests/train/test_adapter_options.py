@@ -39,8 +39,10 @@ OPTIONS = {
     "dora": {"use_dora": True, "rank_pattern": {"q_proj": 2}},
     "tied embeddings and head": {"modules_to_save": ["lm_head"], "neftune_noise_alpha": 5.0},
     "embeddings and head": {"modules_to_save": ["embed_tokens", "lm_head"], "lora_plus_ratio": 4.0},
+    "new tokens, tied": {"new_tokens": ["<a>", "</a>"], "neftune_noise_alpha": 5.0},
+    "new tokens": {"new_tokens": ["<a>"], "lora_plus_ratio": 4.0, "use_rslora": True},
 }  # fmt: skip
-UNTIED = {"embeddings and head"}
+UNTIED = {"embeddings and head", "new tokens"}
 # Run -> its settings, and the run from whose state it resumes.
 RUNS = {
     "zero1": ({"zero_stage": 1}, None),
@@ -79,14 +81,23 @@ def train_at_each_stage(session, folder, options):
         if name == "zero2":
             engine.deepspeed.eval()
             with torch.no_grad():
-                runs["logits"] = engine.deepspeed.module.model(input_ids=IDS).logits
+                ids = input_ids(plan.shape.vocab_size)
+                runs["logits"] = engine.deepspeed.module.model(input_ids=ids).logits
     return runs
+
+
+def input_ids(vocab_size):
+    """Two sequences, in which the last token of the vocabulary is first."""
+    ids = IDS.clone()
+    ids[:, 0] = vocab_size - 1
+    return ids
 
 
 def steps(session, plan, engine, first, count):
     losses = []
     for step in range(first, first + count):
-        batches, supervised = work(plan, Documents(), step, session.placement.rank)
+        split = Documents(vocab_size=plan.shape.vocab_size)
+        batches, supervised = work(plan, split, step, session.placement.rank)
         result = engine.optimizer_step(batches, supervised, plan.learning_rate(step))
         losses.append(session.sum_over_ranks([result.loss_sum])[0] / supervised)
     return losses
@@ -142,11 +153,12 @@ def test_the_plan_has_the_shapes_and_count_of_the_trained_parameters(option):
 
 
 def test_plain_peft_gives_the_logits_of_the_engine_and_merges_to_the_same_weights(option):
-    _, runs, base, folder = option
+    plan, runs, base, folder = option
     model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(plan.shape.vocab_size, mean_resizing=False)
     loaded = PeftModel.from_pretrained(model, folder / "adapter").eval()
     with torch.no_grad():
-        logits = loaded(input_ids=IDS).logits
+        logits = loaded(input_ids=input_ids(plan.shape.vocab_size)).logits
     torch.testing.assert_close(logits, runs["logits"], rtol=1e-5, atol=1e-5)
     by_peft = loaded.merge_and_unload().state_dict()
     merged = load_file(folder / "merged" / "model.safetensors")
@@ -205,6 +217,7 @@ OTHER_VALUES = {
     "exclude_modules": ["k_proj"],
     "init_lora_weights": "gaussian",
     "modules_to_save": ["embed_tokens"],
+    "new_tokens": ["<a>"],
     "lora_plus_ratio": 2.0,
     "neftune_noise_alpha": 5.0,
 }

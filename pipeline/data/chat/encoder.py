@@ -26,7 +26,7 @@ from pipeline.data.chat.template import (
 )
 from pipeline.data.chat.tokenizer import (
     end_tokens,
-    load_tokenizer,
+    run_tokenizer,
     special_ids,
     special_pattern,
 )
@@ -122,7 +122,7 @@ def chat_template_of(settings: RunSettings) -> str | None:
         return None
     if settings.chat_template != "chatml":
         return read_template(settings.chat_template)
-    return chatml(load_tokenizer(settings.model_folder, settings.trust_remote_code))
+    return chatml(run_tokenizer(settings))
 
 
 class Encoder:

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.files import read_json
-from pipeline.plan.given.shape import require_model_folder
+from pipeline.plan.given.new_tokens import TOKENIZER, token_rows
+from pipeline.plan.given.shape import read_shape, require_model_folder
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and checking rows needs none of it
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +36,30 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
         raise UserError(
             f"model: {folder}: no fast tokenizer, which is needed for the text offsets of tokens; "
             "save the tokenizer with a tokenizer.json"
+        )
+    return tokenizer
+
+
+def run_tokenizer(settings: RunSettings) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a run: that of its base, with the new tokens. UserError as above.
+
+    The new tokens are not special, so decoding keeps them, and a row's text may contain them.
+    """
+    tokenizer = load_tokenizer(settings.model_folder, settings.trust_remote_code)
+    if not settings.new_tokens:
+        return tokenizer
+    from transformers import AddedToken
+
+    shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
+    rows = token_rows(shape, settings)
+    assert rows is not None
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in rows.ids])
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in rows.ids}
+    if ids != rows.ids:
+        raise UserError(
+            f"new_tokens: with transformers the tokenizer of {settings.model_folder} gives the ids "
+            f"{ids}, and with its {TOKENIZER} alone {rows.ids}; save it again with "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     return tokenizer
 

@@ -101,6 +101,7 @@ def split_keys(
             str(path.relative_to(model)): fingerprints.sha256(path) for path in sorted(tokenizer)
         },
         "settings": values,
+        **({"new_tokens": settings.new_tokens} if settings.new_tokens else {}),
         "held_out": held_out,
         "limit": limit,
     }

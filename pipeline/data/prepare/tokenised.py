@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.config.settings import RunSettings
 from pipeline.data.chat.encoder import Document, Encoder
-from pipeline.data.chat.tokenizer import load_tokenizer
+from pipeline.data.chat.tokenizer import run_tokenizer
 from pipeline.data.dataset.reader import Array
 from pipeline.data.dataset.writer import Columns
 from pipeline.data.prepare.audit import Reject, RowCounts
@@ -45,7 +45,7 @@ class ChunkTokeniser:
 
     def __init__(self, settings: RunSettings, threshold: int) -> None:
         self._settings, self._threshold = settings, threshold
-        tokenizer = load_tokenizer(settings.model_folder, settings.trust_remote_code)
+        tokenizer = run_tokenizer(settings)
         self._encoder = Encoder(tokenizer, settings)
 
     def __call__(self, chunk: Chunk) -> TokenisedChunk:

@@ -21,6 +21,7 @@ from pipeline.plan.given.block import Block
 from pipeline.plan.given.fast_paths import ONE_REDUCTION, has_fast_path
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import DTYPE_BYTES, Layout, SequenceProfile
+from pipeline.plan.given.new_tokens import token_rows
 from pipeline.plan.given.saved_modules import saved_modules, saved_parameters
 from pipeline.plan.given.shape import ModelShape
 
@@ -144,15 +145,22 @@ def disk_bytes(shape: ModelShape, settings: RunSettings) -> dict[str, int]:
     """Disk space in bytes of what a run writes; `merged` is the model in the dtype of the base."""
     trainable = trainable_parameters(shape, settings)
     is_evaluated = settings.eval_data is not None and settings.evaluation_strategy != "no"
+    # PiSSA and OLoRA: checkpoints and adapter also have the initial A and B.
+    initial = 4 * trainable if settings.splits_base else 0
+    checkpoint = checkpoint_bytes(trainable) + initial
     # Checkpoints on disk: save_total_limit, the one with the lowest held-out loss, and one that is
     # being written.
-    checkpoints = checkpoint_bytes(trainable) * (settings.save_total_limit + is_evaluated + 1)
+    checkpoints = checkpoint * (settings.save_total_limit + is_evaluated + 1)
     if settings.keep_best:  # fp32 weights of the best adapter, and of a better one being written
         checkpoints += 2 * checkpoint_bytes(trainable) // 3
     merged = shape.parameters * DTYPE_BYTES.get(shape.dtype, 4)
     # The adapter file stores a tied weight under both of its names (adapter/publish.py).
     tied = sum(m.parameters for m in saved_modules(shape, settings) if m.tied_name)
-    return {"checkpoints": checkpoints, "adapter": 4 * (trainable + tied), "merged": merged}
+    return {
+        "checkpoints": checkpoints,
+        "adapter": 4 * (trainable + tied) + initial,
+        "merged": merged,
+    }
 
 
 def _resident(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[str, int]:
@@ -235,6 +243,10 @@ def _moments(
     saved_gradients = saved_module_gradients(shape, settings, layout)
     accumulated = accumulated | {"head_gradient": saved_gradients.until_embeddings}
     head, block, experts = _gathered(shape, settings, layout)
+    # peft copies a whole embedding matrix to replace rows, in each forward pass, and autograd
+    # computes the gradient of the copy (peft 0.21.2 tuners/trainable_tokens/layer.py, forward).
+    copy = layout.bytes_per_value * shape.vocab_size * shape.hidden_size
+    copied = copy if settings.new_tokens else 0
     dequantised = shape.largest_linear * layout.bytes_per_value
     return {
         "the loss": earlier_gradients
@@ -242,6 +254,7 @@ def _moments(
             "activations": saved,
             "logits": acts.logits,
             "head_gradient": saved_gradients.of_earlier_chunks,
+            "token_copies": copied,
             "gathered_layers": head + block + experts,
         },
         "the backward pass of the head": earlier_gradients
@@ -249,6 +262,7 @@ def _moments(
             "activations": saved,
             "logits": acts.logits // 4 if saved_gradients.of_head else 0,
             "head_gradient": saved_gradients.of_head,
+            "token_copies": 2 * copied,
             "gathered_layers": head + block + experts,
         },
         "the last norm's backward pass": earlier_gradients
@@ -273,7 +287,8 @@ def _moments(
         | {
             "activations": 2 * acts.boundary,
             "saved_gradients": saved_gradients.of_embeddings,
-            "gathered_layers": head if saved_gradients.of_embeddings else 0,
+            "token_copies": 2 * copied,
+            "gathered_layers": head if saved_gradients.of_embeddings or copied else 0,
         },
         "the reduction of gradients": after_backward
         | reduction
@@ -367,6 +382,10 @@ def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_c
     largest = shape.largest_linear * b
     constants = quantisation_constants(shape, settings)
     saved = b * saved_parameters(shape, settings)  # copied before DeepSpeed shards them
+    if settings.splits_base:  # a weight in fp32, its singular vectors, and its remainder
+        saved += 4 * 4 * shape.largest_linear
+    if (rows := token_rows(shape, settings)) is not None:  # whole until DeepSpeed shards them
+        saved += b * shape.vocab_size * shape.hidden_size * len(rows.modules)
     if layout.is_sharded and (not settings.is_quantised or layout.loads_through_host):
         tensors = [tensor for block in shape.blocks for tensor in block.experts]
         experts = b * max((tensor.parameters for tensor in tensors), default=0)

@@ -23,7 +23,7 @@ from pipeline.plan.given.adapter_counts import (
 from pipeline.plan.given.block import Block
 from pipeline.plan.given.fast_paths import has_joint_lora
 from pipeline.plan.given.layout import DTYPE_BYTES
-from pipeline.plan.given.saved_modules import saved_parameters, trained_head
+from pipeline.plan.given.saved_modules import has_head_gradient, saved_parameters
 from pipeline.plan.given.shape import ModelShape
 
 # Passes over a tensor of the training dtype in a block's forward pass, except in matrix products.
@@ -184,7 +184,7 @@ def _compute_cost(key: _Identity, training_dtype: str, *, is_joint: bool) -> Cos
     # PyTorch's SDPA too, because training passes it no mask (model/loss.py). Soft-capped scores
     # are materialised in full unless FlashAttention-2 computes them.
     is_materialised = has_scores(shape, settings)
-    is_head_trained = trained_head(shape, settings) is not None
+    computes_head_gradient = has_head_gradient(shape, settings)
     token_values, backward_values = _token_values(shape, settings, is_joint=is_joint)
     kernels, backward_kernels = _num_kernels(shape, settings, is_joint=is_joint)
     return CostPerToken(
@@ -214,7 +214,7 @@ def _compute_cost(key: _Identity, training_dtype: str, *, is_joint: bool) -> Cos
         ),
         fold_flops=2 * settings.lora_r * adapted,
         fold_values=_FOLD_PASSES * adapted,
-        head_gradient_flops=2 * shape.vocab_size * shape.hidden_size * is_head_trained,
+        head_gradient_flops=2 * shape.vocab_size * shape.hidden_size * computes_head_gradient,
         saved_values=saved_parameters(shape, settings),
     )
 

@@ -13,7 +13,7 @@ from pipeline.plan.cost.per_token import TRAFFIC_BACKWARD, CostPerToken, cost_pe
 from pipeline.plan.given.fast_paths import LOSS_GRADIENT, ONE_REDUCTION, has_fast_path
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import Layout, SequenceProfile
-from pipeline.plan.given.saved_modules import trained_head
+from pipeline.plan.given.saved_modules import has_head_gradient
 from pipeline.plan.given.sequence_parallel import key_copies
 from pipeline.plan.given.shape import ModelShape
 
@@ -199,7 +199,7 @@ def _logits_seconds(
         per_logit = 4 * b + (16 if b < 4 else 8)
     traffic = positions * vocabulary * per_logit
     traffic += (2 + recomputed) * chunks * vocabulary * shape.hidden_size * b  # the head itself
-    passes = 2 + recomputed + (trained_head(shape, settings) is not None)
+    passes = 2 + recomputed + (has_head_gradient(shape, settings))
     flops = passes * 2 * vocabulary * shape.hidden_size * positions
     return flops / rates.flops + traffic / rates.memory
 

@@ -1,20 +1,22 @@
-"""The adapted linear layers of a model, and AdapterCounts: sizes summed over them.
+"""The adapted linear layers of a model, and AdapterCounts: sizes summed over them and new tokens.
 
 Modules that are trained in full are not included in AdapterCounts; saved_modules.py counts them.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.plan.given.families import ExpertTensor, Linear
+from pipeline.plan.given.new_tokens import token_rows
 from pipeline.plan.given.patterns import full_matches
 from pipeline.plan.given.saved_modules import saved_modules, saved_parameters
 from pipeline.plan.given.shape import ModelShape
 
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"  # end of the key of trained token rows
 _ATTENTION_INPUT = {"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value"}
 _ATTENTION_OUTPUT = {"o_proj", "dense"}
 _MLP_INPUT = {"gate_proj", "up_proj", "gate_up_proj", "fc1", "dense_h_to_4h"}
@@ -41,7 +43,8 @@ class AdaptedLayer:
 class AdapterCounts:
     """Sums over the adapted linear layers of a model, or of all its blocks of one kind.
 
-    `parameters` and `largest_matrix` include the adapter of fused experts. `expert_parameters`:
+    `parameters` and `largest_matrix` include the adapter of fused experts. In the sum over a model
+    they also include the rows of new tokens, as does `largest_linear_matrix`. `expert_parameters`:
     parameters of that adapter. `adapted_experts`: elements of the fused tensors that it adapts.
     `largest_expert_tensor`: elements of the largest such tensor.
     """
@@ -50,7 +53,7 @@ class AdapterCounts:
     parameters: int
     inner_width: int  # sum of r
     largest_matrix: int  # elements of the largest A or B
-    largest_linear_matrix: int  # elements of the largest A or B of a linear layer
+    largest_linear_matrix: int  # elements of the largest A or B of a linear layer, or token rows
     base_weights: int  # sum of d_in x d_out
     input_width: int  # sum of d_in
     output_width: int  # sum of d_out
@@ -70,7 +73,16 @@ def adapter_counts(shape: ModelShape, settings: RunSettings) -> AdapterCounts:
     fused tensor of n experts they are (n r, d_in) and (d_out, n r), which is r for each expert
     (peft 0.21.2 tuners/lora/layer.py ParamWrapper.update_layer).
     """
-    return _cached_counts(shape, _Selection.of(settings))[0]
+    counts = _cached_counts(shape, _Selection.of(settings))[0]
+    if (rows := token_rows(shape, settings)) is None:
+        return counts
+    matrix = len(rows.ids) * shape.hidden_size
+    return replace(
+        counts,
+        parameters=counts.parameters + matrix * len(rows.modules),
+        largest_matrix=max(counts.largest_matrix, matrix),
+        largest_linear_matrix=max(counts.largest_linear_matrix, matrix),
+    )
 
 
 def adapter_counts_by_kind(
@@ -135,6 +147,9 @@ def adapter_shapes(shape: ModelShape, settings: RunSettings) -> dict[str, tuple[
     for module in saved_modules(shape, settings):
         for name, size in module.shapes.items():
             shapes[f"base_model.model.{module.name}.{name}"] = size
+    if (rows := token_rows(shape, settings)) is not None:
+        size = (len(rows.ids), shape.hidden_size)
+        shapes |= {f"base_model.model.{name}{TOKEN_ROWS}": size for name in rows.modules}
     return shapes
 
 

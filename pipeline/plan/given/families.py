@@ -310,7 +310,6 @@ FAMILIES: dict[str, Family] = {
         defaults={"attention_bias": True},
         layers="gpt_neox.layers",
         embeddings="gpt_neox.embed_in",
-        head="embed_out",
         norm_kind="layer",
         is_gated=False,
     ),

@@ -41,6 +41,8 @@ def has_joint_lora(settings: RunSettings, *, is_sharded: bool) -> bool:
 def _without_loss_gradient(shape: ModelShape, settings: RunSettings, layout: Layout) -> str:
     if trained_head(shape, settings) is not None:
         return "modules_to_save: the head is trained, and its gradient needs the plain loss"
+    if settings.new_tokens:
+        return "new_tokens: rows of the head are trained, and their gradient needs the plain loss"
     if layout.training_dtype == "float16":
         return "in fp16 the loss is scaled before its backward pass, so that no gradient underflows"
     if layout.is_sharded:

@@ -67,3 +67,8 @@ def saved_parameters(shape: ModelShape, settings: RunSettings) -> int:
 def trained_head(shape: ModelShape, settings: RunSettings) -> SavedModule | None:
     """The module of `modules_to_save` that computes the logits."""
     return next((module for module in saved_modules(shape, settings) if module.is_head), None)
+
+
+def has_head_gradient(shape: ModelShape, settings: RunSettings) -> bool:
+    """Whether the gradient of the head's weight is computed: it is trained, or rows of it are."""
+    return trained_head(shape, settings) is not None or bool(settings.new_tokens)

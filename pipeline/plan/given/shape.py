@@ -57,10 +57,11 @@ class ModelShape:
 
     `blocks`: one Block for each kind, such as dense and mixture of experts. `layer_kinds`: for each
     layer, the index of its kind in `blocks`. `required_vocab_size`: highest id of the tokenizer's
-    added tokens, plus one. `rope_original_length`: length in tokens beyond which longrope and
-    dynamic rope change their factors; None for other rope types. `max_positions`: longest document
-    in tokens that the position encoding supports. `source`: publication of sizes that ship with
-    this package; None if they were read from a model folder.
+    added tokens, plus one. `added_rows`: rows of the embeddings that `new_tokens` adds to those of
+    the model's files; `vocab_size` includes them. `rope_original_length`: length in tokens beyond
+    which longrope and dynamic rope change their factors; None for other rope types.
+    `max_positions`: longest document in tokens that the position encoding supports. `source`:
+    publication of sizes that ship with this package; None if they were read from a model folder.
     """
 
     folder: str
@@ -80,6 +81,7 @@ class ModelShape:
     quantization: str | None = None
     has_own_code: bool = False  # config.json names a class in the model's folder (remote code)
     required_vocab_size: int | None = None
+    added_rows: int = 0
     max_positions: int | None = None
     rope_original_length: int | None = None
     dropouts: tuple[str, ...] = ()  # `key: value` of each dropout in config.json that is not 0

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pipeline.plan.cost.memory import checkpoint_bytes
 from pipeline.plan.cost.speed import step_seconds
 from pipeline.plan.cost.stopping import slow_stop_warning
-from pipeline.plan.given.adapter_counts import trainable_parameters
+from pipeline.plan.given.adapter_counts import adapted_layers, trainable_parameters
 from pipeline.plan.given.class_proof import reason_against_packs
 from pipeline.plan.given.layout import SequenceProfile
 from pipeline.plan.given.patterns import full_matches
@@ -155,8 +155,50 @@ def _exceeds_positions(run: PlanContext) -> str:
     return f"{documents} have up to {data.longest} tokens, the model has {limit} positions"
 
 
+def _unsupported_by_new_tokens(run: PlanInput) -> str:
+    """Why rows of new tokens cannot be trained in this run; empty if they can."""
+    settings, shape = run.settings, run.shape
+    if not settings.new_tokens:
+        return ""
+    if settings.modules_to_save:
+        return "modules_to_save trains all rows of these modules; leave one of the two out"
+    if settings.init_adapter is not None:
+        return "init_adapter: merge that adapter first, and train on the merged model"
+    if shape.has_head_bias:
+        return "peft leaves out the bias of this model's head when rows of the head are trained"
+    if shape.has_other_towers:
+        return "not implemented for a model with other towers, such as vision"
+    return ""
+
+
+def _unsupported_by_split_base(run: PlanInput) -> str:
+    """Why A and B cannot start with a part of the base in this run; empty if they can."""
+    settings = run.settings
+    if not settings.splits_base:
+        return ""
+    if settings.is_quantised:
+        return "a quantised base cannot represent what is left of its weights"
+    if run.shape.targeted_experts(settings.lora_target_modules):
+        return "peft computes it for linear layers only, not for fused experts"
+    names = [name for name in ("use_dora", "init_adapter") if getattr(settings, name)]
+    if names:
+        return f"not together with {names[0]}"
+    for layer in adapted_layers(run.shape, settings):
+        if layer.r > min(layer.linear.d_in, layer.linear.d_out):
+            return f"r {layer.r} is more than the rank of the weight of {layer.name}"
+    return ""
+
+
 INPUT_RULES: tuple[Rule[PlanInput], ...] = (
     # Checked before a layout is chosen, so that "does not fit" never hides their messages.
+    Rule(
+        id="new-tokens",
+        level="refuse",
+        applies=_unsupported_by_new_tokens,
+        reason="new_tokens cannot be trained in this run",
+        remedy="leave new_tokens out",
+        source="peft 0.21.2 tuners/trainable_tokens/layer.py, utils/other.py:1583",
+    ),
     Rule(
         id="saved-tied",
         level="refuse",
@@ -175,6 +217,14 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
         "given options",
         remedy="leave them out, or leave experts out of lora_target_modules",
         source="peft 0.21.2 tuners/lora/layer.py, ParamWrapper",
+    ),
+    Rule(
+        id="split-base",
+        level="refuse",
+        applies=_unsupported_by_split_base,
+        reason="init_lora_weights: pissa and olora are not possible in this run",
+        remedy="set init_lora_weights: true or gaussian",
+        source="peft 0.21.2 tuners/lora/layer.py, pissa_init and olora_init",
     ),
     Rule(
         id="tied-pair",
@@ -201,9 +251,9 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
             run.shape.required_vocab_size is not None
             and run.shape.required_vocab_size > run.shape.vocab_size
         ),
-        reason="the tokenizer has tokens for which the model has no embedding; training added "
-        "embeddings is not implemented",
-        remedy="use the model's original tokenizer, and write markers with existing tokens",
+        reason="the tokenizer has tokens for which the model has no embedding",
+        remedy="name them in new_tokens, which adds and trains their embeddings, or use the "
+        "model's original tokenizer",
         source=issue("huggingface/transformers", 25241, 26024),
     ),
     Rule(

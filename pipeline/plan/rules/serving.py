@@ -5,6 +5,7 @@ llama-cpp-python 0.3.36, on 2026-11-30. tests/serving runs both engines. None of
 run, because the merged model can be served instead.
 """
 
+from pipeline.config.settings import RunSettings
 from pipeline.plan.rules.rule import PlanContext, Rule, issue
 
 _VLLM = "vLLM 0.32.0 vllm"
@@ -24,9 +25,10 @@ _UNKNOWN_TO_LLAMA_CPP = frozenset(
 )
 
 
-def largest_rank(s: PlanContext) -> int:
-    """The largest r of an adapted layer."""
-    return max((s.settings.lora_r, *s.settings.rank_pattern.values()))
+def saved_rank(settings: RunSettings) -> int:
+    """The largest r of a layer in the saved adapter, which has twice the r with PiSSA and OLoRA."""
+    r = max((settings.lora_r, *settings.rank_pattern.values()))
+    return 2 * r if settings.splits_base else r
 
 
 def vllm_rank(rank: int) -> int | None:
@@ -36,7 +38,7 @@ def vllm_rank(rank: int) -> int | None:
 
 def _needed_rank_option(s: PlanContext) -> str:
     """The option with which vLLM loads the adapter, if its default rejects it; else empty."""
-    rank = largest_rank(s)
+    rank = saved_rank(s.settings)
     allowed = vllm_rank(rank)
     return f"--max-lora-rank {allowed}" if rank > _VLLM_DEFAULT_RANK and allowed else ""
 
@@ -54,7 +56,7 @@ SERVING_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="vllm-rank-limit",
         level="warn",
-        applies=lambda s: vllm_rank(largest_rank(s)) is None,
+        applies=lambda s: vllm_rank(saved_rank(s.settings)) is None,
         reason=f"lora_r or rank_pattern: vLLM has no --max-lora-rank above {VLLM_RANKS[-1]}",
         remedy="serve the merged model",
         source=f"{_VLLM}/config/lora.py, MaxLoRARanks",
@@ -78,6 +80,16 @@ SERVING_RULES: tuple[Rule[PlanContext], ...] = (
         remedy="serve the merged model",
         source=f"{_VLLM}/lora/peft_helper.py, _validate_features; {_LLAMA_CPP} "
         "convert_lora_to_gguf.py, get_tensors",
+    ),
+    Rule(
+        id="new-tokens-when-served",
+        level="warn",
+        applies=lambda s: bool(s.settings.new_tokens),
+        reason="new_tokens: vLLM raises an error at an adapter with trained token rows, and "
+        "llama.cpp's converter stops at them",
+        remedy="serve the merged model, which has the rows and the tokenizer",
+        source="vllm-project/vllm vllm/lora/utils.py, parse_fine_tuned_lora_name; "
+        f"{_LLAMA_CPP} convert_lora_to_gguf.py, get_tensors",
     ),
     Rule(
         id="one-scaling-when-served",

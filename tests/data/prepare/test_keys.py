@@ -29,6 +29,7 @@ CHANGES = {
     "limit": {"limit": 3},
     "limit of a source": {"train_data": {"path": "train.jsonl", "limit": 5}},
     "max_length": {"max_length": 99},
+    "new_tokens": {"new_tokens": ["ask"]},
     "over_length": {"over_length": "drop"},
     "packing": {"packing": False},
     "chat_template_kwargs": {"chat_template_kwargs": {"mood": "calm"}},

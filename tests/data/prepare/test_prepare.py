@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.cluster import progress
 from pipeline.data.chat.encoder import Encoder
-from pipeline.data.chat.tokenizer import load_tokenizer
+from pipeline.data.chat.tokenizer import load_tokenizer, run_tokenizer
 from pipeline.data.dataset.reader import DataIndex, open_split
 from pipeline.data.prepare import job, lines
 from pipeline.data.prepare.prepare import prepare_data
@@ -43,6 +43,20 @@ def test_documents_equal_those_of_the_encoder(run):
     for outside in (-1, 24):
         with pytest.raises(IndexError):
             split.document(outside)
+
+
+def test_a_new_token_is_one_token_in_documents_and_stays_when_decoded(run):
+    plain, with_token = (
+        open_split(run.prepare(new_tokens=tokens).train).document(0)[0] for tokens in ([], ["ask"])
+    )
+    tokenizer = run_tokenizer(run.settings(new_tokens=["ask"]))
+    token = tokenizer.convert_tokens_to_ids("ask")
+    assert token == 259
+    num_asked = with_token.tolist().count(token)
+    assert num_asked >= 1
+    assert len(with_token) == len(plain) - 2 * num_asked
+    text = tokenizer.decode(with_token, skip_special_tokens=True)
+    assert text.count("ask") == num_asked
 
 
 def test_progress_is_logged(run, monkeypatch, caplog):

@@ -47,6 +47,14 @@ CASES = {
         },
         {"config": SMOLLM2, "modules_to_save": ["lm_head"]},
     ),
+    "new-tokens": (
+        {"shape": {"source": "a name"}, "new_tokens": ["<a>"], "init_adapter": "adapter"},
+        {"shape": {"source": "a name"}, "new_tokens": ["<a>"]},
+    ),
+    "split-base": (
+        {"init_lora_weights": "pissa", "load_in_4bit": True},
+        {"init_lora_weights": "pissa_niter_8"},
+    ),
     "tied-pair": (
         {"config": SMOLLM2, "lora_target_modules": r".*(q_proj|lm_head)|lm_head"},
         {"config": SMOLLM2, "lora_target_modules": "all-linear"},
@@ -108,9 +116,16 @@ CASES = {
         {"use_dora": True, "load_in_8bit": True},
         {"use_dora": True, "load_in_4bit": True},
     ),
-    "vllm-max-lora-rank": ({"lora_r": 17}, {"lora_r": 16}),
+    "vllm-max-lora-rank": (
+        {"lora_r": 9, "init_lora_weights": "olora"},
+        {"lora_r": 8, "init_lora_weights": "olora"},
+    ),
     "vllm-rank-limit": ({"rank_pattern": {"q_proj": 513}}, {"rank_pattern": {"q_proj": 512}}),
     "modules-when-served": ({"modules_to_save": ["x"]}, {"modules_to_save": []}),
+    "new-tokens-when-served": (
+        {"shape": {"source": "a name"}, "new_tokens": ["<a>"]},
+        {"new_tokens": []},
+    ),
     "llama-cpp-scaling": ({"use_rslora": True}, {"rank_pattern": {"q_proj": 8}}),
     "llama-cpp-model": ({"shape": {"model_type": "phimoe"}}, {"shape": {"model_type": "phi3"}}),
     "dora-when-served": ({"use_dora": True}, {"use_rslora": True}),
