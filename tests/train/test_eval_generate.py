@@ -59,11 +59,12 @@ def answers_only(session, folder, settings):
     return train(session, folder, settings, answers_after=(3,))[0]
 
 
-def test_answers_are_equal_at_every_stage_and_number_of_ranks(tiny_model, tmp_path):
+@pytest.mark.parametrize("new_tokens", [[], ["<a>"]])
+def test_answers_are_equal_at_every_stage_and_number_of_ranks(tiny_model, tmp_path, new_tokens):
     def in_order(results):
         return [text for texts in zip(*results, strict=True) for each in texts for text in each]
 
-    settings = {"batch_size": 1, "lora_dropout": 0.0}
+    settings = {"batch_size": 1, "lora_dropout": 0.0, "new_tokens": new_tokens}
     whole = in_order(run_ranks(
         answers_only, tiny_model, settings | {"zero_stage": 2}, tmp_path=tmp_path, world_size=1
     ))  # fmt: skip

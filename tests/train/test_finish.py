@@ -33,7 +33,8 @@ def publish(writer, tmp_path, tiny_model, monkeypatch):
 
     def fail(resumed: Progress | None, cause: Exception | None) -> str:
         run = SimpleNamespace(
-            plan=make_plan(tiny_model), folder=SimpleNamespace(path=tmp_path),
+            plan=make_plan(tiny_model),
+            folder=SimpleNamespace(path=tmp_path, checkpoints=SimpleNamespace(initial={})),
             progress=Progress(step=9), writer=writer, saved=resumed,
         )  # fmt: skip
 

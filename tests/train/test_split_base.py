@@ -39,6 +39,7 @@ RUNS = {
 
 def logits_of(engine):
     engine.deepspeed.eval()
+    engine._gather_persistent()  # sharded in a new engine at ZeRO-3
     with torch.no_grad():
         return engine.deepspeed.module.model(input_ids=IDS).logits.float()
 
