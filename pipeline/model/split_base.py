@@ -49,7 +49,8 @@ def split_base(
                 product = layer.scaling * (b.float() @ a.float())
                 weight.copy_((weight.float() - product).to(weight.dtype))
             if session.is_rank_zero:
-                initial |= {key: t.float().cpu() for key, t in zip(keys, (a, b), strict=True)}
+                for key, matrix in zip(keys, (a, b), strict=True):
+                    initial[key] = matrix.detach().to("cpu", torch.float32, copy=True)
             work.advance(1)
     return initial
 
