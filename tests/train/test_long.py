@@ -16,6 +16,7 @@ SPLITS = [
     ({}, 2, {"zero_stage": 3, "batch_size": 1} | TILES),
     ({}, 2, {"zero_stage": 3, "batch_size": 2} | TILES | OFFLOAD),
     ({}, 4, {"zero_stage": 3, "batch_size": 1} | TILES | CKPT),
+    ({}, 2, {"zero_stage": 3, "batch_size": 2, "sequence_parallel_size": 2} | TILES | OFFLOAD),
     (NF4, 2, {"zero_stage": 1, "batch_size": 2} | TILES | OFFLOAD),
     (NF4, 2, {"zero_stage": 3, "batch_size": 2} | TILES | OFFLOAD),
 ]
