@@ -73,8 +73,21 @@ def test_the_merged_model_equals_that_of_peft(folders, tmp_path, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_stored_tensor_is_the_slice_that_transformers_loads_it_into(tmp_path, kind):
     build(kind, kinds=ALL).save_pretrained(tmp_path)
-    stored = load_file(tmp_path / "model.safetensors")
-    meta, model = model_on_meta(tmp_path), load_plain(tmp_path, dtype=torch.float32)
+    assert_slices(tmp_path)
+
+
+def test_a_fused_tensor_may_be_stored_in_either_orientation(tmp_path):
+    """Published checkpoints of Qwen3-VL's mixtures have the inputs before the outputs."""
+    build("qwen3_vl_moe", kinds=ALL).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    stored = {k: t.mT.contiguous() if "experts" in k else t for k, t in load_file(file).items()}
+    save_file(stored, file, metadata={"format": "pt"})
+    assert_slices(tmp_path)
+
+
+def assert_slices(folder):
+    stored = load_file(folder / "model.safetensors")
+    meta, model = model_on_meta(folder), load_plain(folder, dtype=torch.float32)
     names = stored_names(meta, stored)
     shapes = {key: tuple(tensor.shape) for key, tensor in stored.items()}
     fused = [name.strip(".") for name in expert_tensors(model)]
