@@ -58,7 +58,7 @@ def build_operators(name: str | None) -> None:
         return
     shutil.rmtree(folder, ignore_errors=True)  # the lock of an interrupted compilation
     print("compiling an operator of DeepSpeed ...", flush=True)
-    code = "import deepspeed.comm.torch as backend; backend.build_shm_op()"
+    code = "from deepspeed.comm.torch import build_shm_op as build; build()"
     python = install(name) if name else Path(sys.executable)
     subprocess.run([python, "-c", code], env=environment, check=False, capture_output=True)
 
