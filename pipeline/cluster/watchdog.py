@@ -29,10 +29,11 @@ from pipeline.cluster.stop import stopped_early
 from pipeline.errors import RankZeroError, SingleRankError, Stopped
 
 _POLL_S, _PUBLISH_S = 0.5, 2.0
-# A rank that ended by agreement counts as dead if this rank has not ended too after this time.
+# A rank that announced its end, and has ended, counts as dead if this rank still runs after this
+# time.
 _LEAVING_S = 10.0
 _READING_S = 1.5  # time for the other ranks to read the store, which ends with rank 0
-_FROZEN_S = 6.0  # a process without a new heartbeat for this long counts as stopped
+_FROZEN_S = 6.0  # a process without a new heartbeat for this long is frozen (suspended)
 _UNANSWERED_S = 15.0  # a call to the store that takes longer counts as unanswered
 _DIAGNOSIS_S = 30.0  # time for the thread to name the dead rank and end this process
 _START_TIMEOUT = timedelta(minutes=30)  # imports from slow shared disks take minutes
@@ -63,7 +64,7 @@ class Watchdog:
         self._lost_connection: BaseException | None = None  # raised in the main thread
         self._main_thread = threading.get_ident()
         self._siblings: dict[int, psutil.Process] = {}
-        self._first_host = ""
+        self._rank_zero_host = ""
         self._ended_since: dict[int, float] = {}
         self._published = 0.0
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -125,11 +126,14 @@ class Watchdog:
                 self._end_for_dead(0)
 
     def _watch_without_store(self) -> None:
-        """Detect a stopped rank 0. Its store does not answer, so the other thread is blocked."""
+        """Detect that rank 0 is frozen.
+
+        Its store does not answer, so the other thread is blocked.
+        """
         while not self._closed.wait(_POLL_S):
             if self._is_hanging(_UNANSWERED_S):
                 text = (
-                    f"no progress for {self._limit_s():.0f} s: rank 0 on {self._first_host} "
+                    f"no progress for {self._limit_s():.0f} s: rank 0 on {self._rank_zero_host} "
                     f"does not answer, rank {self._placement.rank} is {self._heartbeat.position}"
                     f"{phases.checkpoint_note(self._heartbeat.step)}"
                 )
@@ -164,7 +168,7 @@ class Watchdog:
 
     def _find_siblings(self) -> None:
         """Find the processes of other ranks on this machine that are visible to this process."""
-        self._first_host = json.loads(self._channel.get(_key("process", 0)))["host"]
+        self._rank_zero_host = json.loads(self._channel.get(_key("process", 0)))["host"]
         size = self._placement.local_size
         first = self._placement.rank // size * size
         for rank in range(first, first + size):
@@ -242,7 +246,7 @@ class Watchdog:
         return after, [rank for rank, value in after.items() if value == before.get(rank)]
 
     def _kill_frozen(self, ranks: list[int]) -> None:
-        """Kill stopped processes of this machine, which cannot read the announced reason."""
+        """Kill frozen processes of this machine, which cannot read the announced reason."""
         for rank in ranks:
             if rank in self._siblings and not has_ended(self._siblings[rank]):
                 self._siblings[rank].kill()

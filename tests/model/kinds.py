@@ -483,5 +483,6 @@ KINDS = {
         ),
     ),
 }
-# Kinds of packed checkpoints, which tests/model/packed.py makes, with the kind of their class.
+# Checkpoints with quantised weights, which tests/model/packed.py writes -> the entry of KINDS that
+# has the same model class.
 PACKED_KINDS = {"gpt_oss/mxfp4": "gpt_oss", "deepseek_v3/fp8": "deepseek_v3"}

@@ -136,7 +136,8 @@ def test_a_stop_by_the_watchdog_removes_the_stop_file(folder):
     assert not (folder.path / "stop").exists()  # the next start does not stop at once
 
 
-def test_after_the_final_status_no_start_claims_the_folder(folder):
+def test_a_start_that_the_watchdog_ended_first_writes_no_status(folder):
+    """The run ends before the start writes "running" (`claim`), so there is no status to change."""
     folder.end_by_watchdog("stopped", 75)
     with pytest.raises(AssertionError):
         folder.status.claim()
