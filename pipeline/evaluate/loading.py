@@ -81,6 +81,8 @@ def single_process_plan(settings: RunSettings) -> Plan:
             "hpz_partition_size": "auto",
             "sequence_parallel_size": "auto",
             "offload_param": "auto",
+            "offload_activations": "auto",
+            "mlp_tiles": "auto",
             "deepspeed_json": None,
         }
     )

@@ -8,7 +8,9 @@ needs its input. Neither copies anything on a CPU; here a CPU rank makes a plain
 same code runs in tests.
 """
 
+import weakref
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,9 +27,13 @@ IN_FLIGHT = 2
 
 
 class _Input:
-    """The input of one block. `earlier`: that of the block before it; None for the first block."""
+    """The input of one block.
 
-    def __init__(self, tensor: torch.Tensor, earlier: "_Input | None") -> None:
+    `earlier`: returns the input of the block before it, or None if there is none. The reference is
+    weak: the graph has no input of a block without gradients, such as one below all adapters.
+    """
+
+    def __init__(self, tensor: torch.Tensor, earlier: "Callable[[], _Input | None]") -> None:
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
         self.host = [
             torch.empty(len(part), dtype=tensor.dtype, pin_memory=tensor.is_cuda)
@@ -61,7 +67,8 @@ class HostActivations:
     """Checkpointing of blocks that keeps their inputs in host memory."""
 
     def __init__(self) -> None:
-        self._last: _Input | None = None  # the next input that the backward pass needs
+        self._last: Callable[[], _Input | None] = lambda: None  # the input that was packed last
+        self._copied_back: Any = None  # event at the end of the last copy of a backward pass
         self._in_flight: deque[_Input] = deque()
         self._stream: Any = None
 
@@ -81,17 +88,23 @@ class HostActivations:
     def _pack(self, hidden: tuple[int, torch.Size], tensor: torch.Tensor) -> Any:
         if (tensor.data_ptr(), tensor.shape) != hidden or not tensor.is_contiguous():
             return tensor
-        self._last = _Input(tensor, self._last)
+        if self._copied_back is not None:
+            # A new micro-batch. Its inputs reuse the pinned memory of the one before it only if the
+            # copies from that memory have ended; else the CPU, which is ahead of the GPU, would
+            # allocate pinned memory for several micro-batches.
+            self._copied_back.synchronize()
+            self._copied_back = None
+        entry = _Input(tensor, self._last)
+        self._last = weakref.ref(entry)
         if tensor.is_cuda:
-            self._start_copy_to_host(self._last, tensor)
+            self._start_copy_to_host(entry, tensor)
         else:
-            self._last.copy_to_host(tensor)
-        return self._last
+            entry.copy_to_host(tensor)
+        return entry
 
     def _unpack(self, packed: Any) -> torch.Tensor:
         if not isinstance(packed, _Input):
             return packed  # type: ignore[no-any-return]
-        self._last = packed.earlier
         if packed.device.type != "cuda":
             tensor = packed.empty_on_device()
             packed.copy_from_host(tensor)
@@ -101,8 +114,10 @@ class HostActivations:
             self._start_copy_to_device(packed)
         restored, packed.on_device = packed.on_device, None
         torch.cuda.current_stream(packed.device).wait_event(packed.copied)
-        if packed.earlier is not None and packed.earlier.on_device is None:
-            self._start_copy_to_device(packed.earlier)
+        self._copied_back = packed.copied
+        earlier = packed.earlier()
+        if earlier is not None and earlier.on_device is None:
+            self._start_copy_to_device(earlier)
         assert restored is not None
         return restored
 

@@ -17,23 +17,31 @@ from pipeline.model.structure import blocks
 from pipeline.plan.plan import Plan
 
 
-def tile_mlps(causal: Any, plan: Plan) -> None:
+def tile_mlps(causal: Any, plan: Plan) -> list["TiledForward"]:
     """Replace the forward methods of the blocks' MLPs, if the plan has more than one tile.
 
-    The number of tiles does not depend on the sequence: at ZeRO-3 each tile gathers the MLP, and
-    all ranks must gather it equally often.
+    Returns the new methods. The number of tiles does not depend on the sequence: at ZeRO-3 each
+    tile gathers the MLP, and all ranks must gather it equally often.
     """
     if plan.layout.mlp_tiles == 1:
-        return
-    shape = plan.shape
+        return []
+    shape, methods = plan.shape, []
     for layer, kind in zip(blocks(causal), shape.layer_kinds, strict=True):
         if shape.blocks[kind].has_tileable_mlp:
             mlp: Any = layer.mlp
             mlp.forward = TiledForward(mlp, plan.layout.mlp_tiles)
+            methods.append(mlp.forward)
+    return methods
 
 
 class TiledForward:
-    """The forward method of an MLP, from hidden states (B, T, D) to hidden states (B, T, D)."""
+    """The forward method of an MLP, from hidden states (B, T, D) to hidden states (B, T, D).
+
+    `is_tiled`: False in the steps of generation, which have one token on every rank. The length
+    cannot decide this, because other batches of one token run beside longer ones of other ranks.
+    """
+
+    is_tiled = True
 
     def __init__(self, mlp: Any, num_tiles: int) -> None:
         self._mlp, self._forward, self._num_tiles = mlp, mlp.forward, num_tiles
@@ -43,8 +51,8 @@ class TiledForward:
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """The output of the MLP, computed in tiles of the T dimension."""
         length = hidden.shape[1]
-        if length == 1 and not self._mlp.training:
-            return self._forward(hidden)  # type: ignore[no-any-return]  # a step of generation
+        if not self.is_tiled:
+            return self._forward(hidden)  # type: ignore[no-any-return]
         if length < self._num_tiles:  # a tile without tokens would not gather at ZeRO-3
             hidden = nn.functional.pad(hidden, (0, 0, 0, self._num_tiles - length))
         weights = [p for p in self._mlp.parameters() if p.requires_grad]

@@ -114,6 +114,11 @@ def micro_batches(
     return [(micro, per_rank // micro) for micro in range(largest, 0, -1) if per_rank % micro == 0]
 
 
+def default_global_batch_size(data_parallel_size: int) -> int:
+    """Sequences of a step if no batch key is set: 16, or as many ranks divide."""
+    return max(1, _DEFAULT_GLOBAL_BATCH // data_parallel_size) * data_parallel_size
+
+
 def _sequences_per_rank(settings: RunSettings, world_size: int, sequence_parallel_size: int) -> int:
     """Sequences of a step on each rank, or on each group that shares sequences."""
     groups = world_size // sequence_parallel_size
@@ -125,7 +130,7 @@ def _sequences_per_rank(settings: RunSettings, world_size: int, sequence_paralle
     for value in given.values():
         per_rank *= value
     if total == "auto":
-        return per_rank if given else max(1, _DEFAULT_GLOBAL_BATCH // groups)
+        return per_rank if given else default_global_batch_size(groups) // groups
     all_ranks = groups * per_rank
     is_complete = len(given) == len(factors)
     if total % all_ranks or (is_complete and total != all_ranks):
@@ -158,6 +163,8 @@ def candidates(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> li
         changes: dict[str, Any] = {"sequence_parallel_size": size}
         if settings.batch_size == settings.gradient_accumulation_steps == "auto":
             changes["batch_size"] = 1  # a longer micro-batch would need another split
+            if settings.global_batch_size == "auto":
+                changes["global_batch_size"] = default_global_batch_size(cluster.world_size)
         split = settings.model_copy(update=changes)
         with suppress(UserError):  # batch keys that do not suit this number of groups
             found += _without_auto_split(split, shape, cluster)
@@ -285,7 +292,8 @@ def _with_savings(
         num_tiles = settings.mlp_tiles
         layout = replace(layout, mlp_tiles=num_tiles)
     may_tile = settings.mlp_tiles == "auto" and is_tileable and num_tiles > 1
-    if settings.offload_activations is not True:
+    must_offload = settings.offload_activations is True
+    if not must_offload or settings.gradient_checkpointing is False:
         first = search(layout)
         yield first
         fits = first.refusal is None
@@ -311,7 +319,7 @@ def _with_fewest_checkpointed(
 ) -> Candidate:
     """The candidate with the fewest checkpointed blocks that fits.
 
-    If none fits, the candidate in which all blocks are checkpointed.
+    If none fits on the device, the candidate in which all blocks are checkpointed.
     """
     predict = partial(_predict_candidate, settings, shape, cluster)
     # At ZeRO-3, a 4-bit layer that is not checkpointed keeps its gathered weight until its backward
@@ -324,10 +332,13 @@ def _with_fewest_checkpointed(
     first = predict(layout)
     if first.refusal is None or settings.gradient_checkpointing != "auto":
         return first
-    low, high = 1, shape.num_layers  # bisection: more checkpointed blocks need less memory
+    # Bisection: more checkpointed blocks need less memory of the device. Of the host they may need
+    # more, so the fewest that fit on the device are also the best for the host.
+    low, high = 1, shape.num_layers
     while low < high:
         middle = (low + high) // 2
-        if predict(replace(layout, checkpointed_layers=middle)).refusal is None:
+        need = predict(replace(layout, checkpointed_layers=middle)).memory.device_need
+        if need <= cluster.device_limit:
             high = middle
         else:
             low = middle + 1

@@ -4,8 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config.settings import RunSettings
-from pipeline.errors import UserError
-from pipeline.plan.choose import Candidate, Cluster, candidates
+from pipeline.plan.choose import Candidate, Cluster, candidates, default_global_batch_size
 from pipeline.plan.given.data_size import DataSize, LengthLoss
 from pipeline.plan.given.hardware import GIB
 from pipeline.plan.given.shape import ModelShape
@@ -13,6 +12,11 @@ from pipeline.plan.plan import Plan
 
 _STEP = 1024  # tokens; the longest length is found to the next step or to 1 %
 _LONGEST = 2**24  # tokens that are tried
+# Settings whose values are for the number of ranks of a run.
+_FOR_ALL_RANKS = (
+    "sequence_parallel_size", "hpz_partition_size", "global_batch_size",
+    "gradient_accumulation_steps",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +91,15 @@ def longest_length(
 ) -> LongestLength | None:
     """The longest `max_length` that fits, whatever the model's number of positions.
 
-    None if no length fits, or if the batch keys do not suit the cluster. What is `auto` is searched
-    with micro-batches of one sequence and every layer checkpointed, because nothing else makes a
-    longer sequence fit.
+    None if no length fits. What is `auto` is searched with micro-batches of one sequence and every
+    layer checkpointed, because nothing else makes a longer sequence fit. Raises UserError if the
+    batch keys do not suit the cluster.
     """
     smallest: dict[str, Any] = {}
     if settings.batch_size == "auto" and settings.gradient_accumulation_steps == "auto":
         smallest["batch_size"] = 1
+        if settings.global_batch_size == "auto":
+            smallest["global_batch_size"] = default_global_batch_size(cluster.world_size)
     if settings.gradient_checkpointing == "auto":
         smallest["gradient_checkpointing"] = True
     settings = settings.model_copy(update=smallest)
@@ -106,32 +112,29 @@ def longest_length(
     found: LongestLength | None = None
     low, high = 0, 1  # `low` steps fit, or are 0; `high` steps do not fit once `is_bounded`
     is_bounded = False
-    try:
-        while high - low > max(1, low // 100) or not is_bounded:
-            middle = (low + high) // 2 if is_bounded else high
-            best = best_at(middle)
-            if best is not None:
-                found = LongestLength(max_length=middle * _STEP, best=best)
-                low, high = middle, high if is_bounded else 2 * middle
-                is_bounded |= high * _STEP > _LONGEST
-            else:
-                high, is_bounded = middle, True
-    except UserError:
-        return None
+    while high - low > max(1, low // 100) or not is_bounded:
+        middle = (low + high) // 2 if is_bounded else high
+        best = best_at(middle)
+        if best is not None:
+            found = LongestLength(max_length=middle * _STEP, best=best)
+            low, high = middle, high if is_bounded else 2 * middle
+            is_bounded |= high * _STEP > _LONGEST
+        else:
+            high, is_bounded = middle, True
     return found
 
 
 def longest_text(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> str:
     """The longest `max_length` that fits on the cluster and on one of its devices, as a line."""
-    clusters = [cluster]
+    cases = [(settings, cluster, f"{cluster.world_size} x {cluster.hardware.name}")]
     if cluster.world_size > 1 and cluster.hardware.kind == "cuda":
-        clusters.append(replace(cluster, nodes=1, ranks_per_node=1))
+        of_one = settings.model_copy(update=dict.fromkeys(_FOR_ALL_RANKS, "auto"))
+        cases.append((of_one, replace(cluster, nodes=1, ranks_per_node=1), "1 of them"))
     texts = []
-    for each in clusters:
-        found = longest_length(settings, shape, each)
-        device = f"{each.world_size} x {each.hardware.name}" if each is cluster else "1 of them"
+    for of_case, ranks, device in cases:
+        found = longest_length(of_case, shape, ranks)
         if found is None:
-            texts.append(f"no length fits on {device}")
+            texts.append(f"fewer than {_STEP:,} tokens fit on {device}")
         else:
             savings = found.best.layout.savings_text(shape.num_layers)
             texts.append(f"up to {found.max_length:,} tokens on {device} ({savings})")

@@ -18,6 +18,10 @@ _SETTING_OF = {
 }
 
 
+# Settings of the layout that save memory if they are `auto`, in the order in which to try this.
+_SAVINGS = (
+    "zero_stage", "mlp_tiles", "sequence_parallel_size", "offload_activations", "offload_param",
+)  # fmt: skip
 # Values of fields that need no reason: the run fits without a saving of memory.
 _UNUSED = (("offload_activations", False), ("mlp_tiles", 1), ("sequence_parallel_size", 1))
 
@@ -47,10 +51,11 @@ def reasons(
             why[key] = _checkpointing_reason(chosen, settings, shape, cluster)
         else:
             why[key] = _compare_with_alternative(key, chosen, ranked)
+    ranks = "groups" if chosen.layout.sequence_parallel_size > 1 else "ranks"
     if settings.gradient_accumulation_steps == "auto":
-        why["gradient_accumulation_steps"] = "global batch / (micro-batch x ranks)"
+        why["gradient_accumulation_steps"] = f"global batch / (micro-batch x {ranks})"
     if settings.global_batch_size == "auto":
-        why["global_batch_size"] = "micro-batch x accumulation x ranks"
+        why["global_batch_size"] = f"micro-batch x accumulation x {ranks}"
     why["training_dtype"] = training_dtype(settings, cluster.hardware)[1]
     return why
 
@@ -135,10 +140,9 @@ def _changes(settings: RunSettings) -> Iterator[_Change]:
         yield _Change("gradient_checkpointing: auto", {"gradient_checkpointing": "auto"})
     if settings.batch_size != "auto" and settings.batch_size > 1:
         yield _Change("batch_size: 1", {"batch_size": 1, "gradient_accumulation_steps": "auto"})
-    if settings.zero_stage != "auto":
-        yield _Change("zero_stage: auto", {"zero_stage": "auto"})
-    if settings.offload_param == "none":
-        yield _Change("offload_param: auto", {"offload_param": "auto"})
+    for key in _SAVINGS:
+        if getattr(settings, key) != "auto":
+            yield _Change(f"{key}: auto", {key: "auto"})
     four_bit = {"load_in_4bit": True, "load_in_8bit": False}
     if not settings.load_in_4bit:
         yield _Change("load_in_4bit: true", four_bit)

@@ -123,8 +123,8 @@ def _summary_lines(plan: Plan) -> list[str]:
     unit = f" packs of {plan.settings.max_length} tokens" if plan.settings.packing else ""
     ranks = f"{layout.world_size} ranks"
     if layout.sequence_parallel_size > 1:
-        size = layout.sequence_parallel_size
-        ranks = f"{layout.data_parallel_size} groups of {size} ranks that share each sequence"
+        groups = layout.data_parallel_size
+        ranks = f"{groups} group{'s' if groups > 1 else ''} of ranks"
     return [
         f"model      {shape.folder}: {shape.parameters / 1e6:,.1f} M parameters, "
         f"{plan.trainable / 1e6:,.2f} M trainable ({share:.2f} %)",

@@ -111,7 +111,7 @@ def _probe_all_to_all(context: RankContext) -> dict[str, Any]:
     if group is None:
         return {"size": 1}
     sent = torch.full(
-        (group.size, _SENT_BYTES[kind] // 4 // group.size), group.place, device=device
+        (group.size, _SENT_BYTES[kind] // 4 // group.size), float(group.place), device=device
     )
     seconds = _median_seconds(lambda: group.all_to_all(sent), device)
     received = group.all_to_all(sent)

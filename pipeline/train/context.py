@@ -35,8 +35,10 @@ class RunContext:
         return Path(self.settings.output_dir)
 
 
-def debug_settings(settings: RunSettings) -> RunSettings:
+def debug_settings(settings: RunSettings, world_size: int) -> RunSettings:
     """The settings for `--debug`: a few steps in a separate folder, with a log line for each."""
+    # A run file for groups of ranks can also be tried on one.
+    groups = ("sequence_parallel_size", "hpz_partition_size") if world_size == 1 else ()
     # If global_batch_size is set, more accumulation steps replace the missing ranks.
     is_global = settings.global_batch_size != "auto"
     accumulation = "auto" if is_global else settings.gradient_accumulation_steps
@@ -47,6 +49,7 @@ def debug_settings(settings: RunSettings) -> RunSettings:
             "logging_steps": 1,
             "resume": "never",
             "gradient_accumulation_steps": accumulation,
+            **dict.fromkeys(groups, "auto"),
         }
     )
 

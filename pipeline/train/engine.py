@@ -6,6 +6,7 @@ All methods are collective: every rank calls them, in the same order.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import deepspeed
@@ -82,7 +83,7 @@ class Engine:
         if not plan.fast_paths[JOINT_LORA]:
             join_lora(model)
         causal: Any = model.get_base_model()
-        tile_mlps(causal, plan)
+        self._tiled = tile_mlps(causal, plan)
         is_reentrant = is_sharded and plan.layout.checkpointed_layers > 0
         if is_reentrant:
             remove_input_gradients(causal)
@@ -230,9 +231,11 @@ class Engine:
         self._on_phase("generating answers")
         self.deepspeed.eval()
         offload = getattr(self.deepspeed.optimizer, "parameter_offload", None)
+        forwards = count()
 
         def before_forward() -> None:
             on_token()
+            self._set_tiled(next(forwards) == 0)  # the forward pass of the prompts
             if offload is not None:
                 self._release_gathered()
                 offload.get_param_coordinator().reset_step()
@@ -240,8 +243,13 @@ class Engine:
 
         is_synced = offload is not None and self._world_size > 1
         answers = generator.answers(self._model, prompts, before_forward, is_synced=is_synced)
+        self._set_tiled(True)
         self._release_gathered()
         return answers
+
+    def _set_tiled(self, is_tiled: bool) -> None:
+        for method in self._tiled:
+            method.is_tiled = is_tiled
 
     def _release_gathered(self) -> None:
         """Shard again the parameters that ZeRO-3 keeps gathered for a backward pass.

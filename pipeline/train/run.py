@@ -32,9 +32,10 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
     end_at_interrupt()  # until `stops` handles signals
     env = dict(os.environ)  # a copy, because `place_rank` adds variables of DeepSpeed's launcher
     settings = requeued_settings(settings, env)
-    settings = debug_settings(settings) if is_debug else settings
     with ExitStack() as stack:
         placement, hardware, missing = place_rank(env)
+        if is_debug:
+            settings = debug_settings(settings, placement.world_size)
         stops = StopRequests(
             Path(settings.output_dir), settings.time_limit_s, is_first=placement.rank == 0
         )

@@ -287,7 +287,8 @@ def assert_refused_once(workspace: Path, part: str, code: int, output: str) -> N
 
 
 def test_debug_needs_no_launcher_and_has_its_own_folder(run_file, workspace):
-    path = run_file("quick", load_in_4bit=True)
+    """Also for a run whose ranks share sequences in groups."""
+    path = run_file("quick", load_in_4bit=True, sequence_parallel_size=2)
     code, output = run("launch/train.py", path, "--debug")
     assert code == 0, output
     assert_mentions(output, "debug", "frozen weight")

@@ -13,6 +13,7 @@ from pipeline.adapter.trained_on import TRAINED_ON
 from pipeline.cluster.devices import detect_hardware
 from pipeline.cluster.placement import Placement
 from pipeline.cluster.session import Session
+from pipeline.config.load import load_settings
 from pipeline.errors import SingleRankError
 from pipeline.evaluate import generate, loading
 from pipeline.evaluate.generate import Generator, plan_batches
@@ -23,6 +24,7 @@ from pipeline.evaluate.subjects import subjects_of
 from pipeline.model.fingerprint import base_fingerprint
 from tests.evaluate.runs import make_run
 from tests.messages import assert_mentions, refused
+from tests.plans import gpu
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.tensor
@@ -275,6 +277,15 @@ def test_a_merged_model_and_the_same_folder_as_a_model_are_loaded_separately(run
         with loader.loaded(same_folder):
             pass
     assert loaded == ["load_plain", "load_base"]
+
+
+def test_a_score_needs_neither_the_ranks_nor_the_host_memory_of_the_training(run, monkeypatch):
+    small = dataclasses.replace(gpu(80, count=1), host_bytes=6 * 2**30)
+    monkeypatch.setattr(loading, "detect_hardware", lambda: small)
+    long = {"max_length": 2**28, "offload_activations": True, "mlp_tiles": 8}
+    groups = {"sequence_parallel_size": 4, "zero_stage": 3, "hpz_partition_size": 4}
+    settings = load_settings(run / "run.yaml").model_copy(update=long | groups)
+    assert loading.single_process_plan(settings).world_size == 1
 
 
 def test_a_prompt_that_fills_the_model_has_an_empty_answer(run):

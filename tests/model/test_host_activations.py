@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.model import host_activations
 from pipeline.model.host_activations import HostActivations
 
 pytestmark = pytest.mark.tensor
@@ -42,6 +43,32 @@ def test_the_graph_keeps_no_input_and_the_gradients_are_equal(use_reentrant):
         output.sin().sum().backward()
         for weight, gradient in zip((leaf, *weights), expected, strict=True):
             assert weight.grad.equal(gradient)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_inputs_of_layers_without_gradients_are_released(use_reentrant, monkeypatch):
+    """Only the last layers have an adapter, so the backward pass ends before the first layers."""
+    made = weakref.WeakSet()
+
+    class Counted(host_activations._Input):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.add(self)
+
+    monkeypatch.setattr(host_activations, "_Input", Counted)
+    layers, host = [nn.Linear(8, 8) for _ in range(4)], HostActivations()
+    for layer in layers[:2]:
+        layer.requires_grad_(False)
+    for _ in range(2):
+        output, _ = forward(
+            layers,
+            torch.randn(2, 5, 8),
+            lambda *args: host.checkpoint(*args, use_reentrant=use_reentrant),
+        )
+        if output.requires_grad:  # re-entrant checkpointing needs an input with a gradient
+            output.sum().backward()
+        del output
+        assert not made
 
 
 def test_tensors_other_than_the_hidden_states_stay_where_they_are():

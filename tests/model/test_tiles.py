@@ -72,15 +72,18 @@ def test_the_backward_pass_repeats_the_random_numbers_of_the_forward_pass():
     assert torch.get_rng_state().equal(state)
 
 
-def test_generation_of_single_tokens_is_not_tiled():
+@pytest.mark.parametrize("is_training", [True, False])
+def test_the_number_of_tiles_does_not_depend_on_the_length(is_training):
+    """At ZeRO-3 each tile gathers weights, and another rank may have a longer batch."""
     _, mlp = mlp_of("llama")
+    mlp.train(is_training)
     calls = []
     mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
     tiled = TiledForward(mlp, 4)
     with torch.no_grad():
-        mlp.eval()
-        tiled(torch.randn(1, 1, 32))
-        assert len(calls) == 1
-        mlp.train()
-        tiled(torch.randn(1, 1, 32))
-    assert len(calls) == 1 + 4
+        for length in (1, 3, 9):
+            tiled(torch.randn(1, length, 32))
+    assert len(calls) == 3 * 4
+    tiled.is_tiled = False
+    assert tiled(torch.randn(1, 1, 32)).shape == (1, 1, 32)
+    assert len(calls) == 3 * 4 + 1

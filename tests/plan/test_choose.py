@@ -17,6 +17,7 @@ from pipeline.plan.given.hardware import GIB
 from pipeline.plan.given.layout import SequenceProfile
 from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import DoesNotFitError, make_plan, plan_and_candidates
+from pipeline.plan.render import plan_overview
 from tests.messages import assert_mentions, refused
 from tests.plans import CPU, LLAMA_8B, LLAMA_70B, SMOLLM2, gpu
 
@@ -244,6 +245,33 @@ def test_ranks_that_share_sequences_count_once_in_the_global_batch(ranked):
         assert layout.data_parallel_size == 8 // size
     with refused("global_batch_size: 9", "4 groups of 2 ranks", "8 or 12"):
         ranked(sequence_parallel_size=2, ranks=8, global_batch_size=9, batch_size=1)
+
+
+@pytest.mark.parametrize(("nodes", "batch"), [(1, 16), (3, 24)])
+def test_a_group_that_is_chosen_does_not_change_the_global_batch(ranked, nodes, batch):
+    plan, every = ranked(max_length=600_000, nodes=nodes)
+    assert plan.layout.sequence_parallel_size > 1
+    assert {candidate.layout.global_batch_size for candidate in every} == {batch}
+    assert plan_overview(plan).count(f"{plan.layout.sequence_parallel_size} ranks") == 1
+
+
+def test_host_memory_holds_the_inputs_of_the_fewest_checkpointed_layers(ranked):
+    """Checkpointing more layers than the device needs would need more host memory."""
+    keys = {"max_length": 164_000, "ranks": 1, "zero_stage": 2, "mlp_tiles": 64, "lora_dropout": 0}
+    layout = ranked(**keys)[0].layout
+    assert layout.offload_activations
+    count = layout.checkpointed_layers
+    need = next(c for c in ranked(**keys)[1] if c.layout == layout).memory.host_peak_bytes
+    host_bytes = int(need / 0.9) + 1
+    smaller = ranked(hardware=replace(H100, host_bytes=host_bytes), **keys)[0].layout
+    assert (smaller.checkpointed_layers, smaller.offload_activations) == (count, True)
+
+
+def test_activations_are_not_offloaded_if_no_layer_may_be_checkpointed(ranked):
+    plan, _ = ranked(offload_activations=True, gradient_checkpointing=False, max_length=512)
+    assert not plan.layout.offload_activations
+    rules = {rule.id: rule.message for rule in plan.rules}
+    assert_mentions(rules["without-effect"], "offload_activations", "gradient_checkpointing")
 
 
 @pytest.mark.parametrize(

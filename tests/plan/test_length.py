@@ -49,7 +49,25 @@ def test_the_line_names_the_whole_machine_and_one_device():
     text = longest_text(settings(), shape, cluster)
     assert_mentions(text, "tokens on 8 x", "1 of them", "host memory", "131,072 positions")
     tiny = Cluster(hardware=gpu(1, count=1), nodes=1, ranks_per_node=1)
-    assert_mentions(longest_text(settings(), shape, tiny), "no length fits on 1 x")
+    assert_mentions(longest_text(settings(), shape, tiny), "fewer than 1,024 tokens fit on 1 x")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"sequence_parallel_size": 4},
+        {"zero_stage": 3, "hpz_partition_size": 8},
+        {"batch_size": 1, "gradient_accumulation_steps": 2, "global_batch_size": 16},
+    ],
+)
+def test_settings_for_all_ranks_do_not_matter_to_one_device(keys):
+    shape = shape_of(LLAMA_8B, "m")
+    cluster = Cluster(hardware=gpu(80), nodes=1, ranks_per_node=8)
+    of_one, expected = (
+        longest_text(settings(**each), shape, cluster).partition("; ")[2] for each in (keys, {})
+    )
+    assert_mentions(of_one, "1 of them")
+    assert of_one.split(" (")[0] == expected.split(" (")[0]
 
 
 def test_the_run_file_for_long_trajectories_fits_on_its_machine_and_on_one_gpu():

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from pipeline.cluster.sequence_group import SequenceGroup
 from pipeline.preflight import host
 from pipeline.preflight.context import RankContext
-from pipeline.preflight.rates import ALL_REDUCE, ALL_TO_ALL, LINKS
+from pipeline.preflight.rates import _SENT_BYTES, ALL_REDUCE, ALL_TO_ALL, LINKS
 from tests.plans import CPU
 from tests.ranks import run_ranks
 from tests.tiny import make_plan
@@ -59,10 +60,15 @@ def probe_groups(session, model, size):
         placement=session.placement, hardware=CPU, session=session, settings=plan.settings,
         plan=plan,
     )  # fmt: skip
-    return ALL_TO_ALL.probe(context)
+    sizes, exchange = [], SequenceGroup.all_to_all
+    SequenceGroup.all_to_all = lambda *args: sizes.append(args[1].nbytes) or exchange(*args)
+    result = ALL_TO_ALL.probe(context)
+    return result, set(sizes)
 
 
 def test_an_all_to_all_of_each_planned_group_has_a_rate(tmp_path, tiny_model):
-    results = run_ranks(probe_groups, tiny_model, 2, tmp_path=tmp_path, world_size=4)
+    calls = run_ranks(probe_groups, tiny_model, 2, tmp_path=tmp_path, world_size=4)
+    results = [result for result, _ in calls]
+    assert all(sizes == {_SENT_BYTES["cpu"]} for _, sizes in calls)  # of which the rate is
     assert [result["size"] for result in results] == [2] * 4
     assert all(result["rate"] > 0 and result["planned"] > 0 for result in results)

@@ -65,6 +65,11 @@ def _has_few_steps(run: PlanContext) -> bool:
     return settings.epochs * sequences < _FEW_STEPS * run.layout.global_batch_size
 
 
+def _has_untiled_mlps(run: PlanContext) -> bool:
+    is_tileable = any(block.has_tileable_mlp for block in run.shape.blocks)
+    return run.layout.mlp_tiles > 1 and not is_tileable
+
+
 def _deviates_from(name: Preset) -> Callable[[PlanContext], bool]:
     """Condition: the data has the size that the preset is for, but epochs or dropout deviate."""
     low, high = RANGES[name]["epochs"]
@@ -189,6 +194,15 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         reason="these settings are set and have no effect in this run",
         remedy="change the setting that is named in brackets, or remove them",
         source="config/traits.py",
+    ),
+    Rule(
+        id="untiled-mlps",
+        level="warn",
+        applies=_has_untiled_mlps,
+        reason="mlp_tiles has no effect: only MLPs of dense blocks are tiled, in families that the "
+        "plan knows by their config",
+        remedy="remove mlp_tiles",
+        source="pipeline/plan/given/block.py, has_tileable_mlp",
     ),
     Rule(
         id="checkpointing",

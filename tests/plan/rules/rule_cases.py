@@ -370,6 +370,10 @@ CASES = {
         {"eval_data": "e", "evaluation_strategy": "epoch", "save_strategy": "steps"},
         {"eval_data": "e", "evaluation_strategy": "epoch"},
     ),
+    "untiled-mlps": (
+        with_layout({"mlp_tiles": 4}, shape=MOE),
+        with_layout({"mlp_tiles": 4}),
+    ),
     "without-effect": (
         {"save_strategy": "epoch", "save_steps": 7},
         {"save_strategy": "steps", "save_steps": 7},
