@@ -63,6 +63,8 @@ _MEDIA = re.compile(
     r"|pixel_values|documents|multi_?modal_data|mm_data",
     re.IGNORECASE,
 )
+# An image of a container with its tag, such as `python:3.11`, in rows of coding agents.
+_CONTAINER_IMAGE = re.compile(r"(?:[\w.-]+(?::\d+)?/)*[\w.-]+:\w[\w.-]*")
 _MEDIA_FIELDS, _SOUND_FIELDS = {"bytes", "path"}, {"array", "sampling_rate"}  # of `datasets`
 _DATA_URI = re.compile("data:(image|audio|video)/", re.IGNORECASE)
 _PREFERENCE = re.compile(
@@ -133,7 +135,10 @@ def _detect_format(columns: Mapping[str, Any]) -> DataFormat:
         return formats[0]
     if formats:
         raise RowError(f"the columns of {' and of '.join(formats)}; choose one with data_format")
-    known = f"expected one of {_FORMATS_TEXT}; if columns have other names, set `columns`"
+    known = (
+        f"expected one of {_FORMATS_TEXT}; if columns have other names, name them, for example "
+        "with `columns: {instruction: question, output: answer}`"
+    )
     raise RowError(f"no known format: {_found_columns(columns)}; {known}")
 
 
@@ -153,8 +158,7 @@ def _refuse_media_and_preferences(value: Mapping[str, Any], columns: Mapping[str
     """Raise RowError for media and for preference pairs, unless `columns` selects one answer."""
     _, media, preference, _ = _inspect_columns(tuple(value))
     for column in media:
-        is_count = isinstance(value[column], int | float)  # or a flag, such as has_image: true
-        if has_value(value[column]) and not is_count:
+        if _is_media(value[column]):
             raise RowError(_no_media(column))
     if not preference or any(map(_PREFERENCE.fullmatch, columns.values())):
         return
@@ -170,6 +174,16 @@ def _no_media(column: str) -> str:
     return f"`{column}` has a value, but only text can be trained on"
 
 
+def _is_media(value: Any) -> bool:
+    """Whether the value of a column that is named as media has content.
+
+    Numbers, flags such as `has_image: true`, and images of containers are not media.
+    """
+    if isinstance(value, str) and _CONTAINER_IMAGE.fullmatch(value):
+        return False
+    return has_value(value) and not isinstance(value, int | float)
+
+
 def _media_name(value: Any, name: str) -> str:
     """The name of the first picture, sound or video in the value called `name`; empty if none.
 
@@ -183,8 +197,7 @@ def _media_name(value: Any, name: str) -> str:
             return name
         for key, item in value.items():
             inner = f"{name}.{key}"
-            is_media = key != "documents" and _MEDIA.fullmatch(key)
-            if is_media and has_value(item) and not isinstance(item, int | float):
+            if key != "documents" and _MEDIA.fullmatch(key) and _is_media(item):
                 return inner
             if media := _media_name(item, inner):
                 return media

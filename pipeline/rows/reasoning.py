@@ -6,8 +6,8 @@ from pipeline.rows.examples import RowError
 
 _NAME = "(?:seed:)?think|thinking|thought|reasoning"
 _OPENING = re.compile(rf"\s*(?:<({_NAME})>|\[THINK\])")
-# A tag in quotes is text about the tag.
-_CLOSING = re.compile(rf"(?<![`'\"])(?:</({_NAME})>|\[/THINK\])")
+# A tag in quotes, straight or typographic, is text about the tag.
+_CLOSING = re.compile(rf"(?<![`'\"\u201c\u2018])(?:</({_NAME})>|\[/THINK\])")
 
 
 def require_closed_reasoning(text: str, name: str) -> None:
@@ -29,7 +29,8 @@ def closing_tag(text: str, start: int = 0, stop: int | None = None) -> re.Match[
 def require_opened_reasoning(tag: re.Match[str], before: str, name: str) -> None:
     """Raise RowError if the text before a closing tag does not open the reasoning."""
     opening = tag[0].replace("/", "")
-    if opening not in before:
+    # A tag of XML may have attributes, such as <thought id="1">.
+    if not re.search(rf"{re.escape(opening[:-1])}(?:\s[^<>]*)?{re.escape(opening[-1])}", before):
         raise RowError(
             f"{name} has {tag[0]}, and neither the row nor the prompt has {opening} before it: the "
             f"model would learn to close reasoning that it never opened; add {opening}, or remove "

@@ -164,6 +164,23 @@ def test_counts_flags_and_descriptions_of_media_are_only_reported_as_unread():
     assert result.unread == tuple(sorted(others))
 
 
+IMAGES = ["python:3.11", "ghcr.io/org/env-1:latest", "localhost:5000/a/b:v1.2"]
+
+
+@pytest.mark.parametrize("value", IMAGES)
+def test_an_image_of_a_container_is_no_picture(value):
+    others = {"image": value, "environment": {"image": value}}
+    row = row_of(FORMATS["messages"] | others)
+    assert read_example(row).unread == ("environment", "image")
+
+
+@pytest.mark.parametrize("value", ["a.png", "https://h/a.png", "data:image/png;base64,AA", "a:b/c"])
+def test_other_texts_in_a_column_of_pictures_refuse_the_row(value):
+    for others in ({"image": value}, {"environment": {"image": value}}):
+        with refused("image", error=RowError):
+            read_example(row_of(FORMATS["messages"] | others))
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("column", ["loss_mask", "assistant_masks", "completion_mask"])
 def test_a_loss_mask_that_is_not_read_refuses_the_row(name, column):

@@ -393,6 +393,15 @@ def test_a_completion_that_closes_reasoning_that_its_prompt_does_not_open_refuse
         assert read_example(row_of(opened)).example.completion == opened["completion"]
 
 
+@pytest.mark.parametrize("opening", ['<thought step="1">', "<thought\nid='a'>"])
+def test_reasoning_may_be_opened_by_a_tag_with_attributes(opening):
+    completion = f"first {opening}hm</thought> yes"
+    row = {"prompt": "q", "completion": completion}
+    assert read_example(row_of(row)).example.completion == completion
+    with refused("`completion`", "</thought>", error=RowError):
+        read_example(row_of(row | {"completion": completion.replace("<thought", "<thoughts")}))
+
+
 @pytest.mark.parametrize("tag", TAGS)
 def test_tags_of_reasoning_that_are_closed_untrained_or_quoted_are_read(tag):
     closing = tag.strip().replace("<", "</").replace("[", "[/")

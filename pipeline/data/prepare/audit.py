@@ -173,13 +173,11 @@ def require_usable(
 
 
 def _fault_message(source: str, counts: RowCounts, max_rejected: float | None) -> str:
-    """Error message for a source: the most common reasons, the share of bad rows, a remedy."""
-    rows, common = counts.rows, counts.rejected.most_common(_SHOWN_REASONS)
+    """Error message for a source: the share of bad rows, a remedy, the most common reasons."""
+    rows = counts.rows
     read, rejected = rows["rows_read"], rows["rows_rejected"]
     if not rejected:
         return f"{source}: all {read} rows are longer than max_length, and over_length is drop"
-    lines = [f"{counts.first[reason]}: {reason}" for reason, _ in common]
-    reasons = "; ".join(f"{count} x {reason}" for reason, count in common)
     share = f"{rejected} of {read} rows ({100 * rejected / read:.3g} %) are rejected"
     if rows["rows_used"]:
         share += f", more than max_rejected ({max_rejected:g}) allows"
@@ -187,7 +185,10 @@ def _fault_message(source: str, counts: RowCounts, max_rejected: float | None) -
     else:
         share += " and no usable row is left"
         remedy = "fix them, or leave the source out"
-    lines.append(f"{source}: {share}; most common: {reasons}; {remedy}")
+    lines = [f"{source}: {share}; {remedy}"]
+    for reason, count in counts.rejected.most_common(_SHOWN_REASONS):
+        others = f" and {count - 1} other rows" if count > 1 else ""
+        lines.append(f"{counts.first[reason]}{others}: {reason}")
     return "\n".join(lines)
 
 

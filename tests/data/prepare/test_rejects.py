@@ -163,6 +163,18 @@ def test_data_without_a_usable_row_is_refused_whatever_max_rejected(run):
         check_rows(run.settings())
 
 
+@pytest.mark.parametrize("check", CHECKS)
+def test_each_reason_is_given_once_with_its_first_row_and_number_of_rows(run, check):
+    write_lines(run.train, ['{"question": "a", "answer": "b"}'] * 7)
+    with refused(
+        "7 of 7 rows",
+        f"{run.train}:1 and 6 other rows",
+        "columns: {instruction: question, output: answer}",
+    ) as caught:
+        CHECKS[check](run, run.settings())
+    assert str(caught.value).count("no known format") == 1
+
+
 def test_checking_rows_needs_no_torch(run):
     code = (
         "import sys\n"
