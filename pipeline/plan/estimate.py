@@ -56,7 +56,11 @@ def estimate(settings: RunSettings) -> DataSize | None:
         for source, source_files in zip(settings.train_sources, files, strict=True)
     ]
     documents = sum(size[0] for size in sizes)
-    train_share = _train_share(settings, documents)
+    rows = sum(
+        _num_rows(source_files, samples) * _used_share(source, source_files, samples)
+        for source, source_files in zip(settings.train_sources, files, strict=True)
+    )
+    train_share = _train_share(settings, rows)
     if round(documents * train_share) < 1:
         return None
     is_whole = all(file in samples and samples[file].share == 1 for each in files for file in each)
@@ -65,18 +69,21 @@ def estimate(settings: RunSettings) -> DataSize | None:
         tokens=round(sum(size[1] for size in sizes) * train_share),
         longest=max(chain(*(one.tokens for one in samples.values()))) if is_whole else None,
         is_exact=False,
-        length_loss=_length_loss(settings, files, samples),
+        length_loss=_length_loss(settings, files, samples, train_share),
     )
 
 
 def _length_loss(
-    settings: RunSettings, files: list[list[Path]], samples: dict[Path, _FileSample]
+    settings: RunSettings,
+    files: list[list[Path]],
+    samples: dict[Path, _FileSample],
+    train_share: float,
 ) -> LengthLoss:
     """The estimated loss by `max_length`: each sampled document stands for many of its length."""
-    train_share = 1 - settings.held_out if isinstance(settings.held_out, float) else 1.0
     documents: defaultdict[int, float] = defaultdict(float)  # their number by length
     for source, source_files in zip(settings.train_sources, files, strict=True):
-        scale = train_share * source.weight * _scale(source_files, samples)
+        share = train_share * source.weight * _used_share(source, source_files, samples)
+        scale = share * _scale(source_files, samples)
         for sample in (samples[file] for file in source_files if file in samples):
             for length in sample.lengths:
                 documents[length] += scale / sample.share
@@ -124,8 +131,21 @@ def _size_of_source(
     not_empty = [samples[file] for file in files if file in samples and samples[file].tokens]
     documents = scale * sum(len(one.tokens) / one.share for one in not_empty)
     tokens = scale * sum(sum(one.tokens) / one.share for one in not_empty)
-    used_share = 1.0 if source.limit is None else min(1.0, source.limit / max(documents, 1))
-    return documents * used_share * source.weight, tokens * used_share * source.weight
+    share = source.weight * _used_share(source, files, samples)
+    return documents * share, tokens * share
+
+
+def _used_share(source: DataSource, files: list[Path], samples: dict[Path, _FileSample]) -> float:
+    """Fraction of the rows of a source that are read: its `limit` may be lower."""
+    if source.limit is None:
+        return 1.0
+    return min(1.0, source.limit / max(_num_rows(files, samples), 1))
+
+
+def _num_rows(files: list[Path], samples: dict[Path, _FileSample]) -> float:
+    """Number of rows of a source that have a document."""
+    sampled = [samples[file] for file in files if file in samples and samples[file].lengths]
+    return _scale(files, samples) * sum(len(one.lengths) / one.share for one in sampled)
 
 
 def _scale(files: list[Path], samples: dict[Path, _FileSample]) -> float:
@@ -138,12 +158,12 @@ def _num_bytes(files: list[Path]) -> int:
     return max(1, sum(file.stat().st_size for file in files))
 
 
-def _train_share(settings: RunSettings, documents: float) -> float:
-    """Fraction of the documents that are not held out for evaluation."""
+def _train_share(settings: RunSettings, rows: float) -> float:
+    """Fraction of the rows that are not held out for evaluation."""
     held_out = settings.held_out
     if held_out is None:
         return 1.0
-    return 1 - (held_out if isinstance(held_out, float) else min(1.0, held_out / max(documents, 1)))
+    return 1 - (held_out if isinstance(held_out, float) else min(1.0, held_out / max(rows, 1)))
 
 
 def _document_length(row: Row, settings: RunSettings) -> list[int]:

@@ -24,7 +24,8 @@ class LengthNeed:
     """A greater `max_length`, the percentage of the tokens that it keeps, and what it needs.
 
     `best`: the best candidate; it has a refusal if the length does not fit. `limit_bytes`: bytes
-    that a rank may use of its device. `num_layers`: blocks of the model.
+    that a rank may use of its device. `num_layers`: blocks of the model. `note`: text after the
+    percentage.
     """
 
     max_length: int
@@ -32,11 +33,12 @@ class LengthNeed:
     best: Candidate
     limit_bytes: int
     num_layers: int
+    note: str
 
     @property
     def text(self) -> str:
         """The need of this length, for a message."""
-        head = f"max_length {self.max_length:,} keeps {self.percent} %"
+        head = f"max_length {self.max_length:,} keeps {self.percent} %{self.note}"
         if self.best.refusal is not None:
             return f"{head}, but {self.best.refusal}"
         need, limit = self.best.memory.device_need / GIB, self.limit_bytes / GIB
@@ -63,8 +65,11 @@ def length_needs(
     """The lengths that keep 99 % and all of the tokens, if they are greater than `max_length`."""
     needs = []
     percents = {loss.keeps_99: 99, loss.keeps_all: 100}  # 100 if both lengths are the same
+    unit = " of the tokens in undivided documents" if settings.over_length == "split" else ""
     for length, percent in percents.items():
         if length > settings.max_length:
+            is_beyond = shape.max_positions is not None and length > shape.max_positions
+            positions = f" (the model has {shape.max_positions:,} positions)" if is_beyond else ""
             best = candidates(settings.model_copy(update={"max_length": length}), shape, cluster)[0]
             needs.append(
                 LengthNeed(
@@ -73,6 +78,7 @@ def length_needs(
                     best=best,
                     limit_bytes=cluster.device_limit,
                     num_layers=shape.num_layers,
+                    note=unit + positions,
                 )
             )
     return needs

@@ -276,3 +276,12 @@ def test_the_loss_by_max_length_is_estimated_from_the_sample(tmp_path):
         assert (loss.tokens, loss.keeps_all) == (2 * 19_000, 1000)
     assert [loss.lost for loss in sizes.values()] == [14_000, 20_000, 0]
     assert [loss.keeps_99 for loss in sizes.values()] == [981, 1000, 1000]
+
+
+@pytest.mark.parametrize("over_length", ["truncate", "drop", "split"])
+def test_the_loss_by_max_length_counts_only_rows_that_are_trained(tmp_path, over_length):
+    rows = [{"text": "x" * 350}, {"text": "x" * int(1000 * BYTES_PER_TOKEN)}] * 50
+    write(tmp_path / "f", rows)
+    source = {"path": str(tmp_path / "f"), "limit": 40}
+    size = estimate(settings_of(source, max_length=300, eval_data=8, over_length=over_length))
+    assert (size.length_loss.documents, size.length_loss.longer) == (32, 16)

@@ -87,7 +87,11 @@ def test_the_run_file_for_long_trajectories_fits_on_its_machine_and_on_one_gpu()
     [
         ("truncate", 400, ["truncated", "loses 400 of 10,000 supervised tokens (4 %)"]),
         ("drop", 900, ["dropped", "loses 900 of 10,000 supervised tokens (9 %)"]),
-        ("split", 0, ["split", "no supervised token is lost"]),
+        (
+            "split",
+            0,
+            ["split", "no supervised token is lost", "99 % of the tokens in undivided documents"],
+        ),
         ("fail", 400, ["over_length: fail ends the run"]),
     ],
 )
@@ -101,8 +105,18 @@ def test_the_loss_is_named_for_every_over_length(over_length, lost, words):
     texts = length_texts(data, run, shape, cluster)
     assert_mentions(
         " ".join(texts), "7 of 100 documents", "more than 1,024 tokens", *words,
-        "max_length 4,096 keeps 99 %", "max_length 9,000,000 keeps 100 %, but needs",
+        "max_length 4,096 keeps 99 %", "max_length 9,000,000 keeps 100 %", ", but needs",
     )  # fmt: skip
     assert len(length_texts(data, run, shape, None)) == 1
     shorter = replace(data, length_loss=replace(loss, longer=0))
     assert length_texts(shorter, run, shape, cluster) == []
+
+
+def test_a_length_beyond_the_positions_of_the_model_is_named_as_such():
+    loss = LengthLoss(documents=9, longer=2, tokens=900, lost=90, keeps_99=4096, keeps_all=140_000)
+    data = DataSize(documents=9, tokens=900, longest=9, is_exact=True, length_loss=loss)
+    shape = replace(shape_of(LLAMA_8B, "m"), max_positions=131_072)
+    cluster = Cluster(hardware=gpu(80), nodes=1, ranks_per_node=8)
+    _, within, beyond = length_texts(data, settings(), shape, cluster)
+    assert "positions" not in within
+    assert_mentions(beyond, "max_length 140,000", "131,072 positions")
