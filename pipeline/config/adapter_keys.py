@@ -85,7 +85,9 @@ class AdapterKeys(BaseModel):
         "1 / r. `pissa`, `olora`: the principal part of each weight by SVD or QR, which is "
         "subtracted from the base in memory; the saved adapter has twice the r and belongs to the "
         "unchanged base. `pissa_niter_16`: PiSSA by a faster, approximate SVD of 16 iterations.",
-        json_schema_extra=traits(needs="!init_adapter", peers="peft_init_lora_weights"),
+        json_schema_extra=traits(
+            needs="!init_adapter", peers="peft_init_lora_weights init_weights"
+        ),
     )
     modules_to_save: list[str] = Field(
         default_factory=list,

@@ -19,7 +19,7 @@ from pipeline.config.located import parse_value
 from pipeline.config.peer_files import PeerConfig, Program
 from pipeline.config.peer_options import OPTIONS, Outcome, micro_batches
 from pipeline.config.peers import advice, value_advice
-from pipeline.config.settings import RunSettings, settings_by
+from pipeline.config.settings import RunSettings, is_set, settings_by
 from pipeline.errors import UserError
 
 _TRANSFORMERS = {"epochs": 3, "weight_decay": 0.0, "lr_scheduler_type": "linear", "warmup_ratio": 0}
@@ -159,7 +159,7 @@ def _resolve_conflicts(draft: _Draft) -> None:
         draft.values.setdefault("warmup_ratio", 0)
     strategies = {"evaluation_strategy": "evals_per_epoch", "save_strategy": "saves_per_epoch"}
     for dropped, kept in {**settings_by("replaces"), **strategies}.items():
-        if kept in draft.values and not isinstance(draft.values.get(dropped), bool):
+        if is_set(kept, draft.values) and not isinstance(draft.values.get(dropped), bool):
             draft.drop(dropped, f"{kept} replaces it")
     if "eval_data" not in draft.values or draft.values.get("evaluation_strategy") == "no":
         for key in ("keep_best", "early_stopping_patience"):

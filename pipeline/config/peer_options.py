@@ -50,7 +50,7 @@ def _method(value: Any, _config: PeerConfig) -> Outcome:
 
 def _stage(value: Any, _config: PeerConfig) -> Outcome:
     if value in ("sft", False):
-        return Outcome(note="supervised fine-tuning is the only stage")
+        return Outcome(note="supervised fine-tuning is the only kind of training")
     if value == "pt":
         return Outcome({"train_on": "all"}, "pre-training: rows of plain text")
     raise UserError(
@@ -118,6 +118,15 @@ def _targets(value: Any, config: PeerConfig) -> Outcome:
     if any(name.replace("_", "-") == "all-linear" for name in modules):
         return Outcome({"lora_target_modules": "auto"}, "all linear layers except routers")
     return Outcome({"lora_target_modules": modules})
+
+
+def _pissa(value: Any, config: PeerConfig) -> Outcome:
+    """LLaMA-Factory's `pissa_init`; its `pissa_iter` is -1 for the exact decomposition."""
+    if value is not True:
+        return Outcome(note="init_lora_weights: true is the default")
+    iterations = config.options.get("pissa_iter", 16)
+    name = "pissa" if iterations == -1 else f"pissa_niter_{iterations}"
+    return Outcome({"init_lora_weights": name})
 
 
 def _trackers(value: Any, _config: PeerConfig) -> Outcome:
@@ -275,8 +284,10 @@ OPTIONS: Mapping[str, Callable[[Any, PeerConfig], Outcome]] = {
     ),
     **dict.fromkeys(("apply_lora_to_mlp", "apply_lora_to_output"), _applied_elsewhere),
     **dict.fromkeys(
-        ("max_samples", "max_train_samples", "dataset_train_split"), _applied_elsewhere
+        ("max_samples", "max_train_samples", "dataset_train_split", "pissa_iter"),
+        _applied_elsewhere,
     ),
+    "pissa_init": _pissa,
     **dict.fromkeys(("report_to", "metric_logger"), _trackers),
     "use_wandb": _wandb,
     **dict.fromkeys(("wandb_project",), _wandb_project),

@@ -22,7 +22,9 @@ _ADAMW = (
 _BETAS = "set betas and eps in optimizer.params of a deepspeed_json; the defaults are AdamW's"
 _NOT_BUILT = "not supported; docs/adapters.md has the options of the LoRA adapter"
 _FLAT = "keys are not nested: lora_r, lora_alpha, lr and so on, each in a line of its own"
-_NEW_TOKENS = "new_tokens adds tokens and trains their rows of embeddings and head"
+_NEW_TOKENS = (
+    "new_tokens adds tokens, which are not special, and trains their rows of embeddings and head"
+)
 _ONLY_LORA = "LoRA is always trained; QLoRA is load_in_4bit: true"
 _NO_FSDP = "sharding is DeepSpeed's ZeRO: zero_stage, chosen by the plan"
 _BY_ROW = "the format of each row is detected; data_format and columns override that"
@@ -144,7 +146,9 @@ ADVICE: Mapping[str, str] = {
     "default_system": "put the system prompt into each row, as a message with role system",
     "pad_to_sequence_len": "not needed: micro-batches are padded to their longest row; remove it",
     "pad_to_multiple_of": "not needed: micro-batches are padded to their longest row; remove it",
-    "pissa_*": _NOT_BUILT,
+    "pissa_init": "init_lora_weights: pissa, or pissa_niter_16 for the approximate decomposition",
+    "pissa_iter": "init_lora_weights: pissa_niter_16 has the number of iterations",
+    "pissa_convert": "not needed: the saved adapter belongs to the unchanged base; remove it",
     "loraplus_*": _NOT_BUILT,
     "lorap_*": _NOT_BUILT,
     "loftq_config": _NOT_BUILT,
@@ -157,6 +161,10 @@ ADVICE: Mapping[str, str] = {
     "unfrozen_parameters": _NOT_BUILT,
     "resize_token_embeddings*": _NEW_TOKENS,
     "added_tokens*": _NEW_TOKENS,
+    "add_tokens": _NEW_TOKENS,
+    "add_special_tokens": _NEW_TOKENS,
+    "new_special_tokens": _NEW_TOKENS,
+    "additional_special_tokens": _NEW_TOKENS,
     "trainable_token*": _NEW_TOKENS,
     "ensure_weight_tying": "not needed: modules_to_save keeps a tied pair tied; remove it",
     "lora_target_linear": "lora_target_modules: all-linear",
@@ -244,7 +252,7 @@ ADVICE: Mapping[str, str] = {
     "max_position_embeddings": _SHAPE,
     "overrides_of_model*": _SHAPE,
     "model_init_kwargs": _SHAPE,
-    "resize_vocab": _NOT_BUILT,
+    "resize_vocab": _NEW_TOKENS,
     "freeze_*": _FROZEN,
     "shift_attn": "not supported; remove it",
     "s2_attention": "not supported; remove it",

@@ -210,6 +210,27 @@ def test_trl_gets_the_defaults_of_trl(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+def test_a_flag_that_is_off_replaces_no_setting(tmp_path: Path) -> None:
+    run_file = write_run_file(tmp_path, AXOLOTL + "bf16: auto\nfp16: false\n")
+    lines = run_file.read_text().splitlines()
+    assert {"bf16: auto", "fp16: false"} <= {line.partition("#")[0].strip() for line in lines}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("pissa_init: true", "pissa_niter_16"),
+        ("pissa_init: true\npissa_iter: 4", "pissa_niter_4"),
+        ("pissa_init: true\npissa_iter: -1", "pissa"),
+        ("pissa_init: false", True),
+    ],
+)
+def test_pissa_of_llama_factory(tmp_path: Path, options: str, expected: object) -> None:
+    config = LLAMA_FACTORY.replace("quantization_bit: 4\n", "")
+    config = f"{config}{options}\npissa_convert: true\n"
+    assert_settings(converted(tmp_path, config), init_lora_weights=expected)
+
+
 def test_gpus_that_share_sequences_count_once_in_the_global_batch(tmp_path: Path) -> None:
     config = AXOLOTL + "context_parallel_size: 4\n"
     assert_settings(

@@ -74,6 +74,7 @@ def test_case_hyphens_and_dashes_of_an_option_do_not_matter(key):
         ("num_gpus", "launcher"), ("use_galore", "AdamW"), ("label_smoothing_factor", "loss"),
         ("rope_scaling", "config.json"), ("response_template", "train_on: assistant"),
         ("dataloader_pin_memory", "memory-mapped"), ("ddp_bucket_cap_mb", "DeepSpeed"),
+        ("add_tokens", "new_tokens"), ("new_special_tokens", "new_tokens"),
         ("lora_bias", "LoRA"), ("quantization_bit", "load_in_4bit: true"),
     ],
 )  # fmt: skip
