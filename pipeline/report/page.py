@@ -198,9 +198,14 @@ def _answers(run: RunRecords) -> Iterator[Mapping[str, Any]]:
 
 
 def _choices(run: RunRecords) -> list[tuple[str, Any, str]]:
-    """Key, value and reason of each choice of the plan; reasons for other keys come last."""
+    """Key, value and reason of each choice of the plan; other keys with a reason come last.
+
+    The proof has a table of its own.
+    """
     choice = dict(mapping(run.plan.get("choice")))
     why = dict(mapping(choice.pop("why", {})))
+    why.pop("proof", None)
+    others = {**run.settings, **mapping(run.plan.get("model"))}
     setting_of = settings_by("layout")
     rows = []
     for key, value in choice.items():
@@ -208,7 +213,7 @@ def _choices(run: RunRecords) -> list[tuple[str, Any, str]]:
         is_set = run.settings.get(name) not in (None, "auto")
         reason = why.pop(key, None) or why.pop(name, "set in the run file" if is_set else "")
         rows.append((key, value, str(reason)))
-    return [*rows, *((key, "", str(reason)) for key, reason in why.items())]
+    return [*rows, *((key, others.get(key, ""), str(reason)) for key, reason in why.items())]
 
 
 def _rules(run: RunRecords) -> list[dict[str, str]]:

@@ -112,6 +112,13 @@ def test_the_page_shows_every_file_of_the_run_folder(run):
     assert all(item["prompt"] in text for item in FILES["score.json"]["answers"])
 
 
+def test_each_choice_of_the_plan_has_its_value(run):
+    text = read_page(run).text
+    assert "training_dtype bfloat16 the device has units for it" in text
+    assert "lora_r 16 set by a preset" in text
+    assert "3 checks of the class" not in text  # the proof has a table of its own
+
+
 def test_every_answer_is_marked_right_or_wrong(run):
     text = read_page(run).text
     assert text.count("✗ wrong") == 9 + 2  # every base answer; the fifth of adapter and merged
