@@ -141,7 +141,8 @@ def _probe_tokenizer(context: RankContext) -> dict[str, Any]:
     if len(tokenizer) > shape.vocab_size:
         raise UserError(
             f"model: {context.model_folder}: the tokenizer has {len(tokenizer)} tokens, but the "
-            f"model has only {shape.vocab_size} embeddings; use the model's original tokenizer"
+            f"model has only {shape.vocab_size} embeddings; name all added tokens in "
+            "new_tokens, or use the model's original tokenizer"
         )
     return {"tokens": len(tokenizer), "has_template": tokenizer.chat_template is not None}
 

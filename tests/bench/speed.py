@@ -53,7 +53,9 @@ def main() -> None:
     arguments = parser.parse_args()
     cells = QUICK_CELLS if arguments.quick else CELLS
     cells = [cell for cell in cells if not arguments.cells or cell.name in arguments.cells]
-    for name in {tool.environment: None for cell in cells for tool in cell.tools}:
+    tools = [tool for cell in cells for tool in cell.tools]
+    tools = [tool for tool in tools if not arguments.tools or tool.name in arguments.tools]
+    for name in {tool.environment: None for tool in tools}:
         if name is not None:
             install(name)
         build_operators(name)
