@@ -26,7 +26,7 @@ from pipeline.config.settings import (
 )
 from pipeline.errors import UserError
 
-_MAX_PROBLEMS = 60  # lines of a message; every option of a run file of another program fits
+_MAX_PROBLEMS = 60  # most lines of a message; enough for every key of another program's file
 _TRUNCATED = reprlib.Repr()
 _TRUNCATED.maxstring = _TRUNCATED.maxother = 200
 
@@ -109,7 +109,7 @@ def _validate(values: Mapping[str, Any], locations: Mapping[str, str], source: s
         f"{locations[key]}: {key}: unknown setting; {_key_advice(key, values[key])}"
         for key in unknown
     ]
-    # A required setting given under another program's name is not also reported as missing.
+    # A required setting that the file has under another program's key is not reported as missing.
     intended = {setting for key in unknown if (setting := settings_by("peers").get(key))}
     known = {key: value for key, value in values.items() if key in RunSettings.model_fields}
     for key, value in known.items():
@@ -125,8 +125,8 @@ def _validate(values: Mapping[str, Any], locations: Mapping[str, str], source: s
             by_key.setdefault(str(detail["loc"][0]) if detail["loc"] else "", []).append(detail)
         for key, details in by_key.items():
             is_reported = bool(value_advice(key, known.get(key), is_valid=True))
-            is_renamed = key in intended | values.keys() and details[0]["type"] == "missing"
-            if not (is_renamed or is_reported):
+            is_given = key in intended | values.keys() and details[0]["type"] == "missing"
+            if not (is_given or is_reported):
                 problems.append(_error_line(key, details, locations, source))
     if problems:
         rest = len(problems) - _MAX_PROBLEMS

@@ -23,9 +23,9 @@ class TrainingState:
 
     `saved`: progress at the newest checkpoint in the run folder; None if there is none. `writer`
     and `metrics`: None on ranks other than 0. `frozen_checksum`: checksum of the base before
-    training, only with `--debug`. `questions`: of `eval_generate`. `micro_batch_s`: seconds of a
-    micro-batch in the last step. `batches_per_agreement`: micro-batches of a step between two
-    agreements on stops.
+    training, only with `--debug`. `questions`: held-out rows that `eval_generate` answers.
+    `micro_batch_s`: seconds of a micro-batch in the last step. `batches_per_agreement`: number of
+    micro-batches after which the ranks agree again, within a step, whether to stop.
     """
 
     context: RunContext

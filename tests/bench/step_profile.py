@@ -58,10 +58,10 @@ class Phases(AbstractContextManager):
             self._range = None
 
 
-def kind_of(name, shapes, is_optimizer, ranks, vocab_size):
+def kind_of(name, shapes, is_optimizer, lora_sizes, vocab_size):
     """The kind of an operator, from its name and the shapes of its inputs.
 
-    `ranks`: sizes that only LoRA matrices have: r, and multiples of it where layers are joined.
+    `lora_sizes`: sizes that only LoRA matrices have: r, and multiples of it for joined layers.
     """
     sizes = {size for shape in shapes if isinstance(shape, list) for size in shape}
     if name.startswith(("c10d", "gloo", "nccl", "record_param_comms")):
@@ -75,11 +75,11 @@ def kind_of(name, shapes, is_optimizer, ranks, vocab_size):
     if "bitsandbytes" in name or "quantize" in name:
         return "dequantisation"
     if any(word in name for word in _PRODUCTS):
-        return "LoRA products" if sizes & ranks else "base products"
+        return "LoRA products" if sizes & lora_sizes else "base products"
     return "elementwise"
 
 
-def shares(profiler, seconds, ranks, vocab_size, *, is_cuda):
+def shares(profiler, seconds, lora_sizes, vocab_size, *, is_cuda):
     """Share of `seconds` that each kind takes."""
     events = profiler.events()
     phases = sorted(
@@ -95,7 +95,7 @@ def shares(profiler, seconds, ranks, vocab_size, *, is_cuda):
         spent = event.self_device_time_total if is_cuda else event.self_cpu_time_total
         phase = phases[max(bisect_right(starts, event.time_range.start) - 1, 0)][1]
         is_optimizer = phase.endswith(_PHASE)
-        kind = kind_of(event.name, event.input_shapes or [], is_optimizer, ranks, vocab_size)
+        kind = kind_of(event.name, event.input_shapes or [], is_optimizer, lora_sizes, vocab_size)
         times[kind] += spent / 1e6
     result = {kind: times[kind] / seconds for kind in KINDS if kind != "rest"}
     return result | {"rest": 1 - sum(result.values())}
@@ -124,8 +124,8 @@ def profile_steps(plan, base, split, steps=3):
             seconds = time.perf_counter() - start
     engine.deepspeed.destroy()
     r, length, batch = plan.settings.lora_r, plan.settings.max_length, plan.layout.micro_batch_size
-    ranks = {r, 2 * r, 3 * r} - {length, batch, batch * length}
-    return shares(profiler, seconds, ranks, plan.shape.vocab_size, is_cuda=is_cuda)
+    lora_sizes = {r, 2 * r, 3 * r} - {length, batch, batch * length}
+    return shares(profiler, seconds, lora_sizes, plan.shape.vocab_size, is_cuda=is_cuda)
 
 
 def synchronise(is_cuda):

@@ -72,4 +72,7 @@ def test_a_part_that_fails_is_recorded_and_a_missing_feature_is_named():
     ],
 )
 def test_operators_are_classified_by_name_and_shapes(name, shapes, kind):
-    assert kind_of(name, shapes, is_optimizer=False, ranks={16, 32, 48}, vocab_size=128256) == kind
+    assert (
+        kind_of(name, shapes, is_optimizer=False, lora_sizes={16, 32, 48}, vocab_size=128256)
+        == kind
+    )

@@ -113,8 +113,9 @@ class Cluster:
     def reboot(self, node: str) -> None:
         """Kill all processes of a node and start its daemon.
 
-        Without the kill, Slurm 22.05 ends the old ranks later, by the id of their step. The job's
-        next start on this node has the same step id, so Slurm ended that start instead.
+        Without the kill, Slurm 22.05 kills the old ranks later by their step id. By then the job
+        may have started again on this node with the same step id, and Slurm would kill the new
+        ranks.
         """
         self.on_node(node, "bash", "-c", "kill -KILL -1")  # all but process 1 and itself
         self.on_node(node, "slurmd", "-N", node, "-f", self.folder / "slurm.conf")
@@ -132,7 +133,7 @@ class Job:
     cluster: Cluster
     number: str
     folder: Path  # from which it was submitted
-    held: float = 0.0  # start time of the run in which `hold` last stopped a rank
+    held_start: float = 0.0  # start time of the run in which `hold` last stopped a rank
 
     def show(self, name: str) -> str:
         """A field of the job's record in Slurm."""
@@ -172,17 +173,20 @@ class Job:
         return ranks
 
     def hold(self, run: Path, rank: int, step: int) -> psutil.Process:
-        """Stop a rank (SIGSTOP) after this start has reached a step; the others wait for it."""
+        """Stop a rank with SIGSTOP once a start of the run that is not yet held reaches a step.
+
+        The other ranks then wait for it.
+        """
 
         def has_reached_step() -> bool:
             current = status(run)
-            is_new = current.get("state") == "running" and current["started"] > self.held
+            is_new = current.get("state") == "running" and current["started"] > self.held_start
             return is_new and current["step"] >= step
 
         wait_until(has_reached_step, f"step {step}", self.diagnosis, poll_s=0.01)
         process = self.ranks()[rank]
         process.send_signal(signal.SIGSTOP)
-        self.held = status(run)["started"]
+        self.held_start = status(run)["started"]
         return process
 
     def limit(self, minutes: int) -> None:

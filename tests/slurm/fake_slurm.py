@@ -54,7 +54,8 @@ shift
 PATH=$FAKE/image:$PATH exec "$@"
 """
 
-# Shortens the sleeps in which tail polls or srun starts, and only prints all longer ones.
+# Shortens the script's sleeps of 1 s (between polls) and 1.5 s (while srun starts); prints any
+# other sleep instead of sleeping.
 SLEEP = """\
 case $1 in 1) exec /bin/sleep 0.1 ;; 1.5) exec /bin/sleep 0.2 ;; esac
 echo "sleeps $1"
@@ -89,7 +90,9 @@ class Job:
         """Start a batch script; `do` is the script of its ranks."""
         fake, checkout = self.folder / "fake", self.folder / "my checkout"
         (fake / "ranks").write_text(do)
-        command = " ".join([f"../my checkout/slurm/{script}", *words])  # of sbatch
+        command = " ".join(
+            [f"../my checkout/slurm/{script}", *words]
+        )  # as given to sbatch; scontrol prints it
         (fake / "command").write_text(command)
         spool = self.folder / "slurm_script"
         shutil.copy(checkout / "slurm" / script, spool)

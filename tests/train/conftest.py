@@ -11,7 +11,7 @@ from tests.tiny import make_plan, make_tokenizer
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
-    """Function: kind of model -> its folder; the model's shape is in the cache."""
+    """Function: kind of model -> its folder; what the plan reads from the model is cached."""
     folders = {}
 
     def make(kind):

@@ -53,6 +53,7 @@ def test_split_documents_train_every_supervised_token_once(run):
         ids, supervised = whole.document(i)
         start = 0
         trained = np.zeros(len(ids), bool)
+        # Windows of 100 overlap by one token: the first token of a segment has no prediction.
         while start + 1 < len(ids) or start == 0:
             window = slice(start, start + 100)
             if supervised[window][1:].any():
@@ -86,6 +87,7 @@ def test_the_audit_counts_the_supervised_tokens_that_max_length_loses(run, over_
     assert length["tokens"] == whole.supervised_counts.sum()
     assert length["lost"] == whole.supervised_counts.sum() - fitted.supervised_counts.sum()
     assert (length["lost"] == 0) == (over_length == "split")
+    # keeps_99: the max_length that keeps 99 % of the supervised tokens
     assert 100 < length["keeps_99"] <= length["keeps_all"]
     index = run.prepare(max_length=length["keeps_all"], over_length=over_length, max_rejected=0.9)
     assert index.train.size.length_loss.lost == 0
