@@ -20,11 +20,14 @@ def module(tmp_path, monkeypatch):
 
 def test_the_module_runs_without_gpu_and_hub_and_its_output_is_returned(module):
     module.write_text(
-        "import os, sys\n"
-        "print(sys.argv[1], os.environ['CUDA_VISIBLE_DEVICES'] == '', os.environ['HF_HUB_OFFLINE'])"
+        "import json, os, sys\n"
+        "print('a warning')\n"
+        "names = ('CUDA_VISIBLE_DEVICES', 'HF_HUB_OFFLINE')\n"
+        "values = {name: os.environ[name] for name in names}\n"
+        "print(json.dumps({'arguments': sys.argv[1:], **values}))"
     )
     output = torch_process.run_module("counted", "folder", timeout_s=60)
-    assert output.split() == ["folder", "True", "1"]
+    assert output == {"arguments": ["folder"], "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 
 def test_the_exception_of_the_module_is_the_message(module):
