@@ -7,8 +7,10 @@ is among them: scores without answers, and the audit of the data as counts.
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ from pipeline.config.hub import HubSplit
 from pipeline.config.settings import RunSettings
 from pipeline.errors import RankZeroError, UserError
 from pipeline.files import dump_json, read_json_or_empty
+from pipeline.model.packed_files import dequantising_config
 from pipeline.plan.rules.serving import SERVING_RULES
 
 _CARD = "README.md"
+_TAG = "rankzero"  # in the metadata of a card
 _LEFT_OUT = {"trained_on.json", "rankzero_merge.json", _CARD}  # have paths of this machine
 # Files of earlier publications, which a new one replaces as a whole. Other files stay.
 _PUBLISHED = (
@@ -162,7 +166,7 @@ def card(publication: Publication, scores: Mapping[str, Any]) -> str:
         base_model=publication.base_model,
         library_name="transformers" if publication.is_merged else "peft",
         pipeline_tag="text-generation",
-        tags=["lora", "rankzero"],
+        tags=["lora", _TAG],
         license=base_license(settings.model_folder),
         datasets=sorted({split.name for split in splits if split is not None}) or None,
     )
@@ -202,16 +206,29 @@ def _card_body(publication: Publication, scores: Mapping[str, Any]) -> str:
             cells = (f"{numbers[column]:.4g}" if column in numbers else "" for column in columns)
             lines.append(f"| {name} | {' | '.join(cells)} |")
     if not publication.is_merged:
-        lines += [
-            "",
-            "```python",
+        lines += ["", "```python", *_loading_lines(publication), "```"]
+        lines += ["", *(f"- {note}" for note in _serving_notes(publication.run_folder))]
+    return "\n".join([*lines, ""])
+
+
+def _loading_lines(publication: Publication) -> list[str]:
+    """The lines of Python that load the adapter with its base, dequantised if it is packed."""
+    config_class = dequantising_config(publication.settings.model_folder)
+    if not config_class:
+        return [
             "from peft import AutoPeftModelForCausalLM",
             "",
             f'model = AutoPeftModelForCausalLM.from_pretrained("{publication.name}")',
-            "```",
         ]
-        lines += ["", *(f"- {note}" for note in _serving_notes(publication.run_folder))]
-    return "\n".join([*lines, ""])
+    return [
+        "from peft import PeftModel",
+        f"from transformers import AutoModelForCausalLM, {config_class}",
+        "",
+        "base = AutoModelForCausalLM.from_pretrained(",
+        f'    "{publication.base_model}", quantization_config={config_class}(dequantize=True)',
+        ")",
+        f'model = PeftModel.from_pretrained(base, "{publication.name}")',
+    ]
 
 
 def _serving_notes(run: Path) -> list[str]:
@@ -262,12 +279,24 @@ def _contents(folder: Path) -> Iterator[tuple[Path, bytes]]:
                 yield path, file.read()
 
 
+def _published_in(files: Iterable[str]) -> list[str]:
+    """The files of a repository that a publication would replace; `*` matches no slash."""
+    return [
+        path
+        for path in files
+        if any(
+            fnmatchcase(path, each) and path.count("/") == each.count("/") for each in _PUBLISHED
+        )
+    ]
+
+
 def upload(folder: Path, name: str, *, is_private: bool) -> str:
     """Create the repository if it is missing, send the folder in one commit; return its address.
 
     The commit also deletes files of an earlier publication that are not in the folder.
 
-    Raises UserError if the repository exists and is public although a private one is asked for.
+    Raises UserError if the repository exists and is public although a private one is asked for, or
+    if it has a model that was not published with RankZero.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import LocalTokenNotFoundError
@@ -275,11 +304,18 @@ def upload(folder: Path, name: str, *, is_private: bool) -> str:
     try:
         api = HfApi()
         api.create_repo(name, private=is_private, exist_ok=True)
-        if is_private and not api.model_info(name).private:  # create_repo left an existing one
+        info = api.model_info(name)
+        if is_private and not info.private:  # create_repo left an existing one
             raise UserError(f"--private: {name} exists and is public; nothing was sent")
+        earlier = _published_in(each.rfilename for each in info.siblings or ())
+        if earlier and _TAG not in (info.tags or ()):
+            raise UserError(
+                f"--to: {name} has a model that was not published with RankZero ({earlier[0]}); "
+                "nothing was sent; name another repository, or remove its files"
+            )
         commit = api.upload_folder(
             repo_id=name, folder_path=folder, commit_message="Published with RankZero",
-            delete_patterns=list(_PUBLISHED),
+            delete_patterns=[escape(path) for path in earlier],
         )  # fmt: skip
     except UserError:
         raise

@@ -152,6 +152,7 @@ def with_stored_names(adapter: Adapter, meta: MetaModel) -> Adapter:
         updates |= _expert_updates(name, adapter, meta)
     values = {meta.stored_name(name): each for name, each in adapter.values.items()}
     values = {name: each for name, each in values.items() if not _is_tied_copy(name, adapter, meta)}
+    values |= _rows_of_stored_copies(adapter, meta)
     return replace(adapter, updates=updates, fused={}, values=values)
 
 
@@ -204,6 +205,20 @@ def _is_tied_copy(name: str, adapter: Adapter, meta: MetaModel) -> bool:
     """
     tied: Mapping[str, str] = meta.model.all_tied_weights_keys
     return name in tied and name not in meta.stored and tied[name] in adapter.values
+
+
+def _rows_of_stored_copies(adapter: Adapter, meta: MetaModel) -> dict[str, tuple[ValueUpdate, ...]]:
+    """The trained rows for each tensor that the base ties to another and stores nevertheless.
+
+    peft saves them once. Two stored tensors that differ are not tied when the model is loaded.
+    """
+    tied: Mapping[str, str] = meta.model.all_tied_weights_keys
+    rows = {
+        name: tuple(each for each in adapter.values.get(source, ()) if each.rows)
+        for name, source in tied.items()
+        if name in meta.stored and name not in adapter.values
+    }
+    return {meta.stored_name(name): each for name, each in rows.items() if each}
 
 
 def _are_equal(adapter: Adapter, first: str, second: str) -> bool:

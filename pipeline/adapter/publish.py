@@ -29,6 +29,7 @@ from pipeline.errors import RankZeroError
 from pipeline.files import atomic_folder, dump_json, read_json
 from pipeline.model.adapter import expected_shapes, lora_config
 from pipeline.model.fingerprint import Fingerprint
+from pipeline.model.packed_files import dequantising_config
 from pipeline.plan.given.adapter_counts import TOKEN_ROWS
 from pipeline.plan.given.new_tokens import token_rows
 from pipeline.plan.given.saved_modules import saved_modules
@@ -223,12 +224,17 @@ def model_card(
         "made with": f"RankZero {version('rankzero')}, peft {version('peft')}, "
         f"transformers {version('transformers')}, torch {version('torch')}",
     }
+    config_class = dequantising_config(settings.model_folder)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return _CARD_TEXT.format(
         front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         base=json.dumps(settings.model, ensure_ascii=False),
         revision=f'revision="{settings.model_revision}", ' if settings.model_revision else "",
         resize=_resize_call(plan),
+        config_class=f", {config_class}" if config_class else "",
+        quantization=f"quantization_config={config_class}(dequantize=True), "
+        if config_class
+        else "",
         table="\n".join([table, *(f"\n{note}" for note in notes)]),
         vllm=vllm_command(settings, "ADAPTER", "MERGED"),
         serving="".join(f"- {note}\n" for note in serving_notes(plan)),
@@ -258,9 +264,9 @@ To use it, with `ADAPTER` as the path of this folder:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer{config_class}
 
-base = AutoModelForCausalLM.from_pretrained({base}, {revision}dtype="auto")
+base = AutoModelForCausalLM.from_pretrained({base}, {revision}{quantization}dtype="auto")
 {resize}model = PeftModel.from_pretrained(base, ADAPTER)
 tokenizer = AutoTokenizer.from_pretrained(ADAPTER)
 ```

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.errors import RankZeroError, UserError
 from pipeline.evaluate.subjects import Subject
+from pipeline.model.packed_files import is_packed
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,12 @@ def run_harness(subjects: Sequence[Subject], tasks: str, out: Path) -> None:
             "--tasks: lm-evaluation-harness is not installed; pip install 'lm_eval[hf]'"
         )
     for subject in subjects:
+        if is_packed(subject.folder):
+            logger.warning(
+                "--tasks: %s: lm_eval loads the packed base as it is stored, and training "
+                "dequantised it, so its results may differ from those of the other models",
+                subject.name,
+            )
         name = subject.name.replace("/", "_").replace(" ", "-")
         folder = out.with_name(f"{out.stem}-tasks") / name
         command = harness_command(subject, tasks, folder)
@@ -34,12 +41,21 @@ def run_harness(subjects: Sequence[Subject], tasks: str, out: Path) -> None:
         logger.info("%s: results in %s", subject.name, folder)
 
 
+def _tokenizer_folder(subject: Subject) -> Path:
+    """The folder of the model's tokenizer; only adapter and merged model have the new tokens."""
+    if not subject.settings.new_tokens:
+        return subject.settings.model_folder
+    if subject.is_adapter_used and subject.adapter is not None:
+        return subject.adapter
+    return subject.folder
+
+
 def harness_command(subject: Subject, tasks: str, folder: Path) -> list[str]:
     """The command for one model. The base of a quantised run is loaded in as many bits."""
     settings = subject.settings
     arguments: dict[str, Any] = {
         "pretrained": subject.folder,
-        "tokenizer": settings.model_folder,
+        "tokenizer": _tokenizer_folder(subject),
         "dtype": "auto",
     }
     if subject.adapter is not None and subject.is_adapter_used:

@@ -49,8 +49,12 @@ class ModelLoader:
         """Base and adapter, quantised as in training; or a merged model in the training dtype."""
         plan = single_process_plan(subject.settings)
         if subject.is_merged:
-            dtype = DTYPES[plan.training_dtype]
-            return load_plain(subject.folder, dtype=dtype).to(self._device)  # type: ignore[arg-type]
+            model: Any = load_plain(
+                subject.folder,
+                dtype=DTYPES[plan.training_dtype],
+                trust_remote_code=subject.settings.trust_remote_code,
+            )
+            return model.to(self._device)
         base = load_base(plan, self._device)
         if subject.adapter is None:
             return base

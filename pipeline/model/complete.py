@@ -5,9 +5,10 @@ with torch applies transformers' conversion table to the names, and the result i
 """
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,15 @@ def _text(shape: Sequence[int]) -> str:
 
 
 def _has_names_of_shape(shape: ModelShape, stored: Shapes) -> bool:
-    """Whether a checkpoint has all linear layers, embeddings and head.
+    """Whether a checkpoint has all linear layers, embeddings and head, and enough values in all.
 
     All blocks of a kind must have the same tensors, and one tensor must be left for the final norm.
     """
+    tied_head = f"{shape.head_name}.weight" if shape.is_tied else ""
+    parameters = sum(math.prod(each) for name, each in stored.items() if name != tied_head)
+    in_files = replace(shape, vocab_size=shape.vocab_size - shape.added_rows, added_rows=0)
+    if parameters < in_files.parameters:  # there may be more, such as rotary frequencies
+        return False
     expected = {f"{n}.weight": (x.d_out, x.d_in) for n, x in shape.linears.items()}
     outside = {shape.embeddings_name, "" if shape.is_tied else shape.head_name} - {""}
     names = {f"{name}.weight" for name in outside}

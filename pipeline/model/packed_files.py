@@ -16,6 +16,8 @@ from pipeline.files import read_json
 from pipeline.model.tensor_files import Entry, TensorFile, read_header, weight_files
 from pipeline.plan.given.shape import DEQUANTISED, quantization_of
 
+# Classes of transformers' configs with which plain transformers dequantises a packed checkpoint.
+_CONFIG_CLASSES = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
 _BLOCKS, _SCALES = "_blocks", "_scales"  # ends of the names of an mxfp4 weight
 _MXFP4_BLOCK = 32  # values with a common scale
 _FP8 = ("F8_E4M3", "F8_E5M2")
@@ -53,6 +55,11 @@ class PackedEntry(Entry):
 def is_packed(folder: Path) -> bool:
     """Whether the weights of a model folder are dequantised while they are loaded."""
     return _quantization(folder)[0] in DEQUANTISED
+
+
+def dequantising_config(folder: Path) -> str:
+    """The class of the config with which transformers dequantises a packed base; else empty."""
+    return _CONFIG_CLASSES.get(_quantization(folder)[0] or "", "")
 
 
 def _quantization(folder: Path) -> tuple[str | None, Mapping[str, Any]]:
@@ -137,13 +144,15 @@ def _block(values: Part, scales: Part, size: tuple[int, int]) -> tuple[int, int]
     shape, grid = values.entry.shape, scales.entry.shape
     if math.prod(grid) == 1:
         return shape[-2], shape[-1]
+    expected = f"blocks of {tuple(size)} (weight_block_size in config.json)"
+    if len(grid) != len(shape):
+        raise _unknown(values, scales, expected)
     rows, columns = (
         whole if count == 1 else 1 if count == whole else part
         for whole, count, part in zip(shape[-2:], grid[-2:], size, strict=False)
     )
     fitting = (*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // columns))
     if grid != fitting:
-        expected = f"blocks of {tuple(size)} (weight_block_size in config.json)"
         raise _unknown(values, scales, expected)
     return rows, columns
 

@@ -18,6 +18,7 @@ from pipeline.data.prepare.audit import audit_summary
 from pipeline.data.prepare.prepare import check_first_rows, prepare_data, train_key
 from pipeline.errors import RankZeroError, Stopped, UserError
 from pipeline.files import dump_json, write_text
+from pipeline.model.complete import require_complete
 from pipeline.model.fingerprint import record_base_of_run
 from pipeline.plan.plan import Plan
 from pipeline.plan.render import plan_json, plan_overview, plan_text
@@ -67,6 +68,8 @@ class RunFolder:
                 require_startable(context.plan)
             if start != "done":
                 check_first_rows(context.settings)
+                trust = context.settings.trust_remote_code
+                require_complete(context.plan.shape, trust_remote_code=trust)
                 status.own()
                 # Decide again, because another start may have used the folder in the meantime.
                 start = decide_start(self.path, context.plan, is_debug=context.is_debug)

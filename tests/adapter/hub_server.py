@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import re
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -48,8 +49,11 @@ def local_hub():  # noqa: C901 - a branch for each endpoint
                          for path in hub.files]  # fmt: skip
                 self.answer(files)
             else:
-                self.answer({"sha": "0" * 40, "siblings": [], "id": "org/name", "tags": [],
-                             "private": hub.is_private})  # fmt: skip
+                card = hub.files.get("README.md", b"").decode()
+                tags = re.findall("^- (.*)$", card, re.MULTILINE)
+                self.answer({"sha": "0" * 40, "id": "org/name", "private": hub.is_private,
+                             "siblings": [{"rfilename": path} for path in hub.files],
+                             "tags": tags})  # fmt: skip
 
         def do_PUT(self):
             content = self.body()

@@ -109,10 +109,29 @@ def test_the_card_has_metadata_that_huggingface_hub_reads(publish):
 def test_a_second_publication_replaces_the_files_of_the_first_and_no_others(publish):
     call, hub = publish
     assert call(*TO)[0] == 0
-    hub.files |= {"image.png": b"", ".gitattributes": b""}
+    others = {"image.png", ".gitattributes", "other/adapter_model.safetensors"}
+    hub.files |= dict.fromkeys(others, b"")
     assert call(*TO, "--merged")[0] == 0
-    assert {"image.png", ".gitattributes", "model.safetensors", "README.md"} <= hub.files.keys()
+    assert others | {"model.safetensors", "README.md"} <= hub.files.keys()
     assert not {"adapter_model.safetensors", "adapter_config.json"} & hub.files.keys()
+
+
+def test_a_model_that_was_not_published_with_rankzero_is_kept(publish):
+    call, hub = publish
+    hub.exists, theirs = True, {"README.md": b"# Mine", "model.safetensors": b"1"}
+    hub.files |= theirs
+    code, output = call(*TO)
+    assert code == 2
+    assert_mentions(output, "--to", "org/name", "model.safetensors", "nothing was sent")
+    assert hub.files == theirs
+
+
+def test_the_card_of_a_packed_base_loads_it_dequantised(run, publish):
+    call, hub = publish
+    config = {"quantization_config": {"quant_method": "mxfp4"}}
+    (run.parent / "base" / "config.json").write_text(json.dumps(config))
+    assert call(*TO)[0] == 0
+    assert_mentions(hub.files["README.md"].decode(), '"org/base"', "Mxfp4Config(dequantize=True)")
 
 
 def test_the_merged_model_is_sent_when_asked_for(publish):

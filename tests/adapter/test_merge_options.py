@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from pipeline.adapter.merge import merge_adapters
@@ -238,6 +239,20 @@ def test_a_change_of_one_of_two_tied_tensors_is_refused(bases, tmp_path, name):
 
 def test_new_tokens_of_a_tied_base_are_merged_bitwise_as_by_peft(bases, tmp_path):
     require_merged_as_by_peft(bases / "tied", tmp_path, trainable_token_indices=[7, 2])
+
+
+def test_new_tokens_of_a_tied_base_that_stores_the_head_too_are_in_both(bases, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(bases / "tied", base)
+    stored = tensors(base)
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
+    require_merged_as_by_peft(base, tmp_path, trainable_token_indices=[7, 2])
+    adapter = adapter_with_rows(base, tmp_path / "added", [260, 4, 259], 261)
+    merge_adapter(base, adapter, tmp_path / "larger")
+    for merged in (tmp_path / "merged", tmp_path / "larger"):
+        ours = tensors(merged)
+        assert torch.equal(ours["lm_head.weight"], ours["model.embed_tokens.weight"])
 
 
 def adapter_with_rows(base, folder, indices, rows):

@@ -45,6 +45,22 @@ def test_the_adapter_is_handed_over_as_it_was_trained(tiny_model, subject):
     assert words[words.index("--tasks") + 1] == "a,b.yaml"
 
 
+def test_the_tokenizer_has_the_new_tokens_of_the_adapter(tiny_model):
+    settings = make_plan(tiny_model, new_tokens=["<a>"]).settings
+    adapter, merged = Path("run/adapter"), Path("run/merged")
+    subjects = {
+        tiny_model: Subject(name="base", settings=settings, folder=tiny_model, adapter=adapter),
+        adapter: Subject(
+            name="adapter", settings=settings, folder=tiny_model, adapter=adapter,
+            is_adapter_used=True,
+        ),
+        merged: Subject(name="merged", settings=settings, folder=merged, is_merged=True),
+    }  # fmt: skip
+    for folder, each in subjects.items():
+        words = harness.harness_command(each, "t", Path("out"))
+        assert f"tokenizer={folder}" in words[words.index("--model_args") + 1].split(",")
+
+
 def test_the_results_of_each_model_are_beside_the_score(monkeypatch, tmp_path, subject, capfd):
     monkeypatch.setattr(harness, "find_spec", lambda name: name)
     script = "import sys; print(sys.argv[1]); sys.exit(int(sys.argv[2]))"

@@ -77,7 +77,9 @@ def test_a_tensor_of_another_shape_is_refused_by_its_header(tmp_path):
         require_complete(read_shape(str(tmp_path)))
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama/tied", "mixtral", "phi3", "gemma2"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "llama/tied", "mixtral", "phi3", "gemma2", "qwen2", "qwen3"]
+)
 def test_a_complete_checkpoint_of_a_known_family_needs_no_torch(tmp_path, kind, in_this_process):
     build(kind, kinds=ALL).save_pretrained(tmp_path)
     require_complete(read_shape(str(tmp_path)))
@@ -129,6 +131,14 @@ def test_a_model_with_its_own_code_is_compared_with_that_code(tmp_path):
     change_names(tmp_path, lambda name: None if name == UP else name)
     with refused(UP):
         require_complete(read_shape(str(tmp_path), trust_remote_code=True), trust_remote_code=True)
+
+
+def test_a_tensor_that_every_block_lacks_is_missing(tmp_path):
+    build("qwen3", kinds=ALL).save_pretrained(tmp_path)
+    require_complete(read_shape(str(tmp_path)))
+    change_names(tmp_path, lambda name: None if "q_norm" in name else name)
+    with refused(tmp_path, "self_attn.q_norm.weight"):
+        require_complete(read_shape(str(tmp_path)))
 
 
 @pytest.mark.parametrize("verb", [plan, prepare])

@@ -144,6 +144,15 @@ def test_scales_that_do_not_fit_their_blocks_are_refused(tmp_path):
         checkpoint_files(folder)
 
 
+def test_scales_with_fewer_dimensions_than_their_weight_are_refused(tmp_path):
+    folder = make_packed("deepseek_v3/fp8", tmp_path)
+    for path in folder.glob("*.safetensors"):
+        flat = {k: t.flatten() if "_scale" in k else t for k, t in load_file(path).items()}
+        save_file(flat, path, metadata={"format": "pt"})
+    with refused("_proj.weight", "weight_block_size"):
+        checkpoint_files(folder)
+
+
 def test_weights_in_another_packed_format_are_refused(tmp_path):
     """For example two fp4 values in a byte: loaded as they are, they would be wrong weights."""
     folder = make_packed("deepseek_v3/fp8", tmp_path)

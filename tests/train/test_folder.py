@@ -2,17 +2,21 @@
 
 import json
 import os
+import shutil
 import time
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from pipeline.cluster.stop import StopRequests
 from pipeline.errors import RankZeroError, Stopped, UserError
+from pipeline.model import complete
 from pipeline.train.context import RunContext
 from pipeline.train.folder import RunFolder
 from pipeline.train.owner import OWNER, identity
 from pipeline.train.status import RunStatus, end_for_dead_owner, read_status
-from tests.tiny import make_plan
+from tests.messages import refused
+from tests.tiny import make_plan, make_rows
 
 pytestmark = pytest.mark.unit
 
@@ -192,3 +196,22 @@ def test_an_owner_on_another_machine_is_dead_without_a_heartbeat(tmp_path, monke
     monkeypatch.setattr("pipeline.train.status.time.sleep", lambda _: None)
     end_for_dead_owner(path, "rank 0 ended")
     assert read_status(path)["state"] == "failed"
+
+
+def test_a_base_without_all_tensors_is_refused_before_the_ranks_load_it(
+    tmp_path, tiny_model, monkeypatch
+):
+    missing = "model.layers.0.input_layernorm.weight"
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    del tensors[missing]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setenv("RANKZERO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(complete, "run_module", lambda *_, **__: {"missing": [missing]})
+    rows = make_rows(tmp_path / "rows.jsonl")
+    plan = make_plan(base, train_data=str(rows), output_dir=str(tmp_path / "run"))
+    stops = StopRequests(tmp_path / "run", None, is_first=True)
+    run = RunFolder(RunContext(plan=plan, session=SingleProcess(), stops=stops))
+    with refused(base, missing):
+        run.begin()
+    assert not (tmp_path / "run").exists()

@@ -16,6 +16,8 @@ from pipeline.train.assemble import build_model
 from pipeline.train.engine import Engine
 from tests.adapter.merged import merge_adapter
 from tests.messages import refused
+from tests.model.models import build, cache_shape
+from tests.models.kinds import ALL
 from tests.ranks import run_ranks
 from tests.tiny import Documents, make_model, make_plan
 from tests.train_tiny import distance, work
@@ -152,3 +154,10 @@ def test_a_b_that_is_still_its_initial_value_is_refused(split):
     key = min(key for key in initial if ".lora_B." in key)
     with refused(key, error=RankZeroError):
         on_unchanged_base(final | {key: initial[key]}, initial)
+
+
+def test_a_weight_that_several_blocks_share_is_refused(tmp_path):
+    build("zamba2/shared", kinds=ALL).save_pretrained(tmp_path)
+    cache_shape(tmp_path)
+    with refused("init_lora_weights", "shared_transformer"):
+        make_plan(tmp_path, init_lora_weights="pissa", lora_r=1)

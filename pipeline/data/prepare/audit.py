@@ -68,6 +68,7 @@ class RowCounts:
 
     `numbers`: counts by their name in audit.json. `formats`, `unread`: used rows by row format and
     by unread column. `files`: rows read, by file. `rejected`: rows by reason (`without_numbers`).
+    `new_tokens`: occurrences of each new token, which may be 0, after truncation.
     `first`: file and line of the first row, by reason and by name of `count_tokens`. `lengths`:
     documents before truncation.
     """
@@ -79,6 +80,7 @@ class RowCounts:
     rejected: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
     lengths: LengthCounts = field(default_factory=LengthCounts)
+    new_tokens: Counter[str] = field(default_factory=Counter)
 
     @property
     def rows(self) -> dict[str, int]:
@@ -130,6 +132,7 @@ class RowCounts:
         self.rejected.update(other.rejected)
         self.first = other.first | self.first
         self.lengths.add(other.lengths)
+        self.new_tokens.update(other.new_tokens)
 
     def as_json(self) -> dict[str, Any]:
         """The counts of a source in the form of audit.json."""
@@ -228,6 +231,7 @@ def make_audit(
         "omitted_reasoning": total.token_count("omitted_reasoning"),
         "special_tokens_in_text": total.token_count("special_tokens_in_text"),
         "ends_without_stop": total.ends_without_stop(),
+        "new_tokens": dict(total.new_tokens),
         "length": _length_statistics(lengths),
         "sources": _source_audits(sources, folder, lengths),
     }
@@ -321,6 +325,11 @@ def audit_summary(data_dir: Path) -> str:
             "special tokens"
         )
     lines += [f"turn ends  {text}" for text in ends_without_stop(data_dir)]
+    if unused := [token for token, count in train.get("new_tokens", {}).items() if not count]:
+        lines.append(
+            f"new tokens {', '.join(map(repr, unused))}: in no document of the training data, so "
+            "the embeddings of these tokens are not trained"
+        )
     if shared := audit.get("eval", {}).get("rows_also_in_train"):
         lines.append(f"eval set   {shared:,} documents are also in the training set")
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 The result for a line depends only on that line, not on the division into chunks and processes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,13 +47,16 @@ class ChunkTokeniser:
         self._settings, self._threshold = settings, threshold
         tokenizer = run_tokenizer(settings)
         self._encoder = Encoder(tokenizer, settings)
+        self._new_ids = {
+            token: int(tokenizer.convert_tokens_to_ids(token)) for token in settings.new_tokens
+        }
 
     def __call__(self, chunk: Chunk) -> TokenisedChunk:
         """Tokenise a chunk. Raises UserError for the chat template and for `over_length: fail`."""
         rows = [read_line(line, self._settings) for line in chunk.lines]
         examples = [read.example for _, read in rows if not isinstance(read, str)]
         encoded = iter(self._encoder.encode_many(examples))
-        train, held_out = _SplitRows(self._settings), _SplitRows(self._settings)
+        train, held_out = (_SplitRows(self._settings, self._new_ids) for _ in range(2))
         for row, read in rows:
             if isinstance(read, str):
                 train.reject(row, read)
@@ -118,10 +121,10 @@ class ChunkTokeniser:
 
 
 class _SplitRows:
-    """Collects the rows of one split."""
+    """Collects the rows of one split. `new_ids`: id of each new token."""
 
-    def __init__(self, settings: RunSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: RunSettings, new_ids: Mapping[str, int]) -> None:
+        self._settings, self._new_ids = settings, new_ids
         self.counts = RowCounts()
         self.masks: list[Array] = []  # of all documents, before truncation
         self._rejects: list[Reject] = []
@@ -158,6 +161,9 @@ class _SplitRows:
         lengths = count_lengths(self.masks, settings.max_length, settings.over_length)
         lengths.trained = int(columns.counts.sum())
         self.counts.lengths = lengths
+        if new_ids := self._new_ids:
+            occurrences = np.bincount(columns.ids, minlength=max(new_ids.values()) + 1)
+            self.counts.new_tokens.update({t: int(occurrences[i]) for t, i in new_ids.items()})
         return TokenisedRows(
             columns=columns, counts=self.counts, rejects=self._rejects, dropped=self._dropped
         )

@@ -103,8 +103,8 @@ def _ids_in_tokenizer(folder: str, tokens: tuple[str, ...], num_rows: int) -> di
             )
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
     ids = {token: int(tokenizer.token_to_id(token) or 0) for token in tokens}
-    added = tokenizer.get_added_tokens_decoder()
-    if unnamed := [added[i].content for i in added if i >= num_rows and i not in ids.values()]:
+    without_row = {i: token for token, i in tokenizer.get_vocab().items() if i >= num_rows}
+    if unnamed := [token for _, token in sorted(without_row.items()) if token not in ids]:
         raise UserError(
             f"new_tokens: {path} has tokens for which the model has no embedding: "
             f"{', '.join(map(repr, unnamed))}; add them to new_tokens"

@@ -184,6 +184,8 @@ def _unsupported_by_split_base(run: PlanInput) -> str:
     if names:
         return f"not together with {names[0]}"
     for layer in adapted_layers(run.shape, settings):
+        if layer.linear.is_shared:
+            return f"{layer.name} has the weight of another block, which would be changed twice"
         if layer.r > min(layer.linear.d_in, layer.linear.d_out):
             return f"r {layer.r} is more than the rank of the weight of {layer.name}"
     return ""

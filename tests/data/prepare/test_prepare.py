@@ -15,6 +15,7 @@ from pipeline.data.chat.encoder import Encoder
 from pipeline.data.chat.tokenizer import load_tokenizer, run_tokenizer
 from pipeline.data.dataset.reader import DataIndex, open_split
 from pipeline.data.prepare import job, lines
+from pipeline.data.prepare.audit import audit_summary
 from pipeline.data.prepare.prepare import prepare_data
 from pipeline.errors import RankZeroError
 from pipeline.rows.formats import read_example
@@ -57,6 +58,16 @@ def test_a_new_token_is_one_token_in_documents_and_stays_when_decoded(run):
     assert len(with_token) == len(plain) - 2 * num_asked
     text = tokenizer.decode(with_token, skip_special_tokens=True)
     assert text.count("ask") == num_asked
+
+
+def test_a_new_token_that_no_document_has_is_counted_and_logged(run):
+    run.prepare(new_tokens=["ask", "<never>"])
+    counts = run.audit()["new_tokens"]
+    assert counts["ask"] >= 1
+    assert counts["<never>"] == 0
+    summary = audit_summary(run.data)
+    assert "'<never>'" in summary
+    assert "'ask'" not in summary
 
 
 def test_progress_is_logged(run, monkeypatch, caplog):

@@ -104,6 +104,11 @@ def test_tokens_without_embeddings_must_be_named(model):
     assert shape.added_rows == 2
 
 
+def test_tokens_of_the_vocabulary_without_embeddings_must_be_named_too(model):
+    with refused("new_tokens", "'j'", "tokenizer.json"):
+        rows_of(model(9), "<a>", "<s>", "</s>")
+
+
 def test_a_folder_without_tokenizer_json_is_refused(model):
     folder = model(12)
     (folder / "tokenizer.json").unlink()
