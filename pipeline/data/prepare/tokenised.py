@@ -5,6 +5,7 @@ The result for a line depends only on that line, not on the division into chunks
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -47,9 +48,8 @@ class ChunkTokeniser:
         self._settings, self._threshold = settings, threshold
         tokenizer = run_tokenizer(settings)
         self._encoder = Encoder(tokenizer, settings)
-        self._new_ids = {
-            token: int(tokenizer.convert_tokens_to_ids(token)) for token in settings.new_tokens
-        }
+        new_ids: Any = tokenizer.convert_tokens_to_ids(settings.new_tokens)
+        self._new_ids: dict[str, int] = dict(zip(settings.new_tokens, new_ids, strict=True))
 
     def __call__(self, chunk: Chunk) -> TokenisedChunk:
         """Tokenise a chunk. Raises UserError for the chat template and for `over_length: fail`."""
