@@ -8,7 +8,9 @@ from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
+from pipeline.adapter.publish import model_card
 from pipeline.model.base import load_base, load_plain
+from pipeline.model.fingerprint import Fingerprint
 from pipeline.model.packed_files import checkpoint_files
 from pipeline.plan.given.shape import read_shape
 from tests.adapter.merged import merge_adapter, tensors
@@ -71,6 +73,14 @@ def test_fp8_values_are_multiplied_with_the_scales_of_their_blocks(tmp_path, blo
     assert len(expected.unique()) > 100
     loaded = load_plain(folder, dtype=torch.bfloat16).get_parameter(name)
     assert torch.equal(loaded, expected)
+
+
+def test_the_card_of_an_adapter_loads_a_packed_base_dequantised(packed):
+    plan = make_plan(packed, 1, 40)
+    card = model_card(plan, 1, Fingerprint({}))
+    name = CONFIGS[plan.shape.quantization].__name__
+    assert f"AutoTokenizer, {name}\n" in card
+    assert f"quantization_config={name}(dequantize=True)" in card
 
 
 def gathered_base(session, folder, changes):
