@@ -1,0 +1,139 @@
+"""Rules about the targets of the adapter, its initial values and other trained modules."""
+
+from pipeline.plan.given.adapter_counts import adapted_layers
+from pipeline.plan.given.patterns import full_matches
+from pipeline.plan.given.saved_modules import saved_modules
+from pipeline.plan.rules.rule import PlanInput, Rule, issue
+
+# Module names of embeddings and output heads in transformers' models.
+_EMBEDDINGS_AND_HEADS = (
+    "lm_head", "embed_out", "output_layer", "model.embed_tokens", "gpt_neox.embed_in",
+    "transformer.wte", "transformer.word_embeddings",
+)  # fmt: skip
+
+
+def _targets_embeddings_or_head(run: PlanInput) -> bool:
+    targets = run.settings.lora_target_modules
+    if isinstance(targets, str):
+        if targets in ("auto", "all-linear"):  # these exclude embeddings and head
+            return False
+        return bool(full_matches(targets, _EMBEDDINGS_AND_HEADS, "lora_target_modules"))
+    ends = {name.rsplit(".", 1)[-1] for name in _EMBEDDINGS_AND_HEADS}
+    return any(target.rsplit(".", 1)[-1] in ends for target in targets)
+
+
+def _options_unsupported_by_experts(run: PlanInput) -> str:
+    """The options of the run that adapters on experts do not support, as text; else empty."""
+    if not run.shape.targeted_experts(run.settings.lora_target_modules):
+        return ""
+    names = (
+        "layers_to_transform", "exclude_modules", "rank_pattern", "alpha_pattern", "use_dora",
+        "init_adapter",
+    )  # fmt: skip
+    return ", ".join(name for name in names if getattr(run.settings, name))
+
+
+def _cannot_save_tied(run: PlanInput) -> str:
+    """Why peft would untie embeddings and head that are trained in full; empty if it would not.
+
+    peft ties only embeddings with the name `embed_tokens`, to a head without a bias.
+    """
+    saved = saved_modules(run.shape, run.settings)
+    if not saved or not saved[0].tied_name:
+        return ""
+    if saved[0].name.rpartition(".")[2] != "embed_tokens":
+        return f"the embeddings are called {saved[0].name}, not embed_tokens"
+    return "the head has a bias" if run.shape.has_head_bias else ""
+
+
+def _unsupported_by_new_tokens(run: PlanInput) -> str:
+    """Why rows of new tokens cannot be trained in this run; empty if they can."""
+    settings, shape = run.settings, run.shape
+    if not settings.new_tokens:
+        return ""
+    if settings.modules_to_save:
+        return "modules_to_save trains all rows of these modules; leave one of the two out"
+    if settings.init_adapter is not None:
+        return "init_adapter: merge that adapter first, and train on the merged model"
+    if shape.has_head_bias:
+        return "peft leaves out the bias of this model's head when rows of the head are trained"
+    if shape.has_other_towers:
+        return "not implemented for a model with other towers, such as vision"
+    return ""
+
+
+def _unsupported_by_split_base(run: PlanInput) -> str:
+    """Why A and B cannot start with a part of the base in this run; empty if they can."""
+    settings = run.settings
+    if not settings.splits_base:
+        return ""
+    if settings.is_quantised:
+        return "a quantised base cannot represent what is left of its weights"
+    if run.shape.targeted_experts(settings.lora_target_modules):
+        return "peft computes it for linear layers only, not for fused experts"
+    names = [name for name in ("use_dora", "init_adapter") if getattr(settings, name)]
+    if names:
+        return f"not together with {names[0]}"
+    for layer in adapted_layers(run.shape, settings):
+        if layer.linear.is_shared:
+            return f"{layer.name} has the weight of another block, which would be changed twice"
+        if layer.r > min(layer.linear.d_in, layer.linear.d_out):
+            return f"r {layer.r} is more than the rank of the weight of {layer.name}"
+    return ""
+
+
+ADAPTER_RULES: tuple[Rule[PlanInput], ...] = (
+    Rule(
+        id="new-tokens",
+        level="refuse",
+        applies=_unsupported_by_new_tokens,
+        reason="new_tokens cannot be trained in this run",
+        remedy="leave new_tokens out",
+        source="peft 0.21.2 tuners/trainable_tokens/layer.py, utils/other.py:1583",
+    ),
+    Rule(
+        id="saved-tied",
+        level="refuse",
+        applies=_cannot_save_tied,
+        reason="modules_to_save: embeddings and head share their weight, and peft cannot load "
+        "them as one from an adapter of this model",
+        remedy="leave modules_to_save out; linear layers of the blocks can be named in "
+        "lora_target_modules",
+        source="peft 0.21.2 tuners/tuners_utils.py:1430, utils/other.py:648",
+    ),
+    Rule(
+        id="experts-plain",
+        level="refuse",
+        applies=_options_unsupported_by_experts,
+        reason="lora_target_modules: an adapter on fused experts does not support all of the "
+        "given options",
+        remedy="leave them out, or leave experts out of lora_target_modules",
+        source="peft 0.21.2 tuners/lora/layer.py, ParamWrapper",
+    ),
+    Rule(
+        id="split-base",
+        level="refuse",
+        applies=_unsupported_by_split_base,
+        reason="init_lora_weights: pissa and olora are not possible in this run",
+        remedy="set init_lora_weights: true or gaussian",
+        source="peft 0.21.2 tuners/lora/layer.py, pissa_init and olora_init",
+    ),
+    Rule(
+        id="tied-pair",
+        level="refuse",
+        applies=lambda run: run.shape.is_tied and _targets_embeddings_or_head(run),
+        reason="lora_target_modules names the head or the embeddings of a model in which these "
+        "share their weight: when the adapter is loaded, its update is lost or changes both",
+        remedy="name linear layers of the blocks, or leave it out to adapt all of them",
+        source=issue("huggingface/peft", 2018) + ", " + issue("huggingface/transformers", 45127),
+    ),
+    Rule(
+        id="embeddings-or-head-not-yet",
+        level="refuse",
+        applies=lambda run: not run.shape.is_tied and _targets_embeddings_or_head(run),
+        reason="lora_target_modules names the head or the embeddings; adapters on these are not "
+        "implemented",
+        remedy="name linear layers of the blocks, or leave it out to adapt all of them",
+        source="pipeline/plan/given/shape.py",
+    ),
+)
