@@ -1,5 +1,5 @@
 # make install      .venv with the versions of constraints.txt
-# make quickstart   the demonstration: about 4 minutes on 2 idle CPU cores (estimated)
+# make quickstart   the demonstration: 4 minutes on 2 idle CPU cores, and the download
 # make test         the suite that needs no GPU
 # make faults       kills, damage, full disks and signals at length (one to two hours)
 # make test-slurm   jobs on a real Slurm of two emulated nodes (about 6 minutes; root, Debian)
