@@ -30,15 +30,15 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 .PHONY: quickstart install test models real-model templates test-slurm test-gpu test-trackers test-serving faults check fix docs goldens test-floors clean test-report bench bench-gpu bench-long bench-profile
 
 quickstart: $(VENV)/.installed
-	$(BIN)/python launch/quickstart/quickstart.py
+	@$(BIN)/python launch/quickstart/quickstart.py
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a minute or more) ..."
-	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(shell grep '^torch==' constraints.txt)
-	$(PIP) --constraint constraints.txt --editable '.[quickstart,dev]'
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(shell grep '^torch==' constraints.txt)
+	@$(PIP) --constraint constraints.txt --editable '.[quickstart,dev]'
 	@touch $@
 
 # Two files of tests at a time, the slow tiers first (tests/conftest.py).

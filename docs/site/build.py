@@ -5,6 +5,7 @@ work there and here. The built pages are then checked: links and anchors lead so
 loads a script, style sheet, image or font from a network.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -23,6 +24,8 @@ _SUFFIXES = {".md", ".yaml", ".txt", ".png", ".svg", ".json"}
 _LOADS_A_LIBRARY = {"mermaid", "glightbox", "md-source", "md-exec"}
 # A shell block without prompts, which the highlighter of `console` would take for output.
 _COMMANDS = re.compile(r"^( *```)console(?=\n(?:(?! *```)(?! *\$ ).*\n)* *```)", re.MULTILINE)
+# Address of a script (npm's iframe-worker 1.0.4, MIT) that Zensical's plugin `offline` adds.
+_WORKER = "https://unpkg.com/iframe-worker/shim"
 _CODE_LINK = re.compile(r"\]\((?:\.\./)*(pipeline|tests)/[^)]*\)|\]\(LICENSE\)")
 
 
@@ -107,6 +110,15 @@ def copy_pages() -> None:
     (PAGES / "launch/runs/README.md").write_text("\n".join(lines), "utf-8")
 
 
+def use_own_worker(site: Path) -> None:
+    """Let the pages load the script for the search in files from the site, not from a network."""
+    script = site / "assets/javascripts/iframe-worker.js"
+    shutil.copyfile(Path(__file__).parent / "iframe-worker/shim.js", script)
+    for page in site.rglob("*.html"):
+        own = os.path.relpath(script, page.parent)
+        page.write_text(page.read_text("utf-8").replace(_WORKER, own), "utf-8")
+
+
 def main() -> None:
     """Build and check the site; exit 1 if a page has a problem."""
     copy_pages()
@@ -118,10 +130,10 @@ def main() -> None:
     )  # fmt: skip
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
+    use_own_worker(SITE)
     if found := problems(SITE):
         sys.exit("\n".join(found))
     print(f"{SITE / 'index.html'}: {len(list(SITE.rglob('*.html')))} pages, links checked")
-    print(f"the search needs a server: {sys.executable} -m http.server --directory {SITE}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ nothing.
 """
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from pipeline.cluster.progress import duration
 
 FOLDER, RUN_FILE = Path("quickstart"), "launch/runs/quickstart.yaml"
 RUN = FOLDER / "run"
+DEFAULT_PORT = 29500  # of DeepSpeed's launcher
 
 
 def run(command: str, source: Path, output: Path) -> None:
@@ -34,6 +36,18 @@ def run(command: str, source: Path, output: Path) -> None:
         sys.exit(f"the command ended with exit code {code}")
 
 
+def other_port() -> str:
+    """Option with a free port, if another run on this machine uses DeepSpeed's default port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", DEFAULT_PORT))
+        except OSError:
+            probe.bind(("", 0))
+            return f" --master_port {probe.getsockname()[1]}"
+    return ""
+
+
 def main() -> None:
     hardware = detect_hardware()
     if hardware.kind == "cpu":
@@ -42,7 +56,7 @@ def main() -> None:
     start = time.monotonic()
     make_data(FOLDER)
     ranks = 2 if hardware.kind == "cpu" else min(2, hardware.devices_per_node)
-    launcher = f"deepspeed --quiet --num_accelerators {ranks}"
+    launcher = f"deepspeed --quiet --num_accelerators {ranks}{other_port()}"
     trained, merged = RUN / "adapter/README.md", RUN / "merged/config.json"
     run(f"{launcher} launch/train.py {RUN_FILE}", FOLDER / "train.jsonl", trained)
     run(f"python launch/merge.py {RUN}", trained, merged)

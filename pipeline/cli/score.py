@@ -35,6 +35,7 @@ _COLUMNS = {
     "loss": "loss", "perplexity": "perplexity", "exact_match": "exact match",
     "regex_match": "regex match", "valid_json": "valid JSON",
 }  # fmt: skip
+_FORMS = {"loss": "{:.4f}", "perplexity": "{:.4g}"}
 _SHARES = ("exact_match", "regex_match", "valid_json")
 
 
@@ -52,6 +53,7 @@ def score() -> None:
         run_harness(subjects_of(names, overrides, args.data), args.tasks, _output(args, names))
         return
     use_waiting_threads()
+    placement, hardware, _ = place_rank(os.environ, may_be_alone=True)
     subjects = subjects_of(names, overrides, args.data)
     out, settings = _output(args, names), subjects[0].settings
     if args.data is None and not subjects[0].adapter:
@@ -65,7 +67,6 @@ def score() -> None:
         if args.data is None
         else examples_of_file(args.data, settings)
     )
-    placement, hardware, _ = place_rank(os.environ, may_be_alone=True)
     with show_progress("importing PyTorch"):
         from pipeline.evaluate.score import ScoreOptions, score_models
 
@@ -157,11 +158,10 @@ def print_table(scores: dict[str, Any]) -> None:
     models: dict[str, dict[str, Any]] = scores["models"]
     columns = [key for key in _COLUMNS if any(key in each for each in models.values())]
     table = Table(title=f"{scores['rows']} rows, with 95 % intervals")
-    for name in ("", *(_COLUMNS[key] for key in columns), "seconds"):
+    for name in ("", *(_COLUMNS[key] for key in columns)):
         table.add_column(name, justify="right" if name else "left", overflow="fold")
     for name, each in models.items():
-        cells = [_cell(each, key) for key in columns]
-        table.add_row(name, *cells, f"{each['seconds']:.1f}")
+        table.add_row(name, *(_cell(each, key) for key in columns))
     Console(markup=False).print(table)  # a name may contain brackets
     for key in ("regex_match", "valid_json"):
         rows = {each[f"{key}_rows"] for each in models.values() if key in each}
@@ -173,8 +173,8 @@ def _cell(scores: dict[str, Any], key: str) -> str:
     value, interval = scores.get(key), scores.get(f"{key}_interval")
     if value is None:
         return "-"
-    form, unit = ("{:.1f}", " %") if key in _SHARES else ("{:.4f}", "")
-    factor = 100 if key in _SHARES else 1
+    is_share = key in _SHARES
+    form, unit, factor = ("{:.1f}", " %", 100) if is_share else (_FORMS[key], "", 1)
     text = form.format(factor * value) + unit
     if interval is None or None in interval:
         return text

@@ -1,6 +1,7 @@
 """Detection of this node's accelerators, and environment variables for libraries. No torch."""
 
 import ctypes
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from pipeline.errors import UserError
 from pipeline.plan.given.catalogue import cpu_of, gpu_like, gpu_named, rates_of
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.torch_process import package_version
+
+logger = logging.getLogger(__name__)
 
 # CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED (cuda.h)
 _VIRTUAL_MEMORY = 102
@@ -129,7 +132,10 @@ def place_rank(
 
     `may_be_alone`: see `from_environment`. Call this function before torch is imported.
     """
-    placement, hardware = from_environment(env, may_be_alone=may_be_alone), detect_hardware()
+    placement = from_environment(env, may_be_alone=may_be_alone)
+    if placement.world_size > 1:  # the launcher has taken seconds without a message
+        logger.info("starting %d ranks ...", placement.world_size)
+    hardware = detect_hardware()
     missing = missing_gpus(placement, hardware)
     set_environment(placement, hardware)
     return placement, hardware, missing

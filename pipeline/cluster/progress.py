@@ -1,8 +1,9 @@
 """Progress of work that takes longer than a few seconds, shown by rank 0.
 
 In a terminal it is a bar (or a spinner, if the amount of work is unknown) that disappears when the
-work is done. Elsewhere it is log lines: one when the work has lasted two seconds, and then one
-every five seconds, also while the work does not advance.
+work is done. Elsewhere it is log lines: one when the work has lasted a second, and then one every
+four seconds, also while the work does not advance. So a user sees a line at least every five
+seconds.
 """
 
 import logging
@@ -28,8 +29,8 @@ from pipeline.cluster.logs import current_rank
 
 logger = logging.getLogger(__name__)
 
-_QUIET_S = 2.0  # shorter work is not reported
-_LINE_INTERVAL_S = 5.0
+_QUIET_S = 1.0  # shorter work is not reported
+_LINE_INTERVAL_S = 4.0
 _LEAST_SHARE = 0.05  # of the work must be done before the remaining time is estimated
 
 

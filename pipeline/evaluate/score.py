@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from regex import Pattern
 
 from pipeline.adapter.trained_on import adapter_sha256
+from pipeline.cluster.placement import Placement
 from pipeline.cluster.progress import Work, show_progress
 from pipeline.cluster.session import Session
 from pipeline.errors import UserError
@@ -58,7 +60,8 @@ def score_models(
 
     Raises UserError if there is no usable row.
     """
-    scorings = _scorings(subjects, examples, options, session)
+    with show_progress("encoding the rows"):
+        scorings = _scorings(subjects, examples, options, session)
     known = session.rank_zero_first(lambda: [sorted(each.known()) for each in scorings])
     loader = ModelLoader(session.device)
     for scoring, done in zip(scorings, known, strict=True):
@@ -68,7 +71,7 @@ def score_models(
                 "%s: %d of %d batches are known from an earlier start",
                 scoring.subject.name, len(done), len(scoring.batches),
             )  # fmt: skip
-        scoring.run(remaining[session.placement.rank :: session.placement.world_size], loader)
+        scoring.run(remaining, session.placement, loader)
     gathered = session.gather_objects([[asdict(r) for r in s.results] for s in scorings])
     if gathered is None:
         return {}
@@ -95,13 +98,16 @@ class _Scoring:
         """The results on the disk, by the number of the batch."""
         return self._file.read(self.batches)
 
-    def run(self, numbers: Sequence[int], loader: ModelLoader) -> None:
-        """Score these batches, and append each result to the answer file."""
+    def run(self, remaining: Sequence[int], placement: Placement, loader: ModelLoader) -> None:
+        """Score this rank's part of the remaining batches; append each result to the answer file.
+
+        Rank 0 shows the progress of its own part, which is as large as those of the others.
+        """
+        numbers = remaining[placement.rank :: placement.world_size]
         if not numbers:
             return
-        name, count = self.subject.name, sum(len(self.batches[n]) for n in numbers)
-        per_batch = self.generator.max_new_tokens
-        total = count + per_batch * len(numbers)
+        name, count = self.subject.name, sum(len(self.batches[n]) for n in remaining)
+        total = sum(self._size_of(n) for n in numbers)
         with loader.loaded(self.subject) as model, memory_reported(name):
             loss_of = _document_loss(model)
             with show_progress(f"{name}: scoring {count} rows", total=total) as work:
@@ -109,6 +115,13 @@ class _Scoring:
                     result = self._score_batch(number, model, loss_of, work)
                     self._file.append(result)
                     self.results.append(result)
+
+    def _size_of(self, number: int) -> int:
+        """Work of a batch: one unit for the loss of a row, a prompt, and a token of all answers.
+
+        On two CPU cores these three take about the same time.
+        """
+        return 2 * len(self.batches[number]) + self.generator.max_new_tokens
 
     def _score_batch(
         self, number: int, model: Any, loss_of: Callable[[ScoredRow], float], work: Work
@@ -121,8 +134,12 @@ class _Scoring:
         asked = {i: q.prompt for i in indexes if (q := self.rows[i].question) is not None}
         texts: list[str] = []
         if asked:
-            texts = self.generator.answers(model, list(asked.values()), work.advance)
-        work.advance(done + len(indexes) + self.generator.max_new_tokens - work.done)
+            # The first forward pass has all prompts, each further one a token of each answer.
+            finished = chain((0, len(asked)), repeat(1))
+            texts = self.generator.answers(
+                model, list(asked.values()), lambda: work.advance(next(finished))
+            )
+        work.advance(done + self._size_of(number) - work.done)
         answers = dict(zip(asked, texts, strict=True))
         return BatchResult(
             batch=number,

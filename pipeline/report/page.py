@@ -21,10 +21,10 @@ from pipeline.report.timeline import timeline_of
 _TOLERANCE = 0.10  # relative error of a predicted memory; the page marks larger errors
 _SCORES = {
     "exact_match": "exact match", "regex_match": "regex match", "valid_json": "valid JSON",
-    "loss": "held-out loss", "perplexity": "perplexity", "seconds": "time to score",
+    "loss": "held-out loss", "perplexity": "perplexity",
 }  # fmt: skip
 _FORMS: dict[str, Callable[[float], str]] = {
-    "loss": "{:.4f}".format, "perplexity": "{:.4g}".format, "seconds": text.duration,
+    "loss": "{:.4f}".format, "perplexity": "{:.4g}".format,
 }  # fmt: skip
 # Field of Proof with the reasons against a use of the model's class -> text of the page.
 _USES = {

@@ -14,6 +14,7 @@ Table = Sequence[Mapping[str, str]]
 # Metric that W&B's charts use as x axis. W&B's own step counter is no alternative: it drops points
 # with a step below the last one, and a resumed run sends such points.
 AXIS = "train/step"
+_MLFLOW_BATCH = 100  # parameters; MLflow refuses more in one call
 
 
 class Tracker(ABC):
@@ -163,7 +164,9 @@ class Mlflow(Tracker):
         self._id = run.info.run_id
         max_length = 6000  # characters of a parameter's value
         params = [Param(name, str(value)[:max_length]) for name, value in facts.config.items()]
-        self._client.log_batch(self._id, params=params[:100], tags=tags)
+        self._client.log_batch(self._id, tags=tags)
+        for start in range(0, len(params), _MLFLOW_BATCH):
+            self._client.log_batch(self._id, params=params[start : start + _MLFLOW_BATCH])
 
     @property
     def run_id(self) -> str:

@@ -37,6 +37,7 @@ STYLE = (
 )
 # Terminal images: name -> text that is on the screen when it is taken; None: the end.
 MOMENTS = {"terminal-training": "60 %", "terminal-scoring": "exact match", "terminal-end": None}
+THEMES = {"light": "", "dark": "-dark"}  # and the end of the names of their images
 
 
 def main() -> None:
@@ -49,12 +50,13 @@ def main() -> None:
             for name, screen in screens.items():
                 take(browser, screen, IMAGES / f"{name}.png", width=760)
             report = folder / "quickstart/run/report.html"
-            take(browser, report, IMAGES / "report-desktop.png", width=1100)
-            take(browser, report, IMAGES / "report-curves.png", width=1100, section="Curves")
-            take(browser, report, IMAGES / "report-phone.png", width=390, theme="dark")
-            take(browser, SITE / "index.html", IMAGES / "site-desktop.png", width=1100)
             page = SITE / "docs/lora.html"
-            take(browser, page, IMAGES / "site-phone.png", width=390, theme="dark")
+            for theme, end in THEMES.items():
+                take(browser, report, IMAGES / f"report-desktop{end}.png", width=1100, theme=theme)
+                take(browser, report, IMAGES / f"report-phone{end}.png", width=390, theme=theme)
+                take(browser, page, IMAGES / f"site-phone{end}.png", width=390, theme=theme)
+            take(browser, report, IMAGES / "report-curves.png", width=1100, section="Curves")
+            take(browser, SITE / "index.html", IMAGES / "site-desktop.png", width=1280)
 
 
 def take(

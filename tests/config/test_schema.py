@@ -1,5 +1,7 @@
 """The JSON schema of run files accepts valid settings and refuses every wrong single key."""
 
+import re
+
 import jsonschema
 import pytest
 
@@ -26,6 +28,15 @@ def test_shipped_run_files_are_valid_and_name_the_schema_in_their_first_line(val
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert first == "# yaml-language-server: $schema=schema.json"
     assert (path.parent / "schema.json").is_file()
+
+
+@pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
+def test_the_header_of_a_run_file_has_machine_memory_time_and_its_own_command(path):
+    header = re.match(r"(#.*\n)+", path.read_text(encoding="utf-8"))[0]
+    assert "\n#   Machine    " in header
+    assert re.search(r"\d GiB per rank", header)
+    assert re.search(r"\d (s per step|min for the \d+ steps)", header)
+    assert re.search(rf"\n#   Command    .*launch/runs/{re.escape(path.name)}", header)
 
 
 def test_the_defaults_are_valid_and_every_setting_is_described(validator):

@@ -1,5 +1,6 @@
 """The check of the built site finds broken links and resources from a network."""
 
+import hashlib
 import importlib.util
 
 import pytest
@@ -49,6 +50,20 @@ def test_links_and_own_resources_are_no_problem(build, tmp_path):
     (tmp_path / "x.js").write_text("")
     body = "<script src='x.js'></script><a href='other.html#here'>x</a><a href='https://a.b'>y</a>"
     assert problems_of(build, tmp_path, body) == []
+
+
+def test_the_script_for_the_search_is_the_published_one_and_comes_from_the_site(build, tmp_path):
+    folder = ROOT / "docs/site/iframe-worker"
+    digest = hashlib.sha256((folder / "shim.js").read_bytes()).hexdigest()
+    assert digest == "e8e412dbcfea9b7e31b5ffa288d7b6035915e714c542f4176a0cdbe262fc9609"
+    assert (folder / "LICENSE").read_text().startswith("Copyright (c)")
+    (tmp_path / "assets/javascripts").mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs/page.html"
+    page.write_text("<script src=https://unpkg.com/iframe-worker/shim></script>")
+    build.use_own_worker(tmp_path)
+    assert build.problems(tmp_path) == []
+    assert "../assets/javascripts/iframe-worker.js" in page.read_text()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ import torch
 from pipeline.adapter.trained_on import TRAINED_ON
 from pipeline.cluster.devices import detect_hardware
 from pipeline.cluster.placement import Placement
+from pipeline.cluster.progress import Work
 from pipeline.cluster.session import Session
 from pipeline.config.load import load_settings
 from pipeline.errors import SingleRankError
-from pipeline.evaluate import generate, loading
+from pipeline.evaluate import generate, loading, score
 from pipeline.evaluate.generate import Generator, plan_batches
 from pipeline.evaluate.measures import parse_pattern
 from pipeline.evaluate.rows import examples_of_file, held_out_examples
@@ -96,6 +98,41 @@ def test_base_and_adapter_are_scored_with_intervals(run, tmp_path):
 def on_rank(session, run, answers):
     generate.BATCH_ROWS = 3
     return score_of(session, answers, [run])
+
+
+def test_the_progress_names_all_rows_and_ends_at_100_percent(run, tmp_path, monkeypatch):
+    works = {}
+
+    @contextmanager
+    def recorded(text, total=None, **_):
+        works[text] = work = Work(text, total)
+        work.total = total
+        yield work
+
+    monkeypatch.setattr(score, "show_progress", recorded)
+    score_of(alone(), tmp_path / "answers", [run])
+    for name in ("base", "adapter"):
+        work = works[f"{name}: scoring 10 rows"]
+        assert work.done == work.total
+
+
+def test_a_rank_of_two_shows_the_number_of_all_rows(run, tmp_path):
+    texts = run_ranks(progress_texts, run, tmp_path / "answers", tmp_path=tmp_path)
+    assert texts == [["base: scoring 10 rows", "adapter: scoring 10 rows"]] * 2
+
+
+def progress_texts(session, run, answers):
+    generate.BATCH_ROWS = 3
+    texts = []
+
+    @contextmanager
+    def recorded(text, total=None, **_):
+        texts.append(text)
+        yield Work(text, total)
+
+    score.show_progress = recorded
+    score_of(session, answers, [run])
+    return [text for text in texts if "scoring" in text]
 
 
 def test_two_ranks_have_the_numbers_of_one(run, tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.settings import RunSettings
+from pipeline.track.facts import RunFacts
 from pipeline.track.follow import SentRecord, follow, sent_path
 from pipeline.track.process import TrackerProcesses, tracker_environment
 from tests import ROOT
@@ -108,6 +109,29 @@ def test_a_run_is_sent_once_and_a_resumed_run_continues(run, name):
     assert again.returncode == 0, again.stderr
     assert points(run, name, "train/loss") == [(s, pytest.approx(2.0 / s)) for s in range(1, 7)]
     assert SentRecord.load(sent_path(run, name)).run_id == run_id
+
+
+@each_tracker
+def test_every_setting_and_choice_of_the_plan_is_sent(run, name):
+    plan = json.loads((run / "plan.json").read_text())
+    plan["choice"] |= {f"choice-{number}": number for number in range(50)}
+    (run / "plan.json").write_text(json.dumps(plan))
+    assert track(run, name).returncode == 0
+    files = [path for path in (run / "tracking").rglob("*") if path.is_file()]
+    data = b"".join(path.read_bytes() for path in files)
+    config = RunFacts.of(run).config
+    assert len(config) > 100  # more than one call of MLflow takes
+    assert [key for key in config if key.encode() not in data] == []
+
+
+@needs("mlflow")
+def test_mlflow_gets_the_name_and_the_group_of_the_run(run):
+    assert track(run, "mlflow").returncode == 0
+    with sqlite3.connect(run / "tracking/mlflow.db") as base:
+        assert base.execute("select name from runs").fetchall() == [("bakery",)]
+        assert base.execute("select value from tags where key = 'group'").fetchall() == [
+            ("sweep-1",)
+        ]
 
 
 @each_tracker
