@@ -19,7 +19,7 @@ BUILD = ROOT / "build"
 PAGES = BUILD / "site-pages"
 SITE = BUILD / "site"
 _FOLDERS = ("docs", "slurm", "ds_configs", "launch/runs")
-_SUFFIXES = {".md", ".yaml", ".txt", ".png", ".svg", ".json"}
+_SUFFIXES = {".md", ".yaml", ".txt", ".png", ".svg", ".json", ".css"}
 # Classes whose elements make the theme's script load a library from a network.
 _LOADS_A_LIBRARY = {"mermaid", "glightbox", "md-source", "md-exec"}
 # A shell block without prompts, which the highlighter of `console` would take for output.

@@ -1,6 +1,7 @@
 """Screenshots for docs/images: a quickstart in a terminal of 80 columns, its report, and the site.
 
     make screenshots
+    python -m tests.bench.screenshots RUN    # only report and site, with the report of a finished run
 
 The quickstart runs in a pseudo-terminal, whose output a terminal emulator (pyte) turns into text
 with colours; headless Chromium draws it. The images are stored with at most 256 colours.
@@ -41,15 +42,19 @@ THEMES = {"light": "", "dark": "-dark"}  # and the end of the names of their ima
 
 
 def main() -> None:
-    """Run the quickstart, and write all images."""
+    """Run the quickstart, unless a run is named, and write the images."""
     IMAGES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        screens = run_quickstart(folder)
+        report = folder / "quickstart/run/report.html"
+        screens = {}
+        if sys.argv[1:]:
+            report = Path(sys.argv[1]) / "report.html"
+        else:
+            screens = run_quickstart(folder)
         with chromium(folder / "profile") as browser:
             for name, screen in screens.items():
                 take(browser, screen, IMAGES / f"{name}.png", width=760)
-            report = folder / "quickstart/run/report.html"
             page = SITE / "docs/lora.html"
             for theme, end in THEMES.items():
                 take(browser, report, IMAGES / f"report-desktop{end}.png", width=1100, theme=theme)
