@@ -1,7 +1,16 @@
 """Imports of the forkserver of tests/ranks.py, from which every rank of every test is forked."""
 
 # ruff: noqa: E402, F401 - the number of torch's threads is set before DeepSpeed is imported
+import functools
 import gc
+import importlib.metadata
+import tempfile
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+# Reading the metadata of a package takes 2 ms, and a run reads those of 60.
+importlib.metadata.version = functools.cache(importlib.metadata.version)
 
 import torch
 import torch.distributed
@@ -20,6 +29,8 @@ import peft.utils.transformers_weight_conversion
 import pytest
 import transformers.integrations
 import transformers.models.llama.modeling_llama
+from packaging.requirements import Requirement
+from tqdm import tqdm
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import pipeline.cli.merge
@@ -31,7 +42,21 @@ import pipeline.train.assemble
 import pipeline.train.finish
 import pipeline.train.loop
 import tests.train_tiny
+from pipeline.model.adapter import attach_adapter
+from pipeline.model.base import load_base
+from tests.tiny import make_model, make_plan
 
 get_checkpoint_conversion_mapping("llama")  # compiles 900 patterns, once for all model types
+_ = deepspeed.ops.__compatible_ops__  # imports setuptools, and calls the compiler
+for line in importlib.metadata.requires("rankzero") or ():
+    with suppress(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version(Requirement(line).name)
+# The first plan, base and adapter of a process fill caches of the libraries.
+tqdm.monitor_interval = 0  # progress bars would start a thread
+with tempfile.TemporaryDirectory() as folder:
+    plan = make_plan(make_model(Path(folder) / "model"), zero_stage=2)
+    attach_adapter(load_base(plan, torch.device("cpu")), plan)
+# A fork would lack other threads, and their locks would stay locked.
+assert threading.active_count() == 1, threading.enumerate()
 # Garbage collection in a fork would otherwise write to, and so copy, the pages of all modules.
 gc.freeze()

@@ -66,6 +66,11 @@ def train_tiny(
     return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights}
 
 
+def train_each(session, folder: Path, runs: list[dict], *arguments) -> list[dict]:
+    """Results of `train_tiny` for several settings; the ranks start once for all of them."""
+    return [train_tiny(session, folder, settings, *arguments) for settings in runs]
+
+
 def full_gradients(engine) -> dict:
     """The reduced gradients of all adapter weights, in fp32."""
     return {

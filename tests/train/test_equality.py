@@ -1,10 +1,12 @@
 """Losses, gradients and weights are equal for every split of a global batch and ZeRO stage."""
 
+from functools import cache
+
 import pytest
 
 from pipeline.model import loss as loss_module
 from tests.ranks import run_ranks
-from tests.train_tiny import build_engine, distance, train_tiny
+from tests.train_tiny import build_engine, distance, train_each, train_tiny
 
 pytestmark = pytest.mark.engine
 
@@ -12,31 +14,44 @@ pytestmark = pytest.mark.engine
 FIRST_GRADIENTS = LOSSES = 1e-6
 WEIGHTS_AFTER_5 = 1e-5
 
-LORA = [
-    (1, {"zero_stage": 2, "batch_size": 8}),
-    (1, {"zero_stage": 2, "batch_size": 2, "gradient_checkpointing": True}),
-    (2, {"zero_stage": 1, "batch_size": 2}),
-    (2, {"zero_stage": 1, "batch_size": 4, "gradient_checkpointing": True}),
-    (2, {"zero_stage": 2, "batch_size": 1}),
-    (2, {"zero_stage": 2, "batch_size": 4, "gradient_checkpointing": True}),
-    (2, {"zero_stage": 3, "batch_size": 2}),
-    (2, {"zero_stage": 3, "batch_size": 4, "gradient_checkpointing": True}),
-    (4, {"zero_stage": 2, "batch_size": 2}),
-    (4, {"zero_stage": 3, "batch_size": 1}),
-]
+CHECKPOINTED = {"gradient_checkpointing": True}
 NF4 = {"load_in_4bit": True}
 FP4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
 INT8 = {"load_in_8bit": True}
-QUANTISED = [
-    (NF4, 2, {"zero_stage": 1, "gradient_checkpointing": True}),
-    (NF4, 2, {"zero_stage": 2, "batch_size": 4}),
-    (NF4, 2, {"zero_stage": 2, "gradient_checkpointing": True}),
-    (NF4, 2, {"zero_stage": 3, "batch_size": 2}),
-    (FP4, 2, {"zero_stage": 1, "batch_size": 2}),
-    (FP4, 2, {"zero_stage": 2, "gradient_checkpointing": True}),
-    (INT8, 2, {"zero_stage": 1, "batch_size": 1}),
-    (INT8, 2, {"zero_stage": 2, "batch_size": 1, "gradient_checkpointing": True}),
-]
+# Kind of the base, number of ranks, and the splits that these ranks train one after the other.
+GROUPS = {
+    "1 rank": (
+        {}, 1,
+        [{"zero_stage": 2, "batch_size": 8}, {"zero_stage": 2, "batch_size": 2} | CHECKPOINTED],
+    ),
+    "2 ranks": (
+        {}, 2,
+        [
+            {"zero_stage": 1, "batch_size": 2},
+            {"zero_stage": 1, "batch_size": 4} | CHECKPOINTED,
+            {"zero_stage": 2, "batch_size": 1},
+            {"zero_stage": 2, "batch_size": 4} | CHECKPOINTED,
+            {"zero_stage": 3, "batch_size": 2},
+            {"zero_stage": 3, "batch_size": 4} | CHECKPOINTED,
+        ],
+    ),
+    "4 ranks": ({}, 4, [{"zero_stage": 2, "batch_size": 2}, {"zero_stage": 3, "batch_size": 1}]),
+    "nf4": (
+        NF4, 2,
+        [
+            {"zero_stage": 1} | CHECKPOINTED,
+            {"zero_stage": 2, "batch_size": 4},
+            {"zero_stage": 2} | CHECKPOINTED,
+            {"zero_stage": 3, "batch_size": 2},
+        ],
+    ),
+    "fp4": (FP4, 2, [{"zero_stage": 1, "batch_size": 2}, {"zero_stage": 2} | CHECKPOINTED]),
+    "int8": (
+        INT8, 2,
+        [{"zero_stage": 1, "batch_size": 1}, {"zero_stage": 2, "batch_size": 1} | CHECKPOINTED],
+    ),
+}  # fmt: skip
+SPLITS = [(name, number) for name, (*_, splits) in GROUPS.items() for number in range(len(splits))]
 _references: dict[str, dict] = {}
 
 
@@ -58,43 +73,54 @@ def assert_same(result: dict, expected: dict) -> None:
     assert distance(result["weights"], expected["weights"]) < WEIGHTS_AFTER_5
 
 
-@pytest.mark.parametrize(("world_size", "split"), LORA)
-def test_lora_is_the_same_for_every_split_and_stage(tiny_model, tmp_path, world_size, split):
-    expected = reference(tiny_model, tmp_path, {})
-    result = run_ranks(train_tiny, tiny_model, split, tmp_path=tmp_path, world_size=world_size)
-    assert_same(result[0], expected)
+@pytest.fixture(scope="module")
+def results_of(tiny_model, tmp_path_factory):
+    """Function: name of a group -> the results of its splits; the ranks start once."""
+
+    @cache
+    def train(name):
+        kind, world_size, splits = GROUPS[name]
+        runs, folder = [kind | split for split in splits], tmp_path_factory.mktemp("group")
+        return run_ranks(train_each, tiny_model, runs, tmp_path=folder, world_size=world_size)[0]
+
+    return train
 
 
-def train_over_a_short_step(session, folder, settings):
+@pytest.mark.parametrize(("group", "number"), SPLITS)
+def test_training_is_the_same_for_every_split_and_stage(
+    tiny_model, tmp_path, results_of, group, number
+):
+    kind, *_ = GROUPS[group]
+    assert_same(results_of(group)[number], reference(tiny_model, tmp_path, kind))
+
+
+def train_over_a_short_step(session, folder, runs):
     """Steps of 8, 5, 8 and 5 documents: two epochs."""
-    return train_tiny(session, folder, settings, steps=4, documents=13)
+    return train_each(session, folder, runs, 4, 13)
 
 
 def test_a_short_last_step_is_the_same_for_every_split_and_so_are_epochs_after_it(
     tiny_model, tmp_path
 ):
-    whole, one_by_one, sharded, checkpointed = (
+    [whole], splits = (
         run_ranks(
-            train_over_a_short_step, tiny_model, split, tmp_path=tmp_path, world_size=world_size
+            train_over_a_short_step, tiny_model, runs, tmp_path=tmp_path, world_size=world_size
         )[0]
-        for world_size, split in (
-            (1, {"zero_stage": 2, "batch_size": 8}),
-            (2, {"zero_stage": 2, "batch_size": 1}),
-            (2, {"zero_stage": 3, "batch_size": 1}),
-            (2, {"zero_stage": 3, "batch_size": 2, "gradient_checkpointing": True}),
+        for world_size, runs in (
+            (1, [{"zero_stage": 2, "batch_size": 8}]),
+            (
+                2,
+                [
+                    {"zero_stage": 2, "batch_size": 1},
+                    {"zero_stage": 3, "batch_size": 1},
+                    {"zero_stage": 3, "batch_size": 2} | CHECKPOINTED,
+                ],
+            ),
         )
     )
     assert len(whole["losses"]) == 4
-    for result in (one_by_one, sharded, checkpointed):
+    for result in splits:
         assert_same(result, whole)
-
-
-@pytest.mark.parametrize(("kind", "world_size", "split"), QUANTISED)
-def test_qlora_is_the_same_for_every_split_and_stage(tiny_model, tmp_path, kind, world_size, split):
-    expected = reference(tiny_model, tmp_path, kind)
-    settings = kind | split
-    result = run_ranks(train_tiny, tiny_model, settings, tmp_path=tmp_path, world_size=world_size)
-    assert_same(result[0], expected)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -102,15 +128,11 @@ def test_the_storage_dtype_of_4_bit_weights_does_not_change_the_numbers(
     tiny_model, tmp_path, stage
 ):
     bf16 = NF4 | {"bf16": True, "batch_size": 2, "zero_stage": stage}
-    as_bytes, as_bf16 = (
-        run_ranks(
-            train_tiny, tiny_model, bf16 | {"bnb_4bit_quant_storage": s}, 2, tmp_path=tmp_path
-        )
-        for s in ("uint8", "bfloat16")
-    )
-    assert as_bf16[0]["losses"] == as_bytes[0]["losses"]
-    assert distance(as_bf16[0]["gradients"], as_bytes[0]["gradients"]) == 0
-    assert distance(as_bf16[0]["weights"], as_bytes[0]["weights"]) == 0
+    runs = [bf16 | {"bnb_4bit_quant_storage": dtype} for dtype in ("uint8", "bfloat16")]
+    as_bytes, as_bf16 = run_ranks(train_each, tiny_model, runs, 2, tmp_path=tmp_path)[0]
+    assert as_bf16["losses"] == as_bytes["losses"]
+    assert distance(as_bf16["gradients"], as_bytes["gradients"]) == 0
+    assert distance(as_bf16["weights"], as_bytes["weights"]) == 0
 
 
 def test_the_reference_learns_and_quantisation_changes_its_losses(tiny_model, tmp_path):
@@ -122,33 +144,32 @@ def test_the_reference_learns_and_quantisation_changes_its_losses(tiny_model, tm
 
 
 def train_and_name_the_optimizer(session, folder, settings):
-    optimizer = build_engine(session, folder, settings)[1].deepspeed.optimizer
-    return type(optimizer).__name__, train_tiny(session, folder, settings)
+    names = [
+        type(build_engine(session, folder, each)[1].deepspeed.optimizer).__name__
+        for each in settings
+    ]
+    return names, train_each(session, folder, settings)
 
 
 def test_zero1_in_bf16_uses_the_optimizer_class_of_zero2(tiny_model, tmp_path):
     settings = {"bf16": True, "batch_size": 2, "gradient_accumulation_steps": 2}
-    (class1, stage1), (class2, stage2) = (
-        run_ranks(
-            train_and_name_the_optimizer, tiny_model, settings | {"zero_stage": s},
-            tmp_path=tmp_path,
-        )[0]
-        for s in (1, 2)
-    )  # fmt: skip
-    assert class1 == class2 == "DeepSpeedZeroOptimizer"
+    runs = [settings | {"zero_stage": stage} for stage in (1, 2)]
+    classes, (stage1, stage2) = run_ranks(
+        train_and_name_the_optimizer, tiny_model, runs, tmp_path=tmp_path
+    )[0]
+    assert classes == ["DeepSpeedZeroOptimizer"] * 2
     # Stage 1 accumulates gradients in bf16 (rule zero1-bf16-accumulation).
     assert distance(stage1["gradients"], stage2["gradients"]) < 1e-2
     assert stage1["losses"] == pytest.approx(stage2["losses"], rel=2e-3)
 
 
-def train_in_chunks(session, folder, settings):
+def train_in_chunks(session, folder, runs):
     loss_module.LOGITS_CHUNK_BYTES = 4 * 259 * 5  # five rows of logits in a chunk
-    return train_tiny(session, folder, settings)
+    return train_each(session, folder, runs)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_logits_in_chunks_give_the_same_numbers_at_every_stage(tiny_model, tmp_path, stage):
+def test_logits_in_chunks_give_the_same_numbers_at_every_stage(tiny_model, tmp_path):
     expected = reference(tiny_model, tmp_path, {})
-    settings = {"zero_stage": stage, "batch_size": 2, "max_length": 24}
-    result = run_ranks(train_in_chunks, tiny_model, settings, tmp_path=tmp_path)
-    assert_same(result[0], expected)
+    runs = [{"zero_stage": stage, "batch_size": 2, "max_length": 24} for stage in (2, 3)]
+    for result in run_ranks(train_in_chunks, tiny_model, runs, tmp_path=tmp_path)[0]:
+        assert_same(result, expected)
