@@ -40,13 +40,14 @@ def tables(path: Path) -> str:
 
 def _conditions(lines: list[Line], last: Line) -> str:
     settings, form = last["settings"], "the quick form, " if last["quick"] else ""
+    model = "the first ten layers of SmolLM2-135M" if last["quick"] else "SmolLM2-135M"
     rows = settings["batch_size"] * settings["accumulation_steps"] * last["ranks"]
     loads = [line["load"] for line in lines if "load" in line]
     load = f"{min(loads):.1f} to {max(loads):.1f}" if loads else "unknown"
     return (
         f"{last['date']}, commit {last['commit']}, {form}{last['cpu']}, {last['memory_gib']} GiB, "
-        f"Python {last['python']}, {last['ranks']} ranks, {last['rows']}, SmolLM2-135M in bf16, "
-        f"{rows} sequences a step, steps {last['first_measured']} to {settings['max_steps']}. "
+        f"Python {last['python']}, {last['ranks']} ranks, {last['rows']}, {model} in bf16, "
+        f"{rows} sequences a step, steps {settings['first_measured']} to {settings['max_steps']}. "
         f"Load before a run: {load}."
     )
 

@@ -4,6 +4,7 @@ import ctypes
 import logging
 import math
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -91,7 +92,25 @@ def detect_hardware() -> Hardware:
                 "and CPUs are supported; use a node with NVIDIA GPUs, or set DS_ACCELERATOR=cpu to "
                 "train on the CPU"
             )
-    return cpu_of(len(os.sched_getaffinity(0)), host_memory().total)
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
+    return replace(
+        cpu_of(len(os.sched_getaffinity(0)), host_memory().total),
+        is_slow_in_bf16=is_slow_in_bf16(text),
+    )
+
+
+def is_slow_in_bf16(cpuinfo: str) -> bool:
+    """Whether a CPU multiplies matrices faster in fp32 than in bf16, by the text of /proc/cpuinfo.
+
+    Measured on Intel Xeons of model 207 whose AMX is hidden by the hypervisor (docs/log.md). Other
+    CPUs without AMX that have bf16 instructions, such as AMD's, may be faster in bf16.
+    """
+    fields = dict(re.findall(r"^(\S.*?)\s*:\s*(.*)$", cpuinfo, re.MULTILINE))
+    flags = fields.get("flags", "").split()
+    if "avx2" not in flags or "amx_bf16" in flags:
+        return False
+    return "avx512_bf16" not in flags or fields.get("vendor_id") == "GenuineIntel"
 
 
 def unsupported(env: Mapping[str, str], root: Path) -> str | None:

@@ -9,6 +9,7 @@ document, D width of a query or key, V width of a value.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, chain
 from typing import Any, Self
 
@@ -21,10 +22,13 @@ from transformers.masking_utils import sdpa_mask
 
 from pipeline.cluster.sequence_group import SequenceGroup
 from pipeline.errors import UserError
+from pipeline.model.fp32_kernels import attend_in_fp32
 from pipeline.model.structure import num_blocks_with
 from pipeline.model.ulysses import heads_of_whole_sequence, of_own_heads, tokens_of_all_heads
 
-WITHIN_DOCUMENTS = "rankzero_documents"  # name of this attention for `attn_implementation`
+# Names of this attention for `attn_implementation`; with the second, bf16 tensors are computed in
+# fp32 kernels (fp32_kernels.py).
+WITHIN_DOCUMENTS, WITHIN_DOCUMENTS_FP32 = "rankzero_documents", "rankzero_documents_fp32"
 FLASH = "flash_attention_2"
 # Arguments of transformers 5.23 that have no effect on causal attention. Any other argument that is
 # not None raises an error, because it may request a variant that is not implemented here.
@@ -82,17 +86,23 @@ def arguments_for(
     positions = torch.cat([torch.arange(tokens) for tokens in lengths]).view(-1, length)
     if group is not None:
         positions = group.part(positions, 0)
-    arguments: dict[str, Any] = {"position_ids": positions.to(device, non_blocking=True)}
-    if implementation == WITHIN_DOCUMENTS:
+    arguments: dict[str, Any] = {"position_ids": _copied(positions, device)}
+    if implementation in (WITHIN_DOCUMENTS, WITHIN_DOCUMENTS_FP32):
         return arguments | {"documents": PackedDocuments(documents, group)}
     if group is not None:
         raise ValueError(f"attention {implementation!r} cannot be split over ranks")
     if implementation != FLASH:
         raise ValueError(f"attention {implementation!r} does not keep documents separate")
-    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    bounds = bounds.to(device, non_blocking=True)
+    bounds = _copied(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
     arguments |= {f"cu_seq_lens_{side}": bounds for side in "qk"}
     return arguments | {f"max_length_{side}": max(lengths) for side in "qk"}
+
+
+def _copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on a device. For a GPU it is pinned, else the host waits for the copy."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def require_all_blocks_separate(
@@ -144,6 +154,7 @@ def _attend(
         # Qwen2-MoE stores the window in the module and does not pass it to the attention.
         window=arguments.pop("sliding_window", getattr(module, "sliding_window", None)),
         chunk=_chunk_size(module),
+        has_fp32_kernels=arguments.pop("has_fp32_kernels", False),
     )
     _refuse_unsupported(module, arguments)
     if attention_mask is not None or query.shape[2] != key.shape[2]:
@@ -237,6 +248,7 @@ class _LayerAttention:
     `softcap`: tanh cap of the scores (Gemma 2). `sinks`: (H,), an additional score in the softmax
     of each head (gpt-oss). `window`: number of tokens that a token attends to, itself included.
     `chunk`: tokens of a chunk; there is no attention between chunks (Llama 4).
+    `has_fp32_kernels`: whether bf16 tensors are computed in fp32 where this is implemented.
     """
 
     dropout: float
@@ -245,6 +257,7 @@ class _LayerAttention:
     sinks: torch.Tensor | None
     window: int | None
     chunk: int | None
+    has_fp32_kernels: bool
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """(B, H, L, D), (B, K, L, D), (B, K, L, V) -> (B, H, L, V)."""
@@ -327,6 +340,9 @@ class _LayerAttention:
         """
         width = value.shape[-1]
         value = F.pad(value, (0, query.shape[-1] - width)) if width < query.shape[-1] else value
+        is_plain = mask is None and self.dropout == 0 and value.shape[-1] == query.shape[-1]
+        if self.has_fp32_kernels and is_plain and query.dtype == torch.bfloat16:
+            return attend_in_fp32(query, key, value, self.scaling)[..., :width]
         is_grouped = query.shape[1] != key.shape[1]
         if is_grouped and mask is not None:  # no fused kernel supports both a mask and enable_gqa
             key, value = _repeat_heads(query, key, value)
@@ -423,4 +439,6 @@ def _mask(
 
 
 AttentionInterface.register(WITHIN_DOCUMENTS, _attend)
-AttentionMaskInterface.register(WITHIN_DOCUMENTS, _mask)
+AttentionInterface.register(WITHIN_DOCUMENTS_FP32, partial(_attend, has_fp32_kernels=True))
+for _name in (WITHIN_DOCUMENTS, WITHIN_DOCUMENTS_FP32):
+    AttentionMaskInterface.register(_name, _mask)

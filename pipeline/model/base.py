@@ -31,7 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
-from pipeline.model.attention import FLASH, WITHIN_DOCUMENTS
+from pipeline.model.attention import FLASH, WITHIN_DOCUMENTS, WITHIN_DOCUMENTS_FP32
 from pipeline.model.complete import Difference, require_no_difference
 from pipeline.model.host_activations import HostActivations
 from pipeline.model.load_fixes import corrected_loading
@@ -39,6 +39,7 @@ from pipeline.model.packed import checkpoint_tensors
 from pipeline.model.packed_files import is_packed
 from pipeline.model.structure import blocks
 from pipeline.model.token_rows import set_token_rows
+from pipeline.plan.given.fast_paths import FP32_KERNELS
 from pipeline.plan.given.shape import DEQUANTISED, ModelShape, quantization_of
 from pipeline.plan.plan import Plan
 
@@ -70,7 +71,7 @@ def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
     model = load_plain(
         settings.model_folder,
         dtype=dtype,
-        attention=FLASH if settings.use_flash_attention is True else WITHIN_DOCUMENTS,
+        attention=attention_name(plan),
         trust_remote_code=settings.trust_remote_code,
         **options,
     )
@@ -79,6 +80,13 @@ def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
     freeze_base(model, plan, device)
     set_token_rows(model, plan)
     return model
+
+
+def attention_name(plan: Plan) -> str:
+    """The attention of a run, as `attn_implementation`."""
+    if plan.settings.use_flash_attention is True:
+        return FLASH
+    return WITHIN_DOCUMENTS if plan.fast_paths[FP32_KERNELS] else WITHIN_DOCUMENTS_FP32
 
 
 def freeze_base(model: PreTrainedModel, plan: Plan, device: torch.device) -> PreTrainedModel:

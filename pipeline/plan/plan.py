@@ -114,7 +114,7 @@ class Plan:
     @property
     def fast_paths(self) -> dict[str, str]:
         """The name of each fast path, with the reason why it is off; an empty text if it is on."""
-        reasons = fast_paths(self.shape, self.settings, self.layout)
+        reasons = fast_paths(self.shape, self.settings, self.layout, self.hardware)
         if self.proof is not None and self.proof.without_fast_paths:
             return dict.fromkeys(reasons, self.proof.without_fast_paths[0])
         return reasons

@@ -10,6 +10,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pipeline.plan.cost.speed import reachable_rates
+from pipeline.plan.given.fast_paths import FP32_KERNELS
 from pipeline.preflight.check import Check, Finding, ProbeResults, ok, warn
 from pipeline.preflight.context import RankContext
 from pipeline.preflight.gpus import own_devices
@@ -26,6 +27,8 @@ _MIN_OF_MEDIAN = {"cuda": 0.85, "cpu": 0.4}
 # Warn below this fraction of the rate expected for a link.
 _MIN_OF_LINKS = 0.5
 _TERA, _GIGA = 1e12, 1e9
+# A CPU is much faster in one dtype than in the other above this ratio of the rates.
+_MUCH_FASTER = 1.3
 # Matrix width and bytes sent: large enough to saturate a device or a link, small enough to be fast.
 _WIDTH = {"cuda": 8192, "cpu": 768}
 _SENT_BYTES = {"cuda": 2**26, "cpu": 2**22}
@@ -33,27 +36,35 @@ _NUM_WARM_UPS, _NUM_REPEATS = 2, 5
 
 
 def _probe_product(context: RankContext) -> dict[str, Any]:
-    """FLOP/s of a matrix product in the training dtype on each device of this rank."""
+    """FLOP/s of a matrix product in the training dtype on each device of this rank.
+
+    On a CPU also those in fp32, and whether the run multiplies bf16 tensors in fp32.
+    """
     import torch
 
     plan, kind = context.known_plan, context.hardware.kind
-    dtype = getattr(torch, plan.training_dtype)
-    rates = []
-    for device in devices_of(context):
-        width = _WIDTH[kind]
-        left = torch.randn(width, width, device=device).to(dtype)
-        right, product = left.t().contiguous(), torch.empty_like(left)
+    dtype, devices = getattr(torch, plan.training_dtype), devices_of(context)
+    return {
+        "kind": kind,
+        "rates": [_product_rate(device, dtype) for device in devices],
+        "planned": reachable_rates(plan.layout, plan.hardware).flops,
+        "dtype": plan.training_dtype,
+        "fp32_rate": _product_rate(devices[0], torch.float32) if kind == "cpu" else None,
+        "has_fp32_kernels": not plan.fast_paths[FP32_KERNELS],
+    }
 
-        def multiply(
-            left: torch.Tensor = left, right: torch.Tensor = right, product: torch.Tensor = product
-        ) -> None:
-            torch.mm(left, right, out=product)
 
-        rates.append(2 * width**3 / _median_seconds(multiply, device))
-        if not bool(torch.isfinite(product).all()):
-            raise RuntimeError(f"a product of finite numbers is not finite on {device}")
-    planned = reachable_rates(plan.layout, plan.hardware).flops
-    return {"kind": kind, "rates": rates, "planned": planned}
+def _product_rate(device: "torch.device", dtype: "torch.dtype") -> float:
+    """FLOP/s of a square matrix product. Raises RuntimeError if the product is not finite."""
+    import torch
+
+    width = _WIDTH[device.type]
+    left = torch.randn(width, width, device=device).to(dtype)
+    right, product = left.t().contiguous(), torch.empty_like(left)
+    seconds = _median_seconds(lambda: torch.mm(left, right, out=product), device)
+    if not bool(torch.isfinite(product).all()):
+        raise RuntimeError(f"a product of finite numbers is not finite on {device}")
+    return 2 * width**3 / seconds
 
 
 def _assess_product(results: ProbeResults) -> Iterable[Finding]:
@@ -74,7 +85,27 @@ def _assess_product(results: ProbeResults) -> Iterable[Finding]:
     if kind == "cuda" and middle < _MIN_OF_PLAN * planned:
         yield warn(text, "check power limits (nvidia-smi -q); steps will be slower than planned")
     elif not slow:
-        yield ok(text)
+        yield _slower_dtype(results) or ok(text)
+
+
+def _slower_dtype(results: ProbeResults) -> Finding | None:
+    """A warning if a CPU multiplies bf16 tensors much faster in the dtype that is not used."""
+    ranks = list(results.by_rank.values())
+    if any(rank["fp32_rate"] is None or rank["dtype"] != "bfloat16" for rank in ranks):
+        return None
+    bf16, fp32 = (
+        median(rates) / _TERA
+        for rates in zip(*((rank["rates"][0], rank["fp32_rate"]) for rank in ranks), strict=True)
+    )
+    text = f"matrix products: {bf16:.3g} TFLOPS in bf16, {fp32:.3g} in fp32"
+    if not results.first["has_fp32_kernels"] and fp32 > _MUCH_FASTER * bf16:
+        return warn(
+            f"{text}; this run multiplies in bf16",
+            "set bf16: false and fp16: false, which trains in fp32 with twice the memory",
+        )
+    if results.first["has_fp32_kernels"] and bf16 > _MUCH_FASTER * fp32:
+        return warn(f"{text}; this run multiplies bf16 tensors in fp32", "set fast_paths: false")
+    return None
 
 
 def _probe_all_reduce(context: RankContext) -> dict[str, Any]:

@@ -28,11 +28,12 @@ from pipeline.data.order.steps import SeededBatch
 from pipeline.evaluate.generate import Generator
 from pipeline.model.adapter import trainable
 from pipeline.model.base import remove_input_gradients, require_input_gradients
+from pipeline.model.fp32_kernels import multiply_in_fp32
 from pipeline.model.joint_lora import join_lora
 from pipeline.model.loss import SummedLoss, max_chunks
 from pipeline.model.neftune import EmbeddingNoise
 from pipeline.model.tiles import tile_mlps
-from pipeline.plan.given.fast_paths import JOINT_LORA, LOSS_GRADIENT, ONE_REDUCTION
+from pipeline.plan.given.fast_paths import FP32_KERNELS, JOINT_LORA, LOSS_GRADIENT, ONE_REDUCTION
 from pipeline.plan.given.layout import SequenceProfile
 from pipeline.plan.plan import Plan
 from pipeline.train.reduction import accumulate_in_fp32, reduced_once
@@ -82,6 +83,8 @@ class Engine:
         is_sharded = plan.layout.is_sharded
         if not plan.fast_paths[JOINT_LORA]:
             join_lora(model)
+        if not plan.fast_paths[FP32_KERNELS]:
+            multiply_in_fp32(model)
         causal: Any = model.get_base_model()
         self._tiled = tile_mlps(causal, plan)
         is_reentrant = is_sharded and plan.layout.checkpointed_layers > 0

@@ -136,8 +136,8 @@ class Bench:
     def measure(self, cell):
         """Seconds of each step, tokens per second and peak memory, measured and predicted."""
 
-        def chosen(shape, settings, layout):
-            states = fast_paths(shape, settings, layout)
+        def chosen(*arguments):
+            states = fast_paths(*arguments)
             return states | ({cell.without: "off in this cell"} if cell.without else {})
 
         with patch("pipeline.plan.plan.fast_paths", chosen):

@@ -4,8 +4,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from pipeline.model.attention import FLASH, WITHIN_DOCUMENTS
-from pipeline.model.base import DTYPES, Quantisation, freeze_base
+from pipeline.model.base import DTYPES, Quantisation, attention_name, freeze_base
 from pipeline.model.checkpoint_names import model_on_meta
 
 
@@ -16,9 +15,10 @@ def random_base(plan, device):
     """
     settings, dtype = plan.settings, DTYPES[plan.training_dtype]
     config = AutoConfig.from_pretrained(settings.model_folder, local_files_only=True)
-    attention = FLASH if settings.use_flash_attention is True else WITHIN_DOCUMENTS
     with no_init_weights(), torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention_name(plan)
+        )
     model.tie_weights()
     torch.manual_seed(0)
     with torch.no_grad():

@@ -6,8 +6,9 @@ Every tool trains the same model on the same rows, with the same adapter, precis
 ranks. A round measures every tool in every cell once, so that tools are interleaved; the order
 rotates from round to round. A line is appended to the results after each run, and a second call
 continues: runs of this commit that the file has are skipped. The model is that of `make
-quickstart`. Rows: the GSM8K training set if `--rows` or the cache has it, else random words of the
-same lengths. `docs/speed_tables.py RESULTS` prints the tables of docs/benchmarks.md.
+quickstart`; `--quick` trains its first ten layers. Rows: the GSM8K training set if `--rows` or the
+cache has it, else random words of the same lengths. `docs/speed_tables.py RESULTS` prints the
+tables of docs/benchmarks.md.
 """
 
 import argparse
@@ -15,6 +16,8 @@ import json
 import os
 import platform
 import random
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,7 +28,7 @@ from pathlib import Path
 
 from tests import ROOT
 from tests.bench.gsm8k import LENGTHS
-from tests.bench.speed_cells import CELLS, FIRST_MEASURED, QUICK_CELLS, Cell, Tool
+from tests.bench.speed_cells import CELLS, QUICK_CELLS, QUICK_LAYERS, Cell, Tool
 from tests.bench.speed_run import (
     CACHE,
     RANKS,
@@ -69,6 +72,7 @@ def main() -> None:
     deadline = time.monotonic() + 60 * minutes
     _bring_model()
     with tempfile.TemporaryDirectory() as folder:
+        model = _with_few_layers(Path(folder) / "model") if arguments.quick else MODEL
         rows, name = write_rows(arguments.rows, Path(folder))
         common = _machine() | {"rows": name, "quick": arguments.quick, "commit": _commit()}
         pending = [
@@ -83,8 +87,12 @@ def main() -> None:
                 print(f"no time for {len(pending) - number} runs; the same command continues")
                 break
             if (repeat, cell.name) not in rates:
-                rates[repeat, cell.name] = bare_rate(str(MODEL))
-            line = _run(tool, cell, repeat, rows, is_quick=arguments.quick)
+                rates[repeat, cell.name] = bare_rate(str(model))
+            settings = cell.settings(is_quick=arguments.quick)
+            files = {"model": str(model), "rows": str(rows)}
+            print(f"{cell.name}: {tool.name}, round {repeat + 1} ...", end=" ", flush=True)
+            line = _run(tool, settings | files | {"seed": repeat + 1})
+            line |= {"cell": cell.name, "tool": tool.name, "repeat": repeat, "settings": settings}
             _append(results, common | line | {"bare_flops": rates[repeat, cell.name]})
     subprocess.run([sys.executable, ROOT / "docs/speed_tables.py", results], check=True)
 
@@ -107,41 +115,35 @@ def missing_runs(
     ]
 
 
-def _run(tool: Tool, cell: Cell, repeat: int, rows: Path, *, is_quick: bool) -> dict:
-    settings = cell.settings(is_quick=is_quick)
-    print(f"{cell.name}: {tool.name}, round {repeat + 1} ...", end=" ", flush=True)
+def _run(tool: Tool, case: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        case = settings | {
-            "model": str(MODEL), "rows": str(rows), "folder": folder, "seed": repeat + 1,
-        }  # fmt: skip
-        line = measure(tool, case, Path(folder))
-    line |= {"cell": cell.name, "tool": tool.name, "repeat": repeat, "settings": settings}
+        line = measure(tool, case | {"folder": folder}, Path(folder))
     if "error" in line:
         print(line["error"], flush=True)
     else:
-        line["flops_per_token"] = flops_per_token(settings, rows)
+        line["flops_per_token"] = flops_per_token(case)
         print(f"{line['useful_per_s']:.0f} useful tokens/s", flush=True)
     return line
 
 
-def flops_per_token(settings: dict, rows: Path) -> float:
+def flops_per_token(case: dict) -> float:
     """FLOPs that a useful token needs: forward, backward and, with checkpointing, recomputation.
 
     A frozen weight has no gradient. Attention needs half of the scores of each document. Logits are
     counted for supervised tokens only. Padding is not counted, so a tool that pads reaches less.
     """
-    config = json.loads((MODEL / "config.json").read_text())
+    config = json.loads((Path(case["model"]) / "config.json").read_text())
     hidden, inner, layers = (
         config[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers")
     )
     keys = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
     sizes = [(hidden, hidden)] * 2 + [(hidden, keys)] * 2 + [(hidden, inner)] * 3
     base = layers * sum(a * b for a, b in sizes)
-    adapter = layers * settings["lora_r"] * sum(a + b for a, b in sizes)
-    again = 1 if settings["gradient_checkpointing"] is True else 0
+    adapter = layers * case["lora_r"] * sum(a + b for a, b in sizes)
+    again = 1 if case["gradient_checkpointing"] is True else 0
     attended = float((LENGTHS**2).sum() / LENGTHS.sum())
     scores = 2 * attended * hidden * layers  # the causal half of two products
-    logits = 4 * config["vocab_size"] * hidden * _supervised_share(rows)
+    logits = 4 * config["vocab_size"] * hidden * _supervised_share(Path(case["rows"]))
     products = (4 + 2 * again) * base + (6 + 2 * again) * adapter
     return products + (3.5 + again) * scores + logits
 
@@ -183,6 +185,20 @@ def _bring_model() -> None:
     subprocess.run([sys.executable, "-c", code, MODEL], check=True, env=environment)
 
 
+def _with_few_layers(folder: Path) -> Path:
+    """The model with its first layers only, for the short form."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((MODEL / "config.json").read_text()) | {"num_hidden_layers": QUICK_LAYERS}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(MODEL / "model.safetensors")
+    layers = {key: re.search(r"\.layers\.(\d+)\.", key) for key in tensors}
+    kept = {key for key, layer in layers.items() if not layer or int(layer[1]) < QUICK_LAYERS}
+    save_file({key: tensors[key] for key in kept}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 def _machine() -> dict:
     info = Path("/proc/cpuinfo").read_text().splitlines()
     models = Counter(line.split(": ")[1] for line in info if line.startswith("model name"))
@@ -192,7 +208,6 @@ def _machine() -> dict:
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30),
         "python": platform.python_version(),
         "ranks": RANKS,
-        "first_measured": FIRST_MEASURED,
     }
 
 

@@ -8,15 +8,17 @@ from tests import ROOT
 PEERS = ROOT / "tests/bench/peers"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Settings of the base case; a cell changes some of them. `sorted`: peers group rows by length;
-# RankZero always does. `gradient_checkpointing: auto` exists only in RankZero.
+# RankZero always does. `gradient_checkpointing: auto` exists only in RankZero. `first_measured`:
+# the first step whose time counts.
 BASE = {
     "zero_stage": 2, "gradient_checkpointing": True, "packing": False, "load_in_4bit": False,
     "sorted": False, "batch_size": 2, "accumulation_steps": 2, "max_length": 512, "max_steps": 8,
     "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "lr": 2e-4, "targets": TARGETS,
+    "first_measured": 3,
 }  # fmt: skip
-# A short form for development: half the rows in a step, and fewer steps.
-QUICK = {"accumulation_steps": 1, "max_steps": 5}
-FIRST_MEASURED = 3  # the first step whose time counts
+# A short form for development: half the rows in a step, fewer steps, and a third of the layers.
+QUICK = {"accumulation_steps": 1, "max_steps": 4, "first_measured": 2}
+QUICK_LAYERS = 10
 
 
 @dataclass(frozen=True)

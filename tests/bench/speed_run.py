@@ -15,7 +15,7 @@ import psutil
 import yaml
 
 from tests import ROOT
-from tests.bench.speed_cells import FIRST_MEASURED, PEERS, Tool
+from tests.bench.speed_cells import PEERS, Tool
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankzero-bench"
 RANKS = 2
@@ -64,7 +64,7 @@ def build_operators(name: str | None) -> None:
 
 
 def bare_rate(model: str) -> float:
-    """FLOP/s of bf16 matrix products, one process for each rank at the same time."""
+    """FLOP/s of matrix products in the faster of bf16 and fp32, on all ranks at the same time."""
     command = [sys.executable, PEERS / "bare_products.py", model]
     processes = [
         subprocess.Popen(command, env=_environment(None), stdout=subprocess.PIPE, text=True)
@@ -89,7 +89,8 @@ def measure(tool: Tool, case: dict[str, object], folder: Path) -> dict[str, obje
     wall_s = time.time() - started
     if code:
         return {"error": f"exit code {code}: {_last_words(log)}"}
-    summary = _rankzero_steps(steps) if tool.script is None else _peer_steps(folder)
+    summarise = _rankzero_steps if tool.script is None else _peer_steps
+    summary = summarise(steps.parent, int(case["first_measured"]))
     return {
         **summary,
         "first_step_s": round(first_step - started, 1),
@@ -167,8 +168,8 @@ def _rankzero_command(case: dict[str, object], folder: Path) -> list[str]:
         str(run_file)]  # fmt: skip
 
 
-def _rankzero_steps(path: Path) -> dict[str, float]:
-    steps = [json.loads(line) for line in path.open()][FIRST_MEASURED - 1 :]
+def _rankzero_steps(folder: Path, first: int) -> dict[str, float]:
+    steps = json_lines(folder / "metrics.jsonl")[first - 1 :]
     seconds = sum(step["step_seconds"] for step in steps)
     return {
         "useful_per_s": sum(step["tokens"] for step in steps) / seconds,
@@ -177,21 +178,21 @@ def _rankzero_steps(path: Path) -> dict[str, float]:
     }
 
 
-def _peer_steps(folder: Path) -> dict[str, float]:
+def _peer_steps(folder: Path, first: int) -> dict[str, float]:
     """Sums over the ranks; the time is that of rank 0."""
-    ranks = [[json.loads(line) for line in path.open()] for path in folder.glob("steps-*.jsonl")]
+    ranks = [json_lines(path) for path in folder.glob("steps-*.jsonl")]
     times = [step["time"] for step in json_lines(folder / "steps-0.jsonl")]
-    seconds = times[-1] - times[FIRST_MEASURED - 2]
+    seconds = times[-1] - times[first - 2]
 
     def rate(key: str) -> float:
-        return sum(step[key] for rank in ranks for step in rank[FIRST_MEASURED - 1 :]) / seconds
+        return sum(step[key] for rank in ranks for step in rank[first - 1 :]) / seconds
 
     tokens = rate("tokens")
     return {
         "useful_per_s": tokens,
         "supervised_per_s": rate("supervised_tokens"),
         "padding_share": 1 - tokens / rate("computed_tokens"),
-        "step_s": seconds / (len(times) - FIRST_MEASURED + 1),
+        "step_s": seconds / (len(times) - first + 1),
     }
 
 

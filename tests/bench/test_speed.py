@@ -57,7 +57,7 @@ def test_rates_are_sums_over_ranks_from_the_third_step_on(tmp_path):
         times = [10.0, 20.0, 21.0, 24.0]
         lines = [{"time": t} | (early if i < 2 else counts) for i, t in enumerate(times)]
         write(tmp_path / f"steps-{rank}.jsonl", lines)
-    rates = speed_run._peer_steps(tmp_path)
+    rates = speed_run._peer_steps(tmp_path, 3)
     assert rates["useful_per_s"] == 2 * 2 * 30 / 4.0
     assert rates["supervised_per_s"] == 2 * 2 * 10 / 4.0
     assert rates["padding_share"] == pytest.approx(0.25)
@@ -69,8 +69,7 @@ def line(tool, rate, **others):
         "cell": "base case", "tool": tool, "repeat": 0, "useful_per_s": rate, "cpu": "2 x CPU",
         "supervised_per_s": rate / 2, "first_step_s": 20.0, "wall_s": 60.0, "pss_bytes": 2e9,
         "bare_flops": 1e11, "flops_per_token": 1e8, "date": "2026-01-01", "memory_gib": 24,
-        "python": "3.11", "ranks": 2, "rows": "rows", "settings": BASE, "first_measured": 3,
-        "load": 0.1,
+        "python": "3.11", "ranks": 2, "rows": "rows", "settings": BASE, "load": 0.1,
     }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from pipeline.cluster import devices
 from pipeline.cluster.devices import (
     compute_capability,
     detect_hardware,
+    is_slow_in_bf16,
     missing_gpus,
     set_environment,
     unsupported,
@@ -101,7 +102,28 @@ def test_a_detected_gpu_has_its_own_memory_and_the_rates_of_its_name(unset):
         host_bytes=host_memory().total,
     )
     unset.setenv("DS_ACCELERATOR", "cpu")
-    assert detect_hardware() == cpu_of(len(os.sched_getaffinity(0)), result.host_bytes)
+    cpu = replace(detect_hardware(), is_slow_in_bf16=False)
+    assert cpu == cpu_of(len(os.sched_getaffinity(0)), result.host_bytes)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "is_slow"),
+    [
+        ("GenuineIntel", "fma avx2", True),
+        ("GenuineIntel", "fma avx2 avx512_bf16", True),
+        ("GenuineIntel", "fma avx2 avx512_bf16 amx_bf16 amx_tile", False),
+        ("AuthenticAMD", "fma avx2", True),
+        ("AuthenticAMD", "fma avx2 avx512_bf16", False),
+    ],
+)
+def test_a_cpu_is_slow_in_bf16_if_its_flags_were_measured_to_be(vendor, flags, is_slow):
+    cpuinfo = f"processor\t: 0\nvendor_id\t: {vendor}\nmodel\t\t: 207\nflags\t\t: {flags}\n\n"
+    assert is_slow_in_bf16(cpuinfo) == is_slow
+
+
+def test_a_cpu_that_is_not_x86_is_not_slow_in_bf16():
+    assert not is_slow_in_bf16("processor\t: 0\nFeatures\t: asimd bf16\n")
+    assert not is_slow_in_bf16("")
 
 
 def test_a_mig_instance_is_planned_for_with_its_own_memory(unset):

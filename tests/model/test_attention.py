@@ -1,6 +1,7 @@
 """Documents of a pack do not attend to each other; each has the logits that it has alone."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,6 +187,18 @@ def test_positions_restart_at_each_document_and_padding_is_separate():
     for side in "qk":
         assert arguments[f"cu_seq_lens_{side}"].tolist() == [0, 2, 5, 8, 9, 10]
         assert arguments[f"max_length_{side}"] == 3
+
+
+def test_positions_for_a_gpu_are_copied_from_pinned_memory(monkeypatch):
+    """A copy from other memory would make the host wait. The GPU is a stand-in."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device, non_blocking: x)
+    ids = SimpleNamespace(shape=(1, 5), device=torch.device("cuda"))
+    for name, keys in ((WITHIN_DOCUMENTS, ["position_ids"]), (FLASH, ["cu_seq_lens_q"])):
+        pinned.clear()
+        arguments = arguments_for(name, ((2, 3),), ids)
+        assert all(any(arguments[key] is tensor for tensor in pinned) for key in keys)
 
 
 def test_an_attention_implementation_that_crosses_documents_is_refused():

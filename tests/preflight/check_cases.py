@@ -53,7 +53,16 @@ def memory(need: int, free: int, total: int, limited_by: str = "") -> dict:
 
 def product(*tflops: float, kind: str = "cuda") -> dict:
     """Result of a rank whose devices have these rates."""
-    return {"kind": kind, "rates": [rate * 1e12 for rate in tflops], "planned": 690e12}
+    return {
+        "kind": kind, "rates": [rate * 1e12 for rate in tflops], "planned": 690e12,
+        "dtype": "float32", "fp32_rate": None, "has_fp32_kernels": False,
+    }  # fmt: skip
+
+
+def cpu_product(bf16: float, fp32: float, *, has_fp32_kernels: bool) -> dict:
+    """Result of a CPU rank with these rates in TFLOPS, for a run in bf16."""
+    rates = {"dtype": "bfloat16", "fp32_rate": fp32 * 1e12, "has_fp32_kernels": has_fp32_kernels}
+    return product(bf16, kind="cpu") | rates
 
 
 def summed(gb_s: float, kind: str = "cuda") -> dict:
@@ -111,6 +120,8 @@ GOOD = [
     ("4 bits", {0: {"errors": [0.0966], "kind": "fp4"}}, ["0.0966"]),
     ("matrix product", {0: product(650), 1: product(640)}, ["645 TFLOPS", "690"]),
     ("matrix product", {0: product(0.02, kind="cpu"), 1: product(0.03, kind="cpu")}, ["690"]),
+    ("matrix product", {0: cpu_product(0.1, 0.2, has_fp32_kernels=True)}, ["0.1 TFLOPS"]),
+    ("matrix product", {0: cpu_product(0.2, 0.1, has_fp32_kernels=False)}, ["0.2 TFLOPS"]),
     ("process group", {0: "nccl", 1: "nccl"}, ["2 ranks over nccl"]),
     ("all-reduce", {0: summed(280), 1: summed(290)}, ["280 GB/s"]),
     ("all-reduce", {0: summed(0.2, "cpu")}, ["0.2 GB/s"]),
@@ -161,6 +172,10 @@ BAD = [
     ("matrix product", {0: product(650), 1: product(640, 300), 2: product(650)}, "warn",
         ["rank 1 (node2)", "300", "645"]),
     ("matrix product", {0: product(100), 1: product(100)}, "warn", ["100 TFLOPS", "690"]),
+    ("matrix product", {0: cpu_product(0.1, 0.2, has_fp32_kernels=False)}, "warn",
+        ["0.1 TFLOPS in bf16", "0.2 in fp32", "bf16: false"]),
+    ("matrix product", {0: cpu_product(0.2, 0.1, has_fp32_kernels=True)}, "warn",
+        ["0.1 in fp32", "fast_paths: false"]),
     ("all-reduce", {0: summed(20), 1: summed(21)}, "warn", ["20 GB/s", "300"]),
     (
         "all-to-all",

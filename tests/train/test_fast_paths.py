@@ -1,7 +1,10 @@
 """The fast paths give the gradients of the plain computation, at every stage and for every base."""
 
+from dataclasses import replace
+
 import pytest
 
+from pipeline.plan.given.catalogue import cpu_of
 from tests.ranks import run_ranks
 from tests.train.test_packed import PACKS
 from tests.train.test_packed import train as train_packed
@@ -53,3 +56,18 @@ def test_gradients_of_packs_equal_those_of_the_plain_computation(tiny_model, tmp
     settings = {"zero_stage": stage, "batch_size": 1}
     results = run_ranks(on_and_off, train_packed, tiny_model, settings, PACKS, tmp_path=tmp_path)
     assert_same(*results[0])
+
+
+def in_fp32_and_bf16(session, folder, settings):
+    """First gradients in fp32, and in bf16 with and without the fast paths."""
+    bf16 = {"bf16": True, "hardware": replace(cpu_of(2, 2**34), is_slow_in_bf16=True)}
+    variants = ({}, bf16, bf16 | {"fast_paths": False})
+    return [train_tiny(session, folder, settings | each, 1)["gradients"] for each in variants]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradients_of_fp32_kernels_are_as_exact_as_in_bf16(tiny_model, tmp_path, stage):
+    settings = {"zero_stage": stage, "batch_size": 4, "gradient_checkpointing": stage == 3}
+    results = run_ranks(in_fp32_and_bf16, tiny_model, settings, tmp_path=tmp_path)
+    exact, fast, plain = results[0]
+    assert 0 < distance(fast, exact) < 1.1 * distance(plain, exact) < 0.1

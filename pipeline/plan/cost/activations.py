@@ -14,13 +14,16 @@ from math import ceil
 from pipeline.config.settings import RunSettings
 from pipeline.plan.given.adapter_counts import AdapterCounts, adapter_counts_by_kind
 from pipeline.plan.given.block import Block
-from pipeline.plan.given.fast_paths import LOSS_GRADIENT, has_fast_path, has_joint_lora
+from pipeline.plan.given.fast_paths import has_fp32_kernels, has_joint_lora, has_loss_gradient
+from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import Layout, SequenceProfile
 from pipeline.plan.given.sequence_parallel import key_copies
 from pipeline.plan.given.shape import ModelShape
 
 # Logits are computed in chunks of this many bytes of fp32 (model/loss.py).
 LOGITS_CHUNK_BYTES = 256 * 2**20
+# Frozen weights are cast to fp32 in parts of this many values (model/fp32_kernels.py).
+FP32_PART_VALUES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,8 @@ class _BlockKind:
     which a token may attend, which is the length of its sequence, or of its document in a pack.
     `mask_bytes`: bytes per value of a dropout mask. `is_joint`: whether adapters are computed by
     the fast path JOINT_LORA. `group_size`: number of ranks that share each sequence. `num_tiles`:
-    tiles of the MLP. `outside_mlp`: sums over the adapters of other layers.
+    tiles of the MLP. `outside_mlp`: sums over the adapters of other layers. `has_fp32_kernels`:
+    whether products and attention cast their tensors to fp32.
     """
 
     block: Block
@@ -75,6 +79,7 @@ class _BlockKind:
     group_size: int
     num_tiles: int
     outside_mlp: AdapterCounts
+    has_fp32_kernels: bool
 
     @property
     def key_copies(self) -> int:
@@ -97,11 +102,11 @@ def activations(
     shape: ModelShape,
     settings: RunSettings,
     layout: Layout,
+    hardware: Hardware,
     sequences: SequenceProfile,
-    *,
-    is_cuda: bool,
 ) -> Activations:
     """Activation memory of one micro-batch of `sequences`."""
+    is_cuda = hardware.kind == "cuda"
     b, h = layout.bytes_per_value, shape.hidden_size
     tokens, group_size = int(sequences.tokens), layout.sequence_parallel_size
     count = layout.micro_batch_size * ceil(tokens / group_size)
@@ -128,6 +133,7 @@ def activations(
             group_size=group_size,
             num_tiles=layout.mlp_tiles if block.has_tileable_mlp else 1,
             outside_mlp=outside,
+            has_fp32_kernels=has_fp32_kernels(settings, layout, hardware),
         )
         per_token = _saved_per_token(kind)
         if kind.num_tiles > 1:  # only the MLP's input is saved
@@ -317,7 +323,28 @@ def _working_bytes(kind: _BlockKind, count: int, at_once: int) -> int:
     mlp = count * (2 * inner + 2 * block.hidden_size) * b
     if kind.num_tiles > 1:
         mlp = _tiled_working_bytes(kind, count)
-    return max(mlp + gradient, at_once * scores, exchanged)
+    casts_in_mlp, in_attention = _cast_bytes(kind, count, at_once)
+    return max(mlp + casts_in_mlp + gradient, at_once * scores, exchanged, in_attention)
+
+
+def _cast_bytes(kind: _BlockKind, count: int, at_once: int) -> tuple[int, int]:
+    """Bytes of fp32 tensors with the fast path FP32_KERNELS, in an MLP and in attention.
+
+    In the backward pass of a linear layer they are its gradients and a part of its weight. In that
+    of attention they are query, key, value and output with their gradients; then the tensors that
+    the MLP saved are freed.
+    """
+    if not kind.has_fp32_kernels:
+        return 0, 0
+    block, tokens = kind.block, -(-count // kind.num_tiles)
+    weight = block.intermediate_size * block.hidden_size
+    of_linear = 0
+    if not kind.settings.is_quantised:
+        of_linear = tokens * 4 * (block.intermediate_size + block.hidden_size)
+        of_linear += 4 * min(weight, FP32_PART_VALUES)
+    freed = _saved_per_token(kind) - _saved_per_token(kind.without_mlp)
+    of_attention = at_once * 16 * (block.query_width + block.key_width * kind.key_copies)
+    return of_linear, of_attention - count * freed
 
 
 def _tiled_working_bytes(kind: _BlockKind, count: int) -> int:
@@ -351,7 +378,7 @@ def _loss_bytes(
     b = layout.bytes_per_value
     hidden = positions * shape.hidden_size * b
     logits = min(positions * shape.vocab_size, LOGITS_CHUNK_BYTES // 4)
-    if not has_fast_path(LOSS_GRADIENT, shape, settings, layout):
+    if not has_loss_gradient(shape, settings, layout):
         return hidden + logits * 4 * (4 if shape.logit_softcap else 3)
     graph = 2 * b if shape.logit_softcap else b
     cast = 0 if b == 4 else b if is_cuda else 4

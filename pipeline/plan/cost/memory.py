@@ -18,7 +18,7 @@ from pipeline.plan.given.adapter_counts import (
     trainable_parameters,
 )
 from pipeline.plan.given.block import Block
-from pipeline.plan.given.fast_paths import ONE_REDUCTION, has_fast_path
+from pipeline.plan.given.fast_paths import has_one_reduction
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import DTYPE_BYTES, Layout, SequenceProfile
 from pipeline.plan.given.new_tokens import token_rows
@@ -80,7 +80,7 @@ def memory(
 ) -> Memory:
     """Predicted memory of a run; `sequences` is the profile of its longest sequences."""
     is_cuda = hardware.kind == "cuda"
-    acts = activations(shape, settings, layout, sequences, is_cuda=is_cuda)
+    acts = activations(shape, settings, layout, hardware, sequences)
     moments = _moments(shape, settings, layout, acts, is_cuda=is_cuda)
     worst = max(moments, key=lambda moment: sum(moments[moment].values()))
     terms = _resident(shape, settings, layout) | moments[worst]
@@ -234,7 +234,7 @@ def _moments(
     is_reduced_early = trainable > bucket_elements(shape, settings)
     # The only remaining activations are the input of a block and its gradient (measured).
     after_backward = {"activations": 2 * acts.boundary}
-    if has_fast_path(ONE_REDUCTION, shape, settings, layout):
+    if has_one_reduction(settings, layout):
         # every rank sums whole gradients in fp32
         accumulated, filling_bucket = {"local_gradients": 4 * trainable}, {}
         is_reduced_early = False

@@ -10,7 +10,7 @@ from math import ceil
 from pipeline.config.settings import RunSettings
 from pipeline.plan.cost.activations import LOGITS_CHUNK_BYTES
 from pipeline.plan.given.adapter_counts import trainable_parameters
-from pipeline.plan.given.fast_paths import ONE_REDUCTION, has_fast_path
+from pipeline.plan.given.fast_paths import has_one_reduction
 from pipeline.plan.given.layout import Layout
 from pipeline.plan.given.saved_modules import saved_modules
 from pipeline.plan.given.shape import ModelShape
@@ -39,7 +39,7 @@ def saved_module_gradients(
     embeddings, is a third tensor.
     """
     b = layout.bytes_per_value
-    is_reduced_once = has_fast_path(ONE_REDUCTION, shape, settings, layout)
+    is_reduced_once = has_one_reduction(settings, layout)
     summed = 4 if is_reduced_once else b
     alone = b + 4 if is_reduced_once and b < 4 else b
     modules = saved_modules(shape, settings)

@@ -10,7 +10,7 @@ from math import ceil
 from pipeline.config.settings import RunSettings
 from pipeline.plan.cost.activations import LOGITS_CHUNK_BYTES
 from pipeline.plan.cost.per_token import TRAFFIC_BACKWARD, CostPerToken, cost_per_token
-from pipeline.plan.given.fast_paths import LOSS_GRADIENT, ONE_REDUCTION, has_fast_path
+from pipeline.plan.given.fast_paths import has_loss_gradient, has_one_reduction
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import Layout, SequenceProfile
 from pipeline.plan.given.saved_modules import has_head_gradient
@@ -127,7 +127,7 @@ def step_seconds(
         per_micro_batch["activation_copies"] = _copy_seconds(size / rates.host, busy, recomputed)
     steps = layout.accumulation_steps
     terms = {term: steps * seconds for term, seconds in per_micro_batch.items()}
-    reductions = 1 if has_fast_path(ONE_REDUCTION, shape, settings, layout) else steps
+    reductions = 1 if has_one_reduction(settings, layout) else steps
     return Speed(
         terms=terms | _seconds_per_step(cost, layout, rates, reductions),
         tokens=layout.global_batch_size * tokens,
@@ -192,7 +192,7 @@ def _logits_seconds(
     if layout.is_sharded:
         planned = layout.micro_batch_size * settings.max_length / layout.sequence_parallel_size
     chunks = max(1, ceil(planned * vocabulary * 4 / LOGITS_CHUNK_BYTES))
-    is_early = has_fast_path(LOSS_GRADIENT, shape, settings, layout)
+    is_early = has_loss_gradient(shape, settings, layout)
     recomputed = 0 if chunks == 1 or is_early else 1
     per_logit = 4 * b + 24 + recomputed * (2 * b + 12)
     if is_early:

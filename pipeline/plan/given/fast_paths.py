@@ -4,6 +4,7 @@ Without a fast path a run uses the computation of transformers, peft or DeepSpee
 """
 
 from pipeline.config.settings import RunSettings
+from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import Layout
 from pipeline.plan.given.saved_modules import trained_head
 from pipeline.plan.given.shape import ModelShape
@@ -14,23 +15,38 @@ LOSS_GRADIENT = "loss_gradient_in_forward"
 JOINT_LORA = "joint_lora"
 # Gradients are reduced over ranks once a step, not after each micro-batch (train/reduction.py).
 ONE_REDUCTION = "one_reduction_a_step"
+# bf16 tensors are multiplied in fp32 kernels (model/fp32_kernels.py).
+FP32_KERNELS = "fp32_kernels"
 
 
-def fast_paths(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[str, str]:
+def fast_paths(
+    shape: ModelShape, settings: RunSettings, layout: Layout, hardware: Hardware
+) -> dict[str, str]:
     """The name of each fast path, with the reason why it is off, or an empty text if it is on."""
     reasons = {
         LOSS_GRADIENT: _without_loss_gradient(shape, settings, layout),
         JOINT_LORA: _without_joint_lora(settings, is_sharded=layout.is_sharded),
         ONE_REDUCTION: _without_one_reduction(layout),
+        FP32_KERNELS: _without_fp32_kernels(layout, hardware),
     }
     if not settings.fast_paths:
         return dict.fromkeys(reasons, "fast_paths is false")
     return reasons
 
 
-def has_fast_path(name: str, shape: ModelShape, settings: RunSettings, layout: Layout) -> bool:
-    """Whether a run uses the fast path with this name."""
-    return not fast_paths(shape, settings, layout)[name]
+def has_loss_gradient(shape: ModelShape, settings: RunSettings, layout: Layout) -> bool:
+    """Whether a run uses the fast path LOSS_GRADIENT."""
+    return settings.fast_paths and not _without_loss_gradient(shape, settings, layout)
+
+
+def has_one_reduction(settings: RunSettings, layout: Layout) -> bool:
+    """Whether a run uses the fast path ONE_REDUCTION."""
+    return settings.fast_paths and not _without_one_reduction(layout)
+
+
+def has_fp32_kernels(settings: RunSettings, layout: Layout, hardware: Hardware) -> bool:
+    """Whether a run uses the fast path FP32_KERNELS."""
+    return settings.fast_paths and not _without_fp32_kernels(layout, hardware)
 
 
 def has_joint_lora(settings: RunSettings, *, is_sharded: bool) -> bool:
@@ -63,4 +79,14 @@ def _without_one_reduction(layout: Layout) -> str:
         return "a step has one micro-batch"
     if layout.world_size == 1:
         return "there is one rank"
+    return ""
+
+
+def _without_fp32_kernels(layout: Layout, hardware: Hardware) -> str:
+    if hardware.kind == "cuda":
+        return "the ranks train on GPUs"
+    if layout.training_dtype != "bfloat16":
+        return f"the training dtype is {layout.training_dtype}"
+    if not hardware.is_slow_in_bf16:
+        return "this CPU multiplies in bf16 as fast as in fp32, or was not measured"
     return ""

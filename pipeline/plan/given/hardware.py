@@ -25,6 +25,7 @@ class Hardware:
     other nodes (its share of the node's network cards), `host_link` to host memory.
 
     All CPU cores of a node together are one device, whose memory and rates the node's ranks share.
+    `is_slow_in_bf16`: whether a CPU multiplies matrices faster in fp32 than in bf16.
     """
 
     kind: Literal["cuda", "cpu"]
@@ -38,6 +39,7 @@ class Hardware:
     network: float
     host_link: float
     compute_capability: tuple[int, int] | None = None
+    is_slow_in_bf16: bool = False
 
     def usable_bytes(self, ranks_per_node: int) -> int:
         """Bytes of device memory that a rank may use; the plan keeps its prediction below them."""

@@ -123,6 +123,18 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         source="pipeline/model/packed_files.py",
     ),
     Rule(
+        id="bf16-on-cpu",
+        level="advise",
+        applies=lambda run: (
+            run.hardware.is_slow_in_bf16 and run.layout.training_dtype == "bfloat16"
+        ),
+        reason="this CPU multiplies matrices faster in fp32 than in bf16, so steps are faster in "
+        "fp32, even beside the fast path fp32_kernels",
+        remedy="set bf16: false and fp16: false if memory allows; base and activations then take "
+        "4 bytes per value",
+        source="docs/log.md",
+    ),
+    Rule(
         id="lora-r",
         level="advise",
         applies=lambda run: not 8 <= run.settings.lora_r <= 128,

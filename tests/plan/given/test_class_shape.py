@@ -123,7 +123,7 @@ def saved_bytes(folder, as_unknown, kind, dtype):
 
     def saved(shape):
         profile = SequenceProfile(tokens=64)
-        needed = activations.activations(shape, settings, layout, profile, is_cuda=False)
+        needed = activations.activations(shape, settings, layout, plan.hardware, profile)
         return needed.blocks[0].saved
 
     by_formulas = saved(plan.shape)

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from pipeline.plan.given.catalogue import GPUS, cpu_of
 from pipeline.plan.given.class_proof import Proof
 from pipeline.plan.given.fast_paths import (
+    FP32_KERNELS,
     JOINT_LORA,
     LOSS_GRADIENT,
     ONE_REDUCTION,
@@ -18,8 +20,15 @@ from tests.tiny import make_plan
 pytestmark = pytest.mark.unit
 
 
-def states(folder, **settings):
-    return plan_json(make_plan(folder, 2, **settings))["fast_paths"]
+SLOW_IN_BF16 = replace(cpu_of(2, 2**34), is_slow_in_bf16=True)
+
+
+def plan_of(folder, hardware=SLOW_IN_BF16, **settings):
+    return make_plan(folder, 2, hardware=hardware, **({"bf16": True} | settings))
+
+
+def states(folder, hardware=SLOW_IN_BF16, **settings):
+    return plan_json(plan_of(folder, hardware, **settings))["fast_paths"]
 
 
 def test_all_fast_paths_are_on_by_default(tiny_model):
@@ -33,19 +42,38 @@ def test_all_fast_paths_are_off_on_request(tiny_model):
 @pytest.mark.parametrize(
     ("settings", "layout", "name", "reason"),
     [
-        ({}, {"training_dtype": "float16"}, LOSS_GRADIENT, "fp16"),
         ({}, {"zero_stage": 3}, LOSS_GRADIENT, "ZeRO-3"),
         ({"use_dora": True}, {}, JOINT_LORA, "use_dora"),
         ({}, {"accumulation_steps": 1}, ONE_REDUCTION, "one micro-batch"),
+        ({}, {"training_dtype": "float32"}, FP32_KERNELS, "float32"),
     ],
 )
 def test_a_fast_path_that_does_not_apply_is_the_only_one_off(
     tiny_model, settings, layout, name, reason
 ):
-    plan = make_plan(tiny_model, 2, **settings)
-    reasons = fast_paths(plan.shape, plan.settings, replace(plan.layout, **layout))
+    plan = plan_of(tiny_model, **settings)
+    layout = replace(plan.layout, **layout)
+    reasons = fast_paths(plan.shape, plan.settings, layout, plan.hardware)
     assert_mentions(reasons.pop(name), reason)
     assert not any(reasons.values())
+
+
+def test_in_fp16_the_loss_has_no_gradient_in_the_forward_pass(tiny_model):
+    plan = plan_of(tiny_model)
+    layout = replace(plan.layout, training_dtype="float16")
+    reasons = fast_paths(plan.shape, plan.settings, layout, plan.hardware)
+    assert_mentions(reasons[LOSS_GRADIENT], "fp16")
+
+
+@pytest.mark.parametrize(
+    ("hardware", "reason"),
+    [
+        (cpu_of(2, 2**34), "CPU"),
+        (replace(GPUS["h100-80gb"], devices_per_node=2, host_bytes=2**36), "GPU"),
+    ],
+)
+def test_fp32_kernels_are_only_for_cpus_with_slow_bf16(tiny_model, hardware, reason):
+    assert_mentions(states(tiny_model, hardware)[FP32_KERNELS], reason)
 
 
 def test_all_fast_paths_are_off_if_they_change_the_results_of_the_class(tiny_model):

@@ -5,11 +5,14 @@ DeepSpeed JSON; `layout`, `shape`, `config`, `packages`, `hardware`, `data` and 
 the plan, and other keys are settings.
 """
 
+from dataclasses import replace
+
 from pipeline.plan.deepspeed.keys import REMOVED, REMOVED_FROM_ZERO
 from pipeline.plan.given.class_proof import Proof
 from pipeline.plan.given.families import Experts
 from tests.plans import CPU, LLAMA_8B, SMOLLM2, gpu, sized
 
+SLOW_IN_BF16 = replace(CPU, is_slow_in_bf16=True)
 Z1, Z2, Z3 = ({"zero_stage": stage} for stage in (1, 2, 3))
 FP16, FP32 = {"training_dtype": "float16"}, {"training_dtype": "float32"}
 MOE = {"experts": Experts(count=8, per_token=2, size=64).tensors(4096)}
@@ -356,6 +359,10 @@ CASES = {
     "few-steps": (
         {"data": sized(100), "packing": False, "epochs": 2},
         {"data": sized(500), "packing": False, "epochs": 2},
+    ),
+    "bf16-on-cpu": (
+        {"config": SMOLLM2, "hardware": SLOW_IN_BF16, "bf16": True},
+        {"config": SMOLLM2, "hardware": SLOW_IN_BF16, "layout": FP32},
     ),
     "compute-dtype": (
         {"bnb_4bit_compute_dtype": "float16", **NF4},
