@@ -84,7 +84,7 @@ def _parts(
     A part stays in the cache after it has been cast.
     """
     rows = max(1, FP32_PART_VALUES // weight.shape[1])
-    return zip(weight.split(rows), outputs.split(rows, dim=1), strict=True)
+    return zip(torch.split(weight, rows), torch.split(outputs, rows, dim=1), strict=True)
 
 
 def attend_in_fp32(

@@ -12,7 +12,7 @@ import hashlib
 import json
 import statistics
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests.bench.explained import ExplainedLiveBytes
@@ -32,7 +32,8 @@ NF4, ALL = BF16 | {"load_in_4bit": True}, {"lora_target_modules": "all-linear"}
 class Case:
     """A run: model config, settings, changes of the planned layout, and number of ranks.
 
-    `documents`: number of documents in each sequence, of about equal length.
+    `documents`: number of documents in each sequence, of about equal length. `is_slow_in_bf16`: of
+    the CPU, for the fast path FP32_KERNELS.
     """
 
     settings: dict
@@ -40,6 +41,7 @@ class Case:
     layout: dict = field(default_factory=dict)
     ranks: int = 2
     documents: int = 1
+    is_slow_in_bf16: bool = False
 
 
 GRID = {
@@ -140,6 +142,13 @@ OTHERS = {
 }
 GEMMA2 = {"model_type": "gemma2"} | HEADS
 PACKED = {
+    "fp32 kernels ckpt-off": Case(settings=ZERO2, is_slow_in_bf16=True),
+    "fp32 kernels ckpt-on": Case(settings=ZERO2 | ON, is_slow_in_bf16=True),
+    "fp32 kernels zero3": Case(settings=ZERO3, is_slow_in_bf16=True),
+    "fp32 kernels attention alone": Case(
+        settings=ZERO2 | {"lora_target_modules": ["q_proj", "v_proj"]}, is_slow_in_bf16=True
+    ),
+    "packed fp32 kernels": Case(settings=ZERO2, documents=5, is_slow_in_bf16=True),
     "packed fp32 zero2 ckpt-off": Case(settings=OFF | {"zero_stage": 2}, documents=5),
     "packed bf16 zero2 ckpt-off": Case(settings=ZERO2, documents=5),
     "packed bf16 zero2 ckpt-on": Case(settings=ZERO2 | ON, documents=5),
@@ -292,9 +301,12 @@ def make_folder(folder, model, device="cpu"):
 
 def plan_case(folder, case, hardware=None):
     """The plan of a case; the default hardware is a CPU."""
+    from pipeline.plan.given.catalogue import cpu_of
     from tests.plans import with_layout
     from tests.tiny import make_plan
 
+    if case.is_slow_in_bf16:
+        hardware = replace(cpu_of(2, 2**34), is_slow_in_bf16=True)
     keys = COMMON | case.settings | {"packing": case.documents > 1}
     return with_layout(make_plan(folder, case.ranks, 64, hardware=hardware, **keys), **case.layout)
 

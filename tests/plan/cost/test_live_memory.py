@@ -17,6 +17,7 @@ NAMES = [
     "fp32 zero3 ckpt-on 256",
     "bf16 zero2 ckpt-off 64",
     "bf16 zero3 ckpt-off 256",
+    "fp32 kernels ckpt-on",
     "nf4 zero1 ckpt-on 64",
     "nf4 zero3 ckpt-on 64",
     "int8",

@@ -69,7 +69,7 @@ def test_in_fp16_the_loss_has_no_gradient_in_the_forward_pass(tiny_model):
     ("hardware", "reason"),
     [
         (cpu_of(2, 2**34), "CPU"),
-        (replace(GPUS["h100-80gb"], devices_per_node=2, host_bytes=2**36), "GPU"),
+        (replace(GPUS["h100-80gb"], devices_per_node=2, host_bytes=2**36), "GPUs"),
     ],
 )
 def test_fp32_kernels_are_only_for_cpus_with_slow_bf16(tiny_model, hardware, reason):
