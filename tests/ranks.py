@@ -48,8 +48,9 @@ def run_processes(
 ) -> list[Any]:
     """Call ``body(*args)`` concurrently, in a process for each tuple; errors as in `run_ranks`."""
     ends = [CONTEXT.Pipe(duplex=False) for _ in arguments]
+    # pickle copies tensors. The pickler of processes would share each through a file descriptor.
     workers = [
-        CONTEXT.Process(target=_send_result, args=(send, body, args))
+        CONTEXT.Process(target=_send_result, args=(send, pickle.dumps((body, args))))
         for args, (_, send) in zip(arguments, ends, strict=True)
     ]
     for worker, (_, send) in zip(workers, ends, strict=True):
@@ -93,12 +94,12 @@ def _collect(waiting: dict[Connection, int], deadline_s: float) -> list[Any]:
     return results
 
 
-def _send_result(send: Connection, body: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _send_result(send: Connection, pickled: bytes) -> None:
     import torch
 
     torch.set_num_threads(1)
     try:
-        # pickle copies tensors, whereas torch's pickler would share their memory.
+        body, args = pickle.loads(pickled)
         send.send_bytes(pickle.dumps((True, body(*args))))
     except BaseException:  # the test's process raises it
         send.send_bytes(pickle.dumps((False, traceback.format_exc())))

@@ -1,5 +1,7 @@
 """Adapter weights and Adam moments are gathered and restored exactly at any stage and size."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -36,6 +38,16 @@ def restore_and_train(session, folder, settings, saved):
     return {"weights": weights, "moments": moments, "losses": losses}
 
 
+def train_each(session, folder, runs):
+    """Results of `train_and_gather` for several settings; the ranks start once for all of them."""
+    return [train_and_gather(session, folder, settings) for settings in runs]
+
+
+def restore_each(session, folder, runs):
+    """Results of `restore_and_train` for several settings, each with its saved tensors."""
+    return [restore_and_train(session, folder, settings, saved) for settings, saved in runs]
+
+
 def train_steps(session, plan, engine, first, count):
     split, losses = Documents(), []
     for step in range(first, first + count):
@@ -61,48 +73,66 @@ def assert_restored(restored, saved):
             assert torch.equal(restored[kind][key], tensor), key
 
 
+@pytest.fixture(scope="module")
+def restored(tiny_model, tmp_path_factory, saved):
+    """Function: number of ranks and batch settings -> results of a restore at each stage."""
+
+    @cache
+    def at(world_size, batch):
+        settings = {"batch_size": 4} | dict(batch)
+        runs = [(settings | {"zero_stage": stage}, saved) for stage in (1, 2, 3)]
+        folder = tmp_path_factory.mktemp("restored")
+        return run_ranks(restore_each, tiny_model, runs, tmp_path=folder, world_size=world_size)[0]
+
+    return at
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_restored_run_has_the_same_state_and_losses_at_any_stage(
-    tiny_model, tmp_path, saved, stage, world_size
+    saved, restored, stage, world_size
 ):
-    settings = {"zero_stage": stage, "batch_size": 4, "global_batch_size": 8}
-    restored = run_ranks(
-        restore_and_train, tiny_model, settings, saved, tmp_path=tmp_path, world_size=world_size
-    )[0]
-    assert_restored(restored, saved)
-    assert restored["losses"] == pytest.approx(saved["losses"][STEPS:], rel=1e-6)
+    result = restored(world_size, (("global_batch_size", 8),))[stage - 1]
+    assert_restored(result, saved)
+    assert result["losses"] == pytest.approx(saved["losses"][STEPS:], rel=1e-6)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_state_is_restored_exactly_on_ranks_with_padded_shards(tiny_model, tmp_path, saved, stage):
+def test_state_is_restored_exactly_on_ranks_with_padded_shards(saved, restored, stage):
     """Three ranks shard most matrices unevenly. Losses differ, as does the global batch."""
-    settings = {"zero_stage": stage, "batch_size": 4, "gradient_accumulation_steps": 1}
-    settings |= {"global_batch_size": "auto"}
-    restored = run_ranks(
-        restore_and_train, tiny_model, settings, saved, tmp_path=tmp_path, world_size=3
-    )[0]
-    assert_restored(restored, saved)
+    batch = (("gradient_accumulation_steps", 1), ("global_batch_size", "auto"))
+    assert_restored(restored(3, batch)[stage - 1], saved)
 
 
-@pytest.mark.parametrize("settings", [
+SAME_SPLIT = [
     {"zero_stage": 1, "bf16": True},
     {"zero_stage": 2, "bf16": True},
     {"zero_stage": 3, "bf16": True, "gradient_checkpointing": True},
     {"zero_stage": 3, "load_in_4bit": True},  # without checkpointing
     {"zero_stage": 2, "sequence_parallel_size": 2, "neftune_noise_alpha": 5.0},
-])  # fmt: skip
-def test_a_restored_run_with_the_same_split_is_bitwise_equal(tiny_model, tmp_path, settings):
-    settings = settings | {"batch_size": 2, "lora_dropout": 0.1}
-    before = run_ranks(train_and_gather, tiny_model, settings, tmp_path=tmp_path)[0]
-    after = run_ranks(restore_and_train, tiny_model, settings, before, tmp_path=tmp_path)[0]
-    assert after["losses"] == before["losses"][STEPS:]
+]
 
 
-def test_gathered_weights_are_the_fp32_masters_not_the_bf16_copies(tiny_model, tmp_path):
-    settings = {"zero_stage": 3, "bf16": True, "batch_size": 4}
-    state = run_ranks(train_and_gather, tiny_model, settings, tmp_path=tmp_path)[0]
-    weights = state["weights"]
-    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-    rounded = {key: tensor.bfloat16().float() for key, tensor in weights.items()}
-    assert 0 < distance(rounded, weights) < 2**-8
+@pytest.fixture(scope="module")
+def same_split(tiny_model, tmp_path_factory):
+    """The runs of SAME_SPLIT, and the same runs restored by other processes."""
+    folder = tmp_path_factory.mktemp("same")
+    runs = [settings | {"batch_size": 2, "lora_dropout": 0.1} for settings in SAME_SPLIT]
+    before = run_ranks(train_each, tiny_model, runs, tmp_path=folder)[0]
+    runs = list(zip(runs, before, strict=True))
+    return before, run_ranks(restore_each, tiny_model, runs, tmp_path=folder)[0]
+
+
+@pytest.mark.parametrize("number", range(len(SAME_SPLIT)))
+def test_a_restored_run_with_the_same_split_is_bitwise_equal(same_split, number):
+    before, after = same_split
+    assert after[number]["losses"] == before[number]["losses"][STEPS:]
+
+
+def test_gathered_weights_are_the_fp32_masters_not_the_bf16_copies(same_split):
+    before, _ = same_split
+    for run in before[:3]:
+        weights = run["weights"]
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+        rounded = {key: tensor.bfloat16().float() for key, tensor in weights.items()}
+        assert 0 < distance(rounded, weights) < 2**-8

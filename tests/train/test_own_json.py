@@ -1,16 +1,16 @@
 """Accepted keys of a user's DeepSpeed JSON do not change losses, gradients and weights."""
 
 import json
-from functools import cache
 
 import pytest
 
 from tests.plan.deepspeed.test_overlay import TRAINER_JSON
 from tests.ranks import run_ranks
-from tests.train_tiny import build_engine, distance, train_tiny
+from tests.train_tiny import build_engine, distance, train_each
 
 pytestmark = pytest.mark.engine
 
+STEPS = 3
 # Keys that change how DeepSpeed works, several in one run.
 ACCEPTED = [
     (
@@ -38,25 +38,21 @@ ACCEPTED = [
 
 
 @pytest.fixture(scope="module")
-def without_own_json(tiny_model, tmp_path_factory):
-    """The run of a stage without a JSON of the user, made once for each stage."""
+def results(tiny_model, tmp_path_factory):
+    """Runs at ZeRO-2 and ZeRO-3 without a JSON of the user, and with each of ACCEPTED."""
+    folder = tmp_path_factory.mktemp("json")
+    runs = [{"zero_stage": stage, "batch_size": 2} for stage in (2, 3)]
+    for number, (stage, content) in enumerate(ACCEPTED):
+        (folder / f"{number}.json").write_text(json.dumps(content))
+        own = {"deepspeed_json": str(folder / f"{number}.json")}
+        runs.append({"zero_stage": stage, "batch_size": 2} | own)
+    return run_ranks(train_each, tiny_model, runs, STEPS, tmp_path=folder)[0]
 
-    @cache
-    def train(stage):
-        settings = {"zero_stage": stage, "batch_size": 2}
-        folder = tmp_path_factory.mktemp("plain")
-        return run_ranks(train_tiny, tiny_model, settings, tmp_path=folder)[0]
 
-    return train
-
-
-@pytest.mark.parametrize(("stage", "content"), ACCEPTED)
-def test_accepted_keys_change_no_number(tiny_model, without_own_json, tmp_path, stage, content):
-    json_file = tmp_path / "ds.json"
-    json_file.write_text(json.dumps(content))
-    settings = {"zero_stage": stage, "batch_size": 2, "deepspeed_json": str(json_file)}
-    with_json = run_ranks(train_tiny, tiny_model, settings, tmp_path=tmp_path)[0]
-    plain = without_own_json(stage)
+@pytest.mark.parametrize("number", range(len(ACCEPTED)))
+def test_accepted_keys_change_no_number(results, number):
+    stage, _ = ACCEPTED[number]
+    plain, with_json = results[stage - 2], results[2 + number]
     assert with_json["losses"] == pytest.approx(plain["losses"], rel=1e-6)
     assert distance(with_json["gradients"], plain["gradients"]) < 1e-6
     assert distance(with_json["weights"], plain["weights"]) < 1e-5

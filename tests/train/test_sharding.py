@@ -1,9 +1,12 @@
 """hpZ, parameter offload and limits of live parameters do not change the numbers."""
 
+from functools import cache
+
 import pytest
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.utils import groups
 
 from pipeline.adapter.gather import OptimizerState, gather_moments, gather_weights, restore
 from pipeline.model.adapter import attach_adapter
@@ -33,45 +36,66 @@ def build(session, folder, settings, changes):
     return plan, Engine(attach_adapter(load_base(plan, session.device), plan), plan)
 
 
-def train_changed(session, folder, settings, changes):
-    def make(folder, world_size, documents=None, **settings):
-        return changed_plan(folder, world_size, documents, changes, **settings)
+def train_changed(session, folder, runs):
+    """Results of several runs, each with settings and changes of its plan."""
+    results = []
+    for settings, changes in runs:
 
-    tiny.make_plan = make
-    return train_tiny(session, folder, settings)
+        def make(folder, world_size, documents=None, *, _changes=changes, **settings):
+            return changed_plan(folder, world_size, documents, _changes, **settings)
+
+        tiny.make_plan = make
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # DeepSpeed expects one engine in a process
+        results.append(train_tiny(session, folder, {"zero_stage": 3, "batch_size": 2} | settings))
+    return results
 
 
 HPZ, OFFLOAD = {"hpz_partition_size": 2}, {"offload_param": "cpu"}
 CHECKPOINTED = {"gradient_checkpointing": True}
+# Kind of the base, number of ranks, and the runs that these ranks train one after the other.
+GROUPS = {
+    "2 ranks": (
+        {}, 2,
+        [
+            ({}, OFFLOAD),
+            (CHECKPOINTED, OFFLOAD),
+            (CHECKPOINTED, {"checkpointed_layers": 1}),
+            ({"zero_stage": 2} | CHECKPOINTED, {"checkpointed_layers": 1}),
+        ],
+    ),
+    "4 ranks": ({}, 4, [({}, HPZ), ({"batch_size": 1} | CHECKPOINTED, HPZ)]),
+    "nf4": (NF4, 2, [({}, OFFLOAD), ({}, {"loads_through_host": True})]),
+    "nf4, 4 ranks": (NF4, 4, [({}, HPZ), ({}, HPZ | OFFLOAD)]),
+}  # fmt: skip
+RUNS = [(name, number) for name, (*_, runs) in GROUPS.items() for number in range(len(runs))]
 
 
-@pytest.mark.parametrize(
-    ("kind", "world_size", "settings", "changes"),
-    [
-        ({}, 4, {"batch_size": 2}, HPZ),
-        ({}, 4, {"batch_size": 1} | CHECKPOINTED, HPZ),
-        (NF4, 4, {"batch_size": 2}, HPZ),
-        ({}, 2, {"batch_size": 2}, OFFLOAD),
-        ({}, 2, {"batch_size": 2} | CHECKPOINTED, OFFLOAD),
-        (NF4, 2, {"batch_size": 2}, OFFLOAD),
-        (NF4, 4, {"batch_size": 2}, HPZ | OFFLOAD),
-        (NF4, 2, {"batch_size": 2}, {"loads_through_host": True}),
-        ({}, 2, {"batch_size": 2} | CHECKPOINTED, {"checkpointed_layers": 1}),
-        ({}, 2, {"batch_size": 2, "zero_stage": 2} | CHECKPOINTED, {"checkpointed_layers": 1}),
-    ],
-)
+@pytest.fixture(scope="module")
+def results_of(tiny_model, tmp_path_factory):
+    """Function: name of a group -> the results of its runs; the ranks start once."""
+
+    @cache
+    def train(name):
+        kind, world_size, runs = GROUPS[name]
+        runs = [(kind | settings, changes) for settings, changes in runs]
+        arguments = (train_changed, tiny_model, runs)
+        folder = tmp_path_factory.mktemp("group")
+        return run_ranks(*arguments, tmp_path=folder, world_size=world_size)[0]
+
+    return train
+
+
+@pytest.mark.parametrize(("group", "number"), RUNS)
 def test_losses_gradients_and_weights_equal_those_of_the_reference(
-    tiny_model, tmp_path, kind, world_size, settings, changes
+    tiny_model, tmp_path, results_of, group, number
 ):
-    expected = reference(tiny_model, tmp_path, kind)
-    settings = {"zero_stage": 3} | kind | settings
-    arguments = (train_changed, tiny_model, settings, changes)
-    results = run_ranks(*arguments, tmp_path=tmp_path, world_size=world_size)
-    assert_same(results[0], expected)
+    kind, *_ = GROUPS[group]
+    assert_same(results_of(group)[number], reference(tiny_model, tmp_path, kind))
 
 
 def restore_unchanged(session, folder, settings, changes):
     """Losses of continued training, and of training after the same state is restored."""
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # DeepSpeed expects one engine in a process
     plan, engine = build(session, folder, settings, changes)
     train_steps(session, plan, engine, 0, STEPS)
     weights = gather_weights(engine.parameters, keep=True)
@@ -91,16 +115,16 @@ def restore_unchanged(session, folder, settings, changes):
     return continued, train_steps(session, plan, engine, STEPS, MORE)
 
 
+def restore_each(session, folder, kinds, changes):
+    settings = {"zero_stage": 3, "batch_size": 2, "bf16": True}
+    return [restore_unchanged(session, folder, settings | kind, changes) for kind in kinds]
+
+
 @pytest.mark.parametrize(("world_size", "changes"), [(4, HPZ), (2, OFFLOAD)])
-@pytest.mark.parametrize("kind", [{}, NF4], ids=["lora", "nf4"])
-def test_the_adapter_is_gathered_and_restored_exactly(
-    tiny_model, tmp_path, kind, world_size, changes
-):
-    settings = kind | {"zero_stage": 3, "batch_size": 2, "bf16": True}
-    continued, again = run_ranks(
-        restore_unchanged, tiny_model, settings, changes, tmp_path=tmp_path, world_size=world_size
-    )[0]
-    assert again == continued
+def test_the_adapter_is_gathered_and_restored_exactly(tiny_model, tmp_path, world_size, changes):
+    arguments = (restore_each, tiny_model, [{}, NF4], changes)
+    for continued, again in run_ranks(*arguments, tmp_path=tmp_path, world_size=world_size)[0]:
+        assert again == continued
 
 
 def watch_gathers(session, folder, settings, changes):
@@ -109,10 +133,8 @@ def watch_gathers(session, folder, settings, changes):
     modules = engine.deepspeed.module.parameters()
     base = [p for p in modules if not p.requires_grad and not p.ds_persist]
     watch = GatherWatch(base)
-    fetch, release = (
-        PartitionedParameterCoordinator.fetch_sub_module,
-        (PartitionedParameterCoordinator.release_sub_module),
-    )
+    coordinator = PartitionedParameterCoordinator
+    fetch, release = coordinator.fetch_sub_module, coordinator.release_sub_module
 
     def fetch_and_update(self, *arguments, **named):
         fetch(self, *arguments, **named)
@@ -122,8 +144,8 @@ def watch_gathers(session, folder, settings, changes):
         release(self, *arguments, **named)
         watch.update()
 
-    PartitionedParameterCoordinator.fetch_sub_module = fetch_and_update
-    PartitionedParameterCoordinator.release_sub_module = release_and_update
+    coordinator.fetch_sub_module = fetch_and_update
+    coordinator.release_sub_module = release_and_update
     gathered = []
     for step in range(4):
         watch.total = 0
@@ -132,6 +154,7 @@ def watch_gathers(session, folder, settings, changes):
             engine.evaluate(batches[0].batch)
         engine.optimizer_step(batches, supervised, 1e-3)
         gathered.append(watch.total / len(batches))
+    coordinator.fetch_sub_module, coordinator.release_sub_module = fetch, release
     return watch.most, gathered[1], gathers(plan.shape, plan.settings)
 
 
@@ -156,22 +179,25 @@ def deep_model(tmp_path_factory):
         return make_model(tmp_path_factory.mktemp("deep") / "model", tied=False)
 
 
-@pytest.mark.parametrize(
-    ("settings", "changes"),
-    [
-        ({}, {}),
-        (CHECKPOINTED, {}),
-        (CHECKPOINTED, {"checkpointed_layers": 4}),
-        (NF4, {}),
-    ],
-)
-def test_zero3_gathers_the_planned_elements_and_each_block_twice(
-    deep_model, tmp_path, settings, changes
-):
-    settings = {"zero_stage": 3, "batch_size": 2, "lora_r": 2} | settings
-    most, gathered, planned = run_ranks(
-        watch_gathers, deep_model, settings, changes, tmp_path=tmp_path
-    )[0]
+WATCHED = [({}, {}), (CHECKPOINTED, {}), (CHECKPOINTED, {"checkpointed_layers": 4}), (NF4, {})]
+
+
+def watch_each(session, folder, runs):
+    common = {"zero_stage": 3, "batch_size": 2, "lora_r": 2}
+    return [
+        watch_gathers(session, folder, common | settings, changes) for settings, changes in runs
+    ]
+
+
+@pytest.fixture(scope="module")
+def watched(deep_model, tmp_path_factory):
+    """Gathers of the runs of WATCHED; the ranks start once."""
+    return run_ranks(watch_each, deep_model, WATCHED, tmp_path=tmp_path_factory.mktemp("w"))[0]
+
+
+@pytest.mark.parametrize("number", range(len(WATCHED)))
+def test_zero3_gathers_the_planned_elements_and_each_block_twice(watched, number):
+    most, gathered, planned = watched[number]
     assert planned.head < most <= planned.peak < 4 * planned.block
     once = 8 * planned.block + planned.head  # twice this includes the embedding and the head once
     assert 2 * once - planned.block < gathered <= 2 * once
