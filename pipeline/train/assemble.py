@@ -47,29 +47,31 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
     Collective: every rank.
     """
     session, heartbeat = context.session, context.heartbeat
-    resumed = session.rank_zero_first(lambda: folder.resumed and str(folder.resumed))
+    path = session.rank_zero_first(lambda: None if folder.resumed is None else str(folder.resumed))
+    checkpoint = None if path is None else Path(path)
+    # Rank 0 compares our loss and attention with those of the model's own class on a small copy.
     proof = Proof(**session.rank_zero_first(lambda: asdict(require_proof(context.plan))))
     plan = context.plan = context.plan.with_proof(proof)
     if folder.checkpoints is not None:  # on rank 0
         folder.checkpoints.about = {**folder.checkpoints.about, "fast_paths": plan.fast_path_states}
-        if resumed is not None:
-            _log_changes(Path(resumed), folder.checkpoints)
+        if checkpoint is not None:
+            _log_changes(checkpoint, folder.checkpoints)
     peak = PeakBytes(session.device, is_watched=session.is_rank_zero)
-    loading, creating, restoring = LOADING
+    loading, creating, restoring = LOADING  # names of phases
     heartbeat.beat(loading)
     with show_progress("loading the model"):
-        model, initial = build_model(plan, session, None if resumed is None else Path(resumed))
+        model, initial = build_model(plan, session, checkpoint)
         heartbeat.beat(creating)
         group = session.sequence_group(plan.layout.sequence_parallel_size)
         engine = Engine(model, plan, heartbeat.beat, group)
     if folder.checkpoints is not None:
         folder.checkpoints.initial = initial
     progress = Progress()
-    if resumed is not None:
+    if checkpoint is not None:
         heartbeat.beat(restoring)
-        progress = read_progress(Path(resumed))
-        _restore(engine, Path(resumed), progress)
-        logger.info("resuming from step %d (%s)", progress.step, resumed)
+        progress = read_progress(checkpoint)
+        _restore(engine, checkpoint, progress)
+        logger.info("resuming from step %d (%s)", progress.step, checkpoint)
         _reset_unusable_best(context, folder, progress, index)
     elif context.settings.init_adapter is not None:
         heartbeat.beat(restoring)
@@ -78,7 +80,7 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
     progress.eval_key = _eval_key(index)
     questions = held_out_questions(plan, index, session)
     session.rank_zero_first(lambda: folder.open(progress.step))
-    is_own_checkpoint = resumed is not None and Path(resumed).parent == folder.path / "checkpoints"
+    is_own_checkpoint = checkpoint is not None and checkpoint.parent == folder.path / "checkpoints"
     writer, metrics = None, None
     if folder.checkpoints is not None:  # on rank 0
         writer = CheckpointWriter(folder.checkpoints, lambda: _restore_folder(folder, context))
@@ -104,9 +106,11 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
 def build_model(
     plan: Plan, session: Session, checkpoint: Path | None
 ) -> tuple[PeftModel, dict[str, torch.Tensor]]:
-    """The base with its adapter, and on rank 0 A0 and B0 if these are a part of the base.
+    """The base with its adapter, and the initial LoRA weights A0 and B0 of PiSSA and OLoRA.
 
-    `checkpoint`: the one that the run resumes from. Collective.
+    PiSSA and OLoRA start from parts A0 and B0 of the base's weights and subtract B0 A0 from them;
+    A0 and B0 are returned on rank 0. The result is empty for other adapters and on other ranks.
+    `checkpoint`: the checkpoint that the run resumes from. Collective.
     """
     model = attach_adapter(load_base(plan, session.device), plan)
     if not plan.settings.splits_base:
@@ -116,7 +120,10 @@ def build_model(
 
 
 def _log_changes(checkpoint: Path, checkpoints: Checkpoints) -> None:
-    """Log why the results will not be bitwise equal to those of an uninterrupted run, if so."""
+    """Log the changes because of which a resumed run is not bitwise equal to an uninterrupted one.
+
+    `checkpoint`: the resumed one. `checkpoints`: those that this run will write.
+    """
     if changes := computation_changes(checkpoint, checkpoints.about):
         logger.info(
             "the results will not be bitwise those of an uninterrupted run, because the "
@@ -127,8 +134,8 @@ def _log_changes(checkpoint: Path, checkpoints: Checkpoints) -> None:
 
 def load_initial_adapter(engine: Engine, plan: Plan) -> None:
     """Set the weights of a new engine to those of `init_adapter`. Collective: every rank."""
-    fresh = gather_weights(engine.parameters, keep=True)
-    weights = initial_weights(read_initial_adapter(plan), plan, fresh)
+    untrained = gather_weights(engine.parameters, keep=True)
+    weights = initial_weights(read_initial_adapter(plan), plan, untrained)
     zeros = {
         f"{key}/{moment}": torch.zeros_like(t) for key, t in weights.items() for moment in MOMENTS
     }
@@ -137,10 +144,11 @@ def load_initial_adapter(engine: Engine, plan: Plan) -> None:
 
 
 def _restore(engine: Engine, checkpoint: Path, progress: Progress) -> None:
+    """Restore the weights and Adam's moments of a checkpoint. Collective: every rank."""
     weights, moments = read_tensors(checkpoint)
-    if other := weights.keys() ^ engine.parameters.keys():
+    if differing := weights.keys() ^ engine.parameters.keys():
         raise UserError(
-            f"{checkpoint}: its adapter has other tensors than this run, such as {min(other)}; "
+            f"{checkpoint}: its adapter has other tensors than this run, such as {min(differing)}; "
             "restore the settings of the adapter, or set another output_dir"
         )
     state = OptimizerState(
@@ -152,7 +160,10 @@ def _restore(engine: Engine, checkpoint: Path, progress: Progress) -> None:
 def _reset_unusable_best(
     context: RunContext, folder: RunFolder, progress: Progress, index: DataIndex
 ) -> None:
-    """Forget the lowest held-out loss if its adapter is missing or the held-out rows changed."""
+    """Forget the lowest held-out loss if its adapter is missing or the held-out rows changed.
+
+    `progress`: read from the checkpoint, and changed in place. Collective: every rank.
+    """
 
     def reason() -> str | None:
         if not _has_same_eval_data(progress, index):
@@ -168,17 +179,23 @@ def _reset_unusable_best(
 
 
 def _has_same_eval_data(progress: Progress, index: DataIndex) -> bool:
+    """Whether the checkpoint's held-out loss, if any, was measured on this run's documents."""
     before, now = progress.eval_key, _eval_key(index)
-    if before is None or now is None:
-        return before is None
-    has_digests = ":" in before and ":" in now  # earlier versions recorded the key only
-    return before == now if has_digests else before.split(":")[0] == now.split(":")[0]
+    if before is None:
+        return True
+    if now is None:
+        return False
+    if ":" in before and ":" in now:
+        return before == now
+    return before.split(":")[0] == now.split(":")[0]  # earlier versions recorded no digest
 
 
 def _eval_key(index: DataIndex) -> str | None:
-    """Key of the held-out documents and, after a colon, their digest."""
+    """Key of the held-out documents and, if recorded, their digest: "KEY:DIGEST"."""
     split = index.eval
-    return None if split is None else ":".join(filter(None, (split.key, split.content)))
+    if split is None:
+        return None
+    return f"{split.key}:{split.content}" if split.content else split.key
 
 
 def _restore_folder(folder: RunFolder, context: RunContext) -> None:

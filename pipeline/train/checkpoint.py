@@ -36,7 +36,8 @@ _ADAPTER, _OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"
 _INITIAL = "initial.safetensors"  # only if A and B started with a part of the base
 _STATE, _MANIFEST = "state.json", "manifest.json"
 DATA_MADE_WITH = "data_made_with"  # entry of state.json: versions of the tokenising packages
-_OF_EXPERTS = re.compile(r"\.experts(\.base_layer)?\.lora_[AB]\.weight$")
+# Names of adapter tensors of fused experts (all experts of a layer in one tensor).
+_FUSED_EXPERTS = re.compile(r"\.experts(\.base_layer)?\.lora_[AB]\.weight$")
 _RESUME_IS_SAME_RUN = (
     "`resume` continues a run with its own data and learning rate schedule; for other data, steps "
     "or target modules start a new run in another output_dir without `resume`; to start from the "
@@ -73,11 +74,12 @@ class Progress:
 class Identity:
     """Properties that must be equal in a checkpoint and in the run that resumes from it.
 
-    `data`: key of the training documents. `base`: fingerprint. `total_steps`: None until the data
-    is prepared. `adapter`: description of its size. The setting `accept_changes` accepts
-    differences of the first three. `adapter` may never differ, because Adam's moments would have
-    other shapes. `tokens`: key of each prepared split -> digest of its documents, which may differ
-    for equal data and settings; None until the data is prepared.
+    `data`: hash of the training files and of the settings that turn them into documents. `base`:
+    fingerprint of the base. `total_steps`: None until the data is prepared. `adapter`: description
+    of its size. The setting `accept_changes` accepts differences of `data`, `base` and
+    `total_steps`. `adapter` may never differ, because Adam's moments would have other shapes.
+    `tokens`: key of each prepared split -> digest of its tokens; None until the data is prepared.
+    Tokens can differ although `data` is equal, for example with another version of tokenizers.
     """
 
     data: str
@@ -91,13 +93,13 @@ class Identity:
 class Checkpoints:
     """The checkpoints of one run folder.
 
-    `keep`: number of checkpoints to keep (save_total_limit). `accepted`: fields of the identity
-    that may differ. `origin`: the checkpoint of `resume: PATH`, if the run started from one; the
-    checkpoints of the run record this path. `shapes`: shapes of the trained tensors,
-    without those of fused experts.
-    `model_folder`: the base. It is needed for old checkpoints, whose fingerprint covers only
-    samples of the weights. `about`: further entries of state.json for users. `initial`: A0 and B0
-    of PiSSA and OLoRA (model/split_base.py), which each checkpoint contains.
+    `keep`: number of checkpoints to keep (save_total_limit). `accepted`: fields of `identity` that
+    may differ (accept_changes). `origin`: the checkpoint of `resume: PATH`, if the run started from
+    one; the checkpoints of the run record this path. `shapes`: name and shape of each trained
+    tensor, without those of fused experts. `model_folder`: folder of the base. It is needed for
+    checkpoints of earlier versions, whose fingerprint covers only samples of the weights. `about`:
+    further entries of state.json for users. `initial`: the initial LoRA weights A0 and B0 of PiSSA
+    and OLoRA, which each checkpoint contains; empty for other adapters.
     """
 
     folder: Path
@@ -111,8 +113,7 @@ class Checkpoints:
     initial: Mapping[str, "torch.Tensor"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # Step of the best adapter to which the newest checkpoint refers.
-        self._best_of_newest = 0
+        self._best_of_newest = 0  # `best_step` in the newest checkpoint
 
     def write(
         self,
@@ -166,12 +167,25 @@ class Checkpoints:
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest intact checkpoint, and a log line for each newer one that is skipped.
 
-        If `origin` is set, checkpoints that do not record it are skipped too; if none is left, the
-        result is the origin itself. Raises UserError if the origin is damaged. Raises UserError
-        also if a checkpoint cannot be read, because it may be intact.
+        If `origin` is set, checkpoints that do not record this path are skipped too. If no other
+        checkpoint is usable, the result is the origin, or None without one. Raises UserError if the
+        origin is damaged, or if a checkpoint cannot be read, because it may be intact.
         """
+        skipped: list[str] = []
         with self._read_errors_reported():
-            return self._newest()
+            # Folders whose replacement was interrupted: atomic_folder renames step-N to .step-N.old
+            for old in self.folder.glob(".*.old"):
+                recover_folder(old.with_name(old.name.removeprefix(".").removesuffix(".old")))
+            for path in reversed(checkpoints_in(self.folder)):
+                if str(path.resolve()) == self.origin:
+                    break
+                if damage := _damage(path):
+                    skipped.append(f"{path} is skipped: {damage}")
+                elif self.origin is None or _read_state(path).get("origin") == self.origin:
+                    return path, skipped
+                else:
+                    skipped.append(f"{path} is skipped: its run did not start from {self.origin}")
+            return self.intact_origin(), skipped
 
     def intact_origin(self) -> Path | None:
         """The checkpoint of `resume: PATH`, or None. Raises UserError if it is damaged."""
@@ -185,6 +199,7 @@ class Checkpoints:
 
     @contextmanager
     def _read_errors_reported(self) -> Iterator[None]:
+        """Context manager that turns an OSError of its body into a UserError."""
         try:
             yield
         except OSError as error:
@@ -194,25 +209,10 @@ class Checkpoints:
                 "again"
             ) from None
 
-    def _newest(self) -> tuple[Path | None, list[str]]:
-        for leftover in self.folder.glob(".*.old"):
-            recover_folder(leftover.with_name(leftover.name.removeprefix(".").removesuffix(".old")))
-        skipped: list[str] = []
-        for path in reversed(checkpoints_in(self.folder)):
-            if str(path.resolve()) == self.origin:
-                break
-            if damage := _damage(path):
-                skipped.append(f"{path} is skipped: {damage}")
-            elif self.origin is None or _read_state(path).get("origin") == self.origin:
-                return path, skipped
-            else:
-                skipped.append(f"{path} is skipped: its run did not start from {self.origin}")
-        return self.intact_origin(), skipped
-
     def require_resumable(self, path: Path) -> Progress:
-        """The progress in a checkpoint, if this run can resume from it, else UserError.
+        """The progress in a checkpoint. Raises UserError if this run cannot resume from it.
 
-        Only headers of tensor files are read.
+        Of the tensor files only the headers are read.
         """
         state = _read_state(path)
         self._require_same_run(path, state)
@@ -228,9 +228,15 @@ class Checkpoints:
         return path.resolve().parent != self.folder.resolve()
 
     def _require_same_run(self, path: Path, state: Mapping[str, Any]) -> None:
-        # A checkpoint has a position in the data and in the schedule of its run. For a checkpoint
-        # of another run both must be equal, so only a change of the base can be accepted.
-        accepted = {"base"} & {*self.accepted} if self._is_of_other_run(path) else self.accepted
+        """Raise UserError if the identity in a checkpoint differs from this run's.
+
+        A checkpoint has a position in the data and in the schedule of its run. For a checkpoint of
+        another run both must be equal, so only a change of the base can be accepted.
+        """
+        accepted = set(self.accepted)
+        if self._is_of_other_run(path):
+            accepted &= {"base"}
+        # `_require_same_tokens` compares the tokens.
         before, now = dict(state["identity"]), asdict(replace(self.identity, tokens=None))
         folder = self.model_folder
         if folder and is_sampled(before["base"]) and is_same_by_samples(before["base"], folder):
@@ -238,7 +244,7 @@ class Checkpoints:
         differences = {
             name: f"{name}: {before.get(name)} -> {value}"
             for name, value in now.items()
-            if value not in (None, before.get(name)) and name not in accepted
+            if value is not None and value != before.get(name) and name not in accepted
         }
         if not differences:
             return
@@ -265,16 +271,21 @@ class Checkpoints:
         if isinstance(before, str):  # written before held-out documents were recorded
             before = {identity["data"]: before}
         is_accepted = "data" in self.accepted and not self._is_of_other_run(path)
-        other = [key for key in before if key in now and now[key] != before[key]]
-        if not other or is_accepted:
+        changed_splits = [key for key in before if key in now and now[key] != before[key]]
+        if not changed_splits or is_accepted:
             return
-        data = "training" if identity["data"] in other else "held-out"
-        made, here = (values.get(DATA_MADE_WITH, {}) for values in (state, self.about))
-        changed = [name for name in made if made[name] != here.get(name)]
-        versions = ", ".join(f"{name} {made[name]} (now {here.get(name)})" for name in changed)
+        data = "training" if identity["data"] in changed_splits else "held-out"
+        # package -> version, at the first preparation and at this one
+        packages_before = state.get(DATA_MADE_WITH, {})
+        packages_now = self.about.get(DATA_MADE_WITH, {})
+        changed_packages = [
+            f"{name} {version} (now {packages_now.get(name)})"
+            for name, version in packages_before.items()
+            if version != packages_now.get(name)
+        ]
         cause = (
-            f"they were made with {versions}; install these versions"
-            if changed
+            f"they were made with {', '.join(changed_packages)}; install these versions"
+            if changed_packages
             else "the chat template may write the date; set it in chat_template_kwargs"
         )
         raise UserError(
@@ -286,13 +297,15 @@ class Checkpoints:
     def _require_same_tensors(self, path: Path) -> None:
         """Raise UserError if the adapter's tensors have other names or shapes than this run's.
 
-        `Identity.adapter` is not enough, because other target modules may have the same number of
-        parameters.
+        Equal values of `Identity.adapter` are not enough, because two choices of target modules may
+        have the same number of parameters.
         """
         if self.shapes is None:
             return
         entries = read_header(path / _ADAPTER).entries
-        saved = {key: entry.shape for key, entry in entries.items() if not _is_of_experts(key)}
+        saved = {
+            key: entry.shape for key, entry in entries.items() if not _FUSED_EXPERTS.search(key)
+        }
         expected = {key: tuple(shape) for key, shape in self.shapes.items()}
         if saved != expected:
             key = min(saved.items() ^ expected.items())[0]
@@ -320,28 +333,24 @@ class Checkpoints:
     def _prune(self, written: Path, progress: Progress) -> None:
         """Remove the oldest checkpoints beyond the limit, and best adapters that are outdated.
 
-        The checkpoint with the lowest held-out loss is never removed. Checkpoints of later steps
-        exist if the run was resumed from an earlier step; they are renamed, so that no later start
-        resumes from them.
+        `written`: the checkpoint that was just written. The checkpoint with the lowest held-out
+        loss is never removed. Checkpoints of later steps exist if the run was resumed from an
+        earlier step; they are renamed, so that no later start resumes from them.
         """
         best = self.folder / f"step-{progress.best_step:08d}"
         others = [path for path in checkpoints_in(self.folder) if path not in (written, best)]
         older = [path for path in others if path < written]
         surplus = older[: max(0, len(older) - (self.keep - 1))]
-        later = [path for path in others if path > written]
-        bests = [
-            path
-            for path in checkpoints_in(self.folder, "best")
-            if path != self._best_path(progress)
-        ]
-        for path in (*surplus, *bests):
+        best_adapters = set(checkpoints_in(self.folder, "best"))
+        for path in (*surplus, *best_adapters - {self._best_path(progress)}):
             shutil.rmtree(path, ignore_errors=True)  # the next checkpoint tries again
-        for path in later:
+        for path in (path for path in others if path > written):
             with suppress(OSError):
                 _rename_skipped(path)
         remove_unfinished_folders(self.folder)
 
     def _require_space(self, *tensors: Mapping[str, "torch.Tensor"]) -> None:
+        """Raise RankZeroError if the disk has too little space for these tensors."""
         need = sum(t.numel() * t.element_size() for group in tensors for t in group.values())
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished_folders(self.folder)  # files of a killed write may take the space
@@ -361,26 +370,27 @@ class Checkpoints:
     ) -> None:
         from safetensors.torch import save_file
 
-        with atomic_folder(path, check=lambda fresh: None) as fresh:
-            save_file(dict(weights), fresh / _ADAPTER, metadata={"format": "pt"})
-            save_file(dict(moments), fresh / _OPTIMIZER, metadata={"format": "pt"})
+        with atomic_folder(path, check=lambda folder: None) as temporary:
+            save_file(dict(weights), temporary / _ADAPTER, metadata={"format": "pt"})
+            save_file(dict(moments), temporary / _OPTIMIZER, metadata={"format": "pt"})
             if self.initial:
-                save_file(dict(self.initial), fresh / _INITIAL, metadata={"format": "pt"})
+                save_file(dict(self.initial), temporary / _INITIAL, metadata={"format": "pt"})
             state = {
                 "identity": asdict(self.identity),
                 "progress": asdict(progress),
                 "origin": self.origin,
                 **self.about,
             }
-            (fresh / _STATE).write_text(dump_json(state), encoding="utf-8")
-            files = {path.name: _size_and_digest(path) for path in sorted(fresh.iterdir())}
-            (fresh / _MANIFEST).write_text(dump_json({"files": files}), encoding="utf-8")
+            (temporary / _STATE).write_text(dump_json(state), encoding="utf-8")
+            files = {file.name: _size_and_digest(file) for file in sorted(temporary.iterdir())}
+            (temporary / _MANIFEST).write_text(dump_json({"files": files}), encoding="utf-8")
 
 
 def read_progress(path: Path) -> Progress:
-    """The progress in an intact checkpoint."""
-    written, known = _read_state(path)["progress"], {field.name for field in fields(Progress)}
-    return Progress(**{name: value for name, value in written.items() if name in known})
+    """The progress in an intact checkpoint. Fields of other versions are ignored."""
+    names = {field.name for field in fields(Progress)}
+    values = _read_state(path)["progress"]
+    return Progress(**{name: value for name, value in values.items() if name in names})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, "torch.Tensor"]]:
@@ -391,32 +401,32 @@ def read_tensors(path: Path) -> tuple[dict[str, "torch.Tensor"], dict[str, "torc
 
 
 def read_initial(path: Path) -> dict[str, "torch.Tensor"]:
-    """A0 and B0 in an intact checkpoint."""
+    """The initial LoRA weights A0 and B0 (PiSSA, OLoRA) in an intact checkpoint."""
     from safetensors.torch import load_file
 
     return load_file(path / _INITIAL)
 
 
 def computation_changes(path: Path, about: Mapping[str, Any]) -> list[str]:
-    """Fast paths and package versions with which a resume from a checkpoint is not bitwise equal.
+    """Changes because of which a resumed run is not bitwise equal to an uninterrupted one.
 
-    `about`: entries of state.json in the checkpoints of the present run.
+    Each is a text `NAME: BEFORE -> NOW`, for a package version or a fast path (a faster computation
+    with slightly different rounding). `about`: entries of state.json in this run's checkpoints.
     """
     state = _read_state(path)
-    return [
-        f"{name}: {state.get(kind, {}).get(name, 'not used')} -> {value}"
-        for kind in ("fast_paths", "versions")
-        for name, value in about.get(kind, {}).items()
-        if state.get(kind, {}).get(name) != value
-    ]
-
-
-def _is_of_experts(key: str) -> bool:
-    """Whether a tensor belongs to the adapter of fused experts."""
-    return _OF_EXPERTS.search(key) is not None
+    changes = []
+    for entry in ("fast_paths", "versions"):
+        before, now = state.get(entry, {}), about.get(entry, {})
+        changes += [
+            f"{name}: {before.get(name, 'not used')} -> {value}"
+            for name, value in now.items()
+            if before.get(name) != value
+        ]
+    return changes
 
 
 def _rename_skipped(path: Path) -> None:
+    """Rename a checkpoint to step-00000200-skipped-1, or to the next number that is free."""
     for number in count(1):
         new_path = path.with_name(f"{path.name}-skipped-{number}")
         if not new_path.exists():
@@ -440,10 +450,10 @@ def _damage(path: Path) -> str | None:
         files = read_json(path / _MANIFEST)["files"]
         if missing := {_ADAPTER, _OPTIMIZER, _STATE} - files.keys():
             return f"its manifest does not list {', '.join(sorted(missing))}"
-        for name, written in files.items():
+        for name, size_and_digest in files.items():
             if not (path / name).is_file():
                 return f"{name} is missing"
-            if _size_and_digest(path / name) != written:
+            if _size_and_digest(path / name) != size_and_digest:
                 return f"{name} differs from its size or SHA-256 in the manifest"
         if others := {file.name for file in path.iterdir()} - files.keys() - {_MANIFEST}:
             return f"it has a file that is not in its manifest, {min(others)}"

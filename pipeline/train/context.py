@@ -16,7 +16,7 @@ _DEBUG_STEPS = 4
 
 @dataclass(kw_only=True)
 class RunContext:
-    """A run on one rank. Until the data is prepared, `plan` has no schedule."""
+    """The state of a run on one rank. `plan` gets a schedule when the data has been prepared."""
 
     plan: Plan
     session: Session
@@ -37,11 +37,12 @@ class RunContext:
 
 def debug_settings(settings: RunSettings, world_size: int) -> RunSettings:
     """The settings for `--debug`: a few steps in a separate folder, with a log line for each."""
-    # A run file for groups of ranks can also be tried on one.
-    groups = ("sequence_parallel_size", "hpz_partition_size") if world_size == 1 else ()
-    # If global_batch_size is set, more accumulation steps replace the missing ranks.
-    is_global = settings.global_batch_size != "auto"
-    accumulation = "auto" if is_global else settings.gradient_accumulation_steps
+    # Settings that need several ranks are reset on one rank.
+    reset = ("sequence_parallel_size", "hpz_partition_size") if world_size == 1 else ()
+    # If global_batch_size is set, the plan chooses the accumulation steps that reach this size,
+    # because --debug may have fewer ranks than the real run.
+    has_global_batch_size = settings.global_batch_size != "auto"
+    accumulation = "auto" if has_global_batch_size else settings.gradient_accumulation_steps
     return settings.model_copy(
         update={
             "output_dir": f"{settings.output_dir.rstrip('/')}-debug",
@@ -49,7 +50,7 @@ def debug_settings(settings: RunSettings, world_size: int) -> RunSettings:
             "logging_steps": 1,
             "resume": "never",
             "gradient_accumulation_steps": accumulation,
-            **dict.fromkeys(groups, "auto"),
+            **dict.fromkeys(reset, "auto"),
         }
     )
 
@@ -57,10 +58,10 @@ def debug_settings(settings: RunSettings, world_size: int) -> RunSettings:
 def requeued_settings(settings: RunSettings, env: Mapping[str, str]) -> RunSettings:
     """The settings for a Slurm job that was requeued.
 
-    `resume: never` becomes `resume: auto` if this job itself wrote the run folder.
+    `resume: never` becomes `resume: auto` if this job wrote the run folder before it was requeued.
     """
     if settings.resume != "never" or env.get("SLURM_RESTART_COUNT", "0") == "0":
         return settings
     job = read_json_or_empty(Path(settings.output_dir) / "plan.json").get("job")
-    is_own = job is not None and job == env.get("SLURM_JOB_ID")
-    return settings.model_copy(update={"resume": "auto"}) if is_own else settings
+    was_written_by_job = job is not None and job == env.get("SLURM_JOB_ID")
+    return settings.model_copy(update={"resume": "auto"}) if was_written_by_job else settings

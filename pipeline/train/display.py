@@ -1,6 +1,7 @@
 """Display of the training steps on rank 0: a live view in a terminal, otherwise log lines."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,19 +22,20 @@ from pipeline.plan.plan import Plan
 
 logger = logging.getLogger(__name__)
 
-_CURVE = "▁▂▃▄▅▆▇█"
+_BLOCKS = "▁▂▃▄▅▆▇█"
 _CURVE_WIDTH = 24  # characters
 
 
 class ProgressDisplay:
     """Display of finished steps, held-out losses and checkpoints.
 
-    `done`: steps finished before this start. `is_shown`: True on rank 0 only.
+    `first_step`: step of the checkpoint from which this process resumed; 0 in a new run.
+    `is_shown`: True on rank 0 only.
     """
 
-    def __init__(self, plan: Plan, done: int, *, is_shown: bool) -> None:
-        self._total, self._every = plan.steps.total_steps, plan.settings.logging_steps
-        self._view = TrainingView(self._total, done, plan.speed.tokens_per_second)
+    def __init__(self, plan: Plan, first_step: int, *, is_shown: bool) -> None:
+        self._total, self._logging_steps = plan.steps.total_steps, plan.settings.logging_steps
+        self._view = TrainingView(self._total, first_step, plan.speed.tokens_per_second)
         self._is_shown = is_shown
         console = terminal()
         self._live: Live | None = None
@@ -58,13 +60,17 @@ class ProgressDisplay:
     def show_step(self, line: dict[str, Any], saved_step: int | None) -> None:
         """Show a step. `line`: its line of metrics.jsonl; `saved_step`: the last checkpoint."""
         self._view.add_step(line, saved_step)
-        is_due = line["step"] % self._every == 0 or line["step"] in (1, self._total)
+        step = line["step"]
+        is_due = step % self._logging_steps == 0 or step in (1, self._total)
         if self._is_shown and self._live is None and is_due:
             logger.info("%s", self._view.as_line())
 
     @contextmanager
     def show_work(self, text: str, total: int) -> Iterator[Work]:
-        """Show the progress of the body of the `with` statement, which runs between two steps."""
+        """Show the progress of the `with` statement's body, such as an evaluation.
+
+        `total`: amount of work in the body, in units that the body counts with `Work.advance`.
+        """
         if self._live is None:
             with show_progress(text, total) as work:
                 yield work
@@ -78,33 +84,35 @@ class ProgressDisplay:
     ) -> None:
         """Show a held-out loss, and the scores of answers to held-out rows."""
         self._view.held_out = (step, loss)
-        shares = "".join(
+        # All scores are fractions; entries that are no float are counts.
+        percentages = "".join(
             f"  {name.replace('_', ' ')} {100 * value:.1f} %"
             for name, value in scores.items()
             if isinstance(value, float)
         )
-        logger.info("step %d  held-out loss %.4f%s  (%.1f s)", step, loss, shares, seconds)
+        logger.info("step %d  held-out loss %.4f%s  (%.1f s)", step, loss, percentages, seconds)
 
 
 class TrainingView:
-    """The state of the training as a few lines for a terminal.
+    """The state of the training as a few lines for a terminal, drawn by rich.
 
-    `done`: steps finished before this start. `predicted_speed`: tokens per second of the plan.
+    `first_step`: step of the checkpoint from which this process resumed; 0 in a new run.
+    `predicted_speed`: tokens per second that the plan predicts.
     """
 
-    def __init__(self, total_steps: int, done: int, predicted_speed: float) -> None:
+    def __init__(self, total_steps: int, first_step: int, predicted_speed: float) -> None:
         self.held_out: tuple[int, float] | None = None  # step and loss
-        self.work: Work | None = None  # between two steps
+        self.work: Work | None = None  # such as an evaluation between two steps
         self._total = total_steps
         self._predicted_speed = predicted_speed
-        self._first, self._start = done, time.monotonic()
+        self._first_step, self._start_time = first_step, time.monotonic()
         self._losses: list[float] = []
-        self._line: dict[str, Any] = {"step": done}
+        self._line: dict[str, Any] = {"step": first_step}  # the latest line of metrics.jsonl
         self._peak: tuple[int, int] | None = None  # measured and predicted bytes
-        self._saved_step = done or None  # a resumed run has a checkpoint of that step
+        self._saved_step = first_step or None
 
     def add_step(self, line: dict[str, Any], saved_step: int | None) -> None:
-        """Take over a line of metrics.jsonl and the step of the last checkpoint."""
+        """Add a step. `line`: its line of metrics.jsonl; `saved_step`: the last checkpoint."""
         self._line, self._saved_step = line, saved_step or self._saved_step
         self._losses.append(line["loss"])
         if line["peak_bytes"] is not None:
@@ -160,20 +168,25 @@ class TrainingView:
         return rows
 
     def _elapsed(self) -> float:
-        return time.monotonic() - self._start
+        return time.monotonic() - self._start_time
 
     def _seconds_left(self) -> float:
-        """Remaining time, from the mean duration of the steps of this start."""
+        """Remaining time, from the mean duration of the steps of this process."""
         step: int = self._line["step"]
-        return self._elapsed() / max(1, step - self._first) * (self._total - step)
+        return self._elapsed() / max(1, step - self._first_step) * (self._total - step)
 
 
 def curve(values: list[float]) -> str:
-    """Values as a line of block characters; with many values each character is a mean."""
-    count = min(len(values), _CURVE_WIDTH)
-    edges = [i * len(values) // count for i in range(count + 1)]
+    """A line of block characters, such as "█▅▃▁", whose heights show the values.
+
+    Each character is the mean of consecutive values, or "?" if that is not finite.
+    """
+    width = min(len(values), _CURVE_WIDTH)
+    edges = [i * len(values) // width for i in range(width + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
-    finite = [mean for mean in means if mean == mean and abs(mean) != float("inf")]
-    low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
-    scale = (len(_CURVE) - 1) / (high - low) if high > low else 0.0
-    return "".join(_CURVE[round((mean - low) * scale)] if mean in finite else "?" for mean in means)
+    finite = list(filter(math.isfinite, means))
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(
+        _BLOCKS[round((mean - low) * scale)] if math.isfinite(mean) else "?" for mean in means
+    )

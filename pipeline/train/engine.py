@@ -45,11 +45,11 @@ _RATE_NAMES = ("lr", "lr_lora_b")  # names in metrics.jsonl, in the order of the
 class StepResult:
     """Result of an optimizer step on one rank.
 
-    `loss_sum`, `tokens`: sums over the micro-batches of this rank. `tokens` is 0 on all ranks of a
-    sequence-parallel group but the first, because they share their tokens. `grad_norm`: over all
-    ranks.
-    `was_applied`: False if the update was skipped. `can_lower_scale`: whether the loss scale of
-    fp16 was above its minimum, so that an overflow is no failure: DeepSpeed lowers the scale.
+    `loss_sum`, `tokens`: sums over the micro-batches of this rank. The ranks of a sequence-parallel
+    group share their tokens, so only the first of them counts the tokens; on the others `tokens`
+    is 0. `grad_norm`: norm of the gradient over all ranks. `was_applied`: False if the update was
+    skipped. `can_lower_scale`: whether the loss scale of fp16 was above its minimum. If so, an
+    overflow is no failure, because DeepSpeed lowers the scale and continues.
     """
 
     loss_sum: float
@@ -79,32 +79,33 @@ class Engine:
         self._world_size = plan.world_size
         self._group = group
         self.largest_batch = SequenceProfile(tokens=1)
-        self._max_tokens = 0
-        is_sharded = plan.layout.is_sharded
-        if not plan.fast_paths[JOINT_LORA]:
+        self._max_tokens = 0  # batch size times length of `largest_batch`
+        is_sharded = plan.layout.is_sharded  # ZeRO-3
+        reasons_off = plan.fast_paths  # fast path -> why it is off; an empty text if it is on
+        if not reasons_off[JOINT_LORA]:
             join_lora(model)
-        if not plan.fast_paths[FP32_KERNELS]:
+        if not reasons_off[FP32_KERNELS]:
             multiply_in_fp32(model)
-        causal: Any = model.get_base_model()
-        self._tiled = tile_mlps(causal, plan)
+        causal_lm: Any = model.get_base_model()
+        self._tiled_mlps = tile_mlps(causal_lm, plan)
         is_reentrant = is_sharded and plan.layout.checkpointed_layers > 0
         if is_reentrant:
-            remove_input_gradients(causal)
+            remove_input_gradients(causal_lm)
         self.deepspeed, *_ = deepspeed.initialize(
             model=SummedLoss(
                 model,
                 max_chunks(plan) if is_sharded else None,
-                has_gradient_in_forward=not plan.fast_paths[LOSS_GRADIENT],
+                has_gradient_in_forward=not reasons_off[LOSS_GRADIENT],
                 group=group,
             ),
             model_parameters=_parameter_groups(self.parameters, plan.settings),
             config=dict(plan.deepspeed),
             dist_init_required=False,
         )
-        self._reduces_once = not plan.fast_paths[ONE_REDUCTION]
+        self._reduces_once = not reasons_off[ONE_REDUCTION]
         if self._reduces_once:
             accumulate_in_fp32(self.parameters.values())
-            # DeepSpeed updates the weights in every call of step().
+            # Makes DeepSpeed update the weights in every call of step().
             self.deepspeed.set_gradient_accumulation_boundary(True)
         self._lr_ratios = [group["lr"] / plan.settings.lr for group in self._parameter_groups]
         create_state_of_groups(self.deepspeed)
@@ -113,9 +114,9 @@ class Engine:
         if is_sharded:
             _register_token_weights(model)
         if is_reentrant:
-            require_input_gradients(causal)
+            require_input_gradients(causal_lm)
         alpha = plan.settings.neftune_noise_alpha
-        embeddings = causal.get_input_embeddings()
+        embeddings = causal_lm.get_input_embeddings()
         self._noise = EmbeddingNoise(embeddings, alpha, group) if alpha else None
 
     @property
@@ -130,7 +131,10 @@ class Engine:
         return groups
 
     def set_learning_rate(self, lr: float) -> None:
-        """Set each parameter group's rate to `lr` times its ratio to the setting `lr`."""
+        """Set the rate of each parameter group.
+
+        The main group gets `lr`. With LoRA+ the group of B gets `lr` times `lora_plus_ratio`.
+        """
         for group, ratio in zip(self._parameter_groups, self._lr_ratios, strict=True):
             group["lr"] = lr * ratio
 
@@ -168,9 +172,10 @@ class Engine:
     ) -> tuple[torch.Tensor, int]:
         """Accumulate and reduce the gradients of a step; returns the summed loss and the tokens.
 
-        DeepSpeed averages gradients over ranks and, by default, divides the loss by the number of
-        micro-batches. Only this method undoes both, so that the gradient is that of the mean loss
-        over all supervised tokens of the step, for every division into micro-batches.
+        The gradient is that of the mean loss over all supervised tokens of the step, for every
+        division into micro-batches and ranks. DeepSpeed averages gradients over ranks, which the
+        factor `world_size` undoes. By default DeepSpeed also divides the loss by the number of
+        micro-batches, which `scale_wrt_gas=False` prevents.
 
         If a loss is not finite, the gradients are set to NaN. DeepSpeed checks only gradients, and
         then skips the step on all ranks (0.19.8, every stage and dtype).
@@ -179,7 +184,7 @@ class Engine:
         with self._reduction():
             for index, seeded in enumerate(batches):
                 if index > 0 and not self._reduces_once:
-                    self.deepspeed.step()  # it only counts the micro-batch
+                    self.deepspeed.step()  # ends the previous micro-batch; no update yet
                 torch.manual_seed(seeded.seed)
                 self._note_size(seeded.batch)
                 self._on_phase("the forward pass")
@@ -191,17 +196,18 @@ class Engine:
                 loss_sum += loss.detach().double()
                 if self._group is None or self._group.place == 0:
                     tokens += seeded.batch.tokens
-                del loss, scaled  # 8-bit layers keep tensors in the graph until it is gone
+                del loss, scaled  # frees the graph, in which 8-bit layers keep tensors
             self._on_phase("the optimizer's step")
         return loss_sum, tokens
 
     def _reduction(self) -> AbstractContextManager[None]:
-        if not self._reduces_once:
+        """Context of the backward passes of a step, which reduces their gradients over ranks."""
+        if not self._reduces_once:  # DeepSpeed reduces in each backward pass
             return nullcontext()
         return reduced_once(self.deepspeed, self.parameters.values())
 
     def _note_size(self, batch: Batch) -> None:
-        """Record the largest micro-batch; its predicted memory is shown with the measured peak."""
+        """Set `largest_batch`, whose predicted memory is shown beside the measured peak."""
         if batch.input_ids.numel() > self._max_tokens:
             self._max_tokens = batch.input_ids.numel()
             labels = batch.labels
@@ -228,8 +234,9 @@ class Engine:
     ) -> list[str]:
         """Greedy answers of the model. At ZeRO-3 a rank without prompts must call it too.
 
-        DeepSpeed records the order of modules between two calls of `reset_step`, which a forward
-        pass of its own module makes. `generate` calls the model inside it, so it is called here.
+        ZeRO-3 records the order of modules in each forward pass, from one call of `reset_step` to
+        the next. The forward pass of `self.deepspeed` calls it, but `generate` calls the wrapped
+        model directly; therefore `before_forward` calls `reset_step`.
         """
         self._on_phase("generating answers")
         self.deepspeed.eval()
@@ -238,7 +245,8 @@ class Engine:
 
         def before_forward() -> None:
             on_token()
-            self._set_tiled(next(forwards) == 0)  # the forward pass of the prompts
+            # Only the first forward pass, that of the prompts, has long sequences to tile.
+            self._set_tiled(next(forwards) == 0)
             if offload is not None:
                 self._release_gathered()
                 offload.get_param_coordinator().reset_step()
@@ -251,8 +259,9 @@ class Engine:
         return answers
 
     def _set_tiled(self, is_tiled: bool) -> None:
-        for method in self._tiled:
-            method.is_tiled = is_tiled
+        """Choose whether MLPs compute their sequences in tiles, which saves memory."""
+        for mlp in self._tiled_mlps:
+            mlp.is_tiled = is_tiled
 
     def _release_gathered(self) -> None:
         """Shard again the parameters that ZeRO-3 keeps gathered for a backward pass.
@@ -289,27 +298,30 @@ class Engine:
 
 
 def _register_token_weights(model: PeftModel) -> None:
-    """Let ZeRO-3 gather the weights that peft's layers of token rows read from other modules."""
+    """Let ZeRO-3 gather the weights that peft's TrainableTokensLayer reads from other modules."""
     for module in model.modules():
         if isinstance(module, TrainableTokensLayer):
-            rows = module.trainable_tokens_delta.values()
-            for parameter in (module.get_base_layer().weight, *rows):
+            trained_rows = module.trainable_tokens_delta.values()
+            for parameter in (module.get_base_layer().weight, *trained_rows):
                 deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def _parameter_groups(
     parameters: Mapping[str, nn.Parameter], settings: RunSettings
 ) -> list[dict[str, Any]]:
-    """One parameter group with the rate `lr`, or two with LoRA+, in which B has a higher rate.
+    """The parameter groups of the optimizer: one, or with LoRA+ a second one for the matrices B.
 
     As in peft, DoRA's magnitudes have the rate of B (peft 0.21.2 optimizers/loraplus.py).
     """
     if settings.lora_plus_ratio == 1:
         return [{"params": list(parameters.values()), "lr": settings.lr}]
-    is_b = {key: ".lora_B." in key or p.dim() == 1 for key, p in parameters.items()}
+    group_a, group_b = [], []
+    for key, parameter in parameters.items():
+        is_magnitude = parameter.dim() == 1
+        (group_b if ".lora_B." in key or is_magnitude else group_a).append(parameter)
     return [
-        {"params": [p for key, p in parameters.items() if is_b[key] is high], "lr": rate}
-        for high, rate in ((False, settings.lr), (True, settings.lr * settings.lora_plus_ratio))
+        {"params": group_a, "lr": settings.lr},
+        {"params": group_b, "lr": settings.lr * settings.lora_plus_ratio},
     ]
 
 

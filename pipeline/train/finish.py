@@ -18,9 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 def finish(run: TrainingState, stop_reason: str | None) -> None:
-    """Publish the adapter. Collective. Raises Stopped if the run was stopped.
+    """Publish the adapter, that is, write it in peft's format to the folder `adapter`. Collective.
 
-    `stop_reason`: result of the training loop.
+    `stop_reason`: why the training loop was stopped; None if it reached its end. Raises Stopped if
+    there is a reason.
     """
     progress, folder = run.progress, run.folder.path
     if run.metrics is not None:
@@ -65,7 +66,7 @@ def _next_commands(run: TrainingState) -> str:
 
 
 def _require_saved(run: TrainingState) -> None:
-    """Log a failure of the last save, or raise it if `save_must_succeed` is set. On rank 0."""
+    """If the last save failed, log that, or raise with `save_must_succeed`. On rank 0."""
     assert run.writer is not None
     if run.plan.settings.save_must_succeed:
         run.writer.require_written()
@@ -97,14 +98,14 @@ def _publish(run: TrainingState, weights: dict[str, torch.Tensor]) -> int:
         )
         mark_outdated(run.folder.path)
     except RankZeroError as error:
-        if error.__cause__ is None:
-            raise  # the adapter itself is wrong; after a resume it would be the same
+        if error.__cause__ is None:  # no failed write: the adapter itself is wrong
+            raise  # a resumed run would publish the same adapter
         raise RankZeroError(f"{error}; {_checkpoint_message(run)}") from error
     return step
 
 
 def _checkpoint_message(run: TrainingState) -> str:
-    """Message about the checkpoint to resume from, after a write in flight. On rank 0."""
+    """Which checkpoint a new start resumes from. Waits for a write in flight. On rank 0."""
     assert run.writer is not None
     if failure := run.writer.wait():
         return f"{failure}; earlier checkpoints are unchanged: start again to resume"

@@ -37,10 +37,11 @@ _PENDING_WRITE_S = 15.0  # after a failure, the longest wait for a checkpoint wr
 class RunFolder:
     """The folder of one run. Only rank 0 writes to it; on other ranks `status` is None.
 
-    Before the last check only prepared data is written. Then `open` writes the other files. So a
-    start that is refused (UserError) changes nothing else. `start`: the decision of `begin`.
-    `checkpoints`: set on rank 0 if the run trains. `resumed`: on rank 0, the checkpoint to resume
-    from. `wait_for_writes`: waits for checkpoint writes in flight, at most the given seconds.
+    A start is one launch of the training program. If a check refuses it (UserError), the start has
+    written only prepared data and its ownership of the folder; after all checks, `open` writes the
+    other files. `start`: the decision of `begin`. `checkpoints`: set on rank 0 if the run trains.
+    `resumed`: on rank 0, the checkpoint to resume from. `wait_for_writes`: waits for checkpoint
+    writes in flight, at most the given seconds.
     """
 
     def __init__(self, context: RunContext) -> None:
@@ -50,8 +51,7 @@ class RunFolder:
         self.start: Start = "new"
         self.checkpoints: Checkpoints | None = None
         self.resumed: Path | None = None
-        # Status of the run that is resumed.
-        self._earlier: dict[str, Any] | None = None
+        self._earlier_status: dict[str, Any] | None = None  # of the run that is resumed
         self._is_open = False
         self.wait_for_writes: Callable[[float], None] = lambda seconds: None
 
@@ -70,17 +70,17 @@ class RunFolder:
                 check_first_rows(context.settings)
                 trust = context.settings.trust_remote_code
                 require_complete(context.plan.shape, trust_remote_code=trust)
-                status.own()
+                status.take_ownership()
                 # Decide again, because another start may have used the folder in the meantime.
                 start = decide_start(self.path, context.plan, is_debug=context.is_debug)
             is_from_path = start == "new" and is_checkpoint_path(context.settings.resume)
             if start == "resume" or is_from_path:
                 self._select_checkpoint(start)
         if start != "done":
-            self._earlier = read_status(status.path) if start == "resume" else None
-            # The status of a finished run is kept until the run is replaced.
+            self._earlier_status = read_status(status.path) if start == "resume" else None
+            # The status of a finished run stays until `open`, because a check may refuse this start.
             if not is_done(self.path):
-                status.claim(self._earlier)
+                status.write_start(self._earlier_status)
         return start
 
     def _select_checkpoint(self, start: Start) -> None:
@@ -93,9 +93,10 @@ class RunFolder:
             logger.info(note)
 
     def prepare(self) -> dict[str, Any]:
-        """Prepare the data, and return its index. On rank 0.
+        """Tokenise and pack the data, unless a start has done so, and return its index. On rank 0.
 
-        Afterwards the number of steps is known, and a checkpoint of a longer run is refused.
+        Afterwards the number of steps is known. Raises UserError if the checkpoint to resume from
+        has more steps.
         """
         context = self._context
         limit = _DEBUG_ROWS if context.is_debug else None
@@ -118,7 +119,7 @@ class RunFolder:
             self.status.update(total_steps=context.plan.steps.total_steps)
 
     def open(self, step: int) -> None:
-        """Write run.yaml, the plans and the record of the base; see `open_run`.
+        """Write run.yaml, the plans, the fingerprint of the base, and the status.
 
         `step`: number of finished steps. Called on rank 0, after all checks that may refuse a run.
         """
@@ -128,7 +129,7 @@ class RunFolder:
         record_base_of_run(self.path, context.settings.model_folder)
         if self.resumed is None:
             record_initial_adapter(self.path, context.settings)
-        status.claim(self._earlier)
+        status.write_start(self._earlier_status)
         total_steps = context.plan.steps.total_steps
         status.update(step=step, first_step=step, total_steps=total_steps)
         self._is_open = True
@@ -159,7 +160,10 @@ class RunFolder:
         self.status.end("done", 0, None)
 
     def end_by_watchdog(self, reason: str, exit_code: int) -> None:
-        """Write the final status. Called by the watchdog's thread, which then ends the process."""
+        """Write the final status. Called by the watchdog's thread, which then ends the process.
+
+        On another rank than 0, the status is written only if rank 0 is dead.
+        """
         self.wait_for_writes(_PENDING_WRITE_S)
         is_stop = exit_code == Stopped.exit_code
         if is_stop:
@@ -178,7 +182,7 @@ class RunFolder:
 
 
 def open_run(folder: Path, plan: Plan, start: Start, *, is_debug: bool = False) -> None:
-    """Write run.yaml and the plans. A new run first removes the earlier run, except its data."""
+    """Write run.yaml and the plans. A new run first removes the earlier one (`clear_run`)."""
     try:
         if start == "new":
             clear_run(folder)
@@ -212,9 +216,9 @@ def write_plan(folder: Path, plan: Plan, *, is_debug: bool) -> None:
 def clear_run(folder: Path) -> None:
     """Remove the files that a run wrote, and no others. Raises OSError if that fails.
 
-    Links to another disk are kept, but the files that the run wrote there are removed. Prepared
-    data is kept, because it can be reused. If the process is killed meanwhile, the folder is still
-    a run folder, but its run no longer counts as finished.
+    If a folder such as `adapter` is a link to another disk, the link is kept and its target is
+    removed. Prepared data is kept, because it can be reused. If the process is killed meanwhile,
+    the folder is still a run folder, but its run no longer counts as finished.
     """
     if (status := read_status(folder / "status.json")) is not None:
         ended = {"state": "failed", "reason": "a new run was removing this run and was killed"}

@@ -13,14 +13,16 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     A storage counts from its first use by an operator until it is freed; memory-mapped tensors
     count too. Workspace that a kernel allocates and frees within one operator does not count,
-    because on a CPU its size differs from a GPU's. `now`: bytes at present. `peak`: largest value.
+    because on a CPU its size differs from a GPU's. `now`: bytes at present. `peak`: the largest
+    number of bytes so far.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.peak = 0
-        self._known: dict[int, tuple[weakref.ref[Any], int]] = {}
+        # Address of a storage -> the storage and its counted bytes.
+        self._counted: dict[int, tuple[weakref.ref[Any], int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and count its inputs and outputs."""
@@ -33,19 +35,19 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def count(self, tensor: torch.Tensor) -> None:
         """Count the storage of a tensor if it is new or has another size than before."""
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        known = self._known.get(key)
-        if known is not None and known[0]() is storage:
-            if known[1] != size:
-                self._known[key] = (known[0], size)
-                self._add(size - known[1])
-            return
-        reference = weakref.ref(storage, lambda _: self._forget(key))
-        self._known[key] = (reference, size)
+        address, size = storage._cdata, storage.nbytes()
+        if address in self._counted:
+            reference, counted_size = self._counted[address]
+            if reference() is storage:
+                self._counted[address] = (reference, size)
+                self._add(size - counted_size)
+                return
+        reference = weakref.ref(storage, lambda _: self._forget(address))
+        self._counted[address] = (reference, size)
         self._add(size)
 
-    def _forget(self, key: int) -> None:
-        _, size = self._known.pop(key)
+    def _forget(self, address: int) -> None:
+        _, size = self._counted.pop(address)
         self._add(-size)
 
     def _add(self, size: int) -> None:

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable, Iterator
-from itertools import count
+from itertools import chain
 from typing import Any
 
 from pipeline.adapter.gather import gather_moments, gather_weights
@@ -31,8 +31,8 @@ _MAX_BAD_STEPS = 3
 def training_loop(run: TrainingState) -> str | None:
     """Train until the last step, early stopping, or a stop request. Collective.
 
-    Returns the reason if the ranks agreed to stop; then there is a checkpoint of the last complete
-    step.
+    After a stop request the last complete step is saved, and the reason of the stop is returned;
+    otherwise the result is None.
     """
     try:
         with worker_deaths_reported():
@@ -41,19 +41,19 @@ def training_loop(run: TrainingState) -> str | None:
             run.step_watch.lap()
             for step in run.input_wait.over(_remaining_steps(run)):
                 result = run.engine.optimizer_step(
-                    _until_stop(run, step.batches),
+                    _with_stop_checks(run, step.batches),
                     step.size.supervised_tokens,
                     run.plan.learning_rate(step.index),
                 )
                 _complete(run, step, result)
     except StopAgreed as stop:
         if run.session.is_rank_zero:
-            # Before the save, which may fail: if the file stayed, the next start would stop too.
+            # Before the save, because that may fail, and with the file the next start stops too.
             run.stops.remove_stop_file()
         save_before_stop(run)
         return str(stop)
     finally:
-        run.stops.is_in_loop = True  # also if no step was left
+        run.stops.is_in_loop = True  # `_agree_on_stop` has not set it if no step was left
     return None
 
 
@@ -70,21 +70,20 @@ def _remaining_steps(run: TrainingState) -> Iterator[TrainingStep]:
             return
 
 
-def _until_stop(run: TrainingState, batches: Iterable[SeededBatch]) -> Iterator[SeededBatch]:
-    """The batches of a step.
+def _with_stop_checks(run: TrainingState, batches: Iterable[SeededBatch]) -> Iterator[SeededBatch]:
+    """The batches of a step. Raises StopAgreed between two of them if a stop was requested.
 
-    Before the first batch the ranks agree whether to stop, and in a long step several times: each
-    agreement makes all ranks wait for the slowest one.
+    The ranks agree whether to stop before the first batch, and in a long step again after every
+    `batches_per_agreement` batches. They do so rarely, because each agreement makes all ranks wait
+    for the slowest one.
     """
-    iterator = iter(run.input_wait.over(batches))
-    for index in count():
-        run.heartbeat.beat("waiting for its batch", run.progress.step)
-        if (batch := next(iterator, None)) is None:
-            run.heartbeat.beat("the end of its step")
-            return
+    run.heartbeat.beat("waiting for its batch", run.progress.step)
+    for index, batch in enumerate(run.input_wait.over(batches)):
         if index % run.batches_per_agreement == 0:
             _agree_on_stop(run)
         yield batch
+        run.heartbeat.beat("waiting for its batch", run.progress.step)
+    run.heartbeat.beat("the end of its step")
 
 
 def _agree_on_stop(run: TrainingState) -> None:
@@ -131,7 +130,7 @@ def _measure(
         [result.loss_sum, result.tokens, failed_save, run.step_watch.elapsed(), *waits]
     )
     seconds, peak = run.step_watch.lap(), run.peak.after_step()
-    # The mean over ranks is the same number on all of them, so that they agree at the same batches.
+    # The mean is the same number on all ranks, so they agree on stops before the same batches.
     run.micro_batch_s = seconds_sum / placement.world_size / run.plan.layout.accumulation_steps
     run.batches_per_agreement = max(1, int(STOP_INTERVAL_S / run.micro_batch_s))
     line = {
@@ -177,7 +176,10 @@ def _count(run: TrainingState, loss: float, result: StepResult, documents: int) 
 
 
 def _require_finite(run: TrainingState, loss: float) -> None:
-    """Raise RankZeroError after too many bad steps; their number is the same on all ranks."""
+    """Raise RankZeroError after too many bad steps in a row, as `_count` defines them.
+
+    Their number is the same on all ranks.
+    """
     progress = run.progress
     limit = 1 if run.context.is_debug else _MAX_BAD_STEPS
     if progress.bad_steps >= limit:
@@ -188,20 +190,23 @@ def _require_finite(run: TrainingState, loss: float) -> None:
 
 
 def _require_trained(run: TrainingState) -> None:
-    """Raise RankZeroError if a lora_B or a fully trained module gets no gradient, after two steps.
+    """Raise RankZeroError if a parameter has got no gradient in two steps. Collective.
 
-    The loss is not checked: in fp32 it can be exactly 0 if the model has learnt a short answer.
+    lora_B is zero at the start, so its weights show whether it was trained. Other parameters, and
+    lora_B of PiSSA and OLoRA, start with other values; Adam's moments show whether they got a
+    gradient. The embeddings of new tokens are not checked, because a new token may not occur in the
+    first steps. The loss is not checked: in fp32 it can be exactly 0 if the model has learnt a
+    short answer.
     """
     parameters, keep = run.engine.parameters, run.session.is_rank_zero
     weights = gather_weights(parameters, keep=keep)
-    # A new token may not occur in the first steps. B of PiSSA and OLoRA is not zero at the start.
-    is_split = run.plan.settings.splits_base
-    in_full = {
-        key: each
-        for key, each in parameters.items()
-        if (is_split or ".lora_" not in key) and not key.endswith(TOKEN_ROWS)
+    checks_lora_moments = run.plan.settings.splits_base  # PiSSA or OLoRA
+    checked_by_moments = {
+        key: parameter
+        for key, parameter in parameters.items()
+        if (checks_lora_moments or ".lora_" not in key) and not key.endswith(TOKEN_ROWS)
     }
-    moments = gather_moments(in_full, keep=keep)
+    moments = gather_moments(checked_by_moments, keep=keep)
 
     def verify() -> None:
         verify_tensors(weights, expected_shapes(run.plan), trained=True)
@@ -211,7 +216,8 @@ def _require_trained(run: TrainingState) -> None:
 
 
 def _is_due(run: TrainingState, frequency: Frequency | None, *, is_last: bool) -> bool:
-    if frequency is None:
+    """Whether an evaluation or a save is due after this step. `is_last`: it is the last step."""
+    if frequency is None:  # the strategy is `no`
         return False
     return is_last or frequency.is_due(run.progress.step, run.plan.steps.steps_per_epoch)
 
@@ -247,12 +253,12 @@ def _evaluate(run: TrainingState) -> None:
 
 def _answer_scores(run: TrainingState, questions: HeldOutQuestions) -> dict[str, Any]:
     """Scores of the answers to held-out rows; on ranks other than 0, empty. Collective."""
-    answers: list[tuple[int, str]] = []
+    answers: list[tuple[int, str]] = []  # index of the question, text of the answer
     batches = [*questions.batches_of_rank(run.session.placement)]
-    per_batch = questions.generator.max_new_tokens
+    max_tokens = questions.generator.max_new_tokens
     text = f"answering {len(questions.prompts)} held-out rows"
-    with run.display.show_work(text, per_batch * len(batches)) as work:
-        for number, batch in enumerate(batches):
+    with run.display.show_work(text, max_tokens * len(batches)) as work:
+        for num_done, batch in enumerate(batches, start=1):
 
             def on_token() -> None:
                 run.heartbeat.renew()
@@ -261,10 +267,12 @@ def _answer_scores(run: TrainingState, questions: HeldOutQuestions) -> dict[str,
             _agree_on_stop(run)
             prompts = [questions.prompts[i] for i in batch]
             texts = run.engine.answers(questions.generator, prompts, on_token)
-            work.advance((number + 1) * per_batch - work.done)
+            work.advance(num_done * max_tokens - work.done)  # answers may be shorter
             answers += zip(batch, texts, strict=True)
-    gathered = run.session.gather_objects(answers)
-    return {} if gathered is None else questions.scores([pair for of in gathered for pair in of])
+    answers_by_rank = run.session.gather_objects(answers)
+    if answers_by_rank is None:
+        return {}
+    return questions.scores([*chain.from_iterable(answers_by_rank)])
 
 
 def _is_patience_over(run: TrainingState) -> bool:

@@ -20,7 +20,8 @@ _Item = TypeVar("_Item")
 class MetricsFile:
     """metrics.jsonl, to which lines are appended.
 
-    After a resume, lines of an earlier start are kept up to `resumed_step`, and later ones removed.
+    If the run was resumed from the checkpoint of step `resumed_step`, the file has lines from
+    before; those of later steps are removed, because these steps are repeated.
     """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
@@ -73,7 +74,7 @@ def _append_atomically(file: FileIO, data: bytes) -> None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The intact lines of a metrics file. Lines damaged by a kill or a bad disk are skipped.
 
-    A loss that was not finite is null.
+    A loss that was not finite is None, because JSON has no such number.
     """
     if not path.is_file():
         return []
@@ -134,7 +135,8 @@ class PeakBytes:
     """Peak bytes of live tensors since before the model was loaded.
 
     PyTorch's CUDA allocator counts them throughout the run. On a CPU every operator must be
-    intercepted, which is slow, so only the first steps of a start are measured, on rank 0.
+    intercepted, which is slow, so only the first steps of the process are measured, and only if
+    `is_watched` is true (on rank 0).
     """
 
     _WATCHED_STEPS = 2

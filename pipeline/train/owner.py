@@ -1,8 +1,8 @@
 """Ownership of a run folder: only one process at a time may change it.
 
-The process that creates the file `.owner` is the owner. The modification time of this file is the
-heartbeat that other machines read. File system locks are not used, because shared disks may not
-support them.
+The process that creates the file `.owner` is the owner. It updates the file's modification time
+every 10 s; other machines read this time to see whether the owner is alive (its heartbeat). File
+system locks are not used, because shared disks may not support them.
 """
 
 import json
@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 OWNER = ".owner"
 TRAINING = "a run"
 _HEARTBEAT_S = 10.0  # seconds between heartbeats
-_LOCKED_S = 0.1  # seconds to wait while another process checks whether the owner is alive
+_LOCK_WAIT_S = 0.1  # seconds to wait while another process checks whether the owner is alive
 # An owner on another machine counts as alive if its heartbeat is younger than this many seconds.
 _SILENCE_S = 60.0
 
@@ -30,15 +30,15 @@ _SILENCE_S = 60.0
 class Ownership:
     """The ownership of a run folder by this process, on rank 0.
 
-    `purpose`: shown in messages to other processes. `on_heartbeat`: a thread calls it every 10 s
-    while the folder is owned.
+    `purpose`: what the process does, such as "a run", for messages of other processes.
+    `on_heartbeat`: a thread calls it every 10 s while the folder is owned.
     """
 
     def __init__(
         self, folder: Path, purpose: str, on_heartbeat: Callable[[], None] = lambda: None
     ) -> None:
         self._path, self._purpose, self._on_heartbeat = folder / OWNER, purpose, on_heartbeat
-        self._text = ""
+        self._text = ""  # content of the owner file that this process wrote
         self._released = threading.Event()
         self.is_held = False
 
@@ -58,7 +58,7 @@ class Ownership:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             while not self._create():
-                self._remove_dead()
+                self._remove_dead_owner()
         except OSError as error:
             raise UserError(
                 f"output_dir: {self._path.parent} cannot be written to ({error.strerror}); "
@@ -90,8 +90,12 @@ class Ownership:
         self.is_held = True
         return True
 
-    def _remove_dead(self) -> None:
-        """Remove the file of a dead owner, while holding a lock file that only one process has."""
+    def _remove_dead_owner(self) -> None:
+        """Remove the owner file if its process is dead. Raises UserError if the process runs.
+
+        This process creates `.owner.lock` for the check; if another process has this file, the
+        function waits for a moment and returns, and the caller tries again.
+        """
         lock = self._path.with_name(f"{OWNER}.lock")
         try:
             lock.open("x").close()
@@ -100,10 +104,11 @@ class Ownership:
                 # A lock file of this age belongs to a process that was killed.
                 if time.time() - lock.stat().st_mtime > _SILENCE_S:
                     lock.unlink()
-            time.sleep(_LOCKED_S)
+            time.sleep(_LOCK_WAIT_S)
             return
         try:
-            now = lock.stat().st_mtime  # by the file server's clock, which the heartbeat also uses
+            # Both this time and the heartbeat come from the clock of the file server.
+            now = lock.stat().st_mtime
             with suppress(FileNotFoundError):
                 owner = self._read_owner()
                 if is_running(owner, now):
@@ -131,7 +136,7 @@ class Ownership:
     def _is_mine(self) -> bool:
         """Whether the owner file was written by this process.
 
-        If this process has sent no heartbeat for long, another one may have become the owner.
+        If this process was suspended for over 60 s, another one may have become the owner.
         """
         try:
             return self._path.read_text(encoding="utf-8") == self._text
@@ -155,12 +160,13 @@ def identity() -> dict[str, Any]:
 def is_running(owner: dict[str, Any], now: float | None = None) -> bool:
     """Whether the process described by an owner file or a status file still runs.
 
-    `now`: the current time of the clock that set the heartbeat; None for this machine's clock.
+    On this machine its process id is checked, on another one the age of its heartbeat. `now`: the
+    current time of the clock that set the heartbeat; None for this machine's clock.
     """
     if owner.get("machine") != identity()["machine"]:
         now = time.time() if now is None else now
         return now - float(owner.get("heartbeat") or 0) < _SILENCE_S
-    return any(_started_before(pid, owner) for pid in owner.get("pids") or [])
+    return any(_is_owner_process(pid, owner) for pid in owner.get("pids") or [])
 
 
 def in_use_message(folder: Path, owner: dict[str, Any]) -> str:
@@ -173,11 +179,16 @@ def in_use_message(folder: Path, owner: dict[str, Any]) -> str:
     )
 
 
-def _started_before(pid: int, owner: dict[str, Any]) -> bool:
-    """Whether the process is the owner. One that started after the record only reuses the id."""
+def _is_owner_process(pid: int, owner: dict[str, Any]) -> bool:
+    """Whether the process with this id is still the one that wrote the owner file.
+
+    A process that started after the file was written only reuses the id; so does this process.
+    """
+    if pid == os.getpid():
+        return False
     try:
         process = psutil.Process(pid)
-        is_gone = process.status() == psutil.STATUS_ZOMBIE or pid == os.getpid()
-        return not is_gone and process.create_time() <= float(owner.get("started") or 0)
+        is_zombie = process.status() == psutil.STATUS_ZOMBIE
+        return not is_zombie and process.create_time() <= float(owner.get("started") or 0)
     except psutil.Error:
         return False

@@ -21,7 +21,10 @@ from pipeline.rows.examples import RowError
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutQuestions:
-    """Prompts and expected answers, in batches that do not depend on the ranks."""
+    """Prompts and expected answers, in batches that do not depend on the number of ranks.
+
+    `batches`: indices into `prompts` and `expected`. `pattern`: the setting `eval_regex`.
+    """
 
     prompts: Sequence[str]
     expected: Sequence[str]
@@ -37,20 +40,24 @@ class HeldOutQuestions:
 
     def scores(self, answers: Sequence[tuple[int, str]]) -> dict[str, Any]:
         """The scores of all answers, given as pairs of the question's index and the text."""
-        rows = [AnsweredRow(0.0, 0, self.expected[i], text) for i, text in answers]
+        rows = [
+            AnsweredRow(loss_sum=0.0, tokens=0, expected=self.expected[i], answer=text)
+            for i, text in answers
+        ]
         return scores_of(rows, self.pattern)
 
 
 def held_out_questions(plan: Plan, index: DataIndex, session: Session) -> HeldOutQuestions | None:
     """The first `eval_generate` questions of the held-out rows; None without this setting.
 
-    Collective. Raises UserError if there is no question that fits into the model.
+    A question is a prompt and its expected answer. Collective. Raises UserError if no question fits
+    into the model's longest sequence.
     """
     settings, held_out = plan.settings, index.eval
     if settings.eval_generate is None or held_out is None:
         return None
     encoder = RowEncoder(settings)
-    pairs = session.rank_zero_first(lambda: _pairs(plan, held_out, encoder))
+    pairs = session.rank_zero_first(lambda: _prompts_and_answers(plan, held_out, encoder))
     prompts, expected = zip(*pairs, strict=True)
     generator = Generator(
         tokenizer=encoder.tokenizer,
@@ -67,8 +74,8 @@ def held_out_questions(plan: Plan, index: DataIndex, session: Session) -> HeldOu
     )
 
 
-def _pairs(plan: Plan, held_out: SplitIndex, encoder: RowEncoder) -> list[list[str]]:
-    """Prompts and expected answers of the first rows whose prompt and answer fit into the model."""
+def _prompts_and_answers(plan: Plan, held_out: SplitIndex, encoder: RowEncoder) -> list[list[str]]:
+    """Prompt and expected answer of each of the first rows that fit into the longest sequence."""
     settings, limit = plan.settings, plan.shape.max_positions
     pairs: list[list[str]] = []
     for example in eval_examples(settings, held_out):

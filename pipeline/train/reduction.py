@@ -22,9 +22,9 @@ def accumulate_in_fp32(parameters: Collection[nn.Parameter]) -> None:
 def reduced_once(engine: Any, parameters: Collection[nn.Parameter]) -> Iterator[None]:
     """Sum the gradients of all backward passes in the body, and reduce the sums at its end.
 
-    After an exception nothing is reduced. DeepSpeed 0.19.8 reduces at the end of its context in any
-    case (engine.py:3280), while the other ranks may be in another collective operation; therefore
-    the gradients are dropped before.
+    After an exception nothing may be reduced, because the other ranks may be in another collective
+    operation. DeepSpeed 0.19.8 reduces at the end of its context in any case (engine.py:3280);
+    therefore the gradients are removed before.
     """
     with engine.coalesce_grad_reduction():
         try:

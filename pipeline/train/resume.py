@@ -21,8 +21,9 @@ def checkpoints_of(
 ) -> Checkpoints:
     """The checkpoints of a run folder, for a run with this plan. Reads the whole base to hash it.
 
-    `data`: key of the training documents, a hash of the files and settings that they are made from.
-    `index`: the splits, once prepared. Raises UserError if the run was started with another base.
+    `data`: key of the training documents, a hash of the training files and of the settings that
+    turn them into documents. `index`: index of the prepared data; None before it is prepared.
+    Raises UserError if the run was started with another base.
     """
     settings = plan.settings
     if start == "resume" and "base" not in settings.accept_changes:
@@ -54,7 +55,7 @@ def checkpoints_of(
 
 
 def _digests(index: DataIndex) -> dict[str, str]:
-    """Key of each split -> digest of its documents; splits of earlier versions have no digest."""
+    """Key of each split -> digest of its tokens. Splits of earlier versions have none."""
     return {split.key: split.content for split in index.splits.values() if split.content}
 
 
@@ -65,7 +66,8 @@ def checkpoint_to_resume(
 
     A new run starts from the checkpoint of `resume: PATH`, or from step 0. It never starts from the
     checkpoints in its folder, which belong to the run that it replaces. Raises UserError if this
-    run cannot resume from the checkpoint.
+    run cannot resume from the checkpoint. `resume`: the setting. `start`: the decision about the
+    folder.
     """
     path, notes = checkpoints.newest() if start == "resume" else (checkpoints.intact_origin(), [])
     if path is not None:

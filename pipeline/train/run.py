@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
-    """Run the phases: place, plan, session, preflight, start, prepare, assemble, train, finish.
+    """Run the phases of a training run, from the placement of this rank to the published adapter.
 
     Collective. Everything that can be checked without torch is checked before torch is imported.
     Raises UserError for wrong input, Stopped after an agreed stop, RankZeroError for a failed run.
@@ -33,7 +33,7 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
     env = dict(os.environ)  # a copy, because `place_rank` adds variables of DeepSpeed's launcher
     settings = requeued_settings(settings, env)
     with ExitStack() as stack:
-        placement, hardware, missing = place_rank(env)
+        placement, hardware, missing_gpus = place_rank(env)
         if is_debug:
             settings = debug_settings(settings, placement.world_size)
         stops = StopRequests(
@@ -49,8 +49,9 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
 
         rank = RankContext(
             placement=placement, hardware=hardware, session=session, settings=settings, plan=plan,
-            missing_gpus=missing, is_training=True,
+            missing_gpus=missing_gpus, is_training=True,
         )  # fmt: skip
+        # The first stage of the preflight checks; `session.start` below connects the ranks.
         probes = probe_first_stage(rank)
         trackers = stack.enter_context(TrackerProcesses())
         watchdog = Watchdog(

@@ -39,8 +39,8 @@ def save_before_stop(run: TrainingState) -> None:
     """
     run.heartbeat.beat("saving before a stop")
     writer = run.writer
-    failed = run.session.rank_zero_first(lambda: writer.wait() if writer is not None else None)
-    if failed is not None or run.saved != run.progress:
+    failure = run.session.rank_zero_first(lambda: writer.wait() if writer is not None else None)
+    if failure is not None or run.saved != run.progress:
         save_checkpoint(run)
     run.session.rank_zero_first(lambda: writer.require_written() if writer is not None else None)
 
@@ -48,7 +48,7 @@ def save_before_stop(run: TrainingState) -> None:
 def save_best(run: TrainingState) -> None:
     """Gather the weights of this step as the best adapter, and start to write them.
 
-    It has no moments, so no run can resume from it.
+    The best adapter has no optimizer state, so no run can resume from it.
     """
     weights = gather_weights(run.engine.parameters, keep=run.session.is_rank_zero)
     if run.writer is not None:
@@ -60,7 +60,7 @@ def report_saves(run: TrainingState) -> bool:
     if run.writer is None:
         return False
     has_failed = False
-    for failure, seconds in run.writer.finished():
+    for failure, seconds in run.writer.finished_writes():
         if failure is not None:
             has_failed = True
             logger.warning("%s; training continues, and the next save tries again", failure)

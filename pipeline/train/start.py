@@ -1,4 +1,8 @@
-"""The start of a run in its folder: new run, resume, nothing to do, or refusal. No torch."""
+"""Decision between a new run, a resume, nothing to do, and a refusal. Does not import torch.
+
+It depends on the state of the run folder, the settings of the run in it, and the settings `resume`,
+`overwrite` and `accept_changes`.
+"""
 
 import hashlib
 from collections.abc import Mapping
@@ -21,13 +25,14 @@ from pipeline.train.owner import in_use_message
 from pipeline.train.status import is_alive, read_status
 
 Start = Literal["new", "resume", "done"]
-# State of the folder. "no progress": a run that has neither a checkpoint nor an adapter.
+# State of the run folder. "no progress": it has a run without a checkpoint and without an adapter.
 FolderState = Literal["no run", "no progress", "unfinished", "done", "done, adapter missing"]
-# How settings and data differ from those of the run in the folder: not at all, only in what
-# `accept_changes` accepts, or in something else.
+# Difference of the settings and data from those of the run in the folder: none, only differences
+# that `accept_changes` accepts, or others.
 Change = Literal["none", "accepted", "other"]
 
-# The start in each case; None is a refusal. Two settings change an entry:
+# State of the folder -> difference of the settings -> decision; None is a refusal. Two settings
+# change an entry:
 # - `overwrite: true` turns a refusal into "new".
 # - `resume: never` turns "resume" into "new" if the run is unfinished or `overwrite` is set, and
 #   otherwise into a refusal.
@@ -39,13 +44,13 @@ STARTS: Mapping[FolderState, Mapping[Change, Start | None]] = {
     "done, adapter missing": {"none": "resume", "accepted": "resume", "other": None},
 }
 
-# Word of `accept_changes` -> the settings that it accepts.
+# Word of the setting `accept_changes` -> settings whose differences it accepts.
 _ACCEPTED_BY = {
     "base": settings_with("base"),
     "data": settings_with("files", "documents"),
     "total_steps": settings_with("total_steps"),
 }
-# Version of a run whose plan.json has no version; RankZero has written one since version 0.2.0.
+# Assumed for a plan.json without the field `version`, which RankZero has written since 0.2.0.
 _FIRST_VERSION = "0.1.0"
 
 
@@ -88,9 +93,8 @@ def _start_for(state: FolderState, change: Change, settings: RunSettings) -> Sta
     start = STARTS[state][change]
     if start == "resume" and settings.resume == "never":
         start = "new" if state == "unfinished" else None
-    if settings.overwrite and (start is None or (start == "done" and settings.resume == "never")):
-        start = "new"
-    return start
+    is_repeated = start == "done" and settings.resume == "never"
+    return "new" if settings.overwrite and (start is None or is_repeated) else start
 
 
 def settings_hash(plan: Plan) -> str:
@@ -99,7 +103,7 @@ def settings_hash(plan: Plan) -> str:
 
 
 def resolved_settings(plan: Plan) -> RunSettings:
-    """The settings for run.yaml, with the planned global batch size."""
+    """The settings for run.yaml: global_batch_size is the number that the plan computed."""
     return plan.settings.model_copy(update={"global_batch_size": plan.layout.global_batch_size})
 
 
@@ -110,14 +114,16 @@ def is_checkpoint_path(resume: str) -> bool:
 
 def written_by(folder: Path) -> str:
     """The version of RankZero that wrote a run folder."""
-    plan = read_json_or_empty(folder / "plan.json")  # if it is lost, assume the present version
-    return str(plan.get("version", _FIRST_VERSION if plan else __version__))
+    plan = read_json_or_empty(folder / "plan.json")
+    if not plan:
+        return __version__  # plan.json is lost: assume the present version
+    return str(plan.get("version", _FIRST_VERSION))
 
 
 def require_own_folder(folder: Path) -> None:
-    """Raise UserError unless a folder is a run folder, or has only files that may precede a run.
+    """Raise UserError unless a folder is a run folder, or has only entries allowed before a run.
 
-    Prepared data is an example of such files.
+    These are prepared data, logs and the file `stop` (BEFORE_A_RUN).
     """
     require_usable_entries(folder, is_written=True)
     _state_of(folder, read_status(folder / "status.json"))  # raises the error
@@ -171,8 +177,8 @@ def _require_new_is_possible(folder: Path, settings: RunSettings) -> None:
         raise UserError(
             f"resume: must, but {folder} has no run to resume; set resume: auto to start a new run"
         )
-    own = (folder / "checkpoints").resolve()
-    if is_checkpoint_path(settings.resume) and own in Path(settings.resume).resolve().parents:
+    replaced = (folder / "checkpoints").resolve()
+    if is_checkpoint_path(settings.resume) and replaced in Path(settings.resume).resolve().parents:
         raise UserError(
             f"resume: {settings.resume} belongs to the run that this new run would replace; set "
             "another output_dir"
@@ -183,12 +189,13 @@ def _require_checkpoint(folder: Path, state: FolderState) -> None:
     """Raise UserError without a checkpoint, because a run from step 0 would replace the result."""
     if _checkpoints(folder):
         return
-    kinds = {
+    descriptions = {
         "done": "a finished run",
         "done, adapter missing": "a finished run without its adapter",
     }
+    run = descriptions.get(state, "an unfinished run")
     raise UserError(
-        f"output_dir: {folder} has {kinds.get(state, 'an unfinished run')} and no checkpoint "
+        f"output_dir: {folder} has {run} and no checkpoint "
         "(save_strategy: no), so the run cannot be resumed; set another output_dir, or set "
         "overwrite: true to train again from step 0"
     )
@@ -213,21 +220,26 @@ def _refusal_message(
             f"output_dir: {folder} has {run}, which resume: never would replace; set resume: auto, "
             "set another output_dir, or set overwrite: true to replace it"
         )
-    words = [word for word, keys in _ACCEPTED_BY.items() if keys & differences.keys()]
-    is_acceptable = all(any(key in _ACCEPTED_BY[word] for word in words) for key in differences)
-    accept = f"resume it with accept_changes: [{', '.join(words)}], " if is_acceptable else ""
     shown = [text for key, text in differences.items() if key not in accepted]
+    remedies = ["set another output_dir", "restore the old values"]
     version = written_by(folder)
-    other = "" if version == __version__ else f"finish it with RankZero {version}, which wrote it, "
+    if state == "unfinished" and version != __version__:
+        remedies.append(f"finish it with RankZero {version}, which wrote it")
+    words = [word for word, keys in _ACCEPTED_BY.items() if keys & differences.keys()]
+    acceptable = frozenset[str]().union(*(_ACCEPTED_BY[word] for word in words))
+    if differences.keys() <= acceptable:
+        remedies.append(f"resume it with accept_changes: [{', '.join(words)}]")
     return (
-        f"output_dir: {folder} has {run} with other settings: {'; '.join(shown)}; set another "
-        f"output_dir, restore the old values, {other if state == 'unfinished' else ''}{accept}or "
-        "set overwrite: true to replace it"
+        f"output_dir: {folder} has {run} with other settings: {'; '.join(shown)}; "
+        f"{', '.join(remedies)}, or set overwrite: true to replace it"
     )
 
 
 def _differences(folder: Path, plan: Plan, state: FolderState) -> dict[str, str]:
-    """Differences from the earlier run that affect its result: key -> `key: before -> now`."""
+    """Differences from the earlier run that affect its result: setting -> text for a message.
+
+    The text is, for example, `lr: 0.0002 -> 0.0001`.
+    """
     try:
         before: dict[str, Any] = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
@@ -240,12 +252,11 @@ def _differences(folder: Path, plan: Plan, state: FolderState) -> dict[str, str]
         if _earlier_value(before, key) != value
     }
     has_same_documents = _has_same_documents(folder, plan.settings, state)
-    if has_same_documents:  # the files have other paths, but the key covers their content
+    if has_same_documents:
+        # Only the paths differ: the key of the documents covers the content of the files.
         changed.pop("train_data", None)
-        if not {_earlier_value(before, "chat_template"), plan.settings.chat_template} & {
-            "model",
-            "chatml",
-        }:
+        templates = {_earlier_value(before, "chat_template"), plan.settings.chat_template}
+        if templates.isdisjoint({"model", "chatml"}):  # both are paths
             changed.pop("chat_template", None)
     if "eval_data" in changed and _has_same_held_out_rows(folder, plan.settings):
         del changed["eval_data"]
@@ -262,7 +273,10 @@ def _differences(folder: Path, plan: Plan, state: FolderState) -> dict[str, str]
 
 
 def _earlier_value(before: Mapping[str, Any], key: str) -> Any:
-    """Value of a setting in the earlier run; the default if its version had no such setting."""
+    """Value of a setting in an earlier run.yaml; the default if that version had no such setting.
+
+    `before`: the content of run.yaml.
+    """
     if key in before:
         return before[key]
     return RunSettings.model_fields[key].get_default(call_default_factory=True)
@@ -271,9 +285,10 @@ def _earlier_value(before: Mapping[str, Any], key: str) -> Any:
 def _result_settings(plan: Plan) -> dict[str, Any]:
     """The settings that affect the result of a run, as JSON values."""
     settings = plan.settings
-    uses_held_out_loss = settings.keep_best or settings.early_stopping_patience is not None
-    kinds = ("run",) if uses_held_out_loss else ("run", "selection")
-    without_effect = settings_with(*kinds)
+    # Each setting has a trait `change`. "run": it changes only how the run is executed.
+    # "selection": it also changes the result if the held-out loss selects the published step.
+    selects_step = settings.keep_best or settings.early_stopping_patience is not None
+    without_effect = settings_with("run") if selects_step else settings_with("run", "selection")
     values = resolved_settings(plan).dump_unexpanded()
     return {key: value for key, value in values.items() if key not in without_effect}
 
@@ -281,7 +296,7 @@ def _result_settings(plan: Plan) -> dict[str, Any]:
 def _has_same_documents(folder: Path, settings: RunSettings, state: FolderState) -> bool | None:
     """Whether the earlier run had the same training documents; None if this is not known."""
     if state != "unfinished" and written_by(folder) != __version__:
-        return None  # another version may have another key for the same documents
+        return None  # another version may compute another key for the same documents
     key = _key_in_checkpoint(folder) if state == "unfinished" else _key_in_index(folder)
     return None if key is None else key == train_key(settings)
 
@@ -316,7 +331,7 @@ def _key_in_index(folder: Path) -> str | None:
 def _key_in_checkpoint(folder: Path) -> str | None:
     """Key of the training documents in the newest checkpoint; None if it is missing or damaged.
 
-    `Checkpoints.newest` reports damaged checkpoints.
+    A damaged checkpoint is reported later, by `Checkpoints.newest`.
     """
     try:
         state = read_json(_checkpoints(folder)[-1] / "state.json")

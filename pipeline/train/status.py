@@ -11,17 +11,18 @@ from pipeline.files import atomic_file, dump_json, read_json_or_empty, write_tex
 from pipeline.train.owner import OWNER, TRAINING, Ownership, identity, is_running
 
 _ONE_HEARTBEAT_S = 12.0  # longer than the 10 s between two heartbeats (owner.py)
-# Fields of a start that status.json keeps after a resume, in `earlier_starts`. `first_step`: the
-# step of the checkpoint from which the start resumed, 0 without one.
-_OF_A_START = ("started", "ended", "first_step", "step", "state", "exit_code", "reason")
-_MAX_STARTS = 1000  # earlier ones are removed, because every heartbeat writes the file
+# Fields that status.json keeps of each earlier start, in the list `earlier_starts`. `first_step`:
+# step of the checkpoint from which that start resumed; 0 if it began at step 0.
+_START_FIELDS = ("started", "ended", "first_step", "step", "state", "exit_code", "reason")
+_MAX_STARTS = 1000  # the oldest are dropped, because every heartbeat writes the whole file
 
 
 @dataclass
 class RunStatus:
     """The fields of status.json, and the ownership of the run folder; on rank 0 only.
 
-    `earlier_starts` in it: the starts of the run before the present one, oldest first.
+    A start is one launch of the training program; a run that was resumed has several. The field
+    `earlier_starts` lists those before the present one, oldest first.
     """
 
     path: Path
@@ -32,20 +33,20 @@ class RunStatus:
         self._earlier_content: bytes | None = None  # content of the file before this start
         self._ownership = Ownership(self.path.parent, TRAINING, self.update)
 
-    def own(self) -> None:
+    def take_ownership(self) -> None:
         """Become the owner of the folder and start the heartbeat, without changing status.json.
 
         Raises UserError if another start is the owner.
         """
         self._ownership.take()
 
-    def claim(self, earlier: dict[str, Any] | None = None) -> None:
-        """Write the status of this start. `earlier`: status of the run that it resumes."""
-        assert self._ownership.is_held, "call own() first"
+    def write_start(self, earlier: dict[str, Any] | None = None) -> None:
+        """Write the status of this start. `earlier`: status that the resumed run had, if any."""
+        assert self._ownership.is_held, "call take_ownership() first"
         if not self.fields:
             with suppress(OSError):
                 self._earlier_content = self.path.read_bytes()
-        kept = ("step", "total_steps", "saved_step")
+        resumed_fields = ("step", "total_steps", "saved_step")
         self.fields = {
             "state": "running",
             "step": 0,
@@ -55,14 +56,14 @@ class RunStatus:
             **identity(),
             "started": time.time(),
             "ended": None,
-            **{name: earlier[name] for name in kept if earlier and name in earlier},
+            **{name: earlier[name] for name in resumed_fields if earlier and name in earlier},
             "first_step": None if earlier else 0,
-            "earlier_starts": [] if earlier is None else _starts(earlier),
+            "earlier_starts": [] if earlier is None else _starts_up_to(earlier),
         }
         self.update()
 
     def update(self, **fields: Any) -> None:
-        """Change fields and write the file, if this start has called `claim`.
+        """Change fields and write the file, if this start has called `write_start`.
 
         If the write fails, the next update writes the fields.
         """
@@ -74,7 +75,7 @@ class RunStatus:
                 write_text(self.path, dump_json(self.fields))
 
     def restore_earlier(self) -> None:
-        """Restore the file of an earlier start, if there was one, and ignore later updates."""
+        """If `write_start` replaced a status.json, restore it, and ignore later updates."""
         with self._lock:
             if self._earlier_content is None:
                 return
@@ -85,7 +86,7 @@ class RunStatus:
     def end(
         self, state: str, exit_code: int, reason: str | None, *, is_final: bool = False
     ) -> None:
-        """Record how this start ended, if it has called `claim`, and release the folder.
+        """Record how this start ended, if it has called `write_start`, and release the folder.
 
         `is_final`: later calls do not change the status. The watchdog sets it, because the main
         thread continues until the process ends.
@@ -96,18 +97,18 @@ class RunStatus:
         self._ownership.release()
 
 
-def _starts(status: dict[str, Any]) -> list[dict[str, Any]]:
-    """The starts of a run up to the one with this status, oldest first, for the report."""
-    start = {name: status.get(name) for name in _OF_A_START}
-    if start["state"] == "running":  # it was killed, and its last heartbeat is all that is known
+def _starts_up_to(status: dict[str, Any]) -> list[dict[str, Any]]:
+    """The starts of a run up to the one that wrote this status, oldest first."""
+    start = {name: status.get(name) for name in _START_FIELDS}
+    if start["state"] == "running":  # it was killed some time after its last heartbeat
         start |= {"state": "killed", "ended": status.get("heartbeat")}
     return [*status.get("earlier_starts", []), start][-_MAX_STARTS:]
 
 
 def end_for_dead_owner(path: Path, reason: str) -> None:
-    """Record the end of a run whose rank 0 is dead, called on another rank.
+    """Record that the run failed, if its rank 0 is dead. Called on another rank.
 
-    If rank 0 ran on another machine, it counts as dead if its next heartbeat does not come.
+    A rank 0 on another machine counts as dead if status.json gets no heartbeat for 12 s.
     """
     fields = read_status(path)
     if fields is None or fields.get("state") != "running":

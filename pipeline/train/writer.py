@@ -26,11 +26,11 @@ class CheckpointWriter:
     def __init__(self, checkpoints: Checkpoints, restore_folder: Callable[[], None]) -> None:
         self._checkpoints, self._restore_folder = checkpoints, restore_folder
         self._thread: threading.Thread | None = None
-        # Kind of write ("checkpoint", "best") -> message, if the last write of the kind failed.
+        # "checkpoint" or "best" -> error message, if the last write of that kind failed.
         self._failures: dict[str, str] = {}
         self._slowest_s = 0.0
         self._finished: SimpleQueue[tuple[str | None, float | None]] = SimpleQueue()
-        # The best adapter until it is on the disk.
+        # The best adapter (its weights, and the progress at its step) until it is on the disk.
         self._best: tuple[Tensors, Progress] | None = None
         self.last_step: int | None = None
 
@@ -38,13 +38,13 @@ class CheckpointWriter:
         """Start to write a checkpoint. The tensors must not be changed afterwards."""
         progress = replace(progress)
         write = partial(self._write_checkpoint, weights, moments, progress)
-        self._start(write, "checkpoint", f"step {progress.step}")
+        self._start_thread(write, "checkpoint", f"step {progress.step}")
 
     def save_best(self, weights: Tensors, progress: Progress) -> None:
         """Start to write the best adapter: the weights with the lowest held-out loss."""
         self.wait()
         self._best = (weights, replace(progress))
-        self._start(self._write_best, "best", f"the best adapter, of step {progress.step}")
+        self._start_thread(self._write_best, "best", f"the best adapter (step {progress.step})")
 
     def best(self, progress: Progress) -> Tensors:
         """The weights of the best adapter, from the disk or, if a write failed, from memory."""
@@ -52,7 +52,10 @@ class CheckpointWriter:
         return self._checkpoints.read_best(progress) if self._best is None else self._best[0]
 
     def wait(self) -> str | None:
-        """Wait for the write in flight. Returns the message if the last write of a kind failed."""
+        """Wait for the write in flight.
+
+        Returns the error message if the last write of a checkpoint or of a best adapter failed.
+        """
         if self._thread is not None:
             self._thread.join()
         return next(iter(self._failures.values()), None)
@@ -62,10 +65,11 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.join(seconds)
 
-    def finished(self) -> Iterator[tuple[str | None, float | None]]:
-        """Error message and seconds of each write that has finished since the last call.
+    def finished_writes(self) -> Iterator[tuple[str | None, float | None]]:
+        """For each write that has finished since the last call: error message and seconds.
 
-        `seconds` is None unless the write is the slowest so far.
+        The message is None after a success. The seconds are None unless the write is the slowest
+        so far.
         """
         while not self._finished.empty():
             yield self._finished.get()
@@ -75,10 +79,11 @@ class CheckpointWriter:
         if failure := self.wait():
             raise RankZeroError(f"{failure}; earlier checkpoints are unchanged")
 
-    def _start(self, write: Callable[[], None], kind: str, name: str) -> None:
+    def _start_thread(self, write: Callable[[], None], kind: str, name: str) -> None:
+        """Call `write` in a new thread. `kind`: key of `_failures`; `name`: for its message."""
         self.wait()
 
-        def work() -> None:
+        def write_and_record() -> None:
             started, failure = time.perf_counter(), None
             try:
                 self._restore_folder()
@@ -92,11 +97,11 @@ class CheckpointWriter:
             self._finished.put((failure, seconds if seconds > self._slowest_s else None))
             self._slowest_s = max(seconds, self._slowest_s)
 
-        self._thread = threading.Thread(target=work, name="checkpoint")
+        self._thread = threading.Thread(target=write_and_record, name="checkpoint")
         self._thread.start()
 
     def _write_checkpoint(self, weights: Tensors, moments: Tensors, progress: Progress) -> None:
-        if self._best is not None:
+        if self._best is not None:  # an earlier write of the best adapter failed
             self._write_best()
         self._checkpoints.write(weights, moments, progress)
         self.last_step = progress.step

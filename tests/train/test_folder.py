@@ -33,7 +33,7 @@ def folder(tmp_path, tiny_model):
     plan = make_plan(tiny_model, documents=8, output_dir=str(tmp_path))
     stops = StopRequests(tmp_path, None, is_first=True)
     folder = RunFolder(RunContext(plan=plan, session=SingleProcess(), stops=stops))
-    folder.status.own()
+    folder.status.take_ownership()
     yield folder
     folder.status.end("failed", 1, "the test is over")
 
@@ -53,7 +53,7 @@ def final_status(folder) -> tuple:
     ],
 )
 def test_the_status_has_the_error(folder, error, status):
-    folder.status.claim()
+    folder.status.write_start()
     with pytest.raises(type(error)), folder.outcome_recorded():
         raise error
     assert final_status(folder) == status
@@ -62,7 +62,7 @@ def test_the_status_has_the_error(folder, error, status):
 def test_a_start_that_is_refused_before_the_folder_is_open_leaves_the_earlier_status(folder):
     earlier = b'{"state": "stopped", "step": 4}'
     folder.status.path.write_bytes(earlier)
-    folder.status.claim()
+    folder.status.write_start()
     folder.status.update(total_steps=9)
     with pytest.raises(UserError), folder.outcome_recorded():
         raise UserError("the model class cannot be trained")
@@ -71,7 +71,7 @@ def test_a_start_that_is_refused_before_the_folder_is_open_leaves_the_earlier_st
 
 
 def test_a_refused_first_start_records_its_reason(folder):
-    folder.status.claim()
+    folder.status.write_start()
     with pytest.raises(UserError), folder.outcome_recorded():
         raise UserError("the model class cannot be trained")
     assert final_status(folder) == ("failed", 2, "the model class cannot be trained")
@@ -95,7 +95,7 @@ def test_a_run_is_replaced_only_when_the_folder_is_opened(folder):
 
 
 def test_a_run_without_an_error_is_done_and_its_folder_free(folder):
-    folder.status.claim()
+    folder.status.write_start()
     with folder.outcome_recorded():
         pass
     assert final_status(folder) == ("done", 0, None)
@@ -106,14 +106,14 @@ def test_a_run_without_an_error_is_done_and_its_folder_free(folder):
 def test_an_error_waits_for_the_checkpoint_in_flight(folder, error):
     waits = []
     folder.wait_for_writes = waits.append
-    folder.status.claim()
+    folder.status.write_start()
     with pytest.raises(type(error)), folder.outcome_recorded():
         raise error
     assert len(waits) == 1
 
 
 def test_a_lost_connection_is_left_to_the_watchdog(folder):
-    folder.status.claim()
+    folder.status.write_start()
     with pytest.raises(RuntimeError), folder.outcome_recorded():
         raise RuntimeError("Connection closed by peer")
     assert final_status(folder)[0] == "running"
@@ -121,7 +121,7 @@ def test_a_lost_connection_is_left_to_the_watchdog(folder):
 
 def test_the_watchdogs_status_is_final(folder):
     """The main thread continues for a moment and raises another error."""
-    folder.status.claim()
+    folder.status.write_start()
 
     def end_twice():
         with folder.outcome_recorded():
@@ -135,7 +135,7 @@ def test_the_watchdogs_status_is_final(folder):
 
 def test_a_stop_by_the_watchdog_removes_the_stop_file(folder):
     (folder.path / "stop").touch()
-    folder.status.claim()
+    folder.status.write_start()
     folder.end_by_watchdog("the file stop", 75)
     assert not (folder.path / "stop").exists()  # the next start does not stop at once
 
@@ -144,22 +144,22 @@ def test_a_start_that_the_watchdog_ended_first_writes_no_status(folder):
     """The run ends before the start writes "running" (`claim`), so there is no status to change."""
     folder.end_by_watchdog("stopped", 75)
     with pytest.raises(AssertionError):
-        folder.status.claim()
+        folder.status.write_start()
     folder.status.end("failed", 1, "AssertionError")
     assert read_status(folder.status.path) is None
 
 
 def test_a_second_interrupt_is_recorded_without_waiting_for_a_write(folder):
     folder.wait_for_writes = pytest.fail
-    folder.status.claim()
+    folder.status.write_start()
     folder.end_by_second_interrupt()
     assert final_status(folder)[:2] == ("failed", 130)
 
 
 def test_an_update_of_the_status_keeps_its_other_fields(tmp_path):
     status = RunStatus(tmp_path / "status.json")
-    status.own()
-    status.claim({"step": 0, "total_steps": 9})
+    status.take_ownership()
+    status.write_start({"step": 0, "total_steps": 9})
     status.update(step=3)
     fields = read_status(tmp_path / "status.json")
     assert (fields["state"], fields["step"], fields["total_steps"]) == ("running", 3, 9)

@@ -100,7 +100,7 @@ def test_ranks_agree_on_stops_at_the_start_of_a_step_and_after_so_many_batches(
 ):
     made = []
     run = run_with_batches(Heartbeat(), made, batches_per_agreement)
-    assert list(loop._until_stop(run, range(6))) == list(range(6))
+    assert list(loop._with_stop_checks(run, range(6))) == list(range(6))
     assert len(made) == agreements
 
 
@@ -115,7 +115,7 @@ def test_waiting_for_input_is_a_separate_phase_of_the_heartbeat():
             phases.append((heartbeat.phase, heartbeat.step))
             yield batch
 
-    for _ in loop._until_stop(run, source()):
+    for _ in loop._with_stop_checks(run, source()):
         heartbeat.beat("the backward pass")
     assert phases == [("waiting for its batch", 4)] * 3
     assert heartbeat.phase == "the end of its step"

@@ -84,7 +84,7 @@ def test_a_start_that_ends_before_it_claims_leaves_the_earlier_status(tmp_path):
     (tmp_path / "status.json").write_text('{"state": "done"}')
     status = RunStatus(tmp_path / "status.json")
     status.end("failed", 2, "not even the owner")
-    status.own()
+    status.take_ownership()
     status.end("failed", 2, "the rows are bad")
     assert read_status(tmp_path / "status.json") == {"state": "done"}
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]

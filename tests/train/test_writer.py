@@ -59,16 +59,16 @@ def test_training_does_not_wait_and_only_one_write_is_in_flight(writer, checkpoi
 def test_a_failed_write_is_reported_once_and_repaired_by_the_next(writer, checkpoints, tmp_path):
     writer.save(WEIGHTS, MOMENTS, Progress(step=3))
     assert writer.wait() is None
-    list(writer.finished())
+    list(writer.finished_writes())
     blocked = tmp_path / "checkpoints/.step-00000004.new"
     blocked.write_text("a file where the folder should be")
     writer.save(WEIGHTS, MOMENTS, Progress(step=4))
     assert "step 4 is not saved" in writer.wait()
     with refused("step 4", error=RankZeroError):
         writer.require_written()
-    ((failure, _),) = writer.finished()
+    ((failure, _),) = writer.finished_writes()
     assert "step 4 is not saved" in failure
-    assert list(writer.finished()) == []
+    assert list(writer.finished_writes()) == []
     assert checkpoints.newest()[0].name == "step-00000003"
     blocked.unlink()
     writer.save(WEIGHTS, MOMENTS, Progress(step=5))
@@ -85,7 +85,9 @@ def test_a_failed_checkpoint_is_reported_although_a_best_adapter_follows(
     writer.save(WEIGHTS, MOMENTS, Progress(step=4))
     writer.save_best(WEIGHTS, Progress(step=5, best_step=5, best_loss=1.0))
     assert "step 4 is not saved" in writer.wait()  # so that a stop writes it again
-    assert ["step 4 is not saved" in (failure or "") for failure, _ in writer.finished()] == [
+    assert [
+        "step 4 is not saved" in (failure or "") for failure, _ in writer.finished_writes()
+    ] == [
         True,
         False,
     ]
@@ -103,7 +105,7 @@ def test_a_best_adapter_that_could_not_be_written_is_kept_in_memory(writer, chec
     blocked.parent.mkdir()
     blocked.write_text("a file where the folder should be")
     writer.save_best(WEIGHTS, progress)
-    assert "the best adapter, of step 4 is not saved" in writer.wait()
+    assert "the best adapter (step 4) is not saved" in writer.wait()
     assert torch.equal(writer.best(progress)["k"], WEIGHTS["k"])  # from memory
     blocked.unlink()
     writer.save(WEIGHTS, MOMENTS, progress)

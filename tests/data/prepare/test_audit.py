@@ -118,8 +118,8 @@ def test_the_report_shows_the_audit(run):
     sources = [{"path": str(run.train), "weight": 0.5}, str(other)]
     run.prepare(train_data=sources, max_rejected=0.5)
     status = RunStatus(run.folder / "run" / "status.json")
-    status.own()
-    status.claim()
+    status.take_ownership()
+    status.write_start()
     status.end("done", 0, None)
     page = read_page(run.folder / "run").text
     for split in ("train", "eval"):

@@ -65,8 +65,8 @@ def test_preparing_data_does_not_import_torch(run):
 def test_the_data_of_a_running_run_is_not_replaced(run):
     status = RunStatus(run.folder / "run" / "status.json")
     first = run.prepare()
-    status.own()
-    status.claim()
+    status.take_ownership()
+    status.write_start()
     run_file = run.folder / "run.yaml"
     run_file.write_text(json.dumps(run.settings().model_dump(include={"model", "output_dir"})))
     changes = (f"train_data={run.train}", "max_length=99")
