@@ -5,12 +5,10 @@ span of an assistant turn is the text that the model has to generate, including 
 token.
 """
 
-from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +22,7 @@ from pipeline.data.chat.template import (
     load_template,
     read_template,
 )
+from pipeline.data.chat.text_tokens import TextTokenizer, TextTokens
 from pipeline.data.chat.tokenizer import (
     end_tokens,
     run_tokenizer,
@@ -42,7 +41,7 @@ _NO_END_OF_SEQUENCE = (
     "model: the tokenizer has no end-of-sequence token, so the model would never learn to "
     "stop; set eos_token in tokenizer_config.json"
 )
-# Prefixes of names in Encoded.token_counts.
+# Prefixes of names in Encoded.token_counts, which documents them.
 END_WITHOUT_STOP, INNER_END_WITHOUT_STOP = "end_without_stop ", "inner_end_without_stop "
 _NO_SUPERVISED_TOKEN = "no supervised token"
 _REASONING_WITHOUT_TEMPLATE = (
@@ -72,6 +71,8 @@ class Encoded:
     - special_tokens_in_text: special tokens in the row's own texts
     - END_WITHOUT_STOP + token: trained turns that end with this token, which stops no generation
     - INNER_END_WITHOUT_STOP + token: the same, for a token that ends only turns before the last one
+
+    Generation stops at the tokens that the tokenizer (eos_token) and generation_config.json name.
     """
 
     documents: list[Document]
@@ -80,11 +81,12 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Draft:
-    """A document before tokenisation.
+    """A document before tokenisation: its text, and spans [start, stop) of characters in it.
 
-    `spans`: supervised characters, or unsupervised ones if `spans_are_unsupervised`. A text without
-    chat template has one span, which ends with the text. `reasoning`: unsupervised reasoning.
-    `ordinary_text`: spans of special tokens in the row's texts, to be tokenised as ordinary text.
+    `is_chat`: the text was written by a chat template. `spans`: supervised characters, or
+    unsupervised ones if `spans_are_unsupervised`. A text without chat template has one span, which
+    ends with the text. `reasoning`: characters that are excluded from the supervised ones.
+    `ordinary_text`: special tokens in the row's texts, to be tokenised as ordinary text.
     """
 
     text: str
@@ -101,19 +103,11 @@ class _Draft:
 
 
 @dataclass(frozen=True)
-class _Tokens:
-    """Token ids and the character offsets of each token."""
+class _Drafts:
+    """The documents of an example before tokenisation, and the counts for the audit."""
 
-    ids: list[int]
-    offsets: list[Span]
-
-    def first_token_after(self, start: int) -> int:
-        """Index of the first token that ends after this character offset."""
-        return bisect_right(self.offsets, start, key=itemgetter(1))
-
-    def num_before(self, stop: int) -> int:
-        """Number of tokens that start before this character offset."""
-        return bisect_left(self.offsets, stop, key=itemgetter(0))
+    drafts: list[_Draft]
+    token_counts: Counter[str]
 
 
 def chat_template_of(settings: RunSettings) -> str | None:
@@ -128,34 +122,36 @@ def chat_template_of(settings: RunSettings) -> str | None:
 class Encoder:
     """Encodes examples as documents, according to the run file's settings.
 
-    `ends`: ids of the end-of-sequence and end-of-turn tokens.
+    Attribute `ends`: ids of the end-of-sequence and end-of-turn tokens.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", settings: RunSettings) -> None:
         apply_chat_template_setting(tokenizer, settings.chat_template)
         self._tokenizer, self._settings = tokenizer, settings
-        self._backend: Any = tokenizer.backend_tokenizer
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        backend: Any = tokenizer.backend_tokenizer
         self._special = special_ids(tokenizer)
-        self._special_ids = frozenset(self._special.values())
         self._special_pattern = special_pattern(self._special)
+        self._text_tokenizer = TextTokenizer(backend, self._special.values())
         self._bos: int | None = tokenizer.bos_token_id
-        if self._backend.encode("").ids[:1] != [self._bos]:
+        if backend.encode("").ids[:1] != [self._bos]:
             self._bos = None  # it exists, but the tokenizer does not prepend it to texts
         # Cached: the tokenizer computes it at each access, which takes 10 us.
         self._eos: int | None = tokenizer.eos_token_id
+        # Whether the template is the tokenizer's separate template for tools -> its turn finder.
         self._finders: dict[bool, TurnFinder] = {}
         self._stops = end_tokens(self._eos, settings.model_folder, self._special)
-        ends = dict.fromkeys(self._stops, "")
+        ends, inner_ends = {*self._stops}, set[str]()
         for has_tools in (False, True):
-            with suppress(UserError):  # the template is wrong; only conversations need it
+            with suppress(UserError):  # no usable chat template; only conversations need one
                 finder = self._finder_for(has_tools)
-                ends = dict.fromkeys(finder.ends, END_WITHOUT_STOP) | ends
-                ends |= dict.fromkeys(finder.inner_ends - {*self._stops}, INNER_END_WITHOUT_STOP)
+                ends |= finder.ends
+                inner_ends |= finder.inner_ends
         self.ends = frozenset(self._special[end] for end in ends)
         # Tokens that end trained turns and do not stop generation -> prefix of their counts.
-        self._ends_without_stop = {end: prefix for end, prefix in ends.items() if prefix}
+        self._ends_without_stop = {
+            end: INNER_END_WITHOUT_STOP if end in inner_ends else END_WITHOUT_STOP
+            for end in sorted(ends - {*self._stops})
+        }
 
     def encode(self, example: Example) -> list[Document]:
         """The documents of an example.
@@ -173,33 +169,41 @@ class Encoder:
         Raises UserError for the tokenizer or its chat template.
         """
         rows = [self._drafts_or_error(example) for example in examples]
-        drafts = [draft for row in rows if not isinstance(row, RowError) for draft in row[0]]
-        whole = [draft for draft in drafts if not draft.ordinary_text]
-        # Offsets take 10 % of the tokenisation time (2026-11-25).
-        is_fast = all(draft.is_fully_supervised for draft in whole)
-        encode = self._backend.encode_batch_fast if is_fast else self._backend.encode_batch
-        encodings = encode([draft.text for draft in whole], add_special_tokens=False)
-        tokens = (_Tokens(e.ids, [] if is_fast else e.offsets) for e in encodings)
+        tokens = self._tokenise(
+            [draft for row in rows if isinstance(row, _Drafts) for draft in row.drafts]
+        )
         results: list[Encoded | RowError] = []
         for example, row in zip(examples, rows, strict=True):
             if isinstance(row, RowError):
                 results.append(row)
                 continue
-            pairs = [
-                (d, self._tokenise_as_text(d) if d.ordinary_text else next(tokens)) for d in row[0]
-            ]
+            tokens_of_row = [next(tokens) for _ in row.drafts]
             try:
                 if isinstance(example, Tokens):
                     documents = [self._pretokenised_document(example)]
                 else:
-                    documents = [
-                        self._document(draft, tokens_of_draft) for draft, tokens_of_draft in pairs
-                    ]
+                    documents = [*map(self._document, row.drafts, tokens_of_row)]
             except RowError as error:
                 results.append(error)
             else:
-                results.append(Encoded(documents, row[1]))
+                results.append(Encoded(documents, row.token_counts))
         return results
+
+    def _tokenise(self, drafts: Sequence[_Draft]) -> Iterator[TextTokens]:
+        """Yield the tokens of each draft, without offsets if no draft in the batch needs them."""
+        batch = [draft for draft in drafts if not draft.ordinary_text]
+        with_offsets = not all(draft.is_fully_supervised for draft in batch)
+        tokens_of_batch = iter(
+            self._text_tokenizer.encode([d.text for d in batch], with_offsets=with_offsets)
+        )
+        for draft in drafts:
+            if draft.ordinary_text:
+                prompt_end = None if draft.is_chat else draft.spans[0][0]
+                yield self._text_tokenizer.encode_as_text(
+                    draft.text, draft.ordinary_text, prompt_end
+                )
+            else:
+                yield next(tokens_of_batch)
 
     def num_ends(self, supervised: npt.NDArray[np.int32]) -> int:
         """Number of end-of-sequence and end-of-turn tokens in an array of token ids."""
@@ -216,30 +220,30 @@ class Encoder:
             return f"{bos}{prompt}", example.completion
         if not isinstance(example, Conversation):
             raise RowError("no question with an answer")
-        last = max(i for i, message in enumerate(example.messages) if message.role == "assistant")
+        roles = [message.role for message in example.messages]
+        last = max(i for i, role in enumerate(roles) if role == "assistant")
         until_answer = replace(example, messages=example.messages[: last + 1])
         rendered = self._finder_for(bool(until_answer.tools)).render(until_answer, {last})
         if last not in rendered.turn_spans:
             raise RowError(_ANSWER_OMITTED)
         start, stop = rendered.turn_spans[last][0][0], rendered.turn_spans[last][-1][1]
-        encoding = self._backend.encode(rendered.text, add_special_tokens=False)
-        tokens = _Tokens(encoding.ids, encoding.offsets)
-        first = self._first_token(tokens, start)
+        (tokens,) = self._text_tokenizer.encode([rendered.text])
+        first = self._text_tokenizer.first_token(tokens, start)
         answer = tokens.ids[first : tokens.num_before(stop)]
         prompt = rendered.text[: tokens.offsets[first][0]]
         return prompt, str(self._tokenizer.decode(answer, skip_special_tokens=True))
 
     def _finder_for(self, has_tools: bool) -> TurnFinder:
         """The turn finder of the chat template; some models have a separate template for tools."""
-        has_own = has_tools and isinstance(self._tokenizer.chat_template, dict)
-        if has_own not in self._finders:
+        is_separate = has_tools and isinstance(self._tokenizer.chat_template, dict)
+        if is_separate not in self._finders:
             template = load_template(
-                self._tokenizer, self._settings.chat_template_kwargs, has_tools=has_own
+                self._tokenizer, self._settings.chat_template_kwargs, has_tools=is_separate
             )
-            self._finders[has_own] = TurnFinder(template, self._special, self._stops)
-        return self._finders[has_own]
+            self._finders[is_separate] = TurnFinder(template, self._special, self._stops)
+        return self._finders[is_separate]
 
-    def _drafts_or_error(self, example: Example) -> tuple[list[_Draft], Counter[str]] | RowError:
+    def _drafts_or_error(self, example: Example) -> _Drafts | RowError:
         token_counts = Counter[str]()
         try:
             drafts = self._drafts(example, token_counts)
@@ -248,9 +252,10 @@ class Encoder:
         for draft in drafts:
             if not _is_text(draft.text):
                 return RowError("half a surrogate pair, which is no character")
-        return drafts, token_counts
+        return _Drafts(drafts, token_counts)
 
     def _drafts(self, example: Example, token_counts: Counter[str]) -> list[_Draft]:
+        """The drafts of an example, whose counts are added to `token_counts`."""
         if isinstance(example, Tokens):
             return []
         if isinstance(example, Conversation):
@@ -258,34 +263,39 @@ class Encoder:
         if self._eos is None:
             raise UserError(_NO_END_OF_SEQUENCE)
         if isinstance(example, Text):
-            text, border, names = example.text, 0, ("`text`", "`text`")
+            text, prompt_end, prompt_name, answer_name = example.text, 0, "`text`", "`text`"
         else:
-            text, border = example.prompt + example.completion, len(example.prompt)
-            names = ("`prompt`", "`completion`")
+            text, prompt_end = example.prompt + example.completion, len(example.prompt)
+            prompt_name, answer_name = "`prompt`", "`completion`"
             if not self._settings.train_on_reasoning and closing_tag(example.completion):
                 raise RowError(_REASONING_WITHOUT_TEMPLATE)
-        special = self._special_in(text)
-        named = [(span, names[span[0] >= border]) for span in special]
-        ordinary_text = self._ordinary_spans(text, named, token_counts)
-        start = 0 if self._settings.train_on == "all" else border
+        special = [
+            (span, prompt_name if span[0] < prompt_end else answer_name)
+            for span in self._special_spans(text)
+        ]
+        ordinary_text = self._ordinary_spans(text, special, token_counts)
+        start = 0 if self._settings.train_on == "all" else prompt_end
         return [_Draft(text, [(start, len(text))], ordinary_text=ordinary_text)]
 
-    def _special_in(self, text: str) -> list[Span]:
+    def _special_spans(self, text: str) -> list[Span]:
         """Special tokens in a text without template, except the BOS and EOS that enclose it."""
-        ids = self._special
-        return [
-            match.span()
-            for match in self._special_pattern.finditer(text)
-            if not (match.start() == 0 and ids[match[0]] == self._bos)
-            and not (match.end() == len(text) and ids[match[0]] == self._eos)
-        ]
+        spans = []
+        for match in self._special_pattern.finditer(text):
+            token_id = self._special[match[0]]
+            is_bos = match.start() == 0 and token_id == self._bos
+            is_eos = match.end() == len(text) and token_id == self._eos
+            if not is_bos and not is_eos:
+                spans.append(match.span())
+        return spans
 
     def _ordinary_spans(
         self, text: str, special: Sequence[tuple[Span, str]], token_counts: Counter[str]
     ) -> list[Span]:
-        """Spans of the row's special tokens that are tokenised as ordinary text; counts them all.
+        """Apply the setting `special_tokens_in_text` to the special tokens in a row's texts.
 
-        `special`: the span of each special token, and the name of the text that contains it.
+        `special`: the span of each token, and the name of the text that contains it. With `as-text`
+        their spans are returned, to be tokenised as ordinary text; with `reject` a RowError is
+        raised. All tokens are counted.
         """
         if not special:
             return []
@@ -300,17 +310,15 @@ class Encoder:
         return [span for span, _ in special] if is_text else []
 
     def _chat_drafts(self, conversation: Conversation, token_counts: Counter[str]) -> list[_Draft]:
-        finder, trained = (
-            self._finder_for(bool(conversation.tools)),
-            self._trained_turns(conversation),
-        )
+        finder = self._finder_for(bool(conversation.tools))
+        trained = self._trained_turns(conversation)
         omitted: list[str] = []
         if self._settings.split_turns:
             drafts = []
             for i in trained:
-                part = replace(conversation, messages=conversation.messages[: i + 1])
-                rendered = finder.render(part, {i})
-                drafts.append(self._chat_draft(part, rendered, [i], token_counts))
+                until_turn = replace(conversation, messages=conversation.messages[: i + 1])
+                rendered = finder.render(until_turn, {i})
+                drafts.append(self._chat_draft(until_turn, rendered, [i], token_counts))
                 omitted += rendered.omitted.get(i, ())
             if not drafts:
                 raise RowError(_NO_SUPERVISED_TOKEN)
@@ -319,11 +327,12 @@ class Encoder:
             drafts = [self._chat_draft(conversation, rendered, trained, token_counts)]
             omitted += (text for texts in rendered.omitted.values() for text in texts)
         if omitted:
-            encodings = self._backend.encode_batch_fast(omitted, add_special_tokens=False)
-            token_counts["omitted_reasoning"] = sum(map(len, encodings))
+            tokens = self._text_tokenizer.encode(omitted, with_offsets=False)
+            token_counts["omitted_reasoning"] = sum(len(each.ids) for each in tokens)
         return drafts
 
     def _trained_turns(self, conversation: Conversation) -> list[int]:
+        """Indexes of the assistant messages to train on."""
         turns = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
         if self._settings.train_on == "last-assistant":
             turns = turns[-1:]
@@ -340,65 +349,67 @@ class Encoder:
         if any(i not in rendered.turn_spans for i in trained):
             raise RowError(_ANSWER_OMITTED)
         self._count_ends_without_stop(rendered, trained, token_counts)
-        # With split_turns the last document contains all texts, and its count is the one kept.
+        # With split_turns, each document replaces this count; the last one contains all texts.
         ordinary_text = self._ordinary_spans(rendered.text, rendered.special, token_counts)
         spans_are_unsupervised = settings.train_on == "all"
-        chosen = trained
+        with_span = trained
         if spans_are_unsupervised:
-            chosen = [i for i, m in enumerate(conversation.messages) if not m.is_trained]
+            with_span = [i for i, m in enumerate(conversation.messages) if not m.is_trained]
+        reasoning: list[Span] = []
+        if not settings.train_on_reasoning:
+            reasoning = [span for i in trained for span in rendered.reasoning[i]]
         return _Draft(
             rendered.text,
-            [span for i in chosen for span in rendered.turn_spans.get(i, ())],
+            [span for i in with_span for span in rendered.turn_spans.get(i, ())],
             is_chat=True,
             spans_are_unsupervised=spans_are_unsupervised,
-            reasoning=[span for i in trained for span in rendered.reasoning[i]]
-            if not settings.train_on_reasoning
-            else (),
+            reasoning=reasoning,
             ordinary_text=ordinary_text,
         )
 
     def _count_ends_without_stop(
         self, rendered: Rendered, trained: Sequence[int], token_counts: Counter[str]
     ) -> None:
-        ends = [rendered.turn_spans[i][-1][1] for i in trained]
+        """Count the trained turns that end with a token at which generation does not stop."""
+        turn_ends = [rendered.turn_spans[i][-1][1] for i in trained]
         for token, prefix in self._ends_without_stop.items():
-            if count := sum(rendered.text.endswith(token, 0, end) for end in ends):
+            if count := sum(rendered.text.endswith(token, 0, end) for end in turn_ends):
                 token_counts[f"{prefix}{token} ({self._special[token]})"] += count
 
-    def _document(self, draft: _Draft, tokens: _Tokens) -> Document:
-        document = (
-            self._chat_document(draft, tokens)
-            if draft.is_chat
-            else self._text_document(draft, tokens)
-        )
+    def _document(self, draft: _Draft, tokens: TextTokens) -> Document:
+        """The document of a draft. Raises RowError if no token is supervised."""
+        encode = self._chat_document if draft.is_chat else self._text_document
+        document = encode(draft, tokens)
         document.supervised[:1] = False  # no token precedes the first one and predicts it
         if not document.supervised.any():
             raise RowError(_NO_SUPERVISED_TOKEN)
         return document
 
-    def _chat_document(self, draft: _Draft, tokens: _Tokens) -> Document:
+    def _chat_document(self, draft: _Draft, tokens: TextTokens) -> Document:
         # No BOS is added: the template writes it if the model uses one.
         supervised = np.full(len(tokens.ids), draft.spans_are_unsupervised)
         for start, stop in draft.spans:
-            first = self._first_token(tokens, start)
+            first = self._text_tokenizer.first_token(tokens, start)
             supervised[first : tokens.num_before(stop)] = not draft.spans_are_unsupervised
         for start, stop in draft.reasoning:
             # A token that extends past the end of the reasoning belongs to the answer.
-            supervised[self._first_token(tokens, start) : tokens.first_token_after(stop)] = False
+            first = self._text_tokenizer.first_token(tokens, start)
+            supervised[first : tokens.first_token_after(stop)] = False
         return Document(np.array(tokens.ids, dtype=np.int32), supervised)
 
-    def _text_document(self, draft: _Draft, tokens: _Tokens) -> Document:
+    def _text_document(self, draft: _Draft, tokens: TextTokens) -> Document:
         """The document of a text without chat template, with BOS and EOS.
 
         A token that spans the end of the prompt is split, because the prompt is tokenised alone in
         generation.
         """
         ((start, end),) = draft.spans
-        ids, is_fully_supervised = tokens.ids, draft.is_fully_supervised
-        first = 0 if is_fully_supervised else self._first_token(tokens, start)
-        if not is_fully_supervised and start < end and tokens.offsets[first][0] < start:
-            before, after = self._tokenise_split(draft.text, start, ids)
-            ids, first = before + after, len(before)
+        ids, first = tokens.ids, 0  # `first`: index of the first supervised token
+        if not draft.is_fully_supervised:
+            first = self._text_tokenizer.first_token(tokens, start)
+            if start < end and tokens.offsets[first][0] < start:
+                before, after = self._text_tokenizer.split(draft.text, start, ids)
+                ids, first = before + after, len(before)
         assert self._eos is not None  # checked when the draft was created
         if self._bos is not None and ids[:1] != [self._bos]:
             ids, first = [self._bos, *ids], first + (start > 0)
@@ -408,75 +419,8 @@ class Encoder:
         supervised[:first] = False
         return Document(np.array(ids, dtype=np.int32), supervised)
 
-    def _tokenise_as_text(self, draft: _Draft) -> _Tokens:
-        """Tokenise a draft whose special tokens in `ordinary_text` are ordinary text.
-
-        All other special tokens divide the text into segments that are tokenised separately.
-        """
-        text, at, result = draft.text, 0, _Tokens([], [])
-        border = None if draft.is_chat else draft.spans[0][0]  # no token may cross a prompt's end
-        ordinary_starts = [start for start, _ in draft.ordinary_text]
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
-            if border is not None and start >= border > at:
-                self._add_as_text(text, (at, border), result)
-                at = border
-            is_ordinary = bisect_left(ordinary_starts, stop) > bisect_left(ordinary_starts, start)
-            if token in self._special_ids and not is_ordinary:
-                self._add_as_text(text, (at, start), result)
-                result.ids.append(token)
-                result.offsets.append((start, stop))
-                at = stop
-        self._add_as_text(text, (at, len(text)), result)
-        return result
-
-    def _add_as_text(self, text: str, span: Span, tokens: _Tokens) -> None:
-        """Tokenise a segment as ordinary text and append its tokens to `tokens`."""
-        start, stop = span
-        self._backend.encode_special_tokens = True
-        try:
-            # After a line break, SentencePiece adds no space before the segment.
-            encoding = self._backend.encode(f"\n{text[start:stop]}", add_special_tokens=False)
-        finally:
-            self._backend.encode_special_tokens = False
-        for token, (first, last) in zip(encoding.ids, encoding.offsets, strict=True):
-            if last > 1:
-                tokens.ids.append(token)
-                tokens.offsets.append((start + max(first, 1) - 1, start + last - 1))
-
-    def _tokenise_split(
-        self, text: str, start: int, whole: list[int]
-    ) -> tuple[list[int], list[int]]:
-        """Tokenise the text before and after `start` separately.
-
-        `whole`: ids of the whole text, to which the result must be equivalent. The part after
-        `start` may need a line break before it, because SentencePiece adds a space at the start of
-        a text, but not after a line break.
-        """
-        before, after = (
-            self._backend.encode(part, add_special_tokens=False).ids
-            for part in (text[:start], text[start:])
-        )
-        expected = self._backend.decode(whole, skip_special_tokens=False)
-        if self._backend.decode(before + after, skip_special_tokens=False) == expected:
-            return before, after
-        encoding = self._backend.encode(f"\n{text[start:]}", add_special_tokens=False)
-        after = [token for token, (at, _) in zip(encoding.ids, encoding.offsets, strict=True) if at]
-        if self._backend.decode(before + after, skip_special_tokens=False) == expected:
-            return before, after
-        raise RowError("the tokenizer cannot split the text between `prompt` and `completion`")
-
-    def _first_token(self, tokens: _Tokens, start: int) -> int:
-        """Index of the first token of a span.
-
-        The token may begin before the span, unless it is a special token.
-        """
-        first = tokens.first_token_after(start)
-        if first < len(tokens.ids) and tokens.offsets[first][0] < start:
-            return first + (tokens.ids[first] in self._special_ids)
-        return first
-
     def _pretokenised_document(self, tokens: Tokens) -> Document:
+        """The document of a row of token ids. Raises RowError if an id is out of range."""
         ids, size = np.array(tokens.ids, dtype=np.int64), len(self._tokenizer)
         if ids.size and (ids.min() < 0 or ids.max() >= size):
             raise RowError(f"`input_ids` has an id outside of the model's {size} tokens")
@@ -488,6 +432,7 @@ class Encoder:
 
 
 def _is_text(text: str) -> bool:
+    """Whether all characters of a string can be encoded as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:  # "\ud800" is valid JSON but not a character

@@ -1,7 +1,8 @@
 """Messages and tools for a chat template, in which every string is traced to a leaf of the row.
 
 A leaf is a string, a key or a scalar in messages, tool calls, arguments, tools and reasoning.
-Strings and keys are `Traced` objects (traced.py) whose source is the index of their leaf.
+Strings and keys are passed to the template as `Traced` strings (traced.py), which record the index
+of their leaf.
 """
 
 import re
@@ -34,7 +35,11 @@ class Kind(Enum):
 
 
 class Leaf(NamedTuple):
-    """A string or scalar of a row. `message`: message index or TOOLS. `path`: keys and indexes."""
+    """A string, key or scalar of a row.
+
+    `message`: message index or TOOLS. `path`: keys and indexes that lead to it in the row, such as
+    ("messages", 2, "content").
+    """
 
     message: int
     kind: Kind
@@ -50,11 +55,11 @@ class Leaf(NamedTuple):
 
 @dataclass(frozen=True)
 class Style:
-    """Form in which a template accepts tool calls and reasoning.
+    """Form in which a template accepts tool calls and reasoning; templates differ in this.
 
-    `empty_content`: content of a message that has only calls. `ids`: ids of calls, which are
-    `given` (as in the row), `short` (nine letters and digits) or `named` (functions.NAME:NUMBER).
-    `has_reasoning_parts`: reasoning is a part of the content, of the type "thinking".
+    `empty_content`: content of a message that has only calls. `ids`: form of the ids of calls:
+    "given" (as in the row), "short" (nine letters and digits) or "named" (functions.NAME:NUMBER).
+    `has_reasoning_parts`: the content is a list of parts, of which one has the type "thinking".
     """
 
     empty_content: str | None = ""
@@ -77,6 +82,7 @@ class TracedConversation:
 
 
 def _paths(root: Any, value: object, path: str) -> Iterator[str]:
+    """Yield the path of each place in `root` that holds this object. `path`: path of `root`."""
     if root is value:
         yield path
     items = root.items() if isinstance(root, Mapping) else ()
@@ -87,7 +93,7 @@ def _paths(root: Any, value: object, path: str) -> Iterator[str]:
 
 
 def trace(conversation: Conversation, style: Style) -> TracedConversation:
-    """Convert a conversation to traced messages and tools."""
+    """Convert a conversation to messages and tools whose strings are traced."""
     return _Tracer(style).trace(conversation)
 
 
@@ -97,7 +103,7 @@ class _Tracer:
     def __init__(self, style: Style) -> None:
         self._style = style
         self._result = TracedConversation()
-        self._message = TOOLS
+        self._message = TOOLS  # message index of the leaves that are added
         self._new_ids: dict[str, str] = {}  # id of a call in the row -> id given to the template
         self._unanswered: list[str] = []  # ids of calls without a tool result so far
         self._num_calls = 0
@@ -129,7 +135,7 @@ class _Tracer:
                     parts += [{"type": "text", "text": content}] if content else []
                     result["content"] = parts
                     continue
-                # As in transformers: the same value under each name that templates read.
+                # As in transformers: the same text under each key that templates may read.
                 result = {"thinking": text, **result, "reasoning_content": text, key: text}
             else:
                 is_structural = message.role == "tool" and key in ("name", "tool_call_id")
@@ -152,36 +158,41 @@ class _Tracer:
             if key not in ("function", "type", "id"):
                 kind = Kind.STRUCTURAL if key == "index" else Kind.REQUIRED
                 result[key] = self._value(value, (*path, key), kind)
-        call_id = self._id(call.get("id"), function["name"])
+        call_id = self._call_id(call.get("id"), function["name"])
         if call_id:
             result["id"] = self._structural(call_id, (*path, "id"))
             self._unanswered.append(str.__str__(call_id))
         self._num_calls += 1
         return result
 
-    def _id(self, given: Any, name: str) -> str:
-        """The id of a call in the form that the template accepts (Style.ids)."""
-        old = given if isinstance(given, str) else ""
-        if self._style.ids == "short" and not _SHORT_ID.fullmatch(old):
-            new = f"call{self._num_calls:05d}"
+    def _call_id(self, id_in_row: Any, name: str) -> str:
+        """The id of a call in the form that the template accepts (Style.ids); "" for none.
+
+        `name`: name of the called function.
+        """
+        old_id = id_in_row if isinstance(id_in_row, str) else ""
+        if self._style.ids == "short" and not _SHORT_ID.fullmatch(old_id):
+            new_id = f"call{self._num_calls:05d}"
         elif self._style.ids == "named":
-            before, separator, after = old.rpartition(name)
-            is_named = bool(separator)
-            parts = (
-                (before, name, after) if is_named else ("functions.", name, f":{self._num_calls}")
-            )
-            new = join_traced(parts)
+            before, separator, after = old_id.rpartition(name)
+            if separator:  # the id in the row contains the name
+                new_id = join_traced((before, name, after))
+            else:
+                new_id = join_traced(("functions.", name, f":{self._num_calls}"))
         else:
-            return old
-        if old:
-            self._new_ids[old] = str.__str__(new)
-        return new
+            return old_id
+        if old_id:
+            self._new_ids[old_id] = str.__str__(new_id)
+        return new_id
 
     def _add_result_id(
-        self, result: dict[str, Any], given: Any, path: tuple[str | int, ...]
+        self, result: dict[str, Any], id_in_row: Any, path: tuple[str | int, ...]
     ) -> None:
-        """Add the id of its call to a tool result; results without ids are matched in order."""
-        call_id = self._new_ids.get(given, given) if isinstance(given, str) else None
+        """Add the id of the call to a message with its result.
+
+        If the template needs ids, results without an id belong to the calls in their order.
+        """
+        call_id = self._new_ids.get(id_in_row, id_in_row) if isinstance(id_in_row, str) else None
         if call_id in self._unanswered:
             self._unanswered.remove(call_id)
         elif self._style.ids != "given" and self._unanswered:
@@ -190,6 +201,7 @@ class _Tracer:
             result["tool_call_id"] = self._structural(call_id, path)
 
     def _structural(self, text: str, path: tuple[str | int, ...]) -> str:
+        """A traced string that the template may omit."""
         if type(text) is not str:  # already traced, such as functions.NAME:0
             return text
         return self._text(text, path, Kind.STRUCTURAL)
@@ -218,24 +230,29 @@ class _Tracer:
         return value
 
     def _tool(self, value: Any, path: tuple[str | int, ...]) -> Any:
-        """Copy a part of a tool's schema, with everything traced except JSON Schema keywords."""
+        """Copy a tool definition or a value in it, with all strings traced except type names.
+
+        Keys that are keywords of JSON Schema are not traced; names of parameters are.
+        """
         if isinstance(value, list | tuple):
             return [self._tool(item, (*path, n)) for n, item in enumerate(value)]
         if not isinstance(value, Mapping):
             return self._value(value, path, Kind.REQUIRED)
         result: dict[str, Any] = {}
-        are_names = path[-1] in _PARAMETER_MAPS
+        are_parameter_names = path[-1] in _PARAMETER_MAPS
         for key, item in value.items():
-            inner = (*path, key)
-            if are_names:
-                result[self._text(key, inner, Kind.REQUIRED)] = self._tool(item, inner)
+            item_path = (*path, key)
+            if are_parameter_names:
+                result[self._text(key, item_path, Kind.REQUIRED)] = self._tool(item, item_path)
             elif key in STRUCTURE_OF_TOOLS:
                 result[key] = item
             else:
-                result[key] = self._tool(item, inner)
+                result[key] = self._tool(item, item_path)
         return result
 
 
+# A block with tags in angle brackets (inner text: group a), with [THINK] (b), or at the start of
+# the content without an opening tag (c).
 _REASONING_BLOCK = re.compile(
     r"<(?P<tag>think|thinking|thought|reasoning|seed:think)>(?P<a>.*?)</(?P=tag)>"
     r"|\[THINK\](?P<b>.*?)\[/THINK\]|\A(?P<c>(?:(?!<think>).)*?)</think>",
@@ -244,7 +261,10 @@ _REASONING_BLOCK = re.compile(
 
 
 def reasoning_blocks(message: Message) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Yield two spans for each reasoning block in a message's content: with and without tags."""
+    """Yield two spans [start, stop) for each reasoning block in an assistant message's content.
+
+    The first span includes the tags, the second does not.
+    """
     if message.role != "assistant" or ("</" not in message.content and "[/" not in message.content):
         return
     for match in _REASONING_BLOCK.finditer(message.content):
@@ -255,27 +275,26 @@ def reasoning_blocks(message: Message) -> Iterator[tuple[tuple[int, int], tuple[
 def placeholder_of_same_shape(conversation: Conversation) -> tuple[Conversation, tuple[Any, ...]]:
     """A placeholder conversation of the same shape as this one, and a hashable key of the shape.
 
-    The shape is the sequence of roles, with the presence of content, calls and reasoning in each
-    message.
+    The shape is whether there are tools, the sequence of roles, and whether each message has
+    content, calls, reasoning under a key of its own, and reasoning blocks in the content.
     """
-    key: list[Any] = [bool(conversation.tools)]
+    shape: list[Any] = [bool(conversation.tools)]
     messages = []
     for number, message in enumerate(conversation.messages):
         others: dict[str, Any] = {}
         if message.others.get("tool_calls"):
             others["tool_calls"] = [placeholder_call()]
-        reasoning = [k for k in REASONING_KEYS if message.others.get(k)]
-        if reasoning:
-            others[reasoning[0]] = f"reasoning {number}"
+        reasoning_keys = [key for key in REASONING_KEYS if message.others.get(key)]
+        if reasoning_keys:
+            others[reasoning_keys[0]] = f"reasoning {number}"
         content = f"text {number}" if message.content.strip() else ""
         has_reasoning_block = any(True for _ in reasoning_blocks(message))
         if has_reasoning_block:
             content = f"<think>\nreasoning {number}\n</think>\n\ntext {number}"
         messages.append(Message(message.role, content, True, others))
-        key.append((message.role, bool(content), has_reasoning_block, *others))
-    return Conversation(tuple(messages), (PLACEHOLDER_TOOL,) if conversation.tools else ()), tuple(
-        key
-    )
+        shape.append((message.role, bool(content), has_reasoning_block, *others))
+    tools = (PLACEHOLDER_TOOL,) if conversation.tools else ()
+    return Conversation(tuple(messages), tools), tuple(shape)
 
 
 PLACEHOLDER_TOOL: Mapping[str, Any] = {
@@ -299,7 +318,10 @@ def placeholder_call() -> Mapping[str, Any]:
 
 
 def placeholder(*roles: str) -> Conversation:
-    """A placeholder conversation of these roles; `call` is a tool call of the assistant."""
+    """A placeholder conversation of these roles; `call` is an assistant message with a tool call.
+
+    If there is such a message, the conversation has the definition of the tool.
+    """
     messages: list[Message] = []
     for number, role in enumerate(roles):
         if role == "call":
@@ -314,6 +336,6 @@ def placeholder(*roles: str) -> Conversation:
 
 
 def leaf_names(leaves: Sequence[Leaf]) -> str:
-    """The names of the first three leaves, for an error message."""
-    unique = list(dict.fromkeys(leaf.name for leaf in leaves))  # a key has the name of its value
-    return first_few(unique)
+    """The names of the first few leaves, for an error message."""
+    # A key of a mapping has the same name as its value.
+    return first_few(list(dict.fromkeys(leaf.name for leaf in leaves)))

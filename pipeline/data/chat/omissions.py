@@ -1,6 +1,7 @@
 """Check that a chat template writes every text of a row (docs/masks.md).
 
-The strings, keys and scalars of a row are its leaves (leaves.py).
+The strings, keys and scalars of a row are its leaves (leaves.py). A rendering has spans, which map
+its characters to characters of leaves (traced.py).
 """
 
 from bisect import bisect_left
@@ -8,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from json import dumps
+from operator import attrgetter
 
 from pipeline.data.chat.leaves import (
     REASONING_KEYS,
@@ -22,7 +24,7 @@ from pipeline.data.chat.template import ChatTemplate, Rendering, Span
 from pipeline.data.chat.traced import TracedSpan
 from pipeline.rows.examples import Conversation, RowError
 
-_MAX_CACHED_SHAPES = 256  # limits the memory of the keys, which are long for agent rows
+_MAX_CACHED_SHAPES = 256  # the keys are long for rows with many messages, and take memory
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,13 @@ class Omissions:
 class OmissionCheck:
     """Raises RowError for a row if the chat template omits one of its leaves.
 
-    Reasoning may be missing if the template omits it by design, that is, whatever its text is.
+    Reasoning may be missing if the template also omits it in a placeholder conversation of the same
+    shape. The template then omits it by design, such as the reasoning of all turns but the last.
     """
 
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
+        # Shape of a conversation -> indexes of the messages whose reasoning is omitted by design.
         self._by_design: dict[tuple[object, ...], frozenset[int]] = {}
 
     def omitted_reasoning(
@@ -79,29 +83,31 @@ class OmissionCheck:
 
     def _omits_by_design(self, conversation: Conversation) -> frozenset[int]:
         """Indexes of the messages whose reasoning the template omits in every row of this shape."""
-        fixed, key = placeholder_of_same_shape(conversation)
-        if key not in self._by_design:
+        placeholder, shape = placeholder_of_same_shape(conversation)
+        if shape not in self._by_design:
             if len(self._by_design) >= _MAX_CACHED_SHAPES:
                 self._by_design.clear()
             try:
-                omitted = _find_omissions(fixed, self._template.render(fixed)).reasoning
+                rendering = self._template.render(placeholder)
+                omitted = _find_omissions(placeholder, rendering).reasoning
             except RowError:
                 omitted = []
-            knows_key = self._template.reads(*REASONING_KEYS)
-            self._by_design[key] = frozenset(
-                leaf.message for leaf, _ in omitted if knows_key or leaf.kind is Kind.CONTENT
+            # A template that reads no reasoning key omits such texts because it does not know them.
+            knows_reasoning = self._template.reads(*REASONING_KEYS)
+            self._by_design[shape] = frozenset(
+                leaf.message for leaf, _ in omitted if knows_reasoning or leaf.kind is Kind.CONTENT
             )
-        return self._by_design[key]
+        return self._by_design[shape]
 
 
 def _find_omissions(conversation: Conversation, rendering: Rendering) -> Omissions:
     """Compare the leaves of a conversation with the spans of its rendering."""
     result = Omissions()
-    written: list[list[TracedSpan]] = [[] for _ in rendering.leaves]
+    spans_of_leaves: list[list[TracedSpan]] = [[] for _ in rendering.leaves]
     for span in rendering.spans:
-        written[span.source].append(span)
+        spans_of_leaves[span.source].append(span)
     scalars = _Scalars(rendering)
-    for leaf, spans in zip(rendering.leaves, written, strict=True):
+    for leaf, spans in zip(rendering.leaves, spans_of_leaves, strict=True):
         if spans:
             scalars.position = spans[0].stop
         if leaf.kind is Kind.STRUCTURAL or _is_complete(leaf, spans):
@@ -112,7 +118,7 @@ def _find_omissions(conversation: Conversation, rendering: Rendering) -> Omissio
             result.reasoning.append((leaf, [leaf.value]))
             continue
         else:
-            gaps = list(_missing_parts(leaf.value, spans, rendering.text))
+            gaps = list(_missing_spans(leaf.value, spans, rendering.text))
             blocks = _omitted_blocks(leaf, gaps, conversation)
             if blocks:
                 result.reasoning.append((leaf, blocks))
@@ -123,27 +129,29 @@ def _find_omissions(conversation: Conversation, rendering: Rendering) -> Omissio
 
 
 def _is_complete(leaf: Leaf, spans: Sequence[TracedSpan]) -> bool:
+    """Whether the first span of a leaf covers the whole leaf."""
     return bool(spans) and spans[0].first == 0 and spans[0].last == len(leaf.value)
 
 
-def _missing_parts(value: str, spans: Sequence[TracedSpan], text: str) -> Iterator[Span]:
-    """Spans of a leaf that the template omits, except white space that it strips or replaces."""
-    covered = sorted((span.first, span.last, span.start, span.stop) for span in spans)
-    at = 0
-    edges = [(0, 0, 0, 0), *covered, (len(value), len(value), len(text), len(text))]
-    for before, after in pairwise(edges):
-        at = max(at, before[1])
-        if at >= after[0]:
+def _missing_spans(value: str, spans: Sequence[TracedSpan], text: str) -> Iterator[Span]:
+    """Spans of a leaf that the template omits, except white space that it strips or replaces.
+
+    `value`: the leaf. `spans`: those of `text` that come from this leaf.
+    """
+    in_order = sorted(spans, key=attrgetter("first", "last", "start", "stop"))
+    begin = TracedSpan(start=0, stop=0, source=0, first=0, last=0)
+    end = TracedSpan(len(text), len(text), source=0, first=len(value), last=len(value))
+    covered = 0  # the leaf has been compared up to this character
+    for before, after in pairwise([begin, *in_order, end]):
+        covered = max(covered, before.last)
+        if covered >= after.first:
             continue
-        missing = value[at : after[0]]
-        is_edge = at == 0 or after[0] == len(value)
-        if not missing.isspace() or not (is_edge or _is_separated(text, before[3], after[2])):
-            yield at, after[0]
-
-
-def _is_separated(text: str, start: int, stop: int) -> bool:
-    """Whether the template writes white space or markup between two parts of a text."""
-    return start < stop and not text[start:stop].isalnum()
+        is_space = value[covered : after.first].isspace()
+        is_stripped = covered == 0 or after.first == len(value)
+        between = text[before.stop : after.start]
+        is_replaced = bool(between) and not between.isalnum()  # by white space or markup
+        if not (is_space and (is_stripped or is_replaced)):
+            yield covered, after.first
 
 
 def _omitted_blocks(
@@ -157,38 +165,43 @@ def _omitted_blocks(
     blocks = list(reasoning_blocks(conversation.messages[leaf.message]))
     if leaf.kind is not Kind.CONTENT or not _are_within(gaps, blocks, leaf.value):
         return None
-    omitted, kept = [], 0
-    for _, (start, stop) in blocks:
-        inner = leaf.value[start:stop]
-        missing = "".join(leaf.value[max(a, start) : min(b, stop)] for a, b in gaps if a < stop)
-        if _strip_all_space(missing) not in ("", _strip_all_space(inner)):
+    omitted, is_any_written = [], False
+    for _, (start, stop) in blocks:  # without tags
+        reasoning = leaf.value[start:stop]
+        missing = "".join(
+            leaf.value[max(gap_start, start) : min(gap_stop, stop)]
+            for gap_start, gap_stop in gaps
+            if gap_start < stop
+        )
+        if _without_space(missing) not in ("", _without_space(reasoning)):
             return None
         if missing.strip():
-            omitted.append(inner)
-        else:
-            kept += bool(inner.strip())
-    return None if omitted and kept else omitted
+            omitted.append(reasoning)
+        elif reasoning.strip():
+            is_any_written = True
+    return None if omitted and is_any_written else omitted
 
 
 def _are_within(gaps: Sequence[Span], blocks: Sequence[tuple[Span, Span]], value: str) -> bool:
-    """Whether all gaps are in reasoning blocks and in the white space around them."""
+    """Whether each gap has characters of reasoning blocks, and otherwise only white space."""
+
+    def is_in_block(i: int) -> bool:
+        return any(first <= i < last for (first, last), _ in blocks)
+
     for start, stop in gaps:
-        inside = [False] * (stop - start)
-        for (first, last), _ in blocks:
-            for i in range(max(first, start), min(last, stop)):
-                inside[i - start] = True
-        outside = [value[start + i] for i, is_inside in enumerate(inside) if not is_inside]
-        if outside and (not any(inside) or any(not char.isspace() for char in outside)):
+        outside = [i for i in range(start, stop) if not is_in_block(i)]
+        has_text_outside = any(not value[i].isspace() for i in outside)
+        if has_text_outside or len(outside) == stop - start:
             return False
     return True
 
 
-def _strip_all_space(text: str) -> str:
+def _without_space(text: str) -> str:
     return "".join(text.split())
 
 
 class _Scalars:
-    """Searches for scalars, which have no spans, in the text after the preceding leaf."""
+    """Searches for numbers, booleans and null, which have no spans, after the preceding leaf."""
 
     def __init__(self, rendering: Rendering) -> None:
         self._text, self._leaves = rendering.text, rendering.leaves
@@ -198,12 +211,15 @@ class _Scalars:
         self.position = 0  # offset in the text at which the preceding leaf ends
 
     def is_written(self, leaf: Leaf) -> bool:
-        """Whether the scalar is written before the next string, or anywhere among the tools."""
-        forms = {dumps(leaf.value), str(leaf.value)}  # true and True
+        """Whether a scalar is written before the next string; moves `position` behind it.
+
+        A scalar of a tool definition may be written anywhere among the tools.
+        """
+        forms = {dumps(leaf.value), str(leaf.value)}  # such as true and True
         if leaf.message == TOOLS:
             return any(form in self._around_tools for form in forms)
-        after = bisect_left(self._starts, self.position)
-        limit = self._starts[after] if after < len(self._starts) else len(self._text)
+        following = bisect_left(self._starts, self.position)
+        limit = self._starts[following] if following < len(self._starts) else len(self._text)
         ends = [
             start + len(form)
             for form in forms
@@ -216,9 +232,9 @@ class _Scalars:
 
     @property
     def _around_tools(self) -> str:
-        """The text after each string of the tools, joined.
+        """The text after each string of the tool definitions, up to the next string, joined.
 
-        The whole text is searched, because a template may write scalars in another order.
+        A template may write the scalars of a definition in another order than the row.
         """
         if self._tools is None:
             texts = []

@@ -1,4 +1,8 @@
-"""Checks of tags in the texts of a row, in the rendered text."""
+"""Tags such as <think> and <tool_response> in a row's texts, checked in the rendered text.
+
+A rendering has spans: characters that come from one string of the row, its leaf. All other
+characters come from the template.
+"""
 
 import re
 
@@ -20,9 +24,9 @@ def require_no_doubled_tag(rendering: Rendering) -> None:
     for span in rendering.spans:
         leaf = rendering.leaves[span.source]
         tag = _TAG.match(rendering.text, span.start, span.stop)
-        is_first = tag is not None and not str(leaf.value)[: span.first].strip()
-        by_template = rendering.text[previous_stop : span.start] if is_first else ""
-        if tag and by_template.rstrip().endswith(tag[1]):
+        is_at_leaf_start = not str(leaf.value)[: span.first].strip()
+        from_template = rendering.text[previous_stop : span.start]
+        if tag and is_at_leaf_start and from_template.rstrip().endswith(tag[1]):
             raise RowError(
                 f"{leaf.name} begins with {tag[1]}, and the chat template writes this tag before "
                 "it, so it would be there twice; remove the tag and its closing tag from the row"

@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 Span = tuple[int, int]  # characters [start, stop)
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PLACEHOLDER = "placeholder"
+# Errors of a template's expressions, apart from Jinja's own.
 _ERRORS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
-_SET_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt")  # by `_render`
+# Variables whose values `_render` sets, so that chat_template_kwargs cannot.
+_SET_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt")
+# Forms of tool calls that `call_style` tries; it prefers the earlier ones.
 _CALL_STYLES = [
     Style(content, ids) for ids in ("given", "short", "named") for content in ("", None)
 ]
@@ -35,7 +38,8 @@ _CHATML = (
 class Rendering:
     """A conversation as text, with its leaves and their spans.
 
-    `spans`: sorted by position in the text. `generated`: spans of the {% generation %} blocks.
+    A leaf is a string, key or scalar of the row. `spans`: spans of the text that come from a leaf,
+    sorted by their start. `generated`: spans of the {% generation %} blocks.
     """
 
     text: str
@@ -47,7 +51,8 @@ class Rendering:
 class ChatTemplate:
     """A chat template in Jinja.
 
-    `variables`: values for the template's variables other than messages and tools.
+    `variables`: values for the template's variables other than messages and tools. `marks_turns`:
+    the template has {% generation %} blocks, which enclose what the model generates.
     """
 
     def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
@@ -78,18 +83,20 @@ class ChatTemplate:
     def render(
         self, conversation: Conversation, *, add_generation_prompt: bool = False
     ) -> Rendering:
-        """Render a conversation. Raises RowError if the template refuses it."""
+        """Render a conversation. Raises RowError if the template raises an error."""
         others = [message.others for message in conversation.messages]
-        style = self.call_style if any(x.get("tool_calls") for x in others) else Style()
-        if any(x.get(key) for x in others for key in REASONING_KEYS):
+        has_calls = any(keys.get("tool_calls") for keys in others)
+        style = self.call_style if has_calls else Style()
+        if any(keys.get(name) for keys in others for name in REASONING_KEYS):
             style = replace(style, has_reasoning_parts=self._has_reasoning_parts)
         return self._render(conversation, style, add_generation_prompt)
 
     def with_blank_spans(self, conversation: Conversation, rendering: Rendering) -> Rendering:
-        """The rendering with an empty span for each blank text, which has no characters to trace.
+        """The rendering with an empty span for the content of each message without content.
 
-        The spans are found in another rendering, which has placeholders for blank texts. If the two
-        renderings differ in anything else, the first one is returned unchanged.
+        Such content has no characters to trace. Its position is found in another rendering, which
+        has a placeholder for it. If the two renderings differ in anything else, the given one is
+        returned unchanged.
         """
         messages = conversation.messages
         blank = {i for i, m in enumerate(messages) if m.role != "assistant" and not m.content}
@@ -102,25 +109,25 @@ class ChatTemplate:
             other = self.render(replace(conversation, messages=filled))
         except RowError:
             return rendering
-        spans, pieces, removed, at = list[TracedSpan](), list[str](), 0, 0
+        # The other text without its placeholders, and its spans at their offsets there.
+        text, spans = "", list[TracedSpan]()
+        stop = 0  # up to here the other text has been copied
         for span in other.spans:
             leaf = other.leaves[span.source]
+            start = len(text) + span.start - stop
             size = span.stop - span.start
-            is_placeholder = leaf.message in blank and leaf.kind is Kind.CONTENT
-            start = span.start - removed
-            if is_placeholder:
-                pieces.append(other.text[at : span.start])
-                at, removed, size = span.stop, removed + size, 0
+            if leaf.message in blank and leaf.kind is Kind.CONTENT:
+                text += other.text[stop : span.start]
+                stop, size = span.stop, 0
             spans.append(span._replace(start=start, stop=start + size))
-        if "".join((*pieces, other.text[at:])) != rendering.text:
+        if text + other.text[stop:] != rendering.text:
             return rendering
         return replace(rendering, leaves=other.leaves, spans=spans)
 
     @cached_property
     def call_style(self) -> Style:
         """The first style for which the template writes the name and the arguments of a call."""
-        accepted = Style()
-        for style in reversed(_CALL_STYLES):
+        for style in _CALL_STYLES:
             for roles in (("user", "call", "tool", "assistant"), ("user", "call", "tool")):
                 try:
                     rendering = self._render(
@@ -128,10 +135,11 @@ class ChatTemplate:
                     )
                 except RowError:
                     continue
-                written = {rendering.leaves[span.source].path for span in rendering.spans}
-                if {"name", "word"} <= {path[-1] for path in written if "tool_calls" in path}:
-                    accepted = style
-        return accepted
+                paths = {rendering.leaves[span.source].path for span in rendering.spans}
+                keys_in_calls = {path[-1] for path in paths if "tool_calls" in path}
+                if {"name", "word"} <= keys_in_calls:  # `word`: the placeholder's only argument
+                    return style
+        return Style()
 
     @cached_property
     def _has_reasoning_parts(self) -> bool:
@@ -142,23 +150,25 @@ class ChatTemplate:
             plain = self._render(Conversation((question, answer)), Style(), False).text
         except RowError:
             return False
-        written = []
-        for is_part in (False, True):
-            style = Style(has_reasoning_parts=is_part)
+
+        def writes_reasoning(style: Style) -> bool:
             try:
                 rendering = self._render(Conversation((question, thinking)), style, False)
             except RowError:
-                written.append(False)
-                continue
+                return False
             kinds = {rendering.leaves[span.source].kind for span in rendering.spans}
             # A template that does not know such parts may write them as JSON or repr.
             is_dumped = rendering.text.count("type") > plain.count("type")
-            written.append({Kind.CONTENT, Kind.REASONING} <= kinds and not is_dumped)
-        return written == [False, True]
+            return {Kind.CONTENT, Kind.REASONING} <= kinds and not is_dumped
+
+        if writes_reasoning(Style(has_reasoning_parts=False)):
+            return False
+        return writes_reasoning(Style(has_reasoning_parts=True))
 
     def _render(
         self, conversation: Conversation, style: Style, add_generation_prompt: bool
     ) -> Rendering:
+        """Render a conversation in this style. Raises RowError if the template raises an error."""
         from jinja2 import TemplateError
 
         traced = trace(conversation, style)
@@ -183,7 +193,10 @@ class ChatTemplate:
 
 
 def _keys_read(tree: "Template") -> set[str]:
-    """Keys in expressions such as message.key, message['key'] and message.get('key')."""
+    """Keys in expressions such as message.key, message['key'] and message.get('key').
+
+    The first argument of every call counts as a key.
+    """
     from jinja2.nodes import Call, Const, Getattr, Getitem
 
     keys = {node.attr for node in tree.find_all(Getattr)}

@@ -19,7 +19,10 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenize
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer of a model folder, without network; UserError if it has none."""
+    """Load the tokenizer of a model folder, without network.
+
+    Raises UserError if the folder has no fast tokenizer, or a damaged one.
+    """
     require_model_folder(folder)
     require_tokenizer(folder)
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -41,9 +44,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> "PreTrained
 
 
 def run_tokenizer(settings: RunSettings) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a run: that of its base, with the new tokens. UserError as above.
+    """The tokenizer of a run: that of its base, with the tokens of the setting `new_tokens`.
 
     The new tokens are not special, so decoding keeps them, and a row's text may contain them.
+    Raises UserError if the tokenizer cannot be loaded, or gives the new tokens unexpected ids.
     """
     tokenizer = load_tokenizer(settings.model_folder, settings.trust_remote_code)
     if not settings.new_tokens:
@@ -85,19 +89,20 @@ def special_ids(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
 
 
 def special_pattern(special: Iterable[str]) -> re.Pattern[str]:
-    """Pattern of these special tokens; of several that begin at one place the longest matches."""
+    """Pattern that matches these special tokens, and the longer of two that begin alike."""
     longest_first = sorted(special, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def end_tokens(eos: int | None, folder: Path, special: Mapping[str, int]) -> list[str]:
-    """Special tokens that stop generation, from the tokenizer and generation_config.json.
+    """Special tokens that stop generation: the EOS, and those that generation_config.json names.
 
-    Raises UserError if that file exists and cannot be read.
+    `eos`: id of the EOS token. `special`: ids of all special tokens, by text. Raises UserError if
+    generation_config.json exists and cannot be read.
     """
     path = folder / "generation_config.json"
     try:
-        named = read_json(path).get("eos_token_id") if path.exists() else None
+        named = read_json(path).get("eos_token_id") if path.exists() else None  # one id or a list
     except (OSError, ValueError) as error:
         raise UserError(
             f"model: {path}: cannot be read, but may name tokens that end a turn: {error}; fetch "

@@ -8,12 +8,13 @@ returns the text without spans. The row is then rejected, because the origin of 
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-GENERATED = -1  # source of spans that mark the text of a {% generation %} block
+GENERATED = -1  # `source` of spans that mark the text of a {% generation %} block
 _JSON_OR_REPR_STRING = re.compile(r'"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'')
 
 
@@ -81,8 +82,10 @@ class Traced(str):
 
     def splitlines(self, keepends: bool = False) -> list[str]:
         lines = self._locate(str.splitlines(self, keepends=True))
-        plain = str.splitlines(self)
-        return lines if keepends else [x[: len(y)] for x, y in zip(lines, plain, strict=True)]
+        if keepends:
+            return lines
+        without_ends = str.splitlines(self)
+        return [line[: len(text)] for line, text in zip(lines, without_ends, strict=True)]
 
     def partition(self, sep: str, /) -> tuple[str, str, str]:
         before, separator, after = self._locate(str.partition(self, sep))
@@ -98,12 +101,12 @@ class Traced(str):
         if not old:
             return str.replace(self, old, new, count)
         pieces: list[str] = []
-        at, left = 0, count.__index__()
-        while left and (start := self.find(old, at)) >= 0:
+        copied, num_left = 0, count.__index__()  # characters; replacements, -1 for all
+        while num_left and (start := self.find(old, copied)) >= 0:
             stop = start + len(old)
-            pieces += [self._slice(at, start), _with_spans_of(self._slice(start, stop), new)]
-            at, left = stop, left - 1
-        return join_traced((*pieces, self._slice(at, len(self))))
+            pieces += [self._slice(copied, start), _with_spans_of(self._slice(start, stop), new)]
+            copied, num_left = stop, num_left - 1
+        return join_traced((*pieces, self._slice(copied, len(self))))
 
     def join(self, parts: Iterable[str], /) -> str:
         return _join(self, parts)
@@ -121,6 +124,7 @@ class Traced(str):
         return _with_spans_of(self, str.capitalize(self))
 
     def _slice(self, start: int, stop: int) -> str:
+        """The characters [start, stop) with their spans."""
         text = str.__getitem__(self, slice(start, stop))
         if start <= 0 and stop >= len(self):
             return self
@@ -128,13 +132,16 @@ class Traced(str):
         return with_spans(text, [span for span in spans if span.start < span.stop])
 
     def _locate(self, parts: Sequence[str], sep: str | None = None) -> list[str]:
-        """Add spans to the substrings `parts` of this string, which are in the string's order."""
-        substrings, at = [], 0
+        """Add spans to substrings of this string, which `parts` has in their order.
+
+        `sep`: text between two substrings.
+        """
+        substrings, position = [], 0
         for part in parts:
-            start = self.index(part, at)
-            at = start + len(part)
-            substrings.append(self._slice(start, at))
-            at += len(sep or "")
+            start = self.index(part, position)
+            stop = start + len(part)
+            substrings.append(self._slice(start, stop))
+            position = stop + len(sep or "")
         return substrings
 
 
@@ -153,11 +160,11 @@ class Arguments(dict[str, Any]):
 
 def with_spans(text: str, spans: Iterable[TracedSpan]) -> str:
     """A `Traced` string with these spans, or a `str` if there are none."""
-    kept = tuple(spans)
-    if not kept:
+    all_spans = tuple(spans)
+    if not all_spans:
         return str.__str__(text)
     result = Traced(text)
-    result._spans = kept
+    result._spans = all_spans
     return result
 
 
@@ -175,16 +182,21 @@ def join_traced(parts: Iterable[str]) -> str:
     """`"".join` that keeps the spans."""
     pieces = list(parts)
     spans: list[TracedSpan] = []
-    at = 0
+    start = 0
     for piece in pieces:
         if type(piece) is Traced:
-            spans += _shift(piece._spans, at) if at else piece._spans
-        at += len(piece)
+            spans += _shift(piece._spans, start) if start else piece._spans
+        start += len(piece)
     return with_spans("".join(pieces), spans)
 
 
 def make_environment() -> "Environment":
-    """The Jinja environment of transformers for chat templates, modified to preserve spans."""
+    """The Jinja environment of transformers for chat templates, modified to preserve spans.
+
+    Modified are: the operator ~, which concatenates; {% generation %} blocks, which become spans
+    with the source GENERATED; the filters `tojson`, `join` and `string`; `', '.join(...)`; and the
+    message of an error about a missing key.
+    """
     from jinja2.compiler import CodeGenerator, Frame
     from jinja2.ext import Extension
     from jinja2.nodes import CallBlock, Concat, Node
@@ -192,6 +204,7 @@ def make_environment() -> "Environment":
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     class TracingCodeGenerator(CodeGenerator):
+        # Jinja's own code for `a ~ b` calls "".join, which drops the spans.
         def visit_Concat(self, node: Concat, frame: Frame) -> None:  # noqa: N802 - Jinja's name
             self.write("environment.concat(map(environment.finalize, (")
             for child in node.nodes:
@@ -212,11 +225,11 @@ def make_environment() -> "Environment":
             text = caller()
             return with_spans(text, (*spans_of(text), TracedSpan(0, len(text), GENERATED, 0, 0)))
 
-    # This template has no text; it is compiled only to get its environment.
-    plain: Any = _compile_jinja_template("{# ours #}").environment
+    # An empty template, compiled only to get the environment of transformers.
+    original: Any = _compile_jinja_template("{# empty #}").environment
 
-    missing = _missing_class(plain.undefined)
-    environment: Any = plain.overlay(
+    missing = _missing_class(original.undefined)
+    environment: Any = original.overlay(
         extensions=[GenerationBlock], finalize=_as_text, undefined=missing
     )
     to_json, call = environment.filters["tojson"], environment.call
@@ -252,7 +265,10 @@ def make_environment() -> "Environment":
 
 
 def _missing_class(base: Any) -> Any:
-    """Jinja's class of undefined values for one environment; its errors name the missing key."""
+    """A class of undefined values for Jinja, whose errors name the missing key.
+
+    `base`: the environment's class of undefined values.
+    """
 
     class Missing(base):  # type: ignore[misc]
         """A key that a template reads but an object of the row does not have.
@@ -272,6 +288,7 @@ def _missing_class(base: Any) -> Any:
 
 
 def _join(separator: str, parts: Iterable[str]) -> str:
+    """`separator.join(parts)` that keeps the spans."""
     pieces: list[str] = []
     for part in parts:
         pieces += [separator, part] if pieces else [part]
@@ -285,7 +302,10 @@ def _as_text(value: Any) -> str:
 
 
 def _trace_strings(text: str, value: Any, *, is_sorted: bool = False) -> str:
-    """Add spans to `text`, the JSON or Python repr of a value that contains traced strings."""
+    """Add spans to `text`, the JSON or Python repr of a value that contains traced strings.
+
+    `is_sorted`: the keys of mappings are sorted in `text`.
+    """
     strings = list(_strings_in(value, is_sorted))
     matches = list(_JSON_OR_REPR_STRING.finditer(text))
     if len(matches) != len(strings):
@@ -315,29 +335,31 @@ def _strings_in(value: Any, is_sorted: bool) -> Iterator[str]:
 
 
 def _escaped_spans(
-    source: str, spans: Sequence[TracedSpan], written: str, at: int
+    source: str, spans: Sequence[TracedSpan], escaped: str, offset: int
 ) -> Iterator[TracedSpan]:
-    """Spans of `written`, which is `source` with escapes and starts at `at` in the whole text.
+    """Spans of `escaped`, which is `source` with escapes.
 
-    A single span over all of `source` covers all of `written`. Other spans are kept only if the
-    escapes are those of JSON.
+    `spans`: those of `source`. `offset`: start of `escaped` in the whole text. A single span over
+    all of `source` covers all of `escaped`. Other spans are kept only if the escapes are those of
+    JSON.
     """
     if len(spans) == 1 and spans[0].stop - spans[0].start == len(source):
-        yield TracedSpan(at, at + len(written), *spans[0][2:])
+        yield TracedSpan(offset, offset + len(escaped), *spans[0][2:])
         return
     for is_ascii in (False, True):
-        pieces = [json.dumps(c, ensure_ascii=is_ascii)[1:-1] for c in str.__str__(source)]
-        if "".join(pieces) == written:
-            ends = [0]
-            for piece in pieces:
-                ends.append(ends[-1] + len(piece))
+        pieces = [json.dumps(char, ensure_ascii=is_ascii)[1:-1] for char in str.__str__(source)]
+        if "".join(pieces) == escaped:
+            starts = list(accumulate(map(len, pieces), initial=0))  # of each piece in `escaped`
             for span in spans:
-                yield TracedSpan(at + ends[span.start], at + ends[span.stop], *span[2:])
+                yield TracedSpan(offset + starts[span.start], offset + starts[span.stop], *span[2:])
             return
 
 
 def _with_spans_of(text: str, new: str) -> str:
-    """`new` with the spans of `text`, from which it was made, for example by `upper`."""
+    """`new` with the spans of `text`, from which it was derived, for example by `upper`.
+
+    If the lengths differ, the characters do not align; `new` then has one span over all sources.
+    """
     spans = spans_of(text)
     if len(text) == len(new) or not new:
         return with_spans(new, spans if new else ())
@@ -361,5 +383,5 @@ def _overlap(span: TracedSpan, start: int, stop: int) -> TracedSpan:
     )
 
 
-def _shift(spans: Iterable[TracedSpan], by: int) -> list[TracedSpan]:
-    return [TracedSpan(s.start + by, s.stop + by, *s[2:]) for s in spans]
+def _shift(spans: Iterable[TracedSpan], offset: int) -> list[TracedSpan]:
+    return [TracedSpan(span.start + offset, span.stop + offset, *span[2:]) for span in spans]

@@ -128,7 +128,7 @@ class TestSpecialTokensInPlainText:
         end = tokenizer.eos_token
         whole = tokenizer.decode(document.ids.tolist())
         assert whole == (text if text.endswith(end) else text + end)
-        assert sum(int(i) in own_encoder._special_ids for i in document.ids) == 1
+        assert sum(int(i) in own_encoder._special.values() for i in document.ids) == 1
         trained = tokenizer.decode(document.ids[document.supervised].tolist())
         answer = row.text if isinstance(row, Text) else row.completion
         assert trained.removesuffix(end) == answer.removesuffix(end)[isinstance(row, Text) :]
