@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from pipeline.data.dataset.reader import DataIndex, open_split
-from pipeline.data.prepare.show import supervised_parts
+from pipeline.data.prepare.show import supervised_segments
 from pipeline.errors import UserError
 from pipeline.report.folder import RunRecords
 
@@ -40,7 +40,7 @@ class Documents:
 
 
 class _Decoder:
-    """Adapter of `tokenizers` to the method of transformers that `supervised_parts` calls."""
+    """Adapter of `tokenizers` to the method of transformers that `supervised_segments` calls."""
 
     def __init__(self, path: Path) -> None:
         self._tokenizer = Tokenizer.from_file(str(path))
@@ -77,7 +77,7 @@ def first_documents(run: RunRecords) -> Documents:
                 tokens=len(ids),
                 supervised=sum(supervised),
                 shown=len(shown),
-                parts=list(supervised_parts(shown, supervised[:_MAX_TOKENS], decoder)),
+                parts=list(supervised_segments(shown, supervised[:_MAX_TOKENS], decoder)),
             )
         )
     return Documents(documents=documents)

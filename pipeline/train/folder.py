@@ -78,7 +78,8 @@ class RunFolder:
                 self._select_checkpoint(start)
         if start != "done":
             self._earlier_status = read_status(status.path) if start == "resume" else None
-            # The status of a finished run stays until `open`, because a check may refuse this start.
+            # The status of a finished run stays until `open`, because a check may refuse this
+            # start.
             if not is_done(self.path):
                 status.write_start(self._earlier_status)
         return start

@@ -7,7 +7,7 @@ Hashes = npt.NDArray[np.uint64]
 
 
 def mix(x: Hashes) -> Hashes:
-    """The finaliser of SplitMix64 (Steele et al., OOPSLA 2014); integer overflow is intended."""
+    """Hash each element with SplitMix64 (Steele et al., OOPSLA 2014); overflow is intended."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

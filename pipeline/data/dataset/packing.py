@@ -1,7 +1,8 @@
-"""Bin packing: whole documents -> packs of at most `max_length` tokens. Pure.
+"""Bin packing: whole documents -> packs of at most `max_length` tokens.
 
 Documents of one length are interchangeable, so both algorithms work on the number of documents of
-each length and return patterns: the lengths of a pack, and how many packs have them.
+each length. They return patterns: how many documents of each length a pack has, and the number of
+such packs.
 
 - *Gap filling* completes one pack after the other, longest document first, and searches for
   lengths that fill it exactly. It is better if many short documents fit in a pack.
@@ -24,7 +25,7 @@ Pattern = tuple[Counter[int], int]  # number of documents of each length in a pa
 # Number of lengths to try for the third-to-last document of a pack. With 16 instead of 64 the packs
 # of GSM8K's training set are 0.1 % emptier.
 _CANDIDATES = 64
-_SEARCHED_DOCUMENTS = 3  # number of last documents of a pack whose lengths are searched for
+_SEARCHED_DOCUMENTS = 3  # number of documents for which the gap at the end of a pack is searched
 
 
 def make_packs(lengths: Array, max_length: int) -> tuple[Array, Array]:
@@ -38,28 +39,37 @@ def make_packs(lengths: Array, max_length: int) -> tuple[Array, Array]:
     assert lengths.min() >= 1, "an empty document"
     assert lengths.max() <= max_length, "a document longer than a pack"
     counts = np.bincount(lengths, minlength=max_length + 1)
-    candidates = [
-        list(fill(counts.copy(), max_length)) for fill in (fill_gaps, best_fit_decreasing)
-    ]
-    patterns = min(candidates, key=lambda patterns: sum(times for _, times in patterns))
+    candidates = (
+        list(fill_gaps(counts.copy(), max_length)),
+        list(best_fit_decreasing(counts, max_length)),
+    )
+    patterns = min(candidates, key=_num_packs)
     by_length = np.argsort(lengths.astype(np.min_scalar_type(max_length)), kind="stable")
-    starts = np.cumsum(counts) - counts  # of the documents of each length that are not packed yet
+    # For each length, the position in `by_length` of the first document that is not packed yet.
+    starts = np.cumsum(counts) - counts
     packed: list[Array] = []
     sizes: list[Array] = []
-    for pattern, times in patterns:
-        parts = []
+    for pattern, num_packs in patterns:
+        columns = []  # each (num_packs, number): the documents of one length in each pack
         for length, number in pattern.items():
-            taken = by_length[starts[length] : starts[length] + number * times]
-            starts[length] += number * times
-            parts.append(taken.reshape(times, number))
-        packed.append(np.hstack(parts).reshape(-1))
-        sizes.append(np.full(times, pattern.total()))
+            stop = starts[length] + number * num_packs
+            columns.append(by_length[starts[length] : stop].reshape(num_packs, number))
+            starts[length] = stop
+        packed.append(np.hstack(columns).reshape(-1))
+        sizes.append(np.full(num_packs, pattern.total()))
     offsets = np.append(0, np.cumsum(np.concatenate(sizes)))
     return np.concatenate(packed).astype(np.int64), offsets.astype(np.int64)
 
 
+def _num_packs(patterns: list[Pattern]) -> int:
+    return sum(num_packs for _, num_packs in patterns)
+
+
 class _OpenPack(NamedTuple):
-    """Contents of a pack as a linked list: `number` documents of `length` tokens, and `before`."""
+    """Contents of a pack as a linked list: `number` documents of `length` tokens, and `before`.
+
+    `before`: the contents to which these documents were added; None for an empty pack.
+    """
 
     length: int
     number: int
@@ -69,38 +79,41 @@ class _OpenPack(NamedTuple):
 def best_fit_decreasing(counts: Array, max_length: int) -> Iterator[Pattern]:
     """Patterns of best-fit decreasing for the documents of each length in `counts`.
 
-    Packs with equal gaps are interchangeable. For each gap there is a bucket of (contents, number
-    of packs), so that the cost grows with the number of distinct lengths.
+    Packs with equal gaps are interchangeable. The time grows with the number of distinct lengths,
+    because packs with equal contents are handled together.
     """
+    # Gap -> the open packs with this gap, as (contents, number of packs with these contents).
     buckets: dict[int, list[tuple[_OpenPack | None, int]]] = defaultdict(list)
-    gaps: list[int] = []  # of the buckets, ascending
+    gaps: list[int] = []  # the keys of `buckets`, ascending
+
+    def add(gap: int, contents: _OpenPack | None, num_packs: int) -> None:
+        if num_packs:
+            if gap not in buckets:
+                insort(gaps, gap)
+            buckets[gap].append((contents, num_packs))
+
     for length in np.flatnonzero(counts)[::-1].tolist():
-        left = int(counts[length])
-        while left:
-            place = bisect_left(gaps, length)
-            if place == len(gaps):  # no open pack has room: open as many as are needed
-                insort(gaps, max_length)
-                buckets[max_length] = [(None, -(-left // (max_length // length)))]
-            gap = gaps[place]
-            contents, packs = buckets[gap].pop()
-            per_pack = min(gap // length, left)
-            filled = min(packs, left // per_pack)
-            left -= filled * per_pack
-            for size, remaining in ((filled, gap - per_pack * length), (packs - filled, gap)):
-                if not size:
-                    continue
-                if remaining not in buckets:
-                    insort(gaps, remaining)
-                pack = contents if remaining == gap else _OpenPack(length, per_pack, contents)
-                buckets[remaining].append((pack, size))
+        num_left = int(counts[length])
+        while num_left:
+            smallest = bisect_left(gaps, length)  # index of the smallest gap with room
+            if smallest == len(gaps):  # no open pack has room: open as many as are needed
+                add(max_length, None, -(-num_left // (max_length // length)))
+            gap = gaps[smallest]
+            contents, num_packs = buckets[gap].pop()
+            per_pack = min(gap // length, num_left)
+            num_filled = min(num_packs, num_left // per_pack)
+            num_left -= num_filled * per_pack
+            add(gap - per_pack * length, _OpenPack(length, per_pack, contents), num_filled)
+            add(gap, contents, num_packs - num_filled)
             if not buckets[gap]:
                 del buckets[gap], gaps[bisect_left(gaps, gap)]
-    for groups in buckets.values():
-        for contents, packs in groups:
-            yield _pattern_of(contents), packs
+    for packs in buckets.values():
+        for contents, num_packs in packs:
+            yield _pattern_of(contents), num_packs
 
 
 def _pattern_of(pack: _OpenPack | None) -> Counter[int]:
+    """The number of documents of each length in a pack."""
     pattern = Counter[int]()
     while pack is not None:
         pattern[pack.length] += pack.number
@@ -114,21 +127,22 @@ def fill_gaps(counts: Array, max_length: int) -> Iterator[Pattern]:
     Each pattern is repeated until the documents of one of its lengths are used up. Therefore there
     are hardly more patterns than lengths.
     """
-    present = np.flatnonzero(counts).tolist()
+    present = np.flatnonzero(counts).tolist()  # lengths of which documents are left, ascending
     while present:
         pattern = Counter(_lengths_of_pack(counts, present, max_length))
-        times = min(int(counts[length]) // number for length, number in pattern.items())
+        num_packs = min(int(counts[length]) // number for length, number in pattern.items())
         for length, number in pattern.items():
-            counts[length] -= number * times
+            counts[length] -= number * num_packs
             if not counts[length]:
                 present.remove(length)
-        yield pattern, times
+        yield pattern, num_packs
 
 
 def _lengths_of_pack(counts: Array, present: list[int], max_length: int) -> list[int]:
     """Lengths of one pack: the longest ones first, then those that fill the remaining gap.
 
-    `counts` is changed temporarily and then restored, as in the functions below.
+    `counts` and `present`: see `fill_gaps`. This function and `_filling_lengths` change `counts`
+    temporarily and then restore it.
     """
     taken = Counter({present[-1]: 1})
     counts[present[-1]] -= 1
@@ -174,16 +188,20 @@ def _filling_lengths(counts: Array, present: list[int], gap: int, candidates: in
             filled = [length, *_filling_lengths(counts, present, gap - length, candidates // 4)]
             counts[length] += 1
             best = max(best, filled, key=sum)
-    return best or [length for length in [_longest(counts, present, gap)] if length]
+    if best:
+        return best
+    longest = _longest(counts, present, gap)
+    return [longest] if longest else []
 
 
 def _pair(counts: Array, gap: int, smallest: int) -> list[int]:
     """The pair of lengths that fills a gap exactly and occurs most often; [] if there is none."""
     half = gap // 2
-    both = np.minimum(counts[smallest : half + 1], counts[gap - smallest : gap - half - 1 : -1])
-    if len(both) and gap % 2 == 0:
-        both[-1] //= 2  # the length that is paired with itself
-    if not both.any():
+    # Element i: how often the lengths `smallest` + i and `gap` - `smallest` - i can be paired.
+    pairs = np.minimum(counts[smallest : half + 1], counts[gap - smallest : gap - half - 1 : -1])
+    if len(pairs) and gap % 2 == 0:
+        pairs[-1] //= 2  # a length that is paired with itself
+    if not pairs.any():
         return []
-    shorter = smallest + int(both.argmax())
+    shorter = smallest + int(pairs.argmax())
     return [gap - shorter, shorter]

@@ -1,6 +1,8 @@
 """Reader of the prepared data set, which it opens in constant time and memory-maps.
 
-A split is a folder `<split>-<key>`. N: documents, T: tokens of one document, S: sequences.
+A split (train or eval) is a folder such as `train-0123456789abcdef`, whose name ends with its key,
+a hash of all inputs. A sequence is a pack (several documents in one sequence) or, without packing,
+a document. N: documents, T: tokens of one document, S: sequences.
 
 - ids.npy (int32) and supervised.npy (bool): all documents, concatenated
 - offsets.npy (int64, N + 1): bounds of the documents in these two columns
@@ -48,9 +50,11 @@ class SourceIndex:
 class SplitIndex:
     """Key, folder and sizes of a prepared split, stored in index.json.
 
-    `sources` are in the order of the indexes in sources.npy. `made_with`: versions of the packages
-    that tokenised it. `content`: digest of token ids, loss masks and document boundaries.
-    `length_loss`: the fields of LengthLoss. All three are empty for a split of an earlier version.
+    `longest`: tokens of the longest document. `sequences`, `epoch_documents`, `epoch_tokens`:
+    numbers in an epoch, in which weights of sources repeat or omit documents. `sources` are in the
+    order of the indexes in sources.npy. `made_with`: versions of the packages that tokenised the
+    split. `content`: digest of token ids, loss masks and document boundaries. `length_loss`: the
+    fields of LengthLoss. These last three are empty for a split of an earlier version.
     """
 
     key: str
@@ -59,7 +63,7 @@ class SplitIndex:
     tokens: int
     supervised_tokens: int
     longest: int
-    sequences: int  # of an epoch, like the next two fields
+    sequences: int
     epoch_documents: int
     epoch_tokens: int
     sources: tuple[SourceIndex, ...] = ()
@@ -81,11 +85,11 @@ class SplitIndex:
         )
 
     def count_longer(self, tokens: int) -> int:
-        """Documents with more tokens than this."""
+        """Number of documents with more than `tokens` tokens."""
         return int((np.diff(read_column(self.folder, "offsets")) > tokens).sum())
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values, with the name of the folder, not its path, so a run folder can be moved."""
+        """JSON values. `folder` has no path, so that the run folder can be moved."""
         return {
             **asdict(self),
             "folder": self.folder.name,
@@ -179,7 +183,10 @@ class Split:
         return [self.document(j) for j in self._sequence_documents[offsets[i] : offsets[i + 1]]]
 
     def has_complete_sequences(self, per_epoch: int) -> bool:
-        """Whether the lengths of the sequence columns match the segments."""
+        """Whether the lengths of all sequence arrays match the segments and the index.
+
+        `per_epoch`: number of sequences in an epoch according to the index.
+        """
         sequences = self.sequences
         count = max((segment.end for segment in sequences.segments), default=0)
         columns = (sequences.tokens, sequences.squares, sequences.supervised)
@@ -205,7 +212,7 @@ def open_split(index: SplitIndex) -> Split:
 
 
 def read_published(folder: Path) -> tuple[SplitIndex, dict[str, Any]] | None:
-    """Index and audit of a split; None if the split is missing or incomplete."""
+    """Index and audit of the split in a folder; None if the split is missing or incomplete."""
     try:
         values = read_json(folder / INDEX)
         index = SplitIndex.from_json(values["split"], folder.parent)
@@ -220,6 +227,6 @@ def read_published(folder: Path) -> tuple[SplitIndex, dict[str, Any]] | None:
 
 
 def read_column(folder: Path, name: str) -> Array:
-    """A column of a split, memory-mapped."""
+    """An array of a split, memory-mapped. `name`: its file's name without `.npy`."""
     column: Array = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
     return column.view(np.ndarray)  # slices of an np.memmap are slow to create

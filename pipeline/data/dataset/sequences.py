@@ -14,7 +14,10 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """Sequences `start` to `end` - 1 of one source; an epoch has each of them `repeats` times."""
+    """Sequences `start` to `end` - 1 of one source; an epoch has each of them `repeats` times.
+
+    `source`: index of the source.
+    """
 
     source: int
     start: int
@@ -24,7 +27,7 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class StepSize:
-    """Sums over a global batch (over all ranks)."""
+    """Number of documents and supervised tokens in a global batch, over all ranks."""
 
     documents: int
     supervised_tokens: int
@@ -35,7 +38,8 @@ class Sequences:
     """The segments of an epoch, and statistics of each sequence, (S,) int64.
 
     `squares`: sum of the squared lengths of the sequence's documents. `supervised`: number of
-    tokens with a label. `offsets`: index of the sequence's first document, (S + 1,).
+    tokens with a label. `offsets`, (S + 1,): sequence i has the documents at `offsets[i]` to
+    `offsets[i + 1]` - 1.
     """
 
     segments: tuple[Segment, ...]
@@ -47,7 +51,7 @@ class Sequences:
 
     @property
     def per_epoch(self) -> int:
-        """Number of sequences in an epoch; a weight may repeat sequences or omit them."""
+        """Number of sequences in an epoch; the weight of a source may repeat or omit some."""
         return sum(s.repeats * (s.end - s.start) for s in self.segments)
 
     @property

@@ -1,4 +1,4 @@
-"""Writer of the splits that reader.py reads.
+"""Writer of prepared splits. reader.py reads them and describes their files.
 
 Several processes, also on several machines, may write the same split at once. Each writes to a
 temporary sibling folder. The first to finish renames its folder; the others find a split with the
@@ -33,6 +33,7 @@ from pipeline.errors import RankZeroError
 from pipeline.files import atomic_file, dump_json, sync, temporary_sibling, write_text
 from pipeline.plan.given.data_size import LengthLoss
 
+# Array files with their numpy dtypes.
 _COLUMNS: Mapping[str, str] = {
     "ids": "<i4",
     "supervised": "|b1",
@@ -41,23 +42,24 @@ _COLUMNS: Mapping[str, str] = {
     "digests": "<u8",
     "sources": "<i4",
 }
-# Columns that determine what is trained, and the digits of their digest.
+# Arrays that SplitIndex.content is the digest of, and the number of its hex digits.
 _CONTENT, _DIGITS = ("ids", "supervised", "offsets"), 16
-_RENAMES = 10  # attempts, because other processes may rename to the same path
-# Salt of the hash that selects documents for the fraction of a weight (0.3 of 2.3). Without a salt
-# the selection would depend on which rows are held out, because both hash the row's digest.
+_MAX_RENAMES = 10  # attempts, because other processes may rename to the same path
+# A source of weight 2.3 repeats 30 % of its documents once more. They are selected by a hash of the
+# row's digest and this salt. Without a salt the selection would depend on which rows are held out,
+# because held-out rows are selected by the digest too.
 _SALT = int.from_bytes(b"weights")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Concatenated documents; D: their number."""
+    """D documents, concatenated."""
 
     ids: Array  # (tokens,) int32
     supervised: Array  # (tokens,) bool
     lengths: Array  # (D,) int64
     counts: Array  # (D,) int64, supervised tokens
-    digests: Array  # (D,) uint64, of the row that each comes from
+    digests: Array  # (D,) uint64, digest of the row that a document comes from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,7 @@ class SplitWriter:
     """Writes a split to a temporary sibling folder, chunk by chunk; `publish` renames it.
 
     As a context manager it removes the temporary folder, unless `publish` has renamed it.
+    `folder`: the final path as a parameter, the temporary folder as an attribute.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -107,7 +110,7 @@ class SplitWriter:
         return self._columns["counts"].length
 
     def add(self, documents: Columns, source: int) -> None:
-        """Append documents of the source with this number."""
+        """Append documents. `source`: index of their source."""
         if not len(documents.lengths):
             return
         columns = self._columns
@@ -127,7 +130,10 @@ class SplitWriter:
     def close(
         self, sources: Sequence[SourceIndex], loss: LengthLoss, *, max_length: int, packing: bool
     ) -> SplitIndex:
-        """Complete the columns on disk and write the sequences."""
+        """Complete the arrays on disk and write the sequences.
+
+        `loss`: what truncation to `max_length` lost. `packing`: pack documents to sequences.
+        """
         for column in self._columns.values():
             column.close()
         self.rejects.close()
@@ -152,6 +158,7 @@ class SplitWriter:
         return self.index
 
     def _content(self) -> str:
+        """Digest of token ids, loss masks and document boundaries."""
         digests = "".join(self._columns[name].sha256.hexdigest() for name in _CONTENT)
         return hashlib.sha256(digests.encode()).hexdigest()[:_DIGITS]
 
@@ -163,7 +170,7 @@ class SplitWriter:
         assert self.index is not None, "close first"
         index = {"split": self.index.as_json(), "audit": audit}
         write_text(self.folder / INDEX, dump_json(index), durable=True)
-        for _ in range(_RENAMES):
+        for _ in range(_MAX_RENAMES):
             try:
                 self.folder.rename(self._published)
             except OSError:
@@ -171,7 +178,7 @@ class SplitWriter:
                     raise
                 if read_published(self._published) is not None:
                     return
-                _remove_damaged(self._published)  # damaged, so no reader uses it
+                _remove_damaged(self._published)
             else:
                 sync(self._published.parent)
                 return
@@ -184,7 +191,10 @@ def tokenising_versions() -> dict[str, str]:
 
 
 class _Column:
-    """A one-dimensional .npy file to append to; numpy's padded header has space for the length."""
+    """A one-dimensional .npy file to which values are appended.
+
+    The header with the final length replaces the first one. numpy pads headers, so it fits.
+    """
 
     def __init__(self, path: Path, dtype: str) -> None:
         self.stream = path.open("wb")
@@ -212,11 +222,11 @@ class _Column:
 def write_sequences(
     folder: Path, max_length: int, *, packing: bool, weights: Sequence[float]
 ) -> EpochSize:
-    """Write the sequences of a split whose columns are complete: packs, or single documents.
+    """Write the sequences of a split whose arrays are complete: packs, or single documents.
 
     The sequences of a source are contiguous: first those of all its documents, then those of the
-    documents that are repeated once more because its weight has a fraction. `weights`: one for each
-    source.
+    documents that are repeated once more because the weight of the source has a fraction.
+    `weights`: one for each source.
     """
     sources, digests = read_column(folder, "sources"), read_column(folder, "digests")
     lengths = np.diff(read_column(folder, "offsets"))
@@ -225,8 +235,8 @@ def write_sequences(
     segments: list[Segment] = []
     start = 0
     for source, weight in enumerate(weights):
-        own = np.flatnonzero(sources == source)
-        for documents, repeats in _repeated_groups(own, digests, weight):
+        documents_of_source = np.flatnonzero(sources == source)
+        for documents, repeats in _repeated_groups(documents_of_source, digests, weight):
             if packing:
                 order, bounds = make_packs(lengths[documents], max_length)
                 ordered.append(documents[order])
@@ -259,27 +269,31 @@ def write_sequences(
     )
 
 
-def _repeated_groups(own: Array, digests: Array, weight: float) -> Iterator[tuple[Array, int]]:
+def _repeated_groups(
+    documents: Array, digests: Array, weight: float
+) -> Iterator[tuple[Array, int]]:
     """Groups of a source's documents, each with its number of repeats in an epoch.
 
-    A weight of 2.3 repeats every document twice and a fixed, hash-selected 30 % of them a third
-    time. A weight below 1 takes at least one document.
+    `documents`: their indices in the split. `digests`: of all documents of the split. A weight of
+    2.3 repeats every document twice and a fixed, hash-selected 30 % of them a third time. A weight
+    below 1 takes at least one document.
     """
-    if not len(own):
+    if not len(documents):
         return
     repeats = int(weight)
     if repeats:
-        yield own, repeats
-    chosen = round((weight - repeats) * len(own))
+        yield documents, repeats
+    num_selected = round((weight - repeats) * len(documents))
     if not repeats:
-        chosen = max(1, chosen)
-    if chosen:
-        keys = mix(digests[own] ^ hash_of(_SALT))
-        yield own[np.sort(np.argsort(keys, kind="stable")[:chosen])], 1
+        num_selected = max(1, num_selected)
+    if num_selected:
+        keys = mix(digests[documents] ^ hash_of(_SALT))
+        selected = np.argsort(keys, kind="stable")[:num_selected]
+        yield documents[np.sort(selected)], 1
 
 
 def _sums(values: Array, offsets: Array) -> Array:
-    """Sums of the values between offsets; no interval is empty."""
+    """Sums of `values[offsets[i]:offsets[i + 1]]` for each i; no interval may be empty."""
     return np.add.reduceat(values, offsets[:-1]) if len(values) else values
 
 
@@ -292,7 +306,7 @@ def join_files(path: Path, parts: Sequence[Path]) -> None:
 
 
 def _remove_damaged(folder: Path) -> None:
-    """Rename a folder out of the way, then delete it; another process may do the same."""
+    """Rename a folder to a temporary name, then delete it; another process may do the same."""
     renamed = temporary_sibling(folder.with_name(f"{folder.name}.damaged"))
     try:
         folder.rename(renamed)

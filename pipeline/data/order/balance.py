@@ -1,15 +1,18 @@
-"""Balanced number partitioning with equal cardinality: divide items by cost over ranks. Pure."""
+"""Balanced number partitioning with equal cardinality: divide items by cost over ranks."""
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.int64]
 _MAX_SWAPS = 1000
-_UNITS = 2.0**32  # the largest cost as an integer; integer sums are the same on every CPU
+# Costs are converted to integers, the largest to this one: integer sums are equal on every CPU.
+_UNITS = 2.0**32
 
 
 def divide(costs: npt.NDArray[np.float64], ranks: int) -> list[Array]:
     """Indices of the items of each rank, costliest first; at most ceil(items / ranks) per rank.
+
+    A pure function. `costs`: (items,).
 
     The greedy phase assigns the costliest remaining item to the rank with the lowest sum, among the
     ranks that are not full. The local search then swaps two items between the ranks with the
@@ -29,11 +32,12 @@ def divide(costs: npt.NDArray[np.float64], ranks: int) -> list[Array]:
     for _ in range(_MAX_SWAPS):
         high, low = sums.argmax(), sums.argmin()
         difference = sums[high] - sums[low]
-        after = np.abs(difference - 2 * (units[items[high]][:, None] - units[items[low]]))
-        one, other = np.unravel_index(after.argmin(), after.shape)
-        if after[one, other] >= difference:
+        # (i, j): difference of the sums if item i of `high` and item j of `low` are swapped.
+        swapped = np.abs(difference - 2 * (units[items[high]][:, None] - units[items[low]]))
+        i, j = np.unravel_index(swapped.argmin(), swapped.shape)
+        if swapped[i, j] >= difference:
             break
-        items[high, one], items[low, other] = items[low, other], items[high, one]
+        items[high, i], items[low, j] = items[low, j], items[high, i]
         sums[high] = units[items[high]].sum()
         sums[low] = units[items[low]].sum()
     items = np.take_along_axis(items, np.argsort(-units[items], axis=1, kind="stable"), axis=1)

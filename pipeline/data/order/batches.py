@@ -24,30 +24,31 @@ if TYPE_CHECKING:
     from pipeline.data.dataset.reader import Split
 
 IGNORED = -100  # label that PyTorch's cross entropy ignores
-_RAISED_IN_WORKER = "Caught "  # torch's message for an exception in a worker begins with this
-_PADDING = 0  # any token id is possible (see Batch)
+_RAISED_IN_WORKER = "Caught "  # in torch's message about an exception that a worker raised
+_PADDING = 0  # no token predicts or attends to padding, so any token id can be used
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Input of the model.
+    """Input of the model. B: sequences, T: tokens, S: supervised tokens.
 
-    Padding is at the end, so causal attention hides it from all other tokens, and it has no label.
-    Its token id is irrelevant. The first token of a document has no label.
+    Padding is at the end of a sequence, so causal attention hides it from all other tokens, and it
+    has no label. The first token of a document has no label, because no token predicts it.
     """
 
     input_ids: torch.Tensor  # (B, T) int64
     labels: torch.Tensor  # (B, T) int64: the token id if the token is supervised, else IGNORED
-    predicting: torch.Tensor  # (S,) int64: offsets of the tokens before a supervised one, flattened
-    documents: tuple[tuple[int, ...], ...]  # for each row the lengths of its documents, in order
+    # (S,) int64: index in input_ids.flatten() of the token before each supervised one
+    predicting: torch.Tensor
+    documents: tuple[tuple[int, ...], ...]  # for each sequence the lengths of its documents
     tokens: int  # number of tokens without padding
 
     @property
     def attended(self) -> int | None:
         """Mean over tokens of the length of the token's document; None without packs."""
-        if all(len(row) < 2 for row in self.documents):
+        if all(len(lengths) < 2 for lengths in self.documents):
             return None
-        squares = sum(tokens**2 for row in self.documents for tokens in row)
+        squares = sum(length**2 for lengths in self.documents for length in lengths)
         return ceil(squares / self.input_ids.numel())
 
     def to(self, device: torch.device) -> "Batch":
@@ -77,7 +78,7 @@ def build_batch(split: "Split", sequences: Sequence[int]) -> Batch:
     for row, contents in enumerate(rows):
         start = 0
         for ids, supervised in contents:
-            assert not supervised[0], "the first token of a document, which nothing predicts"
+            assert not supervised[0], "no token predicts the first token of a document"
             end = start + len(ids)
             input_ids[row, start:end] = ids
             np.copyto(labels[row, start:end], ids, where=supervised)
@@ -93,7 +94,7 @@ def build_batch(split: "Split", sequences: Sequence[int]) -> Batch:
 
 
 class _RankBatches(Dataset[tuple[Batch, int]]):
-    """Map-style dataset: index of a rank's micro-batch -> its batch and offset."""
+    """Map-style dataset: index of a rank's micro-batch -> its batch and MicroBatch.first."""
 
     def __init__(self, split: "Split", work: Sequence[MicroBatch]) -> None:
         self._split, self._work = split, work
@@ -123,9 +124,9 @@ def batches_of(
     num_workers: int = 0,
     prefetch_factor: int = 2,
 ) -> Iterator[tuple[Batch, int]]:
-    """The batches of one rank's work in order, each with its offset in the global batch.
+    """The batches of one rank in order, each with the offset of its first sequence in its step.
 
-    A thread or worker processes prefetch them. Iterate inside `worker_deaths_reported`.
+    Without workers a thread prefetches one batch. Iterate inside `worker_deaths_reported`.
     """
     loader: DataLoader[tuple[Batch, int]] = DataLoader(
         _RankBatches(split, work),
@@ -138,14 +139,14 @@ def batches_of(
         # Forking would copy the locks of DeepSpeed's, CUDA's and our own threads.
         multiprocessing_context="spawn" if num_workers else None,
     )
-    # Started before the signals are blocked, because its start unblocks them.
+    # multiprocessing's resource tracker is started first, because its start unblocks all signals.
     resource_tracker.ensure_running()
-    # Workers inherit the signal mask, so that no signal ends them before they ignore it.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    # Workers inherit the blocked signals, so that none ends them before `_ignore_signals` runs.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         batches = iter(loader)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return _report_worker_death(batches) if num_workers else _prefetch_in_thread(batches)
 
 
@@ -177,9 +178,9 @@ def _report_worker_death(batches: Iterator[_Item]) -> Iterator[_Item]:
 
 @contextmanager
 def worker_deaths_reported() -> Iterator[None]:
-    """Raise SingleRankError if a worker was killed.
+    """Context manager that raises SingleRankError if a DataLoader worker is killed in its body.
 
-    torch then raises RuntimeError in a signal handler, at any point of the body.
+    torch raises RuntimeError from a signal handler at that moment, at any point of the body.
     """
     try:
         yield

@@ -1,9 +1,11 @@
-"""Data order: (seed, epoch) -> order of sequences; (step, rank) -> a rank's micro-batches. Pure.
+"""Data order: (seed, epoch) -> order of sequences; (step, rank) -> a rank's micro-batches.
 
-The k-th global batch contains the same sequences for all combinations of ranks, micro-batch size
-and accumulation steps whose product is the global batch size. Every rank has the same number of
-micro-batches in every step: the short last step of an epoch is filled with empty ones, so that
-DeepSpeed's accumulation always completes. Array shapes: N groups, G sequences per group.
+A sequence is a pack (several documents in one sequence) or, without packing, a single document. All
+functions are pure. The k-th global batch contains the same sequences for all combinations of ranks,
+micro-batch size and accumulation steps whose product is the global batch size. Every rank has the
+same number of micro-batches in every step: the short last step of an epoch is filled with empty
+ones, so that DeepSpeed's accumulation always completes. Array shapes: N groups, G sequences per
+group.
 """
 
 from collections import defaultdict
@@ -46,7 +48,10 @@ class BatchLayout:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences of one forward pass on one rank. `first`: their offset in the global batch."""
+    """Sequences of one forward pass on one rank.
+
+    `first`: offset of the first one in the global batch.
+    """
 
     sequences: tuple[int, ...]
     first: int
@@ -57,55 +62,59 @@ def epoch_order(sequences: Sequences, *, seed: int, epoch: int, global_batch_siz
     """Indices of the sequences of an epoch in order, each repeated as often as its segment says.
 
     Packs are shuffled. Without packing, documents of similar length form a global batch, and the
-    global batches are shuffled. Documents that do not fill a global batch of their source are
-    pooled; those that remain form the short last step of the epoch. Sources are interleaved.
+    global batches are shuffled. Documents of a source that do not fill a global batch are pooled
+    with those of other sources; the remaining ones form the short last step of the epoch. Sources
+    are interleaved.
     """
     size = 1 if sequences.are_packs else global_batch_size
-    streams: dict[int, list[Integers]] = defaultdict(list)
+    streams: dict[int, list[Integers]] = defaultdict(list)  # source -> its groups, each (N, G)
     remaining = [np.zeros(0, np.int64)]
     for segment in sequences.segments:
         for repeat in range(segment.repeats):
             hash_inputs = (seed, epoch, segment.start, repeat)
             shuffled = segment.start + permutation(segment.end - segment.start, *hash_inputs)
-            groups, rest = _groups(shuffled, sequences, size, hash_inputs)
+            groups, without_group = _groups(shuffled, sequences, size, hash_inputs)
             streams[segment.source].append(groups)
-            remaining.append(rest)
+            remaining.append(without_group)
     pooled, hash_inputs = np.concatenate(remaining), (seed, epoch, len(sequences.tokens), 0)
-    mixed, rest = _groups(
+    mixed_groups, last_step = _groups(
         pooled[permutation(len(pooled), *hash_inputs)], sequences, size, hash_inputs
     )
     groups_of_sources = [np.concatenate(groups) for groups in streams.values()]
-    return np.append(interleave([*groups_of_sources, mixed], sequences.supervised), rest)
+    interleaved = interleave([*groups_of_sources, mixed_groups], sequences.supervised)
+    return np.append(interleaved, last_step)
 
 
 def _groups(
     shuffled: Integers, sequences: Sequences, size: int, hash_inputs: Sequence[int]
 ) -> tuple[Integers, Integers]:
-    """Groups of `size` sequences, (N, G), length-grouped if size > 1; and the remaining sequences.
+    """Groups of `size` sequences, (N, G), and the sequences that do not fill a group.
 
-    Noise is added to the log lengths before sorting, so that the groups differ between epochs. The
-    noise is larger for groups of more than _LENGTH_GROUP_SIZE sequences, so that a step has short
-    and long documents. Sorting within the group still gives micro-batches of similar lengths.
+    If `size` is above 1, sequences of similar length form a group. `hash_inputs`: seed. Noise is
+    added to the log lengths before sorting, so that the groups differ between epochs. The noise is
+    larger for groups of more than _LENGTH_GROUP_SIZE sequences, so that a step has short and long
+    documents. Sorting within the group still gives micro-batches of similar lengths.
     """
     if size == 1:
         return shuffled[:, None], shuffled[:0]
-    whole = len(shuffled) - len(shuffled) % size
-    chosen, rest = shuffled[:whole], shuffled[whole:]
+    num_grouped = len(shuffled) - len(shuffled) % size
+    grouped, remaining = shuffled[:num_grouped], shuffled[num_grouped:]
     width = _LENGTH_GROUP_WIDTH * max(1.0, size / _LENGTH_GROUP_SIZE)
-    noise = hashes_of(whole, *hash_inputs, 1) / 2.0**64
+    noise = hashes_of(num_grouped, *hash_inputs, 1) / 2.0**64
     # Rounded: the last bits of a logarithm differ between CPUs, but all ranks need the same order.
-    keys = np.round(np.log(sequences.tokens[chosen]), 6) + width * noise
-    groups = chosen[np.argsort(keys, kind="stable")].reshape(-1, size)
-    return groups[permutation(len(groups), *hash_inputs, 2)], rest
+    keys = np.round(np.log(sequences.tokens[grouped]), 6) + width * noise
+    groups = grouped[np.argsort(keys, kind="stable")].reshape(-1, size)
+    return groups[permutation(len(groups), *hash_inputs, 2)], remaining
 
 
 def interleave(streams: list[Integers], supervised: Integers) -> Integers:
     """Interleave streams of groups, each (N, G), so that all progress at the same rate.
 
-    Groups are sorted by the fraction of their stream's supervised tokens that is completed at a
-    point within the group. That point differs between streams (golden ratio), so that streams of
-    one group each are spread over the epoch. For up to a thousand streams, the deviation of a
-    stream from its share is at most (streams + 2) / 2 times the largest group (docs/data.md).
+    A group's sort key is the fraction of its stream's supervised tokens that come before a point in
+    the group, such as its middle. The point differs between streams (multiples of the golden
+    ratio), so that streams of one group each are spread over the epoch. For up to a thousand
+    streams, the deviation of a stream from its share is at most (streams + 2) / 2 times the largest
+    group (docs/data.md).
     """
     streams = [stream for stream in streams if len(stream)]
     if not streams:
@@ -113,15 +122,16 @@ def interleave(streams: list[Integers], supervised: Integers) -> Integers:
     fractions = []
     for number, stream in enumerate(streams):
         counts = supervised[stream].sum(axis=1)
-        within = (number + 0.5) * _GOLDEN_RATIO % 1
-        fractions.append((np.cumsum(counts) - within * counts) / counts.sum())
+        after_point = (number + 0.5) * _GOLDEN_RATIO % 1  # fraction of the group after the point
+        fractions.append((np.cumsum(counts) - after_point * counts) / counts.sum())
     order = np.argsort(np.concatenate(fractions), kind="stable")
     return np.concatenate(streams)[order].reshape(-1)
 
 
 def global_batch(step: int, sequences: Sequences, *, seed: int, global_batch_size: int) -> Integers:
-    """Sequences of the step with index `step` (from 0, over all epochs)."""
-    epoch, step_of_epoch = divmod(step, -(-sequences.per_epoch // global_batch_size))
+    """Sequences of the step with index `step`, which counts from 0 over all epochs."""
+    steps_per_epoch = -(-sequences.per_epoch // global_batch_size)  # rounded up
+    epoch, step_of_epoch = divmod(step, steps_per_epoch)
     start = step_of_epoch * global_batch_size
     order = epoch_order(sequences, seed=seed, epoch=epoch, global_batch_size=global_batch_size)
     return order[start : start + global_batch_size]
@@ -132,32 +142,39 @@ def partition(batch: Integers, sequences: Sequences, layout: BatchLayout) -> lis
 
     The ranks' total costs are nearly equal. Every rank starts with its costliest micro-batch, so
     that micro-batches that run at the same time have similar costs. Packs are assigned to ranks one
-    by one; documents are assigned as whole micro-batches, so that each has similar lengths.
+    by one. Documents are assigned as micro-batches of similar lengths.
     """
-    groups = _rank_groups(batch, sequences, layout)
-    return [_micro_batches(own, rank, sequences, layout) for rank, own in enumerate(groups)]
+    return [
+        _micro_batches(groups, rank, sequences, layout)
+        for rank, groups in enumerate(_rank_groups(batch, sequences, layout))
+    ]
 
 
 def _rank_groups(
     batch: Integers, sequences: Sequences, layout: BatchLayout
 ) -> list[list[Integers]]:
-    """The packs, or the micro-batches of documents, of each rank."""
+    """For each rank its packs, as groups of one, or its micro-batches of documents."""
     by_length = batch[np.lexsort((batch, -sequences.tokens[batch]))]
     size = 1 if sequences.are_packs else layout.micro_batch_size
     groups = [by_length[first : first + size] for first in range(0, len(batch), size)]
     divided = divide(_costs(groups, sequences, layout.flops), layout.data_parallel_size)
-    return [[groups[i] for i in own] for own in divided]
+    return [[groups[i] for i in indices] for indices in divided]
 
 
 def _micro_batches(
     groups: list[Integers], rank: int, sequences: Sequences, layout: BatchLayout
 ) -> list[MicroBatch]:
-    """A rank's micro-batches, filled up with empty ones; packs are divided into equal costs."""
+    """A rank's micro-batches, filled up with empty ones.
+
+    `groups`: the rank's packs or micro-batches of documents. Packs are combined to micro-batches of
+    nearly equal costs.
+    """
     size = layout.micro_batch_size
     if sequences.are_packs and size > 1 and groups:
         packs = np.concatenate(groups)
-        divided = divide(_costs(groups, sequences, layout.flops), -(-len(packs) // size))
-        groups = [packs[own] for own in divided]
+        num_micro_batches = -(-len(packs) // size)  # rounded up
+        divided = divide(_costs(groups, sequences, layout.flops), num_micro_batches)
+        groups = [packs[indices] for indices in divided]
         costs = _costs(groups, sequences, layout.flops)
         groups = [groups[i] for i in np.argsort(-costs, kind="stable")]
     empty = [np.zeros(0, np.int64)] * (layout.accumulation_steps - len(groups))
@@ -187,7 +204,7 @@ def _costs(
 
 
 class HasSequences(Protocol):
-    """A split. Worker processes memory-map its files instead of receiving a copy of them."""
+    """A prepared split (dataset/reader.py). A worker process that gets one maps its files."""
 
     sequences: Sequences
 
@@ -200,7 +217,7 @@ class RankWork(Sequence[MicroBatch]):
     ) -> None:
         self._split, self._layout, self._seed = split, layout, seed
         self._rank, self._steps = rank, steps
-        self._cached: tuple[int, list[MicroBatch]] = (-1, [])
+        self._cached: tuple[int, list[MicroBatch]] = (-1, [])  # a step and its micro-batches
 
     def __len__(self) -> int:
         return len(self._steps) * self._layout.accumulation_steps
@@ -247,20 +264,22 @@ def evaluation_work(
     by_length = indices[np.argsort(-sequences.tokens[indices], kind="stable")]
     groups = [by_length[first : first + size] for first in range(0, len(indices), size)]
     work: list[list[MicroBatch]] = [[] for _ in range(data_parallel_size)]
-    for row in range(-(-len(groups) // data_parallel_size)):
-        for column in range(data_parallel_size):
-            index = row * data_parallel_size + column
-            chosen = tuple(groups[index].tolist()) if index < len(groups) else ()
-            rank = column if row % 2 == 0 else data_parallel_size - 1 - column
-            work[rank].append(MicroBatch(chosen, index * size))
+    ranks = list(range(data_parallel_size))
+    for number, first in enumerate(range(0, len(groups), data_parallel_size)):
+        for index, rank in enumerate(ranks if number % 2 == 0 else reversed(ranks), start=first):
+            # The last micro-batches may be empty.
+            group = tuple(groups[index].tolist()) if index < len(groups) else ()
+            work[rank].append(MicroBatch(group, index * size))
     return work
 
 
-def forward_seed(seed: int, step: int, first: int, place: int = 0) -> int:
+def forward_seed(seed: int, step: int, first: int, rank_in_group: int = 0) -> int:
     """Dropout seed of one forward pass: a function of its position, so resume needs no state.
 
-    `place`: index of the rank in its sequence-parallel group. The ranks of a group have different
-    tokens, so they need different masks. 0 is not hashed, so that without groups the seeds are
-    those of earlier versions.
+    `first`: offset of its first sequence in the global batch. `rank_in_group`: index of the rank in
+    its sequence-parallel group. The ranks of a group have different tokens of the sequences, so
+    they need different dropout masks. 0 is not hashed, so that without groups the seeds are those
+    of earlier versions.
     """
-    return int(hash_of(seed, step, first, *([place] if place else [])) >> np.uint64(1))
+    words = (seed, step, first, rank_in_group) if rank_in_group else (seed, step, first)
+    return int(hash_of(*words) >> np.uint64(1))

@@ -35,13 +35,14 @@ class TrainingStep:
 def training_steps(
     plan: Plan, split: "Split", *, rank: int, first_step: int
 ) -> Iterator[TrainingStep]:
-    """The steps from `first_step` to the last one.
+    """Yield the steps from `first_step` to the last one.
 
-    The ranks of a sequence-parallel group get the same batches and different seeds. Consume all
-    batches of a step before taking the next step. Iterate inside `worker_deaths_reported`.
+    The ranks of a sequence-parallel group share each sequence: they get the same batches and
+    different seeds. Consume all batches of a step before taking the next step. Iterate inside
+    `worker_deaths_reported`, which reports the death of a data loader's worker.
     """
     settings = plan.settings
-    group, place = divmod(rank, plan.layout.sequence_parallel_size)
+    group, rank_in_group = divmod(rank, plan.layout.sequence_parallel_size)
     layout = BatchLayout(
         data_parallel_size=plan.layout.data_parallel_size,
         accumulation_steps=plan.layout.accumulation_steps,
@@ -57,8 +58,10 @@ def training_steps(
         prefetch_factor=settings.dataloader_prefetch_factor,
     )
     seeded = (
-        SeededBatch(batch, forward_seed(settings.seed, work.step_of(i), first, place))
-        for i, (batch, first) in enumerate(batches)
+        SeededBatch(
+            batch, forward_seed(settings.seed, work.step_of(i), first_sequence, rank_in_group)
+        )
+        for i, (batch, first_sequence) in enumerate(batches)
     )
     for step in steps:
         yield TrainingStep(step, islice(seeded, layout.accumulation_steps), work.size_of(step))

@@ -1,4 +1,7 @@
-"""Audit of the rows: counts by source, rejected rows, and the limit on them. No torch."""
+"""Audit of the rows: counts by source, rejected rows, and the limit on them.
+
+This file does not import torch.
+"""
 
 import json
 import re
@@ -19,8 +22,9 @@ from pipeline.files import read_json
 from pipeline.rows.sources import BadRow, Row
 
 _SHOWN_REASONS = 3
-# Parts of a reason: the index in `messages[1]`, ` and 3 more`, and a list of paths without indices,
-# such as `messages[].content, messages[].name`.
+# `without_numbers` replaces these in the reason for a rejection: an index, such as the [1] in
+# `messages[1]`; a number of further paths, ` and 3 more`; and two or more paths whose indexes have
+# been removed, `messages[].content, messages[].name`.
 _INDEX, _MORE = re.compile(r"\[\d+\]"), re.compile(r" and \d+ more\b")
 _PATHS = re.compile(r"\w+\[\][^\s,]*(?:, \w+\[\][^\s,]*)+")
 _BARS = 16  # of the histogram of document lengths
@@ -29,7 +33,10 @@ _ROWS = ("rows_read", "rows_used", "rows_rejected", "rows_dropped")
 
 @dataclass(frozen=True)
 class Reject:
-    """A row that is not used, with the reason. `offset`: its first byte; None for tables."""
+    """A row that is not used, with the reason.
+
+    `offset`: position of its first byte in the file; None for tables such as Parquet.
+    """
 
     file: str
     line: int
@@ -54,12 +61,16 @@ def read_rejects(path: Path) -> Iterator[Reject]:
 
 
 def without_numbers(reason: str) -> str:
-    """Remove the numbers from the paths in a reason, so that the same fault has one count.
+    """Remove the numbers from the paths in a reason, so that equal faults are counted together.
 
     `messages[1].content, messages[3].content` becomes `messages[].content`.
     """
+
+    def remove_duplicates(paths: re.Match[str]) -> str:
+        return ", ".join(dict.fromkeys(paths[0].split(", ")))
+
     reason = _MORE.sub(" and more", _INDEX.sub("[]", reason))
-    return _PATHS.sub(lambda paths: ", ".join(dict.fromkeys(paths[0].split(", "))), reason)
+    return _PATHS.sub(remove_duplicates, reason)
 
 
 @dataclass
@@ -68,9 +79,9 @@ class RowCounts:
 
     `numbers`: counts by their name in audit.json. `formats`, `unread`: used rows by row format and
     by unread column. `files`: rows read, by file. `rejected`: rows by reason (`without_numbers`).
-    `new_tokens`: occurrences of each new token, which may be 0, after truncation.
-    `first`: file and line of the first row, by reason and by name of `count_tokens`. `lengths`:
-    documents before truncation.
+    `first`: "FILE:LINE" of the first row for each reason of `rejected` and for each name in
+    `count_tokens`. `lengths`: counts of documents before truncation. `new_tokens`: occurrences of
+    each token of the setting `new_tokens` after truncation, which may be 0.
     """
 
     numbers: Counter[str] = field(default_factory=Counter)
@@ -90,15 +101,15 @@ class RowCounts:
 
     def reject(self, row: Row | BadRow, reason: str) -> Reject:
         """Count a rejected row and return its entry for rejects.jsonl."""
-        kind = without_numbers(reason)
+        counted_reason = without_numbers(reason)
         self.numbers["rows_rejected"] += 1
-        self.rejected[kind] += 1
+        self.rejected[counted_reason] += 1
         self.files[str(row.file)] += 1
-        self.first.setdefault(kind, f"{row.file}:{row.line}")
+        self.first.setdefault(counted_reason, f"{row.file}:{row.line}")
         return Reject.from_row(row, reason)
 
     def count_tokens(self, row: Row, tokens: Mapping[str, int]) -> None:
-        """Add tokens of a used row to the counts with these names (omitted_reasoning, ...)."""
+        """Add the counts of a used row, `Encoded.token_counts` such as omitted_reasoning."""
         for name, number in tokens.items():
             self.numbers.update({f"{name}_rows": 1, f"{name}_tokens": number})
             self.first.setdefault(name, f"{row.file}:{row.line}")
@@ -109,19 +120,19 @@ class RowCounts:
         return {"rows": rows, "tokens": tokens, "first": self.first.get(name, "")}
 
     def ends_without_stop(self) -> dict[str, dict[str, Any]]:
-        """Counts of the ends of trained turns at which generation does not stop, by token.
+        """Counts of the tokens that end trained turns although generation does not stop at them.
 
-        `is_last`: whether the token also ends the last turn of a conversation.
+        The keys are the tokens. `is_last`: whether the token also ends the last turn of a
+        conversation.
         """
-        return {
-            name.removeprefix(prefix): {
-                **self.token_count(name),
-                "is_last": prefix == END_WITHOUT_STOP,
-            }
-            for name in self.first
-            for prefix in (END_WITHOUT_STOP, INNER_END_WITHOUT_STOP)
-            if name.startswith(prefix)
-        }
+        counts = {}
+        for prefix in (END_WITHOUT_STOP, INNER_END_WITHOUT_STOP):
+            for name in self.first:
+                if name.startswith(prefix):
+                    is_last = prefix == END_WITHOUT_STOP
+                    count = {**self.token_count(name), "is_last": is_last}
+                    counts[name.removeprefix(prefix)] = count
+        return counts
 
     def add(self, other: "RowCounts") -> None:
         """Add the counts of rows that come later in the data."""
@@ -159,16 +170,16 @@ def require_usable(
 ) -> None:
     """Raise UserError if a source has too many rejected rows or no used row.
 
-    `key` is the setting that lists the sources. If `max_rejected` is None (a trial on a few rows),
-    one used row of any source is enough.
+    `key`: the setting that lists the sources. `sources`: name and row counts of each. If
+    `max_rejected` is None (a trial on a few rows), one used row of any source is enough.
     """
     faults = []
     for name, counts in sources:
         rows = counts.rows
-        is_over = max_rejected is not None and (
-            rows["rows_rejected"] > max_rejected * rows["rows_read"]
+        has_too_many = (
+            max_rejected is not None and rows["rows_rejected"] > max_rejected * rows["rows_read"]
         )
-        if rows["rows_read"] and (is_over or not rows["rows_used"]):
+        if rows["rows_read"] and (has_too_many or not rows["rows_used"]):
             faults.append(_fault_message(f"{key}: {name}", counts, max_rejected))
     is_any_used = any(counts.numbers["rows_used"] for _, counts in sources)
     if faults and not (max_rejected is None and is_any_used):
@@ -205,7 +216,7 @@ def refuse_bad_row(location: str, reason: str) -> None:
 def make_audit(
     index: SplitIndex, folder: Path, sources: Sequence[tuple[SourceIndex, RowCounts]]
 ) -> dict[str, Any]:
-    """The audit of one split, for audit.json; `folder` holds the columns of the split."""
+    """The audit of one split, for audit.json; `folder` holds the arrays of the split."""
     total = RowCounts()
     for _, counts in sources:
         total.add(counts)
@@ -238,6 +249,7 @@ def make_audit(
 
 
 def _length_statistics(lengths: Array) -> dict[str, Any]:
+    """Statistics of the documents' lengths in tokens, (N,)."""
     first = int(lengths.min())
     width = ceil((int(lengths.max()) - first + 1) / _BARS)
     counts = np.bincount((lengths - first) // width)
@@ -254,11 +266,12 @@ def _length_statistics(lengths: Array) -> dict[str, Any]:
 def _source_audits(
     sources: Sequence[tuple[SourceIndex, RowCounts]], folder: Path, lengths: Array
 ) -> list[dict[str, Any]]:
-    of_source, size = read_column(folder, "sources"), len(sources)
-    documents = np.bincount(of_source, minlength=size)
-    tokens = np.bincount(of_source, weights=lengths, minlength=size)
+    """The row counts of each source, with its documents and tokens. `lengths`: of documents."""
+    source_of_document, size = read_column(folder, "sources"), len(sources)
+    documents = np.bincount(source_of_document, minlength=size)
+    tokens = np.bincount(source_of_document, weights=lengths, minlength=size)
     counts = read_column(folder, "counts")
-    supervised = np.bincount(of_source, weights=counts, minlength=size)
+    supervised = np.bincount(source_of_document, weights=counts, minlength=size)
     return [
         {
             "name": source.name,

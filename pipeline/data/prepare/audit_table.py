@@ -9,17 +9,17 @@ from rich.table import Table
 from rich.text import Text
 
 _BAR = 40  # characters of the longest bar
-_SEPARATE = ("length", "sources")  # parts with a table of their own
+_SEPARATE = ("length", "sources")  # entries of a split that have tables of their own
 _MAX_FILES = 20  # shown of one source; audit.json has all
 
 
 def audit_table(audit: Mapping[str, Mapping[str, Any]]) -> Group:
-    """Tables of all numbers in the audit."""
-    parts: list[RenderableType] = [_count_table(audit)]
+    """Tables of all numbers in the audit. `audit`: name of the split -> entries of the split."""
+    tables: list[RenderableType] = [_count_table(audit)]
     for split, values in audit.items():
-        parts.append(_length_table(split, values["length"]))
-        parts.append(_source_tables(split, values["sources"]))
-    return Group(*parts)
+        tables.append(_length_table(split, values["length"]))
+        tables.append(_source_tables(split, values["sources"]))
+    return Group(*tables)
 
 
 def _count_table(audit: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -36,7 +36,10 @@ def _count_table(audit: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | str]]:
-    """The numbers of the audit, including nested ones, without the parts with separate tables."""
+    """The name and value of each number in the audit, except those in separate tables.
+
+    The name of a nested number is, for example, `omitted reasoning: tokens`.
+    """
     for key, value in values.items():
         name = f"{prefix}: {key}" if prefix else key.replace("_", " ")
         if isinstance(value, Mapping) and key not in _SEPARATE:
@@ -71,9 +74,8 @@ def _length_table(split: str, length: Mapping[str, Any]) -> Table:
 def _source_tables(split: str, sources: list[Mapping[str, Any]]) -> Group:
     """A table of numbered sources. Their names and files follow, as columns would break paths."""
     table = Table(title=f"sources: {split}", box=box.SIMPLE)
-    heads = ("", "weight", "read", "used", "rejected", "dropped", "tokens", "format")
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=head != "format")
+    for heading in ("", "weight", "read", "used", "rejected", "dropped", "tokens", "format"):
+        table.add_column(heading, justify="right", no_wrap=heading != "format")
     keys = ("rows_read", "rows_used", "rows_rejected", "rows_dropped", "tokens")
     names = Text(overflow="fold")
     for i, source in enumerate(sources, 1):

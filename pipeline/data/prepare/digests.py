@@ -1,8 +1,8 @@
 """Content digests of rows, and the selection of held-out rows by them.
 
-A digest is a hash of a row's example. It does not depend on the formatting of the row's JSON, and
-each run of white space counts as one space. Rows with equal digests are duplicates and are in the
-same split.
+A digest is a hash of a row's example, that is, of its messages or texts. It does not depend on the
+formatting of the row's JSON, and each run of white space counts as one space. Rows with equal
+digests are duplicates and are in the same split.
 """
 
 import hashlib
@@ -17,12 +17,15 @@ from pipeline.data.dataset.reader import Array
 from pipeline.data.prepare.lines import Chunk, read_line
 from pipeline.rows.examples import Completion, Conversation, Example, Text
 
+# Thresholds for `is_held_out` that hold out no row and all rows.
 NOTHING_HELD_OUT, _ALL = 0, 2**64
-_SPREAD = 0x9E3779B97F4A7C15  # odd, so that it maps digests one to one; 2**64 / golden ratio
+# Factor of the second hash: 2**64 / golden ratio, an odd number, so that no two digests become
+# equal.
+_SPREAD = 0x9E3779B97F4A7C15
 
 
 def digest(example: Example, *, keeps_space: bool = False) -> int:
-    """64-bit hash of an example. `keeps_space`: the digest of data that version 0.1 prepared."""
+    """64-bit hash of an example. `keeps_space`: as in version 0.1, white space counts exactly."""
     parts = [type(example).__name__]
     if isinstance(example, Conversation):
         for message in example.messages:
@@ -38,8 +41,8 @@ def digest(example: Example, *, keeps_space: bool = False) -> int:
     if not keeps_space:
         parts = [" ".join(part.split()) for part in parts]
     content = "".join([f"{len(part)}:{part}" for part in parts])
-    number = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(number)
+    hashed = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(hashed)
 
 
 def _sorted_json(value: Mapping[str, Any]) -> str:
@@ -63,8 +66,8 @@ def threshold_of_rows(digests: Array, rows: int) -> int:
 def is_held_out(digest: int, threshold: int) -> bool:
     """Whether the row with this digest belongs to the held-out split.
 
-    The digest is hashed again, because the weight of a source selects rows by the digest too, and
-    the two selections must be independent.
+    The digest is hashed again, because packing selects rows by the digest too, for a source with a
+    weight such as 2.3, and the two selections must be independent.
     """
     return (digest * _SPREAD) % _ALL < threshold
 
@@ -77,5 +80,9 @@ class ChunkDigests:
 
     def __call__(self, chunk: Chunk) -> Array:
         """Digests in the order of the lines."""
-        read = (read_line(line, self._settings)[1] for line in chunk.lines)
-        return np.array([digest(r.example) for r in read if not isinstance(r, str)], np.uint64)
+        digests = []
+        for line in chunk.lines:
+            _, result = read_line(line, self._settings)
+            if not isinstance(result, str):  # a text is the reason why the row is bad
+                digests.append(digest(result.example))
+        return np.array(digests, np.uint64)

@@ -33,9 +33,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Sources of a setting, and the keys of the splits made from them in one pass.
+    """Sources of a setting, and the splits that are written from them in one pass.
 
-    If there are two keys, rows are held out, and the second key is that of the held-out split.
+    `setting`: train_data or eval_data. `keys`: name of each split (train, eval) -> its key, a hash
+    of all its inputs. If there are two, rows of the training data are held out for `eval`.
     """
 
     setting: str
@@ -44,7 +45,10 @@ class Job:
 
 
 class JobRun:
-    """Execution of a job: reads its rows, tokenises them and writes them to its splits."""
+    """Execution of a job: reads its rows, tokenises them and writes them to its splits.
+
+    `writers`: by name of the split. `limit`: number of rows to use for each split; None for all.
+    """
 
     def __init__(
         self,
@@ -54,40 +58,39 @@ class JobRun:
         limit: int | None,
     ) -> None:
         self._settings, self._job, self._limit = settings, job, limit
-        unweighted = [replace(source, weight=1.0) for source in job.sources]  # for held-out rows
-        self._splits = {
-            name: _SplitBuilder(writer, sources, settings)
-            for (name, writer), sources in zip(
-                writers.items(), (job.sources, unweighted), strict=False
-            )
-        }
+        unweighted = [replace(source, weight=1.0) for source in job.sources]
+        self._splits: dict[str, _SplitBuilder] = {}
+        for name, writer in writers.items():
+            # The second split has the held-out rows, to which weights do not apply.
+            sources = unweighted if self._splits else job.sources
+            self._splits[name] = _SplitBuilder(writer, sources, settings)
 
     def run(self, processes: int | None) -> None:
         """Read, tokenise and write all rows, or as many as the limit allows."""
         settings = self._settings
-        # With a limit, reading ends at the row that reaches it.
-        rows = lines.CHUNK_ROWS if self._limit is None else 1
+        # With a limit, chunks have one row, so that no further row is read.
+        rows_per_chunk = lines.CHUNK_ROWS if self._limit is None else 1
         results = parallel_map(
-            lines.chunks(self._job.sources, rows),
+            lines.chunks(self._job.sources, rows_per_chunk),
             partial(ChunkTokeniser, settings, self._threshold(processes)),
             processes=processes if self._limit is None else 1,
             needs_torch=settings.trust_remote_code,
         )
-        read = 0
         with closing(results), show_progress(f"{self._job.setting}: tokenising rows") as work:
             for chunk in results:
-                added = self._add(chunk)
-                read += added
-                work.advance(added)
+                work.advance(self._add(chunk))
                 if self._is_full():
                     return
 
     def require_usable(self, max_rejected: float | None) -> None:
-        """Call audit.require_usable with the rows of all splits together. Raises UserError."""
+        """Raise UserError if a source has too many rejected rows or no used row.
+
+        The rows of all splits count together. `max_rejected`: the largest share that is allowed.
+        """
         counts = [RowCounts() for _ in self._job.sources]
         for split in self._splits.values():
-            for total, own in zip(counts, split.counts, strict=True):
-                total.add(own)
+            for total, counts_in_split in zip(counts, split.counts, strict=True):
+                total.add(counts_in_split)
         names = [source.name for source in self._job.sources]
         require_usable(self._job.setting, list(zip(names, counts, strict=True)), max_rejected)
 
@@ -102,6 +105,7 @@ class JobRun:
         return {name: split.finish() for name, split in self._splits.items()}
 
     def _threshold(self, processes: int | None) -> int:
+        """The threshold for `is_held_out`. A number of held-out rows needs a pass over all rows."""
         held_out = self._settings.held_out
         if len(self._splits) == 1 or held_out is None:
             return NOTHING_HELD_OUT
@@ -117,18 +121,20 @@ class JobRun:
 
     def _add(self, chunk: TokenisedChunk) -> int:
         """Add a chunk's rows to the splits that are not full. Returns the number of rows read."""
-        read = 0
+        num_read = 0
+        # `chunk.splits` also has held-out rows if there is no second split; then there are none.
         for split, rows in zip(self._splits.values(), chunk.splits, strict=False):
             if self._limit is not None and split.num_used >= self._limit:
                 continue
             split.add(chunk.source, rows)
-            read += rows.counts.rows["rows_read"]
+            num_read += rows.counts.rows["rows_read"]
             if rows.rejects and self._settings.on_bad_row == "fail":
                 first = rows.rejects[0]
                 refuse_bad_row(f"{first.file}:{first.line}", first.reason)
-        return read
+        return num_read
 
     def _is_full(self) -> bool:
+        """Whether a trial has enough rows: `limit` to train on and at least one held-out row."""
         if self._limit is None:
             return False
         train, *held_out = (split.num_used for split in self._splits.values())

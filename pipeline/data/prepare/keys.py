@@ -1,4 +1,7 @@
-"""Keys of prepared splits: hashes of all inputs on which the documents depend."""
+"""Keys of prepared splits: hashes of all inputs on which the documents depend.
+
+A split is reused if its key is still the same.
+"""
 
 import hashlib
 import json
@@ -41,18 +44,19 @@ class Fingerprints:
 
     def __init__(self, data_dir: Path) -> None:
         self._path = data_dir / FINGERPRINTS
-        self._known = read_json_or_empty(self._path)  # if it is empty, everything is hashed
-        self._used: dict[str, Any] = {}
-        self._stamps: dict[Path, list[int]] = {}
+        # Path of a file -> {"stamp": its size, times and inode, "sha256": its hash}.
+        self._cached = read_json_or_empty(self._path)
+        self._used: dict[str, Any] = {}  # entries of the present run, in the same form
+        self._stamps: dict[Path, list[int]] = {}  # of all files that were hashed or looked up
 
     def sha256(self, path: Path) -> str:
         """SHA-256 of a file's content, in hex digits."""
         name, stamp, now = str(path.resolve()), _file_stamp(path), time.time()
         self._stamps[path] = stamp
-        known = self._known.get(name)
-        if isinstance(known, dict) and known.get("stamp") == stamp:
-            self._used[name] = known
-            return str(known["sha256"])
+        entry = self._cached.get(name)
+        if isinstance(entry, dict) and entry.get("stamp") == stamp:
+            self._used[name] = entry
+            return str(entry["sha256"])
         digest = file_sha256(path)
         size, *times = stamp[:3]
         is_settled = now - max(times) / 1e9 > _SETTLED_AFTER_S
@@ -74,7 +78,7 @@ class Fingerprints:
 
     def save(self) -> None:
         """Write the hashes that were used to the cache file, and drop the others."""
-        if self._used != self._known:
+        if self._used != self._cached:
             write_text(self._path, dump_json(self._used), durable=True)
 
 
@@ -86,7 +90,11 @@ def split_keys(
     held_out: float | int | None,
     limit: int | None,
 ) -> dict[str, str]:
-    """Keys (16 hex digits) of two splits of these sources: `held_out`, and `rest` for the rest."""
+    """Keys (16 hex digits) of the two splits of these sources: `held_out` rows, and `rest`.
+
+    Parameter `held_out`: share or number of rows to hold out; None if all rows are in `rest`.
+    `limit`: number of rows to use per split; None for all.
+    """
     model = settings.model_folder
     patterns = (*_TOKENIZER_FILES, *(["*.py"] if settings.trust_remote_code else []))
     tokenizer = {path for pattern in patterns for path in model.glob(pattern) if path.is_file()}

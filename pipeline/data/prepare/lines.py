@@ -1,4 +1,7 @@
-"""Group the Lines of sources into chunks for worker processes, and read the example of a Line."""
+"""Group rows into chunks for worker processes, and parse them there.
+
+A `Line` (rows/sources.py) is a row before it is parsed, with its file and line number.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,20 +12,20 @@ from pipeline.rows.formats import read_example
 from pipeline.rows.lines import size_of
 from pipeline.rows.sources import BadRow, Line, Row, Source, parse_line, read_lines
 
-CHUNK_ROWS = 1000
-_CHUNK_BYTES = 2**18
+CHUNK_ROWS = 1000  # most rows of a chunk
+_CHUNK_BYTES = 2**18  # a chunk ends with the row that reaches this size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Lines of one source. `source`: its index."""
+    """Consecutive rows of one source. `source`: its index."""
 
     source: int
     lines: list[Line]
 
 
 def chunks(sources: Sequence[Source], rows: int) -> Iterator[Chunk]:
-    """Group all Lines into chunks. A chunk has Lines of one source, at most `rows` or 256 KiB."""
+    """Group the rows of all sources into chunks of at most `rows` rows and about 256 KiB."""
     for number, source in enumerate(sources):
         chunk: list[Line] = []
         size = 0
@@ -38,7 +41,7 @@ def chunks(sources: Sequence[Source], rows: int) -> Iterator[Chunk]:
 
 
 def read_line(line: Line, settings: RunSettings) -> tuple[Row | BadRow, ReadExample | str]:
-    """The row of a Line, and its example or the reason why it has none."""
+    """Parse a row: the row, and its example or the reason why it has none."""
     row = parse_line(line)
     if isinstance(row, BadRow):
         return row, row.reason

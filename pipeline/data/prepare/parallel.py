@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
+from math import ceil
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,10 +24,11 @@ Result = TypeVar("Result")
 
 # For fewer chunks, starting processes (a second each) costs more than it saves.
 _FEW_CHUNKS = 32
-_CHUNKS_IN_FLIGHT = 3  # per process: chunks that are queued, or whose result waits
+_CHUNKS_IN_FLIGHT = 3  # chunks per process that are queued, processed, or waiting to be yielded
 
-_make_function: Callable[[], Callable[[Any], Any]] | None = None  # of a worker process
-_function: Callable[[Any], Any] | None = None  # of a worker process, created with its first chunk
+# In a worker process: the parameter of `parallel_map`, and the function that it has returned.
+_make_function: Callable[[], Callable[[Any], Any]] | None = None
+_function: Callable[[Any], Any] | None = None
 
 
 def parallel_map(
@@ -46,10 +48,10 @@ def parallel_map(
     first = list(islice(remaining, _FEW_CHUNKS)) if processes is None else []
     if processes is None:
         processes = 1 if len(first) < _FEW_CHUNKS else usable_cpus()
-    everything = chain(first, remaining)
+    all_chunks = chain(first, remaining)
     if processes == 1:
         function = make_function()
-        for chunk in everything:
+        for chunk in all_chunks:
             yield function(chunk)
         return
     # Forking would copy locks that threads of torch and of the tokenizer hold.
@@ -58,7 +60,7 @@ def parallel_map(
     )
     waiting: deque[Future[Any]] = deque()
     try:
-        for chunk in everything:
+        for chunk in all_chunks:
             waiting.append(pool.submit(_process_chunk, chunk))
             if len(waiting) > _CHUNKS_IN_FLIGHT * processes:
                 yield waiting.popleft().result()
@@ -75,7 +77,7 @@ def parallel_map(
 
 def usable_cpus() -> int:
     """Number of CPUs for this process, limited by its affinity and its container's quota."""
-    bound = len(os.sched_getaffinity(0))
+    num_cpus = len(os.sched_getaffinity(0))
     root = Path("/sys/fs/cgroup")
     for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # v2, v1
         try:
@@ -83,12 +85,12 @@ def usable_cpus() -> int:
         except (OSError, ValueError):
             continue
         if quota not in ("max", "-1"):
-            return max(1, min(bound, -(-int(quota) // int(period))))
-    return bound
+            return max(1, min(num_cpus, ceil(int(quota) / int(period))))
+    return num_cpus
 
 
 def _init_worker(make_function: Callable[[], Callable[[Any], Any]], needs_torch: bool) -> None:
-    """Initialise a worker process so that it ends with its parent and ignores signals."""
+    """Initialise a worker process, so that it ends with its parent and ignores stop signals."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # a launcher signals a rank's children, too
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -122,6 +124,7 @@ def _process_chunk(chunk: Any) -> Any:
 
 
 def _end_with_parent() -> None:
+    """Wait for the end of the parent process, then end this process. Runs in a thread."""
     parent = parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])

@@ -1,7 +1,9 @@
 """Prepare the data of a run file: rows -> the prepared data set in the run folder, with its audit.
 
-Only one process at a time may run `prepare_data`; any number may read the splits. `check_rows`
-imports neither transformers nor torch.
+A prepared data set has the splits `train` and, if there is held-out data, `eval`. The key of a
+split is a hash of all its inputs; a split with the same key is reused. Only one process at a time
+may run `prepare_data`; any number may read the splits. `check_rows` imports neither transformers
+nor torch.
 """
 
 import errno
@@ -46,7 +48,7 @@ from pipeline.rows.examples import Example
 from pipeline.rows.sources import Source, read_lines, require_disjoint, resolve_sources
 
 logger = logging.getLogger(__name__)
-_FIRST_ROWS = 2000  # of each source: checked before anything is loaded
+_FIRST_ROWS = 2000  # rows of each source that are checked before transformers is imported
 _SplitWithAudit = tuple[SplitIndex, dict[str, Any]]  # a split's index and audit
 _SPLIT_FOLDER = re.compile(r"(train|eval)-[0-9a-f]{16}")
 
@@ -54,11 +56,11 @@ _SPLIT_FOLDER = re.compile(r"(train|eval)-[0-9a-f]{16}")
 def check_rows(
     settings: RunSettings, first: int | None = None, *, data_dir: Path | None = None
 ) -> None:
-    """Parse the rows of training and held-out data; UserError if too many are bad.
+    """Parse the rows of training and held-out data. Raises UserError if too many are bad.
 
     `first`: number of rows of each source to parse. If too many of these are bad, the whole source
-    is parsed, so that the message counts all bad rows. `data_dir`: folder in which rejects.jsonl
-    gets the bad rows if the data is refused; nothing else is written.
+    is parsed, so that the message counts all bad rows. `data_dir`: if the data is refused, its bad
+    rows are written to rejects.jsonl in this folder; nothing else is written.
     """
     for key, sources in _resolved_sources(settings).items():
         with TemporaryDirectory(prefix="rankzero-") as folder:
@@ -84,7 +86,10 @@ def train_key(settings: RunSettings) -> str:
 
 
 def data_keys(settings: RunSettings) -> dict[str, str]:
-    """Keys of `train` and, if there is one, `eval`; the splits need not be prepared."""
+    """Keys of the splits `train` and, if there is held-out data, `eval`.
+
+    The splits need not be prepared.
+    """
     fingerprints = Fingerprints(Path(settings.output_dir) / "data")
     return {
         split: key for job in _jobs(settings, fingerprints, None) for split, key in job.keys.items()
@@ -92,10 +97,10 @@ def data_keys(settings: RunSettings) -> dict[str, str]:
 
 
 def data_size(settings: RunSettings) -> DataSize | None:
-    """Size of the training set: as counted by prepare, or else estimated from a sample.
+    """Size of the training set: counted if the data is prepared, otherwise estimated from a sample.
 
-    The count is used if it is for these settings and this data. It is also used if the data files
-    cannot be read on this machine, so that this cannot be checked.
+    The count must belong to these settings and this data. If the data files cannot be read on this
+    machine, that cannot be checked, and the count is used.
     """
     try:
         index = DataIndex.load(Path(settings.output_dir) / "data")
@@ -126,8 +131,10 @@ def prepare_data(
     with _report_full_disk(data_dir):
         fingerprints = Fingerprints(data_dir)
         jobs = _jobs(settings, fingerprints, limit)
-        for note in [note for job in jobs for source in job.sources for note in source.notes]:
-            logger.info("%s", note)
+        for job in jobs:
+            for source in job.sources:
+                for note in source.notes:
+                    logger.info("%s", note)
         _create_folder(data_dir)
         splits: dict[str, _SplitWithAudit] = {}
         written: dict[str, SplitWriter] = {}
@@ -164,21 +171,25 @@ def prepare_data(
 
 
 def eval_examples(settings: RunSettings, split: SplitIndex) -> Iterator[Example]:
-    """The examples of the rows of the prepared held-out split."""
-    held_out = None
-    if settings.held_out is not None:
-        held_out = set(read_column(split.folder, "digests").tolist())
-    sources = settings.eval_sources if held_out is None else settings.train_sources
-    for source in resolve_sources(sources, "eval_data" if held_out is None else "train_data"):
+    """Yield the examples of the prepared held-out split, which are read from the data files again.
+
+    If rows of the training data are held out, they are recognised by their digests.
+    """
+    digests = None
+    if settings.held_out is None:
+        sources = resolve_sources(settings.eval_sources, "eval_data")
+    else:
+        sources = resolve_sources(settings.train_sources, "train_data")
+        digests = set(read_column(split.folder, "digests").tolist())
+    for source in sources:
         for line in read_lines(source):
-            _, read = read_line(line, settings)
-            if isinstance(read, str):
+            _, result = read_line(line, settings)
+            if isinstance(result, str):  # the reason why the row is bad
                 continue
-            example = read.example
-            if (
-                held_out is None
-                or digest(example) in held_out
-                or digest(example, keeps_space=True) in held_out
+            example = result.example
+            # Version 0.1 wrote digests in which white space counts exactly.
+            if digests is None or not digests.isdisjoint(
+                (digest(example), digest(example, keeps_space=True))
             ):
                 yield example
 
@@ -189,8 +200,9 @@ def _warn_of_settings_without_effect(
     """Name the settings that have no effect on rows of the formats that the data has."""
     sources = [source for audit in audits for source in audit["sources"]]
     formats = sorted({name for source in sources for name in source["formats"]})
-    known = settings_without_effect(settings)  # the plan has named them
-    if names := [name for name in settings_without_effect(settings, formats) if name not in known]:
+    named_by_plan = settings_without_effect(settings)
+    without_effect = settings_without_effect(settings, formats)
+    if names := [name for name in without_effect if name not in named_by_plan]:
         logger.warning(
             "%s: no effect, because all rows have the format %s",
             ", ".join(names), " or ".join(formats),
@@ -209,7 +221,7 @@ def _max_rejected(settings: RunSettings, limit: int | None) -> float | None:
 def _reusable_splits(
     settings: RunSettings, job: Job, data_dir: Path, limit: int | None
 ) -> dict[str, _SplitWithAudit] | None:
-    """The splits of a job if all of them exist.
+    """The prepared splits of a job by name; None if one of them does not exist.
 
     Raises UserError if the current settings do not allow their rejected rows.
     """
@@ -244,18 +256,25 @@ def _log_other_versions(indexes: Sequence[SplitIndex]) -> None:
     """
     installed = tokenising_versions()
     for index in indexes:
-        if other := [name for name, made in index.made_with.items() if installed.get(name) != made]:
-            versions = ", ".join(f"{name} {index.made_with[name]}" for name in other)
+        changed = [
+            name for name, version in index.made_with.items() if installed.get(name) != version
+        ]
+        if changed:
             logger.info(
                 "%s: reused; it was prepared with %s, but %s is installed; remove the folder to "
                 "prepare it again",
-                index.folder, versions, ", ".join(f"{name} {installed[name]}" for name in other),
-            )  # fmt: skip
+                index.folder,
+                ", ".join(f"{name} {index.made_with[name]}" for name in changed),
+                ", ".join(f"{name} {installed[name]}" for name in changed),
+            )
 
 
 @contextmanager
 def _save_rejects_on_refusal(rejects: Sequence[Path], data_dir: Path | None) -> Iterator[None]:
-    """If the body raises UserError, copy `rejects` to rejects.jsonl and name it in the error."""
+    """If the body raises UserError, copy its rejected rows to rejects.jsonl and name that file.
+
+    `rejects`: files that are concatenated. `data_dir`: None to raise the error unchanged.
+    """
     try:
         yield
     except UserError as error:
@@ -271,6 +290,7 @@ def _save_rejects_on_refusal(rejects: Sequence[Path], data_dir: Path | None) -> 
 
 @contextmanager
 def _report_full_disk(data_dir: Path) -> Iterator[None]:
+    """Context manager that turns the OSError of a full disk into a RankZeroError."""
     try:
         yield
     except OSError as error:
@@ -292,7 +312,7 @@ def _create_folder(data_dir: Path) -> None:
 
 
 def _resolved_sources(settings: RunSettings) -> dict[str, list[Source]]:
-    """Resolved sources by the name of their setting."""
+    """The sources of `train_data` and `eval_data`, with paths and globs resolved to files."""
     sources = {"train_data": resolve_sources(settings.train_sources, "train_data")}
     if settings.eval_sources:
         sources["eval_data"] = resolve_sources(settings.eval_sources, "eval_data")
@@ -301,13 +321,14 @@ def _resolved_sources(settings: RunSettings) -> dict[str, list[Source]]:
 
 
 def _jobs(settings: RunSettings, fingerprints: Fingerprints, limit: int | None) -> list[Job]:
+    """A job for `train_data` and, if it is set, one for `eval_data`."""
     jobs = []
     for setting, sources in _resolved_sources(settings).items():
         held_out = settings.held_out if setting == "train_data" else None
-        by_part = split_keys(settings, sources, fingerprints, held_out=held_out, limit=limit)
-        keys = {setting.removesuffix("_data"): by_part["rest"]}
+        both_keys = split_keys(settings, sources, fingerprints, held_out=held_out, limit=limit)
+        keys = {setting.removesuffix("_data"): both_keys["rest"]}
         if held_out is not None:
-            keys["eval"] = by_part["held_out"]
+            keys["eval"] = both_keys["held_out"]
         jobs.append(Job(setting=setting, sources=sources, keys=keys))
     return jobs
 
@@ -315,15 +336,19 @@ def _jobs(settings: RunSettings, fingerprints: Fingerprints, limit: int | None) 
 def _parse_rows(
     settings: RunSettings, source: Source, first: int | None, rejects: IO[str]
 ) -> RowCounts | None:
-    """Counts of all rows of a source; None if only its first rows were read and they pass."""
+    """Counts of all rows of a source; None if only its first rows were read and they pass.
+
+    `first`: number of rows to read at first; None for all. `rejects`: file to which the rejected
+    rows are written.
+    """
     start, counts = rejects.tell(), RowCounts()
     remaining = read_lines(source)
     for line in islice(remaining, first):
-        row, read = read_line(line, settings)
-        if isinstance(read, str):
+        row, result = read_line(line, settings)
+        if isinstance(result, str):  # the reason why the row is bad
             if settings.on_bad_row == "fail":
-                refuse_bad_row(f"{row.file}:{row.line}", read)
-            rejects.write(counts.reject(row, read).as_line())
+                refuse_bad_row(f"{row.file}:{row.line}", result)
+            rejects.write(counts.reject(row, result).as_line())
         else:
             counts.numbers["rows_used"] += 1
     if first is None or next(remaining, None) is None:
@@ -376,8 +401,8 @@ def _remove_outdated(data_dir: Path, index: DataIndex) -> None:
     """Remove splits with other keys, and temporary files of killed processes."""
     current = {split.folder.name for split in index.splits.values()}
     for path in list(data_dir.iterdir()):
-        is_older = _SPLIT_FOLDER.fullmatch(path.name) and path.name not in current
-        if not is_older and not is_abandoned(path):
+        is_outdated = _SPLIT_FOLDER.fullmatch(path.name) and path.name not in current
+        if not is_outdated and not is_abandoned(path):
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -14,7 +14,7 @@ from pipeline.data.dataset.reader import Split
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CONTEXT_TOKENS = 8  # tokens decoded before a part; one character never has as many
+CONTEXT_TOKENS = 8  # tokens decoded before a segment; no character consists of so many tokens
 
 
 def show_documents(
@@ -26,8 +26,8 @@ def show_documents(
         ids, supervised = (column.tolist() for column in split.document(i))
         console.rule(f"document {i}: {sum(supervised):,} of {len(ids):,} tokens are supervised")
         shown = Text()
-        for part, is_supervised in supervised_parts(ids, supervised, tokenizer):
-            text = _without_controls(part)
+        for segment, is_supervised in supervised_segments(ids, supervised, tokenizer):
+            text = _without_controls(segment)
             if has_colour:
                 shown.append(text, "bold green" if is_supervised else "dim")
             else:
@@ -52,20 +52,24 @@ def _without_controls(text: str) -> str:
     )
 
 
-def supervised_parts(
+def supervised_segments(
     ids: Sequence[int], supervised: Sequence[bool], tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[tuple[str, bool]]:
-    """Divide the text of a document into supervised and unsupervised parts."""
-    starts = deque([0])
+    """Divide the text of a document into segments, and yield whether each is supervised.
+
+    A segment is decoded together with earlier segments, of at least CONTEXT_TOKENS tokens if there
+    are as many, because it may lose its leading space if it is decoded alone.
+    """
+    starts = deque([0])  # first token of the present segment, after those of its context
 
     def decode(end: int) -> str:
-        """Decode with some preceding tokens, because a part alone may lose its leading space."""
-        context = list(ids[starts[0] : end])
-        return str(tokenizer.decode(context, clean_up_tokenization_spaces=False))
+        tokens = list(ids[starts[0] : end])
+        return str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
     for end in range(1, len(ids) + 1):
-        if end == len(ids) or supervised[end] != supervised[starts[-1]]:
-            yield decode(end)[len(decode(starts[-1])) :], bool(supervised[starts[-1]])
+        start = starts[-1]
+        if end == len(ids) or supervised[end] != supervised[start]:
+            yield decode(end)[len(decode(start)) :], bool(supervised[start])
             starts.append(end)
             while starts[1] <= end - CONTEXT_TOKENS:
                 starts.popleft()

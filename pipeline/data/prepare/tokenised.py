@@ -42,7 +42,10 @@ class TokenisedChunk:
 
 
 class ChunkTokeniser:
-    """Tokenises chunks in a worker process. `threshold`: see `is_held_out`."""
+    """Tokenises chunks in a worker process.
+
+    `threshold`: rows whose digest is below it are held out (`is_held_out`).
+    """
 
     def __init__(self, settings: RunSettings, threshold: int) -> None:
         self._settings, self._threshold = settings, threshold
@@ -52,12 +55,16 @@ class ChunkTokeniser:
         self._new_ids: dict[str, int] = dict(zip(settings.new_tokens, new_ids, strict=True))
 
     def __call__(self, chunk: Chunk) -> TokenisedChunk:
-        """Tokenise a chunk. Raises UserError for the chat template and for `over_length: fail`."""
+        """Tokenise a chunk.
+
+        Raises UserError if the chat template cannot be used, and with `over_length: fail` if a
+        document is too long.
+        """
         rows = [read_line(line, self._settings) for line in chunk.lines]
         examples = [read.example for _, read in rows if not isinstance(read, str)]
         encoded = iter(self._encoder.encode_many(examples))
         train, held_out = (_SplitRows(self._settings, self._new_ids) for _ in range(2))
-        for row, read in rows:
+        for row, read in rows:  # `read`: the example, or the reason why the row is bad
             if isinstance(read, str):
                 train.reject(row, read)
                 continue
@@ -92,11 +99,13 @@ class ChunkTokeniser:
                     "and over_length is fail; raise max_length, or set over_length to truncate, "
                     "drop or split"
                 )
-            parts = windows(document.ids, document.supervised, length, over_length)
-            used += parts
-            dropped += num_dropped(parts, size)
-            ends = self._num_ends(document)
-            is_ended &= ends > 0 and (size <= length or ends == sum(map(self._num_ends, parts)))
+            document_windows = windows(document.ids, document.supervised, length, over_length)
+            used += document_windows
+            dropped += num_dropped(document_windows, size)
+            num_ends = self._num_ends(document)
+            # The document trains an end token, and all of them are in its windows.
+            has_all_ends = size <= length or num_ends == sum(map(self._num_ends, document_windows))
+            is_ended &= num_ends > 0 and has_all_ends
         if not used:
             if not any(document.supervised.any() for document in documents):
                 split.reject(row, "no supervised token")
@@ -117,6 +126,7 @@ class ChunkTokeniser:
         return True
 
     def _num_ends(self, tokens: Document | Window) -> int:
+        """Number of supervised end-of-turn and end-of-sequence tokens."""
         return self._encoder.num_ends(tokens.ids[tokens.supervised])
 
 
@@ -149,21 +159,25 @@ class _SplitRows:
         self._digests += [row_digest] * len(windows)
 
     def result(self) -> TokenisedRows:
-        rows = self._windows
+        ids, supervised = [np.zeros(0, np.int32)], [np.zeros(0, np.bool_)]
+        for window in self._windows:
+            ids.append(window.ids)
+            supervised.append(window.supervised)
         columns = Columns(
-            ids=np.concatenate([np.zeros(0, np.int32), *(window.ids for window in rows)]),
-            supervised=np.concatenate([np.zeros(0, np.bool_), *(w.supervised for w in rows)]),
-            lengths=np.array([len(window.ids) for window in rows], np.int64),
-            counts=np.array([np.count_nonzero(window.supervised) for window in rows], np.int64),
+            ids=np.concatenate(ids),
+            supervised=np.concatenate(supervised),
+            lengths=np.array([len(window.ids) for window in self._windows], np.int64),
+            counts=np.array([np.count_nonzero(mask) for mask in supervised[1:]], np.int64),
             digests=np.array(self._digests, np.uint64),
         )
         settings = self._settings
         lengths = count_lengths(self.masks, settings.max_length, settings.over_length)
         lengths.trained = int(columns.counts.sum())
         self.counts.lengths = lengths
-        if new_ids := self._new_ids:
-            occurrences = np.bincount(columns.ids, minlength=max(new_ids.values()) + 1)
-            self.counts.new_tokens.update({t: int(occurrences[i]) for t, i in new_ids.items()})
+        if self._new_ids:
+            occurrences = np.bincount(columns.ids, minlength=max(self._new_ids.values()) + 1)
+            for token, token_id in self._new_ids.items():
+                self.counts.new_tokens[token] += int(occurrences[token_id])
         return TokenisedRows(
             columns=columns, counts=self.counts, rejects=self._rejects, dropped=self._dropped
         )

@@ -1,4 +1,7 @@
-"""Truncate, drop or split documents longer than max_length (setting `over_length`). Pure."""
+"""Truncate, drop or split documents longer than max_length (setting `over_length`).
+
+All functions are pure.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +18,7 @@ _BIN = 64
 
 @dataclass(frozen=True)
 class Window:
-    """A part of a document, from token `start` on, with its loss mask."""
+    """Consecutive tokens of a document, from token `start` on, with their loss mask."""
 
     start: int
     ids: Array  # (T,) int32
@@ -23,22 +26,23 @@ class Window:
 
 
 def windows(ids: Array, supervised: Array, max_length: int, over_length: str) -> list[Window]:
-    """The parts of a document to train on: at most `max_length` tokens, with a supervised one.
+    """The windows of a document to train on, of at most `max_length` tokens.
 
-    The windows of a split document overlap by one token: the last token of a window begins the next
-    window, where it is not trained again but predicts the token after it. So every supervised token
-    is trained exactly once.
+    `ids`, `supervised`: (T,). Windows without a supervised token are left out. The windows of a
+    split document overlap by one token: the last token of a window begins the next window, where it
+    is not trained again but predicts the token after it. So every supervised token is trained
+    exactly once.
     """
     if len(ids) <= max_length:
-        parts = [Window(0, ids, supervised)]
+        candidates = [Window(0, ids, supervised)]
     elif over_length == "drop":
-        parts = []
+        candidates = []
     elif over_length == "split":
         starts = range(0, len(ids) - 1, max(max_length - 1, 1))
-        parts = [_window(ids, supervised, start, max_length) for start in starts]
+        candidates = [_window(ids, supervised, start, max_length) for start in starts]
     else:
-        parts = [_window(ids, supervised, 0, max_length)]
-    return [window for window in parts if window.supervised.any()]
+        candidates = [_window(ids, supervised, 0, max_length)]
+    return [window for window in candidates if window.supervised.any()]
 
 
 def num_dropped(windows: Sequence[Window], length: int) -> int:
@@ -59,12 +63,13 @@ def _window(ids: Array, supervised: Array, start: int, max_length: int) -> Windo
 
 @dataclass
 class LengthCounts:
-    """Counts of documents before truncation, from which the loss by any `max_length` follows.
+    """Counts of documents before truncation, which tell what a `max_length` would truncate.
 
     Only documents with a supervised token count. `longer`: documents of more than `max_length`
-    tokens. `supervised`: supervised tokens; `trained`: those in a window. `bins`: number of
-    supervised tokens by the smallest `max_length` that keeps them, divided by `_BIN`. `longest`:
-    smallest `max_length` that keeps all.
+    tokens. `supervised`: supervised tokens; `trained`: supervised tokens within `max_length`. The
+    length that a token needs is the smallest `max_length` that keeps it. `bins`: number of
+    supervised tokens by needed length; bin i has the lengths from 64 i + 1 to 64 (i + 1).
+    `longest`: smallest `max_length` that keeps all supervised tokens.
     """
 
     documents: int = 0
@@ -84,7 +89,7 @@ class LengthCounts:
         self.bins.update(other.bins)
 
     def loss(self) -> LengthLoss:
-        """The loss at the present `max_length`, and the lengths that avoid it."""
+        """The supervised tokens lost at the present `max_length`, and lengths that keep them."""
         keeps_99, kept = 0, 0
         for index in sorted(self.bins):
             if 100 * kept >= 99 * self.supervised:
@@ -102,10 +107,10 @@ class LengthCounts:
 
 
 def count_lengths(masks: Sequence[Array], max_length: int, over_length: str) -> LengthCounts:
-    """Counts of documents with these loss masks; `trained` is left at 0.
+    """Counts of documents with these loss masks, each (T,); `trained` is not counted.
 
-    With `truncate` a supervised token is kept by every length that includes its position. With
-    other values only the length of its document keeps it in one piece.
+    With `over_length: truncate` a supervised token needs a length that includes its position; with
+    other values it needs the length of its document.
     """
     masks = [mask for mask in masks if mask.any()]
     if not masks:

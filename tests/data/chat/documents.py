@@ -5,7 +5,7 @@ import numpy as np
 from pipeline.config.settings import RunSettings
 from pipeline.data.chat.encoder import Encoder
 from pipeline.data.chat.template import ChatTemplate
-from pipeline.data.prepare.show import supervised_parts
+from pipeline.data.prepare.show import supervised_segments
 from pipeline.rows.examples import Conversation, Message
 from tests import ROOT
 from tests.tiny import CHATML, make_tokenizer
@@ -92,7 +92,7 @@ def marked_texts(example, tokenizer, **settings):
         assert document.supervised.dtype == np.bool_
         assert len(document.ids) == len(document.supervised)
         assert not document.supervised[0]
-        runs = supervised_parts(document.ids.tolist(), document.supervised.tolist(), tokenizer)
+        runs = supervised_segments(document.ids.tolist(), document.supervised.tolist(), tokenizer)
         texts.append("".join(f"[[{text}]]" if marked else text for text, marked in runs))
     return texts
 

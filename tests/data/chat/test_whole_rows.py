@@ -15,7 +15,7 @@ from random import Random
 import pytest
 
 from pipeline.data.chat.tokenizer import special_ids, special_pattern
-from pipeline.data.prepare.show import supervised_parts
+from pipeline.data.prepare.show import supervised_segments
 from pipeline.rows.examples import RowError
 from pipeline.rows.formats import read_example
 from tests.data.chat.documents import encoder
@@ -63,7 +63,7 @@ def prompt_markup(name):
 def require_prompts_untrained(name, document):
     """Assert that no turn is trained from before the end of its generation prompt."""
     tokenizer = tokenizer_and_encoder(name, True)[0]
-    for text, is_trained in supervised_parts(
+    for text, is_trained in supervised_segments(
         document.ids.tolist(), document.supervised.tolist(), tokenizer
     ):
         first = LEAF.search(f"l{text}")  # a document's first token, an l, is never supervised

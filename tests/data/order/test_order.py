@@ -288,4 +288,4 @@ def test_seeds_of_forward_passes_differ():
 
 
 def test_the_first_rank_of_a_group_has_the_seed_that_it_has_without_groups():
-    assert forward_seed(1, 2, 3, place=0) == forward_seed(1, 2, 3)
+    assert forward_seed(1, 2, 3, rank_in_group=0) == forward_seed(1, 2, 3)

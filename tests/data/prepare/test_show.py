@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.data.prepare.audit_table import audit_table
-from pipeline.data.prepare.show import number_of_documents, show_documents, supervised_parts
+from pipeline.data.prepare.show import number_of_documents, show_documents, supervised_segments
 from tests.data.chat.documents import chat, encoder, sentence_piece
 from tests.tiny import make_tokenizer
 
@@ -107,7 +107,7 @@ def test_source_names_are_not_shortened_in_a_narrow_terminal():
 def test_a_part_keeps_the_space_at_its_beginning():
     tokenizer = sentence_piece()
     ids = tokenizer("yes no yes").input_ids
-    parts = list(supervised_parts(ids, [False, True, False], tokenizer))
+    parts = list(supervised_segments(ids, [False, True, False], tokenizer))
     assert parts == [("yes", False), (" no", True), (" yes", False)]
 
 
@@ -115,6 +115,8 @@ def test_a_part_keeps_the_space_at_its_beginning():
 def test_the_parts_joined_are_the_text_of_the_document(every):
     tokenizer = sentence_piece()
     ids = tokenizer("yes no " * 100).input_ids
-    parts = list(supervised_parts(ids, [i // every % 2 == 1 for i in range(len(ids))], tokenizer))
+    parts = list(
+        supervised_segments(ids, [i // every % 2 == 1 for i in range(len(ids))], tokenizer)
+    )
     assert len(parts) == -(-len(ids) // every)
     assert "".join(text for text, _ in parts) == tokenizer.decode(ids)
