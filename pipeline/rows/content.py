@@ -32,7 +32,10 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def detect_kind(file: Path) -> Kind:
-    """The file format, from the first bytes or else the file's name; "json" if both are unknown."""
+    """The file format, from the first bytes or, if these are of no known format, from the name.
+
+    "json" if the name has no known suffix either.
+    """
     with open_data(file) as stream:
         first = stream.read(6)
     if first[:4] == b"PAR1":
@@ -123,9 +126,9 @@ def _decompressor(raw: BinaryIO, compression: Compression) -> Any:
 
 
 def strip_byte_order_marks(line: bytes) -> bytes:
-    """Remove byte order marks at the start of a line.
+    """Remove byte order marks (BOM) at the start of a line.
 
-    A file concatenated from several files has one at the start of each part.
+    If several files with a BOM were concatenated, the result has one wherever a file began.
     """
     while line.startswith(_BYTE_ORDER_MARK):
         line = line.removeprefix(_BYTE_ORDER_MARK)
@@ -138,11 +141,11 @@ def require_utf8(file: Path) -> None:
         first = stream.read(4)
     if (encoding := _detect_utf16_or_32(first)) is None:
         return
-    unpack = "decompress it, then " if detect_compression(file) else ""
-    old, new = (shlex.quote(f"{file}{suffix}") for suffix in ("", ".utf8"))
+    first_step = "decompress it, then " if detect_compression(file) else ""
+    source, target = shlex.quote(str(file)), shlex.quote(f"{file}.utf8")
     raise UserError(
-        f"{file}: {encoding} text (Windows PowerShell's > writes it), expected UTF-8; "
-        f"{unpack}convert it: iconv -f {encoding} -t UTF-8 {old} > {new} && mv {new} {old}"
+        f"{file}: {encoding} text (Windows PowerShell's > writes it), expected UTF-8; {first_step}"
+        f"convert it: iconv -f {encoding} -t UTF-8 {source} > {target} && mv {target} {source}"
     )
 
 

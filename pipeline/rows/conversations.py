@@ -1,6 +1,7 @@
 """Build the examples of rows in the formats messages, sharegpt, alpaca and prompt-completion.
 
-Every function adds the names of unread keys to the set `unread`.
+Every function adds to the set `unread` the names of keys that have a value and are not part of the
+example.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from pipeline.rows.reasoning import (
 )
 from pipeline.rows.values import has_value, json_type, parse_list, require_json, require_text
 
+# Columns with a system prompt, and with the tools that the assistant may call.
 _SYSTEM = (
     *("system", "system_prompt", "system_message"),
     *("systemInstruction", "system_instruction"),
@@ -70,23 +72,26 @@ def completion_example(row: Mapping[str, Any], unread: set[str]) -> Completion |
     messages of the prompt are not trained on.
     """
     prompt, completion = row["prompt"], row["completion"]
-    are_lists = [not isinstance(value, str) for value in (prompt, completion)]
-    if not any(isinstance(value, list | dict) for value in (prompt, completion)):
+    if not isinstance(prompt, list | dict) and not isinstance(completion, list | dict):
         if unused := [column for column in CONTEXT_COLUMNS if has_value(row.get(column))]:
             raise RowError(
                 f"`{unused[0]}` needs a chat template, and none is applied if `prompt` and "
                 "`completion` are texts; give two lists of messages, or leave the column empty"
             )
-        before, after = require_text(prompt, "`prompt`"), require_text(completion, "`completion`")
-        if not after.strip():
+        prompt_text = require_text(prompt, "`prompt`")
+        answer_text = require_text(completion, "`completion`")
+        if not answer_text.strip():
             raise RowError("`completion` is empty")
-        require_closed_reasoning(after, "`completion`")
-        if tag := closing_tag(after):
-            require_opened_reasoning(tag, before + after[: tag.start()], "`completion`")
-        return Completion(before, after)
-    if not all(are_lists):
-        kinds = f"`prompt` is {json_type(prompt)} and `completion` {json_type(completion)}"
-        raise RowError(f"{kinds}; expected two texts or two lists of messages")
+        require_closed_reasoning(answer_text, "`completion`")
+        if tag := closing_tag(answer_text):
+            before_tag = prompt_text + answer_text[: tag.start()]
+            require_opened_reasoning(tag, before_tag, "`completion`")
+        return Completion(prompt_text, answer_text)
+    if isinstance(prompt, str) or isinstance(completion, str):
+        raise RowError(
+            f"`prompt` is {json_type(prompt)} and `completion` {json_type(completion)}; expected "
+            "two texts or two lists of messages"
+        )
     context = [
         replace(message, is_trained=False) if message.role == "assistant" else message
         for message in _read_messages(prompt, "`prompt`", unread)
@@ -99,7 +104,8 @@ def completion_example(row: Mapping[str, Any], unread: set[str]) -> Completion |
 
 def _read_messages(value: Any, column: str, unread: set[str]) -> Iterator[Message]:
     """The messages of a column whose value is a list of {role, content}."""
-    return (m for item in parse_list(value, column) for m in read_message(item, unread))
+    for item in parse_list(value, column):
+        yield from read_message(item, unread)
 
 
 def _build_conversation(
@@ -118,7 +124,7 @@ def _build_conversation(
     for column in _SYSTEM:
         if not has_value(row.get(column)):
             continue
-        if not isinstance(row[column], str):  # content parts
+        if not isinstance(row[column], str):  # a list of content parts, or a whole message
             value = row[column] if isinstance(row[column], dict) else {"content": row[column]}
             (message,) = read_message({**value, "role": "system"}, unread)
             system = message.content
@@ -134,29 +140,29 @@ def _build_conversation(
 def _results_in_call_order(turns: Sequence[Message]) -> Iterator[Message]:
     """The turns, with the results of parallel calls in the order of these calls.
 
-    A template that writes no ids assigns results to calls by their order. Results without ids, or
-    with ids of other calls, keep their order.
+    In the output of a template that writes no ids, the order shows which result belongs to which
+    call. Results without ids, or with ids of other calls, keep their order.
     """
-    ids: list[Any] = []  # of the preceding calls
-    for is_result, group in groupby(turns, lambda turn: turn.role == "tool"):
+    call_ids: list[Any] = []  # of the preceding message
+    for are_results, group in groupby(turns, lambda turn: turn.role == "tool"):
         messages = list(group)
-        if is_result:
-            given = [message.others.get("tool_call_id") for message in messages]
-            is_unique = None not in given and len(set(given)) == len(given)
-            if is_unique and set(given) <= set(ids):
-                messages.sort(key=lambda message: ids.index(message.others["tool_call_id"]))
-        ids = [call.get("id") for call in messages[-1].others.get("tool_calls", ())]
+        if are_results:
+            result_ids = [message.others.get("tool_call_id") for message in messages]
+            is_unique = None not in result_ids and len(set(result_ids)) == len(result_ids)
+            if is_unique and set(result_ids) <= set(call_ids):
+                messages.sort(key=lambda message: call_ids.index(message.others["tool_call_id"]))
+        call_ids = [call.get("id") for call in messages[-1].others.get("tool_calls", ())]
         yield from messages
 
 
 def _read_tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     """The tools of a row, each in the form {type, function}."""
-    named = [column for column in _TOOLS if has_value(row.get(column))]
-    if len(named) > 1:
-        raise RowError(f"both `{named[0]}` and `{named[1]}`")
-    if not named:
+    columns = [column for column in _TOOLS if has_value(row.get(column))]
+    if len(columns) > 1:
+        raise RowError(f"both `{columns[0]}` and `{columns[1]}`")
+    if not columns:
         return ()
-    value = row[named[0]]
+    value = row[columns[0]]
     if isinstance(value, dict) and value.keys() <= {"tools", "toolChoice"}:  # Bedrock's toolConfig
         value = value.get("tools")
     tools = parse_list(value, "`tools`", strips_nulls=True)
@@ -164,13 +170,15 @@ def _read_tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
         raise RowError("`tools` is not a list of objects")
     require_json(tools, "`tools`")
     tools = list(list_tools(tools))
-    wrapped = tuple(tool if "function" in tool else _as_function_tool(tool) for tool in tools)
-    for tool in wrapped:
+    function_tools = tuple(
+        tool if "function" in tool else _as_function_tool(tool) for tool in tools
+    )
+    for tool in function_tools:
         function = tool["function"]
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(name, str) or not has_value(name):
             raise RowError("a tool names no function; expected {name, description, parameters}")
-    return wrapped
+    return function_tools
 
 
 def _as_function_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -179,9 +187,9 @@ def _as_function_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
     In OpenAI's Responses API such a tool also has the key `type`. Other APIs name `parameters`
     differently (_SCHEMAS).
     """
-    renamed = {} if "parameters" in tool else dict.fromkeys(_SCHEMAS, "parameters")
+    new_names = {} if "parameters" in tool else dict.fromkeys(_SCHEMAS, "parameters")
     function = {
-        renamed.get(key, key): value
+        new_names.get(key, key): value
         for key, value in tool.items()
         if key != "type" or value not in ("function", "custom")
     }

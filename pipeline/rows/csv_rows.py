@@ -16,13 +16,16 @@ from pipeline.rows import lines as row_limits
 from pipeline.rows.content import strip_byte_order_marks
 from pipeline.rows.lines import Line
 
-_CONTENT = re.compile(rb'[^",;\t\r\n]+')
+_CONTENT = re.compile(rb'[^",;\t\r\n]+')  # everything except quotes, delimiters and line ends
 _DELIMITERS = (",", ";", "\t")
 _DELIMITER_LINE = re.compile(rb'"?sep=(.)"?\s*')  # first line of a file from Excel, such as sep=;
 
 
 class _Record(NamedTuple):
-    """A CSV record. `number`, `offset`: line and byte of its start. `fault`: why it is bad."""
+    """A CSV record. `number`, `offset`: line and byte of its start.
+
+    `fault`: why it is bad; empty if it is not.
+    """
 
     number: int
     offset: int
@@ -71,7 +74,7 @@ def _records(file: Path, stream: BinaryIO) -> Iterator[_Record]:
         except StopIteration:
             return
         except csv.Error as error:
-            # With a quote in the row, the next lines may be the rest of a quoted text.
+            # If the row has a quote, the next lines may belong to its quoted text.
             if lines.has_quotes:
                 raise _unmatched_quotes(file, lines, error) from None
             lines.fault = "not valid CSV: a carriage return in the middle of a row"
@@ -98,8 +101,8 @@ class _LineReader:
     def __init__(self, stream: BinaryIO) -> None:
         self.number, self.offset = 1, 0
         self.count, self.fault, self.has_quotes = 0, "", False
-        self._stream, self._size = stream, 0
-        self._ahead: list[bytes] = []
+        self._stream, self._size = stream, 0  # bytes of the record that have been read so far
+        self._ahead: list[bytes] = []  # lines that `delimiter` has read
 
     def delimiter(self) -> str:
         """The delimiter, detected from the first line that is not blank (`sep=;` or the header)."""
@@ -144,18 +147,22 @@ class _LineReader:
             return line.decode(errors="replace")
 
     def _drop_content(self, line: bytes) -> bytes:
-        """The line reduced to its quotes and delimiters, so that a long bad row needs no memory."""
-        parts = [_quotes_and_delimiters(line)]
+        """The line reduced to its quotes and delimiters, so that a long bad row needs no memory.
+
+        `line`: at most MAX_ROW_BYTES of the line; the rest of it is read here.
+        """
+        chunks = [_quotes_and_delimiters(line)]
         while line and not line.endswith(b"\n"):
             line = self._stream.readline(row_limits.MAX_ROW_BYTES)
             self._size += len(line)
-            parts.append(_quotes_and_delimiters(line))
-        bare = b"".join(parts)
-        # A later line of a record begins inside a quoted text; without a quote it also ends there.
-        return bare if self.count == 1 or b'"' in bare else b""
+            chunks.append(_quotes_and_delimiters(line))
+        reduced = b"".join(chunks)
+        # All lines of a record but the first begin inside a quoted text. Without a quote such a
+        # line also ends inside of it, so its delimiters do not count.
+        return reduced if self.count == 1 or b'"' in reduced else b""
 
 
-def _quotes_and_delimiters(part: bytes) -> bytes:
-    """The part with each run of other characters replaced by one `x`."""
-    without_escaped = part.replace(b'""', b"")  # a doubled quote does not end the quoted text
+def _quotes_and_delimiters(chunk: bytes) -> bytes:
+    """The chunk with each run of other characters replaced by one `x`."""
+    without_escaped = chunk.replace(b'""', b"")  # a doubled quote does not end the quoted text
     return _CONTENT.sub(b"x", without_escaped)

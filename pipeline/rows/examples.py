@@ -23,9 +23,9 @@ class RowError(Exception):
 
 def printable(text: str) -> str:
     """The text with control characters and lone surrogates escaped; column names may have them."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 @dataclass(frozen=True)

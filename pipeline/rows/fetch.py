@@ -31,7 +31,7 @@ def split_files(split: HubSplit, key: str) -> list[Path]:
         )
     import datasets
 
-    for library in ("datasets", "huggingface_hub"):  # they warn about gaps in the data set card
+    for library in ("datasets", "huggingface_hub"):  # they warn of missing fields in the card
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         with TemporaryDirectory(prefix="rankzero-") as cache:
@@ -54,13 +54,13 @@ def fetch(sources: Iterable[DataSource], key: str) -> None:
 
     Raises a UserError that names the setting `key` if a download fails.
     """
-    missing = [
-        split
-        for source in sources
-        if (split := HubSplit.parse(source.path)) is not None
-        and ((snapshot := split.snapshot()) is None or not _is_complete(split, snapshot))
-    ]
-    for split in missing:
+    for source in sources:
+        split = HubSplit.parse(source.path)
+        if split is None:  # a local file, folder or glob
+            continue
+        snapshot = split.snapshot()
+        if snapshot is not None and _is_complete(split, snapshot):
+            continue
         from huggingface_hub import snapshot_download
 
         try:

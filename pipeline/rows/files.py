@@ -26,6 +26,7 @@ _SPLITS = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 _NOT_LETTERS = re.compile(r"[\W\d_]+")
+# Words that are skipped when a split is read from a name: suffixes, and `of` of "00000-of-00003".
 _IGNORED_WORDS = {
     "",
     "of",
@@ -59,17 +60,20 @@ class DataFiles(NamedTuple):
 def find_files(name: str, key: str) -> DataFiles:
     """The data files of a path, folder or glob, in a fixed order.
 
-    In a folder these are the files that its `state.json` lists, or else all files below it with a
-    known suffix. If the files are named after splits, the setting `key` selects the split. A file
-    with several links is returned once. Raises UserError if a file cannot be read or all are empty.
+    In a folder these are the files that its `state.json` lists. Without that file they are all
+    files below the folder with a known suffix. If the files are named after splits, the setting
+    `key` (train_data or eval_data) selects the split. A file with several links is returned once.
+    Raises UserError if a file cannot be read or all are empty.
     """
     try:
         data = _find_files(name, key)
     except OSError as error:  # a forbidden folder, a name that is too long
         raise UserError(f"{key}: {error.filename or name}: {error.strerror}") from None
     check_files(data.files, name, key)
-    unique = {file.resolve(): file for file in reversed(data.files)}
-    return data._replace(files=list(unique.values())[::-1])
+    unique: dict[Path, Path] = {}
+    for file in data.files:
+        unique.setdefault(file.resolve(), file)
+    return data._replace(files=list(unique.values()))
 
 
 def check_files(files: Sequence[Path], name: str, key: str) -> None:
@@ -96,15 +100,16 @@ def _find_files(name: str, key: str) -> DataFiles:
         raise UserError(f"{key}: {name}: no such file{hint}")
     matches = sorted(Path(match) for match in glob.glob(name, recursive=True))  # noqa: PTH207
     matches = [match for match in matches if not match.is_dir()]
-    # Only folders below the root of the glob, or the root itself, can be skipped as run folders.
+    # The root of the glob and the folders below it are skipped if they are run folders.
     root = _glob_root(path)
     folders = {folder for match in matches for folder in match.parents} - {*root.parents}
     run_folders = {folder for folder in folders if _is_run_folder(folder)}
-    files = [
-        match
-        for match in matches
-        if not (_is_cache(match) or _is_written_by_prepare(match) or run_folders & {*match.parents})
-    ]
+
+    def is_skipped(file: Path) -> bool:
+        is_in_run_folder = not run_folders.isdisjoint(file.parents)
+        return is_in_run_folder or _is_cache(file) or _is_written_by_prepare(file)
+
+    files = [match for match in matches if not is_skipped(match)]
     if not files:
         skipped = "; files in run folders and caches are skipped" if matches else ""
         raise UserError(f"{key}: no file matches {name}{skipped}")
@@ -112,17 +117,17 @@ def _find_files(name: str, key: str) -> DataFiles:
 
 
 def _find_in_folder(folder: Path, key: str) -> DataFiles:
-    """The data files of a folder, for the split that `key` stands for."""
+    """The data files of a folder that the setting `key` (train_data or eval_data) uses."""
     if _is_run_folder(folder):
         raise UserError(f"{key}: {folder} is a run folder; name a folder with data, or files")
     search = _FolderSearch()
     search.visit(folder, key)
     if not search.files:
         raise UserError(f"{key}: {folder} has no data files; known suffixes are {SUFFIXES}")
-    files, others = _select_split(search.files, folder, key)
+    files, other_splits = _select_split(search.files, folder, key)
     notes = (
         *_skip_note(str(folder), search.skipped, folder, _SKIPPED),
-        *_skip_note(str(folder), others, folder, "files that are named after other splits"),
+        *_skip_note(str(folder), other_splits, folder, "files that are named after other splits"),
         *_skip_note(str(folder), search.unknown, folder, "files with other suffixes"),
     )
     return DataFiles(files, notes)
@@ -131,8 +136,9 @@ def _find_in_folder(folder: Path, key: str) -> DataFiles:
 class _FolderSearch:
     """Recursive search for the data files below a folder.
 
-    A folder is visited once, even if symbolic links lead to it again. `unknown`: files with other
-    suffixes, except hidden files, metadata and texts about the data.
+    A folder is visited once, even if symbolic links lead to it again. `skipped`: run folders, and
+    files that are caches or not listed in state.json. `unknown`: files with other suffixes, except
+    hidden files, metadata, Markdown files and LICENSE.
     """
 
     def __init__(self) -> None:
@@ -143,9 +149,10 @@ class _FolderSearch:
 
     def visit(self, folder: Path, key: str) -> None:
         """Collect the data files of a folder and of the folders below it."""
-        if (real := folder.resolve()) in self._visited:
+        resolved = folder.resolve()
+        if resolved in self._visited:
             return
-        self._visited.add(real)
+        self._visited.add(resolved)
         listed = _files_in_state_json(folder, key)
         for path in sorted(folder.iterdir(), key=lambda path: path.name):
             if path.name.startswith((".", "_")):
@@ -157,8 +164,10 @@ class _FolderSearch:
                     self.visit(path, key)
             elif has_known_suffix(path):
                 is_data = not _is_cache(path) if listed is None else path.name in listed
-                is_data = is_data and not _is_written_by_prepare(path)
-                (self.files if is_data else self.skipped).append(path)
+                if is_data and not _is_written_by_prepare(path):
+                    self.files.append(path)
+                else:
+                    self.skipped.append(path)
             elif path.name not in _METADATA and path.suffix != ".md" and path.stem != "LICENSE":
                 self.unknown.append(path)
 
@@ -219,28 +228,29 @@ def _glob_root(pattern: Path) -> Path:
 def _select_split(files: Sequence[Path], folder: Path, key: str) -> tuple[list[Path], list[Path]]:
     """Divide files into those of the split for the setting `key`, and those of other splits.
 
-    `train_data` takes all files except those of validation and test. `eval_data` takes the files of
+    `train_data` uses all files except those of validation and test. `eval_data` uses the files of
     validation if there are any, else those of test, else the same files as `train_data`.
     """
     splits = {file: _split_from_name(file.relative_to(folder)) for file in files}
     allowed: tuple[str | None, ...] = (None, "train")
     if key == "eval_data":
-        present = [name for name in ("validation", "test") if name in splits.values()]
-        allowed = (present[0],) if present else allowed
-    taken = [file for file in files if splits[file] in allowed]
+        for name in ("test", "validation"):
+            if name in splits.values():
+                allowed = (name,)
+    selected = [file for file in files if splits[file] in allowed]
     others = [file for file in files if splits[file] not in allowed]
-    if not taken:
+    if not selected:
         raise UserError(
             f"{key}: {folder}: every file is named after another split "
             f"({_listed(others, folder)}); to train on one, name the file itself"
         )
-    _require_one_split(taken, folder, key)
-    return taken, others
+    _require_one_split(selected, folder, key)
+    return selected, others
 
 
 def _require_one_split(files: Sequence[Path], folder: Path, key: str) -> None:
     """Raise UserError if files belong to several splits, such as train_sft and train_gen."""
-    by_split: dict[str, Path] = {}
+    by_split: dict[str, Path] = {}  # name of a split -> glob or folder of its files
     for file in files:
         parent = file.parent
         if (match := _SHARD.fullmatch(file.name)) and not (parent / "state.json").exists():
@@ -261,7 +271,10 @@ def _first_word(name: str) -> str:
 
 
 def _split_from_name(file: Path) -> str | None:
-    """The split named by the first or last word of the file's name, or else of a folder's name."""
+    """The split that the name of a file, or of a folder in its path, begins or ends with.
+
+    For example "train" for train-00000-of-00003.parquet and for train/part1.jsonl.
+    """
     for name in reversed(file.parts):
         words = [word for word in _NOT_LETTERS.split(name.lower()) if word not in _IGNORED_WORDS]
         for word in (*words[:1], *words[-1:]):
@@ -270,14 +283,17 @@ def _split_from_name(file: Path) -> str | None:
     return None
 
 
-def _skip_note(name: str, paths: Iterable[Path], root: Path, what: str) -> tuple[str, ...]:
-    """The message that names the skipped `paths`; empty if there are none."""
+def _skip_note(name: str, paths: Iterable[Path], root: Path, description: str) -> tuple[str, ...]:
+    """The message that names the skipped `paths`; no message if there are none.
+
+    `name`: path or glob in the run file. `description`: what the skipped paths are.
+    """
     skipped = sorted(paths)
-    return (f"{name}: {what} are skipped: {_listed(skipped, root)}",) if skipped else ()
+    return (f"{name}: {description} are skipped: {_listed(skipped, root)}",) if skipped else ()
 
 
 def _listed(paths: Sequence[Path], root: Path) -> str:
-    """The first three paths as text, relative to `root`, and the number of the others."""
+    """The first few paths as text, relative to `root`, and the number of the others."""
     return first_few([str(path.relative_to(root)) for path in paths])
 
 
@@ -304,10 +320,11 @@ def _missing_split_hint(name: str) -> str:
 
 
 def _similar_names_hint(file: Path) -> str:
-    """Hint with files of similar names, or else other data files, in the same folder."""
+    """Hint with up to three files of the same folder: similar names, or else data files."""
     if not file.parent.is_dir():
         return f"; there is no folder {file.parent} either"
     names = [path.name for path in file.parent.iterdir() if path.is_file()]
-    near = difflib.get_close_matches(file.name, names, n=3)
-    near = near or sorted(name for name in names if kind_from_name(Path(name)))[:3]
-    return f"; there is {', '.join(near)}" if near else ""
+    suggested = difflib.get_close_matches(file.name, names, n=3)
+    if not suggested:
+        suggested = sorted(name for name in names if kind_from_name(Path(name)))[:3]
+    return f"; there is {', '.join(suggested)}" if suggested else ""

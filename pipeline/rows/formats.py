@@ -1,4 +1,8 @@
-"""Detect the format of a row and build its example; the names of unread columns are returned."""
+"""Detect the format of a row and build its example.
+
+The formats are messages, sharegpt, alpaca, prompt-completion, pre-tokenised and text. In this file
+`value` is the row's dict from column names to values.
+"""
 
 import re
 from collections.abc import Mapping
@@ -30,7 +34,7 @@ from pipeline.rows.values import has_value, json_type, require_text
 FORMATS: tuple[DataFormat, ...] = get_args(DataFormat)
 _MAX_TOKEN_ID = 2**31 - 1  # prepared token ids are int32; prepare checks the model's vocabulary
 _IGNORED_LABEL = -100  # PyTorch's label of a token that does not count in the loss
-# Format -> the columns that identify it, and format -> its optional columns.
+# Format -> the columns that identify it; all of them are required.
 _REQUIRED: dict[DataFormat, tuple[str, ...]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -39,6 +43,7 @@ _REQUIRED: dict[DataFormat, tuple[str, ...]] = {
     "pre-tokenised": ("input_ids", "labels"),
     "text": ("text",),
 }
+# Format -> its other columns.
 _OPTIONAL: dict[DataFormat, tuple[str, ...]] = {
     "messages": CONTEXT_COLUMNS,
     "sharegpt": CONTEXT_COLUMNS,
@@ -53,10 +58,10 @@ _FORMATS_TEXT = "; ".join(
     f"{name} ({', '.join(f'`{column}`' for column in columns)})"
     for name, columns in _REQUIRED.items()
 )
-# Columns of media and preference pairs. A row with a value in one is rejected, because its text is
-# not the whole example.
+# Names of columns with media. A row with a value in one is rejected, because its text is not the
+# whole example.
 _MEDIA = re.compile(
-    # Counts and flags, which are text in a CSV file, and images of machines are not media.
+    # Not media: counts and flags such as num_images, and images of machines such as docker_image.
     r"(?!(num|n|has|is|docker|container|vm|disk)_)"
     r"(([a-z0-9]+_)*(image|img|picture|photo|screenshot|audio|video)|sound|speech|media)s?(_?\d+)?"
     r"(_(path|url|uri|file|bytes|base64|b64|data|list)s?)?"
@@ -67,6 +72,7 @@ _MEDIA = re.compile(
 _CONTAINER_IMAGE = re.compile(r"(?:[\w.-]+(?::\d+)?/)*[\w.-]+:\w[\w.-]*")
 _MEDIA_FIELDS, _SOUND_FIELDS = {"bytes", "path"}, {"array", "sampling_rate"}  # of `datasets`
 _DATA_URI = re.compile("data:(image|audio|video)/", re.IGNORECASE)
+# Names of columns with a chosen or rejected answer, as in preference data for DPO.
 _PREFERENCE = re.compile(
     r"(chosen|rejected)(_(response|message|answer|completion|conversation|output|text)s?)?"
     r"|(response|message|answer|completion|conversation|output|text)s?_(chosen|rejected)",
@@ -79,7 +85,7 @@ _DESIRABILITY = re.compile(r"label|kto_tag|(is_)?(un)?desirable", re.IGNORECASE)
 
 
 class _ColumnSet(NamedTuple):
-    """The formats that a set of column names allows, and the columns of each refused kind."""
+    """The formats whose required columns a row has, and its columns that may refuse the row."""
 
     formats: tuple[DataFormat, ...]
     media: tuple[str, ...]
@@ -92,7 +98,7 @@ def read_example(
 ) -> ReadExample:
     """Build the example of a row. Raises a RowError with the reason if that is impossible.
 
-    `columns`: mapping from a column of the format to its name in the data.
+    `columns`: the setting; it maps columns of the format to their names in the data.
     """
     value, unread = _rename_columns(with_messages(row.value), columns or {})
     _refuse_media_and_preferences(value, columns or {})
@@ -117,16 +123,16 @@ def read_example(
 def _detect_format(columns: Mapping[str, Any]) -> DataFormat:
     """The format whose identifying columns the row has.
 
-    If these are several formats, columns with null are ignored. If there are still several, `text`
-    is ignored too: next to the columns of another format it is usually the rendered conversation.
-    Raises RowError if no format or several formats remain.
+    If these are several formats, columns with null do not count. If there are still several, the
+    column `text` does not count: in a row of another format it is usually the rendered
+    conversation. Raises RowError if no format or several formats remain.
     """
     formats = list(_inspect_columns(tuple(columns)).formats)
     if len(formats) > 1:
-        filled = [
+        without_null = [
             name for name in formats if all(columns[key] is not None for key in _REQUIRED[name])
         ]
-        formats = filled or formats
+        formats = without_null or formats
     if len(formats) > 1 and formats[-1] == "text":
         formats.pop()
     if columns.get("messages") is not None and columns.get("completion") is not None:
@@ -144,7 +150,7 @@ def _detect_format(columns: Mapping[str, Any]) -> DataFormat:
 
 @lru_cache(maxsize=1024)  # most rows of a data set have the same columns
 def _inspect_columns(names: tuple[str, ...]) -> _ColumnSet:
-    """The formats that these columns allow, and those of media, preferences and desirability."""
+    """The formats whose required columns are among `names`, and the columns to be refused."""
     formats = (name for name, required in _REQUIRED.items() if set(required) <= set(names))
     return _ColumnSet(
         tuple(formats),
@@ -155,7 +161,10 @@ def _inspect_columns(names: tuple[str, ...]) -> _ColumnSet:
 
 
 def _refuse_media_and_preferences(value: Mapping[str, Any], columns: Mapping[str, str]) -> None:
-    """Raise RowError for media and for preference pairs, unless `columns` selects one answer."""
+    """Raise RowError if the row has media or a preference pair.
+
+    A preference pair is allowed if the setting `columns` selects one of its two answers.
+    """
     _, media, preference, _ = _inspect_columns(tuple(value))
     for column in media:
         if _is_media(value[column]):
@@ -185,9 +194,10 @@ def _is_media(value: Any) -> bool:
 
 
 def _media_name(value: Any, name: str) -> str:
-    """The name of the first picture, sound or video in the value called `name`; empty if none.
+    """The path of the first picture, sound or video in a value; empty if there is none.
 
-    Media are objects as `datasets` represents them, data URIs, and keys named as media.
+    `name`: path of the value, such as messages.content. Media are objects as `datasets` represents
+    them, data URIs, and values under keys such as `image`.
     """
     if isinstance(value, list):
         return next(filter(None, (_media_name(item, name) for item in value)), "")
@@ -196,10 +206,10 @@ def _media_name(value: Any, name: str) -> str:
         if is_file or value.keys() >= _SOUND_FIELDS:
             return name
         for key, item in value.items():
-            inner = f"{name}.{key}"
+            path = f"{name}.{key}"
             if key != "documents" and _MEDIA.fullmatch(key) and _is_media(item):
-                return inner
-            if media := _media_name(item, inner):
+                return path
+            if media := _media_name(item, path):
                 return media
     is_uri = isinstance(value, str) and _DATA_URI.match(value) is not None
     return name if is_uri else ""
@@ -231,26 +241,27 @@ def _select_format(value: Mapping[str, Any], data_format: DataFormat | Auto) -> 
 def _rename_columns(
     value: dict[str, Any], columns: Mapping[str, str]
 ) -> tuple[dict[str, Any], set[str]]:
-    """Rename columns of the data to the format's names, and return the names that were replaced.
+    """Rename columns of the data to the format's names.
 
-    `columns`: mapping from the format's names to those in the data. It does not apply to a row that
-    has none of the data's names but all columns of a format, because that row comes from another
-    source. The format `text` is not considered here: rows of other formats often have a column
-    `text` too.
+    Returns the renamed row, and the names of columns whose values were replaced by renamed ones.
+    `columns` maps the format's names to those in the data. It does not apply to a row that has none
+    of the data's names but all columns of a format, because that row comes from another source. The
+    format `text` does not count here: rows of other formats often have a column `text` too.
     """
-    if not columns or (
-        not _IDENTIFYING.isdisjoint(columns)
-        and not any(column in value for column in columns.values())
-        and any(name != "text" for name in _inspect_columns(tuple(value)).formats)
-    ):
+    if not columns:
         return value, set()
+    has_mapped_column = any(column in value for column in columns.values())
+    if not has_mapped_column and not _IDENTIFYING.isdisjoint(columns):
+        formats = _inspect_columns(tuple(value)).formats
+        if any(name != "text" for name in formats):
+            return value, set()
     for name, column in columns.items():
         if column not in value:
             raise RowError(
                 f"no column `{column}`, which `columns` names for {name}: {_found_columns(value)}"
             )
-    renamed = set(columns.values())
-    others = {name: item for name, item in value.items() if name not in renamed}
+    old_names = set(columns.values())
+    others = {name: item for name, item in value.items() if name not in old_names}
     replaced = {name for name in columns if name in others and has_value(others[name])}
     return others | {name: value[column] for name, column in columns.items()}, replaced
 
@@ -289,8 +300,7 @@ def _tokens_example(value: Mapping[str, Any]) -> Tokens:
         raise RowError("`position_ids` are not 0, 1, 2, ...: each row must be one document")
     if value.get("attention_mask") is not None:
         mask = _integers(value, "attention_mask")
-        is_one = bytes(bit == 1 for bit in mask)
-        if len(mask) != len(ids) or not set(mask) <= {0, 1} or b"\0" in is_one.strip(b"\0"):
+        if len(mask) != len(ids) or not _is_padding_mask(mask):
             raise RowError(
                 "`attention_mask` must be as long as `input_ids`, with 1 for tokens and 0 for "
                 "padding before or after them"
@@ -311,6 +321,14 @@ def _tokens_example(value: Mapping[str, Any]) -> Tokens:
             "in `input_ids` (labels are not shifted)"
         )
     return Tokens(tuple(ids), supervised)
+
+
+def _is_padding_mask(mask: list[int]) -> bool:
+    """Whether a mask has ones for consecutive tokens, and zeros before and after them (padding)."""
+    if not set(mask) <= {0, 1}:
+        return False
+    first = mask.index(1) if 1 in mask else 0
+    return 0 not in mask[first : first + sum(mask)]
 
 
 def _integers(value: Mapping[str, Any], column: str) -> list[int]:

@@ -1,9 +1,9 @@
 """Reader of JSON files: JSONL, one JSON list, or concatenated JSON values.
 
 At any time one row and a buffer are in memory. Python's JSON decoder finds the end of each row.
-After a broken row, reading continues at the next line that opens an object and is indented no
-deeper than that row. If there is no such line, the start of the next row is unknown, and a
-UserError names the broken row.
+After a row that is not valid JSON, reading continues at the next line that opens an object and is
+indented no deeper than that row. If there is no such line, the start of the next row is unknown,
+and a UserError names the broken row.
 """
 
 import codecs
@@ -21,13 +21,15 @@ from pipeline.rows.lines import Line
 _CHUNK_BYTES, _MAX_INDENT = 2**20, 200
 # Lines that `is_jsonl` parses, and bytes of a line that it reads to see whether it begins with {.
 _NUM_SNIFFED, _SNIFFED_BYTES = 10, 2**16
-# An error within this many characters of the buffer's end may only mean that the rest of a token is
-# not read yet. Longer tokens are strings, whose errors are told apart by their message.
+# An error within this many characters of the buffer's end may only mean that a token such as `true`
+# has not been read completely. Longer tokens are strings; the message of an error shows whether it
+# is in a string.
 _MAX_TOKEN = 16
 # Limit on the text that is scanned again after broken rows, as a multiple of MAX_ROW_BYTES.
 _MAX_RESCANNED = 16
 _SEPARATORS = re.compile("[ \t\r\n,\ufeff]*")
 _INDENT = re.compile(r"[ \t\[]*")
+# A line that begins with `{`, or with `}, {`. Group 1: its indentation. Group 2: the opening brace.
 _OPENS_ROW = re.compile(r"\n([ \t]*)(?:\}[ \t]*,[ \t]*)?(\{)")
 _NO_END = "not valid JSON: the file ends inside the row"
 _NO_LIST_END = "not valid JSON: the file ends before its list does"
@@ -169,9 +171,9 @@ class _ValueScanner:
             if len(self._text) - self._position > row_limits.MAX_ROW_BYTES:
                 raise _BrokenError(row_limits.too_long(), len(self._text))
             if not self._read_more():
-                is_at_end = position >= len(self._text.rstrip()) and reason.startswith("Expecting")
-                is_cut = is_in_string or is_at_end
-                fault = _NO_END if is_cut else f"not valid JSON: {reason}"
+                is_at_end = position >= len(self._text.rstrip())
+                is_truncated = is_in_string or (is_at_end and reason.startswith("Expecting"))
+                fault = _NO_END if is_truncated else f"not valid JSON: {reason}"
                 raise _BrokenError(fault, position)
 
     def _skip_broken_row(self, row: Line, error: _BrokenError, *, is_in_list: bool) -> None:
@@ -185,11 +187,11 @@ class _ValueScanner:
                 f"{self._file}:{row.number}: brackets or quotes do not match, in this row and in "
                 "many rows before it; is the file JSON?"
             )
-        rest = self._text.rstrip()
+        text = self._text.rstrip()
         # If the file ends inside the row and its last character is `]`, that bracket closes the
-        # list of rows. The decoder has then read all later rows as parts of this one.
-        is_open = error.fault == _NO_END and error.position >= len(rest)
-        includes_later_rows = is_in_list and is_open and rest.endswith("]")
+        # list of rows. The decoder has then read all later rows as values in this one.
+        is_open = error.fault == _NO_END and error.position >= len(text)
+        includes_later_rows = is_in_list and is_open and text.endswith("]")
         rows_may_follow = includes_later_rows or self._text.find("{", error.position) >= 0
         indent = _INDENT.match(self._line_start)
         assert indent is not None
@@ -199,15 +201,18 @@ class _ValueScanner:
             if not self._read_more():
                 break
             rows_may_follow |= self._text.find("{", num_searched) >= 0
-        else:
+        else:  # the next row was found
             return
         if rows_may_follow:
             raise UserError(
                 f"{self._file}:{row.number}: (byte {row.offset}) {error.fault}, and the start of "
                 "the next row cannot be found; fix the row, or write one row per line (JSONL)"
             )
-        rest = self._text.rstrip()
-        self._advance(max(len(rest) - (is_in_list and rest.endswith("]")), self._position))
+        # The file has no further row: advance to its end, or to the bracket that closes the list.
+        end = len(self._text.rstrip())
+        if is_in_list and self._text[:end].endswith("]"):
+            end -= 1
+        self._advance(max(end, self._position))
 
     def _move_to_next_row(self, indent: int) -> bool:
         """Advance to the next line that opens an object with at most this indentation.
@@ -222,10 +227,15 @@ class _ValueScanner:
         return match is not None
 
     def _drop_searched_lines(self) -> None:
-        """Advance over the searched text, up to its last bracket or its incomplete last line."""
-        last = len(self._text.rstrip()) - 1
-        line = self._text.rfind("\n", max(len(self._text) - _MAX_INDENT, 0))
-        self._advance(max(last if line < 0 else min(last, line), self._position))
+        """Advance over the searched text, up to its last character or its incomplete last line.
+
+        The last character may be the bracket that closes the list of rows.
+        """
+        end = len(self._text.rstrip()) - 1
+        last_line = self._text.rfind("\n", max(len(self._text) - _MAX_INDENT, 0))
+        if last_line >= 0:
+            end = min(end, last_line)
+        self._advance(max(end, self._position))
 
     def _advance(self, end: int) -> bytes:
         """Move the position to `end` and return the bytes between the two positions."""
@@ -241,12 +251,16 @@ class _ValueScanner:
         return content
 
     def _read_more(self) -> bool:
-        """Read more text into the buffer, as much as the current row has; False at the end."""
+        """Read more text into the buffer; False at the end of the file.
+
+        As much is read as the buffer has of the current row, so that the time for a long row grows
+        with its length, not with the square of its length.
+        """
         if self._has_ended:
             return False
-        rest = self._text[self._position :]
-        read = self._stream.read(min(max(_CHUNK_BYTES, len(rest)), row_limits.MAX_ROW_BYTES))
-        self._has_ended = not read
-        self._text = rest + self._decoder.decode(read, final=self._has_ended)
+        row = self._text[self._position :]
+        content = self._stream.read(min(max(_CHUNK_BYTES, len(row)), row_limits.MAX_ROW_BYTES))
+        self._has_ended = not content
+        self._text = row + self._decoder.decode(content, final=self._has_ended)
         self._position = 0
         return True

@@ -16,14 +16,15 @@ from pipeline.rows.lines import MAX_ROW_BYTES
 
 _SNIFFED_BYTES, _CHUNK_BYTES = 2**16, 2**20
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
-# Matches the colon after a key and the first characters of the value. Group 1 shows the kind of the
-# value: `[[`, `[{` or `["` for a list, `{"` for an object, `{"0":` if its first key is a number.
+# Matches the colon after a key and the first characters of the value. Group 1 has these characters:
+# `[[`, `[{` or `["` for a list, `{"` for an object, `{"0":` if its first key is a number, or none.
 _KEY = re.compile(r'\s*:\s*(\[\s*[\[{"]?|\{\s*(?:"(?:\d+"\s*:)?)?)?')
 # Keys under which files have their list of rows.
 _ROWS_KEYS = (
     "data", "rows", "records", "examples", "samples", "instances", "items", "entries", "dataset",
     "results", "train", "training", "test", "validation", "valid", "val", "dev", "eval",
 )  # fmt: skip
+# Python code of the command in the error message.
 _READ = "import json, sys; t = json.load(open(sys.argv[1], encoding='utf-8-sig'))"
 _PRINT = "[print(json.dumps(r)) for r in {rows}]"
 
@@ -54,20 +55,22 @@ def refuse_whole_table(file: Path, stream: BinaryIO) -> None:
 
 def _has_next_row(beginning: bytes, stream: BinaryIO) -> bool:
     """Whether a later line begins with an object. Then the first object is one row of several."""
-    read = len(beginning)
-    while True:
-        if b"\n{" in beginning:
-            return True
-        more = stream.read(_CHUNK_BYTES)
-        read += len(more)
-        if not more or read > MAX_ROW_BYTES:
+    num_read, chunk = len(beginning), beginning
+    while b"\n{" not in chunk:
+        following = stream.read(_CHUNK_BYTES)
+        num_read += len(following)
+        if not following or num_read > MAX_ROW_BYTES:
             return False
-        beginning = beginning[-1:] + more
+        chunk = chunk[-1:] + following
+    return True
 
 
 def _detect_layout(values: dict[str, str]) -> _Layout | None:
-    """The layout of an object, from the first characters of its values; None if it may be a row."""
-    kinds = set(values.values())
+    """The layout of an object; None if the object may be a row.
+
+    `values`: mapping from each key to the first characters of its value (_KEY).
+    """
+    starts = set(values.values())
     if {"columns", "data"} <= values.keys() and values["data"] in ("[[", "["):
         return _Layout(
             "a table as pandas writes it with orient='split'",
@@ -77,18 +80,15 @@ def _detect_layout(values: dict[str, str]) -> _Layout | None:
         for key in _ROWS_KEYS:
             if values.get(key) == "[{":
                 return _Layout(f"a list of rows under the key {key!r}", _rows_under_key(key))
-        if (
-            values
-            and kinds <= {'{"', '{"0":'}
-            and (len(values) > 1 or all(key.isdigit() for key in values))
-        ):
-            if kinds == {'{"0":'}:
+        are_objects = bool(values) and starts <= {'{"', '{"0":'}
+        if are_objects and (len(values) > 1 or all(key.isdigit() for key in values)):
+            if starts == {'{"0":'}:
                 return _layout_by_column()
             return _Layout("rows as the values of one object", "t.values()")
         return None
-    if kinds == {'{"0":'}:
+    if starts == {'{"0":'}:
         return _layout_by_column()
-    if values and kinds <= {'["', "[["}:
+    if values and starts <= {'["', "[["}:
         return _Layout("one list for each column", "(dict(zip(t, v)) for v in zip(*t.values()))")
     return None
 

@@ -41,14 +41,14 @@ _ROLES: dict[str, Role] = {
     "ipython": "tool",  # Llama 3 and 4
     "environment": "tool",  # Olmo 3
 }
-_CONTENT = {role: f"content of a message ({role})" for role in ROLES}
+_CONTENT = {role: f"content of a message ({role})" for role in ROLES}  # its name in reasons
 _CALL_ROLES = ("function_call", "tool_call")  # roles of assistant turns that consist of tool calls
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _CALL_KEYS = ("tool_calls", "function_call")
 _COMMON_KEYS = ("weight", "name", "tool_call_id", *_CALL_KEYS, *_REASONING_KEYS)
 _MESSAGE_KEYS = ("role", "content", "parts", *_COMMON_KEYS)
 _TURN_KEYS = ("from", "value", *_COMMON_KEYS)
-_PLAIN_KEYS = {"role", "content"}
+_PLAIN_KEYS = {"role", "content"}  # the keys of most messages
 # Keys that are not part of the conversation; the audit counts them as unread.
 _METADATA_KEYS = ("id", "uuid", "timestamp", "created_at", "date", "model", "is_error", "status")
 _ARGUMENT_KEYS = ("arguments", "args", "parameters", "input")
@@ -97,7 +97,7 @@ def read_message(value: Any, unread: set[str]) -> list[Message]:
         return _call_turn(content, value, unread)
     if role is None:
         raise RowError(
-            f"a message has the role {_for_message(name)}; expected one of {', '.join(_ROLES)}"
+            f"a message has the role {_quoted(name)}; expected one of {', '.join(_ROLES)}"
         )
     return _build_messages(role, content, value, unread)
 
@@ -115,7 +115,7 @@ def read_turn(value: Any, unread: set[str]) -> list[Message]:
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         expected = ", ".join((*_ROLES, *_CALL_ROLES))
-        raise RowError(f"a turn is from {_for_message(name)}; expected one of {expected}")
+        raise RowError(f"a turn is from {_quoted(name)}; expected one of {expected}")
     return _build_messages(role, content, value, unread)
 
 
@@ -157,10 +157,11 @@ def _build_messages(
     if role == "assistant":
         content, optional = _assistant_content(parts, value, unread)
         return [Message(role, content, is_trained, others | optional)]
-    if wrong := [key for key in (*_CALL_KEYS, *_REASONING_KEYS) if has_value(value.get(key))]:
-        raise RowError(
-            f"a message of the role {role} has {wrong[0]}; only the role assistant can have it"
-        )
+    for key in (*_CALL_KEYS, *_REASONING_KEYS):
+        if has_value(value.get(key)):
+            raise RowError(
+                f"a message of the role {role} has {key}; only the role assistant can have it"
+            )
     if isinstance(parts, str):
         return [Message(role, parts, is_trained, others)]
     return _split_at_results(parts, Message(role, "", is_trained, others), unread)
@@ -180,9 +181,10 @@ def _is_trained(role: Role, weight: Any) -> bool:
 
 
 def _parts(role: Role, content: Any, name: str) -> str | list[Mapping[str, Any]]:
-    """The content as text or as a list of typed parts.
+    """The content as text, or as a list of parts {type: ..., ...}.
 
-    For the role tool, any other value becomes JSON text. For other roles it raises RowError.
+    `name`: name of the content in reasons. For the role tool, any other value becomes JSON text;
+    for other roles it raises RowError.
     """
     if isinstance(content, str):
         return require_text(content, name)
@@ -209,7 +211,7 @@ def _part_description(part: Any) -> str:
     if not isinstance(part, dict):
         return f"that is {json_type(part)}"
     if has_value(kind := part.get("type")):
-        return f"of type {_for_message(kind)}"
+        return f"of type {_quoted(kind)}"
     keys = sorted(key for key in part if has_value(part[key]))
     return f"with the keys {', '.join(keys[:5])}" if keys else "without a value"
 
@@ -301,7 +303,7 @@ def _without_repeated_reasoning(text: str, reasoning: Mapping[str, str]) -> str:
 
 
 def _part_text(part: Mapping[str, Any], keys: Sequence[str], unread: set[str]) -> str:
-    """The text of a part, from the one of `keys` with a value: text, or a list of text parts."""
+    """The text of a part, under one of `keys`. The value there may also be a list of text parts."""
     _check_keys(part, (*keys, *_STRUCTURAL_KEYS, "signature"), "part", unread)
     filled = [key for key in keys if has_value(part.get(key))]
     if len(filled) > 1:
@@ -316,7 +318,10 @@ def _part_text(part: Mapping[str, Any], keys: Sequence[str], unread: set[str]) -
 def _split_at_results(
     parts: list[Mapping[str, Any]], message: Message, unread: set[str]
 ) -> list[Message]:
-    """Split a message into the Messages before, of and after its tool results."""
+    """Split a message into a Message for each tool result, and for the text between the results.
+
+    `parts`: content of the message. `message`: its role and other keys, without content.
+    """
     messages: list[Message] = []
     texts: list[str] = []
     for part in parts:
@@ -351,14 +356,14 @@ def _tool_result(part: Mapping[str, Any], unread: set[str]) -> Message:
 
 def _listed_calls(value: Mapping[str, Any], unread: set[str]) -> list[Mapping[str, Any]]:
     """The calls under the key `tool_calls`, or the single call under the older `function_call`."""
-    several, single = value.get("tool_calls"), value.get("function_call")
-    if has_value(several) and has_value(single):
+    calls, single_call = value.get("tool_calls"), value.get("function_call")
+    if has_value(calls) and has_value(single_call):
         raise RowError("a message has both tool_calls and function_call")
-    if has_value(single):
-        return [_tool_call(single, unread)]
-    if not has_value(several):
+    if has_value(single_call):
+        return [_tool_call(single_call, unread)]
+    if not has_value(calls):
         return []
-    return [_tool_call(call, unread) for call in parse_list(several, "tool_calls of a message")]
+    return [_tool_call(call, unread) for call in parse_list(calls, "tool_calls of a message")]
 
 
 def _tool_call(call: Any, unread: set[str]) -> Mapping[str, Any]:
@@ -367,13 +372,14 @@ def _tool_call(call: Any, unread: set[str]) -> Mapping[str, Any]:
         call = parse_json(call, "a tool call")
     if not isinstance(call, dict):
         raise RowError(f"a tool call is {json_type(call)}; expected {{name, arguments}}")
-    inner = call.get("function")
-    if inner is not None and not isinstance(inner, dict):
+    function = call.get("function")
+    if function is not None and not isinstance(function, dict):
         raise RowError(
-            f"function of a tool call is {json_type(inner)}; expected {{name, arguments}}"
+            f"function of a tool call is {json_type(function)}; expected {{name, arguments}}"
         )
+    # The keys of the call and of `function` together; an empty value does not replace another.
     values = {key: item for key, item in call.items() if key != "function"}
-    for key, item in (inner or {}).items():
+    for key, item in (function or {}).items():
         differs = has_value(values.get(key)) and has_value(item) and values[key] != item
         if differs and key not in _STRUCTURAL_KEYS:
             raise RowError(f"a tool call has {key} twice, with different values")
@@ -419,6 +425,6 @@ def _arguments(value: Any) -> dict[str, Any]:
     return value or {}
 
 
-def _for_message(name: Any) -> str:
-    """A text in quotes and truncated, or the JSON type of another value."""
+def _quoted(name: Any) -> str:
+    """A text in quotes, at most 40 characters, or the JSON type of another value."""
     return repr(name)[:40] if isinstance(name, str) else json_type(name)

@@ -22,7 +22,7 @@ _PARTS = {
 }
 # Keys within a part -> their names in the converted part.
 _KEYS = {"toolUseId": "tool_use_id", "response": "content"}
-_SIGNATURES = ("thoughtSignature", "thought_signature")  # only the API can read them
+_SIGNATURES = ("thoughtSignature", "thought_signature")  # encrypted for the API; not read
 _TOOL_LISTS = ("functionDeclarations", "function_declarations", "toolSpec")
 # Types of items of OpenAI's Responses API that are not messages.
 RESPONSES_ITEMS = ("function_call", "function_call_output", "reasoning")
@@ -35,7 +35,7 @@ def with_messages(row: dict[str, Any]) -> dict[str, Any]:
         return row
     if not all(isinstance(item, dict) and "parts" in item for item in contents):
         return row
-    return {**{k: v for k, v in row.items() if k != "contents"}, "messages": contents}
+    return {"messages" if key == "contents" else key: value for key, value in row.items()}
 
 
 def typed_part(part: Any, *, has_text: bool) -> Any:
@@ -56,13 +56,12 @@ def typed_part(part: Any, *, has_text: bool) -> Any:
         return part
     if kind == "reasoningContent" and isinstance(value.get("reasoningText"), dict):
         value = value["reasoningText"]
-    ids = {"id": "tool_use_id"} if _PARTS[kind] == "tool_result" else {}
-    names = _KEYS | ids
+    names = _KEYS | ({"id": "tool_use_id"} if _PARTS[kind] == "tool_result" else {})
     converted: dict[str, Any] = {}
     for key, item in value.items():
         name = names.get(key, key)
         if has_value(item) and has_value(converted.get(name)):
-            return part  # two keys for one value, of which one would be lost: the row is rejected
+            return part  # one of two values would be lost; messages.py rejects parts without type
         if has_value(item) or name not in converted:
             converted[name] = item
     if kind == "toolResult" and isinstance(converted.get("content"), list):
@@ -79,7 +78,7 @@ def _result_part(part: Any) -> Any:
 
 
 def list_tools(tools: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """The tools, taken out of objects {functionDeclarations: [...]} and {toolSpec: {...}}."""
+    """The tools, unwrapped from objects {functionDeclarations: [...]} and {toolSpec: {...}}."""
     for tool in tools:
         key = next(iter(tool), "")
         if len(tool) != 1 or key not in _TOOL_LISTS:

@@ -1,8 +1,9 @@
-"""Read the sources of the run file: find their files, split them into Lines, parse the Lines.
+"""Read the sources of the run file: find their files, split these into rows, parse the rows.
 
-`read_lines` splits files into Lines, which are unparsed rows, and `parse_line` parses one. The two
-are separate so that one process can read files while worker processes parse. A row that cannot be
-parsed becomes a BadRow. If the rest of a file cannot be read, UserError is raised.
+A source is an item of the setting train_data or eval_data. `read_lines` yields `Line` objects,
+which are unparsed rows, and `parse_line` parses one. The two are separate so that one process can
+read files while worker processes parse. A row that cannot be parsed becomes a BadRow. If the rest
+of a file cannot be read, UserError is raised.
 """
 
 import json
@@ -31,9 +32,9 @@ from pipeline.rows.layouts import refuse_whole_table
 from pipeline.rows.lines import NOT_UTF8, BadRow, Line, Row, size_of
 from pipeline.rows.values import DECODER, DuplicateKeyError, json_type
 
-_FIRST_BYTES = 1000
-# The compression ratio is measured on this multiple of the sample, because compressed blocks are
-# large.
+_FIRST_BYTES = 1000  # read to check that a file is of the format that its name tells
+# The compression ratio is measured on this multiple of the sample's bytes, because the decompressor
+# reads large blocks.
 _RATIO_SAMPLES = 4
 
 __all__ = [
@@ -68,7 +69,7 @@ class Source:
 
 
 class Sample(NamedTuple):
-    """The first Lines of a file, their share (0 to 1) of the whole file, and their bytes."""
+    """The first rows of a file, unparsed; their share (0 to 1) of the file; their size in bytes."""
 
     lines: list[Line]
     share: float
@@ -83,10 +84,10 @@ def resolve_sources(sources: Sequence[DataSource], key: str) -> list[Source]:
     if not sources:
         raise UserError(f"{key}: names no data; give a file, a folder, a glob, or a list of these")
     resolved = [_resolve_source(source, key) for source in sources]
-    first: dict[Path, Source] = {}
+    source_of_file: dict[Path, Source] = {}
     for source in resolved:
         for file in source.files:
-            if (other := first.setdefault(file.resolve(), source)) is not source:
+            if (other := source_of_file.setdefault(file.resolve(), source)) is not source:
                 raise UserError(
                     f"{key}: {file} is in two sources, {other.name} and {source.name}; name each "
                     "file once; a weight above 1 uses its rows more often"
@@ -96,10 +97,10 @@ def resolve_sources(sources: Sequence[DataSource], key: str) -> list[Source]:
 
 def require_disjoint(train: Sequence[Source], held_out: Sequence[Source]) -> None:
     """Raise UserError if a file is in both the training and the held-out data."""
-    trained = {file.resolve(): source.name for source in train for file in source.files}
+    train_files = {file.resolve(): source.name for source in train for file in source.files}
     for source in held_out:
         for file in source.files:
-            if (name := trained.get(file.resolve())) is not None:
+            if (name := train_files.get(file.resolve())) is not None:
                 raise UserError(
                     f"eval_data: {file} is also in train_data ({name}); name different files, or "
                     "hold out a share of the training rows, such as eval_data: 0.05"
@@ -107,7 +108,7 @@ def require_disjoint(train: Sequence[Source], held_out: Sequence[Source]) -> Non
 
 
 def read_lines(source: Source) -> Iterator[Line]:
-    """The Lines of a source in order, up to its limit; blank lines are skipped.
+    """The unparsed rows of a source in order, up to its limit; blank lines are skipped.
 
     Raises UserError if a file is damaged or the source has no row.
     """
@@ -123,7 +124,7 @@ def read_lines(source: Source) -> Iterator[Line]:
 
 
 def parse_line(line: Line) -> Row | BadRow:
-    """Parse a Line into a Row, or into a BadRow with the reason why that is impossible."""
+    """Parse a row: a Row, or a BadRow with the reason why that is impossible."""
     file, number, offset, content, fault = line
     if fault:
         return BadRow(file, number, fault, offset)
@@ -139,7 +140,7 @@ def read_rows(sources: Iterable[Source]) -> Iterator[Row | BadRow]:
 
 
 def sample_file(file: Path, num_bytes: int) -> Sample:
-    """A Sample of the rows that begin within the first `num_bytes` of a file, at least one.
+    """The rows that begin within the first `num_bytes` of a file, at least one.
 
     Raises UserError, OSError, EOFError or ValueError if these rows cannot be read. ValueError is
     also raised for a compressed table, because it would have to be decompressed completely.
@@ -159,7 +160,7 @@ def sample_file(file: Path, num_bytes: int) -> Sample:
 
 
 def _sample_of_table(file: Path, kind: Literal["parquet", "arrow"], num_bytes: int) -> Sample:
-    """A Sample of the first rows of a table, of about `num_bytes`."""
+    """The first rows of a table, of about `num_bytes`."""
     from pipeline.rows.tables import num_rows, table_rows
 
     total, lines, size = num_rows(file, kind), list[Line](), 0
@@ -183,7 +184,7 @@ def _decompressed_size(file: Path, stream: BinaryIO, num_read: int) -> float:
 
 
 def _resolve_source(source: DataSource, key: str) -> Source:
-    """The Source of an item of `train_data` or `eval_data`, with its files."""
+    """Find the files of an item of the setting `key`."""
     name = source.path
     split = HubSplit.parse(name)
     if split is None:
@@ -206,7 +207,7 @@ def _resolve_source(source: DataSource, key: str) -> Source:
 
 
 def _lines_of_file(file: Path) -> Iterator[Line]:
-    """The Lines of a file. Raises UserError if the file is damaged."""
+    """The unparsed rows of a file. Raises UserError if the file is damaged."""
     number = 0
     try:
         kind = detect_kind(file)
@@ -225,7 +226,10 @@ def _lines_of_file(file: Path) -> Iterator[Line]:
 
 
 def _text_lines(file: Path, stream: BinaryIO) -> Iterator[Line]:
-    """The Lines of a JSON or CSV file. Whether JSON is JSONL is detected from its first lines."""
+    """The unparsed rows of a JSONL, JSON or CSV file.
+
+    A file named *.json may also be JSONL; its first lines show which.
+    """
     require_utf8(file)
     kind = detect_kind(file)
     if kind == "csv":
@@ -239,8 +243,8 @@ def _text_lines(file: Path, stream: BinaryIO) -> Iterator[Line]:
         if not has_known_suffix(file):
             _require_json(file, beginning.read(_FIRST_BYTES))
     with open_data(file) as beginning:
-        read = jsonl_rows if is_jsonl(beginning) else json_value_rows
-    return read(file, stream)
+        read_file = jsonl_rows if is_jsonl(beginning) else json_value_rows
+    return read_file(file, stream)
 
 
 def _require_json(file: Path, beginning: bytes) -> None:
@@ -256,7 +260,8 @@ def _require_lines(file: Path, beginning: bytes) -> None:
     """Raise UserError if a file named *.jsonl holds a JSON list on several lines."""
     lines = [line for line in beginning.split(b"\n") if line.strip()]
     first = strip_byte_order_marks(b"".join(lines[:1])).strip()
-    if first in (b"[", b"[{") and not any(isinstance(_object_or_fault(x), dict) for x in lines):
+    has_object = any(isinstance(_object_or_fault(line), dict) for line in lines)
+    if first in (b"[", b"[{") and not has_object:
         raise UserError(f"{file}: a JSON list on several lines, not JSONL; rename it to .json")
 
 

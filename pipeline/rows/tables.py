@@ -18,7 +18,8 @@ from pipeline.rows.content import detect_compression, open_data
 from pipeline.rows.lines import Line
 from pipeline.rows.values import DECODER
 
-_ROWS_AT_ONCE, _BYTES_AT_ONCE, _BUFFER_BYTES = 1000, 2**22, 2**20
+_ROWS_AT_ONCE, _BYTES_AT_ONCE = 1000, 2**22  # limits on the rows in memory
+_BUFFER_BYTES = 2**20  # pyarrow's read buffer for each column
 _Convert = Callable[[Any], Any]
 
 
@@ -31,7 +32,7 @@ class _Table(NamedTuple):
 
 
 def table_rows(file: Path, kind: Literal["parquet", "arrow"]) -> Iterator[Line]:
-    """The rows of a table. A row that is too long or has invalid UTF-8 is a Line with a fault.
+    """The rows of a table. If a row is too long or has invalid UTF-8, its `fault` says so.
 
     Raises UserError if the rest of the file cannot be read.
     """
@@ -92,38 +93,38 @@ def _batch_rows(batch: Any) -> Iterator[dict[str, Any] | str]:
         yield row_limits.too_long() if is_long else row
 
 
-def _converter(kind: Any) -> _Convert | None:
+def _converter(arrow_type: Any) -> _Convert | None:
     """A function that converts Python values of an Arrow type to JSON values; None if not needed.
 
-    It parses text of the extension type `arrow.json`, which `datasets` writes, and converts a map
-    to an object, also where these are nested in other types.
+    Two types need a conversion, also within other types: text of the extension type `arrow.json`,
+    which `datasets` writes, is parsed; a map, which pyarrow returns as pairs, becomes a dict.
     """
     import pyarrow
     from pyarrow import types
 
-    if isinstance(kind, pyarrow.BaseExtensionType):
-        is_json = kind.extension_name == "arrow.json"
-        return _null_safe(_parse_json_text) if is_json else _converter(kind.storage_type)
-    if types.is_struct(kind):
-        fields = {field.name: _converter(field.type) for field in kind}
-        converters = {name: convert for name, convert in fields.items() if convert is not None}
-        return _null_safe(lambda value: _convert_fields(value, converters)) if converters else None
-    if types.is_map(kind):
-        item = _converter(kind.item_type) or _identity
-        return _null_safe(lambda pairs: {key: item(value) for key, value in pairs})
-    if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
-        return _converter(kind.value_type)
-    if types.is_nested(kind) and hasattr(kind, "value_type"):  # all kinds of lists
-        convert_item = _converter(kind.value_type)
-        return (
-            None
-            if convert_item is None
-            else _null_safe(lambda items: [convert_item(i) for i in items])
-        )
+    if isinstance(arrow_type, pyarrow.BaseExtensionType):
+        if arrow_type.extension_name == "arrow.json":
+            return _unless_null(_parse_json_text)
+        return _converter(arrow_type.storage_type)
+    if types.is_struct(arrow_type):
+        converters: dict[str, _Convert] = {}
+        for field in arrow_type:
+            if (convert := _converter(field.type)) is not None:
+                converters[field.name] = convert
+        return _unless_null(lambda row: _convert_fields(row, converters)) if converters else None
+    if types.is_map(arrow_type):
+        convert_value = _converter(arrow_type.item_type) or _identity
+        return _unless_null(lambda pairs: {key: convert_value(value) for key, value in pairs})
+    if types.is_dictionary(arrow_type) or types.is_run_end_encoded(arrow_type):
+        return _converter(arrow_type.value_type)
+    if types.is_nested(arrow_type) and hasattr(arrow_type, "value_type"):  # all kinds of lists
+        convert_item = _converter(arrow_type.value_type)
+        if convert_item is not None:
+            return _unless_null(lambda items: [convert_item(item) for item in items])
     return None
 
 
-def _null_safe(convert: _Convert) -> _Convert:
+def _unless_null(convert: _Convert) -> _Convert:
     """The function `convert`, except that it returns None for None."""
     return lambda value: None if value is None else convert(value)
 
@@ -133,7 +134,7 @@ def _identity(value: Any) -> Any:
 
 
 def _convert_fields(value: dict[str, Any], converters: dict[str, _Convert]) -> dict[str, Any]:
-    """The value with the fields converted that have a function in `converters`."""
+    """The value with its fields converted by the functions in `converters`, by field name."""
     return {key: converters.get(key, _identity)(item) for key, item in value.items()}
 
 
@@ -155,11 +156,14 @@ def _open_table(path: Path, kind: Literal["parquet", "arrow"]) -> Iterator[_Tabl
 
         # With `buffer_size`, columns are read in parts instead of a whole row group at a time.
         with ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as table:
-            meta = table.metadata
-            groups = [meta.row_group(i) for i in range(table.num_row_groups)]
-            row_bytes = max((g.total_byte_size // max(g.num_rows, 1) for g in groups), default=0)
-            at_once = min(max(_BYTES_AT_ONCE // max(row_bytes, 1), 1), _ROWS_AT_ONCE)
-            yield _Table(meta.num_rows, table.schema_arrow, table.iter_batches(at_once))
+            metadata = table.metadata
+            groups = [metadata.row_group(i) for i in range(table.num_row_groups)]
+            # Mean bytes of a row in the row group where it is largest.
+            row_bytes = max(
+                (group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0
+            )
+            batch_rows = min(max(_BYTES_AT_ONCE // max(row_bytes, 1), 1), _ROWS_AT_ONCE)
+            yield _Table(metadata.num_rows, table.schema_arrow, table.iter_batches(batch_rows))
         return
     with pyarrow.memory_map(str(path)) as source:  # the batches refer to the mapped file
         try:
@@ -183,7 +187,7 @@ def _decompressed(file: Path) -> Iterator[Path]:
         yield file
         return
     with TemporaryDirectory(prefix="rankzero-") as folder:
-        unpacked = Path(folder) / "table"
-        with open_data(file) as packed, unpacked.open("wb") as into:
-            shutil.copyfileobj(packed, into)
-        yield unpacked
+        copy = Path(folder) / "table"
+        with open_data(file) as source, copy.open("wb") as target:
+            shutil.copyfileobj(source, target)
+        yield copy

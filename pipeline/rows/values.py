@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.rows.examples import RowError
 
-_PYTHON = re.compile(r"[\s\[({]*'")
+_PYTHON = re.compile(r"[\s\[({]*'")  # JSON has no text in single quotes
 _JSON_TYPES = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
 
 
@@ -55,9 +55,9 @@ def parse_list(value: Any, name: str, *, strips_nulls: bool = False) -> list[Any
     """The items of a list, of JSON text of a list, or of a struct of lists.
 
     A struct of lists becomes a list of objects. An item that is JSON text of an object is parsed.
-    `strips_nulls` removes keys whose value is null from the items: the schema of a table adds every
-    key to every row. Nulls within JSON text are kept. For other values, raises a RowError whose
-    message starts with `name`.
+    `strips_nulls`: remove keys whose value is null from the items, except in JSON text; in a table
+    every object has every key. For other values, raises a RowError whose message starts with
+    `name`.
     """
     items = parse_json(value, name) if isinstance(value, str) else value
     if items is None and value is not None:  # the value is the text "null"
