@@ -315,7 +315,8 @@ def _parameter_groups(
     """
     if settings.lora_plus_ratio == 1:
         return [{"params": list(parameters.values()), "lr": settings.lr}]
-    group_a, group_b = [], []
+    group_a: list[nn.Parameter] = []
+    group_b: list[nn.Parameter] = []
     for key, parameter in parameters.items():
         is_magnitude = parameter.dim() == 1
         (group_b if ".lora_B." in key or is_magnitude else group_a).append(parameter)
