@@ -1,12 +1,11 @@
-"""Render a conversation and find the span of each message in the rendered text.
+r"""Render a conversation and find the span of each message in the rendered text.
 
 The span of an assistant turn is the text that the model has to generate. It starts after the
-generation prompt and ends with the end-of-turn token. Three terms for the text around it, with
-ChatML's template as the example:
+generation prompt and ends with the end-of-turn token. Terms, with ChatML's template as the example:
 
 - opening: all text that the template writes between the preceding message and an assistant's text,
-  `<|im_end|>\\n<|im_start|>assistant\\n`
-- header: the part of the opening that marks the assistant, `<|im_start|>assistant\\n`
+  `<|im_end|>\n<|im_start|>assistant\n`
+- header: the part of the opening that marks the assistant, `<|im_start|>assistant\n`
 - leaf: a string, key or scalar of the row. A rendering records which of its characters come from
   which leaf (leaves.py); all other characters come from the template.
 """
