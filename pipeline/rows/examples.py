@@ -23,6 +23,8 @@ class RowError(Exception):
 
 def printable(text: str) -> str:
     """The text with control characters and lone surrogates escaped; column names may have them."""
+    if text.isprintable():
+        return text
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )

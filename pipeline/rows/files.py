@@ -70,10 +70,9 @@ def find_files(name: str, key: str) -> DataFiles:
     except OSError as error:  # a forbidden folder, a name that is too long
         raise UserError(f"{key}: {error.filename or name}: {error.strerror}") from None
     check_files(data.files, name, key)
-    unique: dict[Path, Path] = {}
-    for file in data.files:
-        unique.setdefault(file.resolve(), file)
-    return data._replace(files=list(unique.values()))
+    # Keeps the first link to a file, at the position of the last one.
+    unique = {file.resolve(): file for file in reversed(data.files)}
+    return data._replace(files=list(unique.values())[::-1])
 
 
 def check_files(files: Sequence[Path], name: str, key: str) -> None:

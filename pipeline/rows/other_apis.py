@@ -35,7 +35,8 @@ def with_messages(row: dict[str, Any]) -> dict[str, Any]:
         return row
     if not all(isinstance(item, dict) and "parts" in item for item in contents):
         return row
-    return {"messages" if key == "contents" else key: value for key, value in row.items()}
+    others = {key: value for key, value in row.items() if key != "contents"}
+    return {**others, "messages": contents}
 
 
 def typed_part(part: Any, *, has_text: bool) -> Any:

@@ -83,11 +83,12 @@ class Engine:
         is_sharded = plan.layout.is_sharded  # ZeRO-3
         reasons_off = plan.fast_paths  # fast path -> why it is off; an empty text if it is on
         if not reasons_off[JOINT_LORA]:
-            join_lora(model)
+            join_lora(model)  # layers with the same input compute their LoRA products together
         if not reasons_off[FP32_KERNELS]:
             multiply_in_fp32(model)
         causal_lm: Any = model.get_base_model()
         self._tiled_mlps = tile_mlps(causal_lm, plan)
+        # At ZeRO-3 activation checkpointing is re-entrant.
         is_reentrant = is_sharded and plan.layout.checkpointed_layers > 0
         if is_reentrant:
             remove_input_gradients(causal_lm)
@@ -110,6 +111,7 @@ class Engine:
         self._lr_ratios = [group["lr"] / plan.settings.lr for group in self._parameter_groups]
         create_state_of_groups(self.deepspeed)
         disable_scale_error(self.deepspeed)
+        # Small parameters that ZeRO-3 keeps gathered (stage3_param_persistence_threshold).
         self._persistent = self.deepspeed.optimizer.persistent_parameters if is_sharded else []
         if is_sharded:
             _register_token_weights(model)

@@ -39,8 +39,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if address in self._counted:
             reference, counted_size = self._counted[address]
             if reference() is storage:
-                self._counted[address] = (reference, size)
-                self._add(size - counted_size)
+                if size != counted_size:
+                    self._counted[address] = (reference, size)
+                    self._add(size - counted_size)
                 return
         reference = weakref.ref(storage, lambda _: self._forget(address))
         self._counted[address] = (reference, size)

@@ -53,7 +53,9 @@ def training_loop(run: TrainingState) -> str | None:
         save_before_stop(run)
         return str(stop)
     finally:
-        run.stops.is_in_loop = True  # `_agree_on_stop` has not set it if no step was left
+        # From now on a stop request no longer ends the process: the adapter is published. Without
+        # a remaining step, `_agree_on_stop` has not set this.
+        run.stops.is_in_loop = True
     return None
 
 
