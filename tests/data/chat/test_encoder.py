@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.data.chat.tokenizer import load_tokenizer
+from pipeline.data.chat.tokenizer import load_tokenizer, special_ids
 from pipeline.errors import UserError
 from pipeline.rows.examples import Completion, RowError, Text, Tokens
 from tests.data.chat.documents import (
@@ -122,13 +122,13 @@ class TestSpecialTokensInPlainText:
     @pytest.mark.parametrize("row", ROWS)
     def test_as_text_tokenises_them_as_text(self, row):
         tokenizer = make_tokenizer()
-        own_encoder = encoder(tokenizer, special_tokens_in_text="as-text")
-        (document,) = own_encoder.encode(row)
+        as_text = encoder(tokenizer, special_tokens_in_text="as-text")
+        (document,) = as_text.encode(row)
         text = row.text if isinstance(row, Text) else row.prompt + row.completion
         end = tokenizer.eos_token
         whole = tokenizer.decode(document.ids.tolist())
         assert whole == (text if text.endswith(end) else text + end)
-        assert sum(int(i) in own_encoder._special.values() for i in document.ids) == 1
+        assert sum(int(i) in special_ids(tokenizer).values() for i in document.ids) == 1
         trained = tokenizer.decode(document.ids[document.supervised].tolist())
         answer = row.text if isinstance(row, Text) else row.completion
         assert trained.removesuffix(end) == answer.removesuffix(end)[isinstance(row, Text) :]

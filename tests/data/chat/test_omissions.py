@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline.data.chat.tokenizer import special_ids
 from pipeline.rows.examples import Conversation, Message, RowError
 from tests.data.chat.documents import (
     chat,
@@ -329,7 +330,7 @@ class TestSpecialTokensInText:
         (document,) = encoder(tokenizer, special_tokens_in_text="as-text").encode(row)
         decode = tokenizer.decode
         assert decode(document.ids.tolist()) == decode(plain.ids.tolist())
-        special = set(encoder(tokenizer)._special_ids)
+        special = set(special_ids(tokenizer).values())
         ours = [token for token in document.ids.tolist() if token in special]
         (bare,) = encoder(tokenizer).encode(chat("say", "xy\u00e9", "r", "z"))
         assert ours == [token for token in bare.ids.tolist() if token in special]
