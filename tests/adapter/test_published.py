@@ -1,5 +1,7 @@
 """The published adapter has the logits of the trained engine when plain peft loads it."""
 
+from functools import cache
+
 import pytest
 import torch
 from peft import PeftModel
@@ -31,17 +33,33 @@ def train_and_gather(session, folder, settings):
     return weights, logits
 
 
-def published_logits(tmp_path, dtype, stage):
-    """Logits of the trained engine, and of plain peft with default options.
+def settings_of(stage, dtype):
+    """Without the fast paths the engine computes as peft does, so that bits can be compared."""
+    return {"zero_stage": stage, "bf16": dtype == "bfloat16", "batch_size": 2, "fast_paths": False}
 
-    Without the fast paths the engine computes as peft does, so that the bits can be compared.
-    """
-    folder = make_model(tmp_path / "model", dtype=dtype)
-    settings = {"zero_stage": stage, "bf16": dtype == "bfloat16", "batch_size": 2,
-                "fast_paths": False}  # fmt: skip
-    weights, logits = run_ranks(train_and_gather, folder, settings, tmp_path=tmp_path)[0]
-    plan = make_plan(folder, 2, 40, **settings)
-    out = tmp_path / "adapter"
+
+def train_at_each_stage(session, folder, dtype):
+    return {s: train_and_gather(session, folder, settings_of(s, dtype)) for s in (1, 2, 3)}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Function: dtype -> model folder, and adapter and logits by stage; the ranks start once."""
+
+    @cache
+    def train(dtype):
+        folder = tmp_path_factory.mktemp("trained")
+        model = make_model(folder / "model", dtype=dtype)
+        return model, run_ranks(train_at_each_stage, model, dtype, tmp_path=folder)[0]
+
+    return train
+
+
+def published_logits(trained, out, dtype, stage):
+    """Logits of the trained engine, and of plain peft with default options."""
+    folder, by_stage = trained(dtype)
+    weights, logits = by_stage[stage]
+    plan = make_plan(folder, 2, 40, **settings_of(stage, dtype))
     publish_adapter(plan, weights, out, step=3, base=base_fingerprint(folder))
 
     def reloaded(**options) -> torch.Tensor:
@@ -58,15 +76,15 @@ def published_logits(tmp_path, dtype, stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_plain_peft_has_the_logits_of_the_engine_in_fp32(tmp_path, stage):
-    logits, by_peft = published_logits(tmp_path, "float32", stage)
+def test_plain_peft_has_the_logits_of_the_engine_in_fp32(trained, tmp_path, stage):
+    logits, by_peft = published_logits(trained, tmp_path / "adapter", "float32", stage)
     assert torch.equal(by_peft, logits)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_plain_peft_has_nearly_the_logits_of_the_engine_in_bf16(tmp_path, stage):
+def test_plain_peft_has_nearly_the_logits_of_the_engine_in_bf16(trained, tmp_path, stage):
     """They are equal without autocast_adapter_dtype; by default peft computes in fp32."""
-    logits, by_peft = published_logits(tmp_path, "bfloat16", stage)
+    logits, by_peft = published_logits(trained, tmp_path / "adapter", "bfloat16", stage)
     assert relative_error(by_peft, logits) <= 0.01
 
 

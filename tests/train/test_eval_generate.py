@@ -42,49 +42,52 @@ def train(session, folder, settings, *, answers_after):
     return answers, {key: tensor.tolist() for key, tensor in weights.items()}, loss
 
 
-def answers_and_weights(session, folder, settings, answers_after):
-    return train(session, folder, settings, answers_after=answers_after)[:2]
+def with_and_without_answers(session, folder):
+    """By stage: answers of the rank and weights of a run with answers, and weights without."""
+    results = {}
+    for stage in (2, 3):
+        settings = {"zero_stage": stage, "batch_size": 2, "gradient_checkpointing": True}
+        answers, weights, _ = train(session, folder, settings, answers_after=(0, 1, 3))
+        _, without, _ = train(session, folder, settings, answers_after=())
+        results[stage] = answers, weights, without
+    return results
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_answers_leave_the_adapter_bitwise_unchanged(tiny_model, tmp_path, stage):
-    settings = {"zero_stage": stage, "batch_size": 2, "gradient_checkpointing": True}
-    call = (answers_and_weights, tiny_model, settings)
-    with_answers = run_ranks(*call, (0, 1, 3), tmp_path=tmp_path)
-    without = run_ranks(*call, (), tmp_path=tmp_path)
-    assert with_answers[0][1] == without[0][1]
-    by_rank = [answers for answers, _ in with_answers]
-    assert [len(each) for each in by_rank[0]] == [1, 1, 1] * 3
-    assert [len(each) for each in by_rank[1]] == [1, 1, 0] * 3
+def test_answers_leave_the_adapter_bitwise_unchanged(tiny_model, tmp_path):
+    by_rank = run_ranks(with_and_without_answers, tiny_model, tmp_path=tmp_path)
+    for stage in (2, 3):
+        _, weights, without = by_rank[0][stage]
+        assert weights == without
+        assert [len(each) for each in by_rank[0][stage][0]] == [1, 1, 1] * 3
+        assert [len(each) for each in by_rank[1][stage][0]] == [1, 1, 0] * 3
 
 
-def answers_and_loss(session, folder, settings):
-    answers, _, loss = train(session, folder, settings, answers_after=(3,))
-    return answers, loss
+KEYS = [{"mlp_tiles": 3}, {"new_tokens": ["<a>"]}]
 
 
-@pytest.mark.parametrize("keys", [{"mlp_tiles": 3}, {"new_tokens": ["<a>"]}])
-def test_answers_are_equal_at_every_stage_and_number_of_ranks(tiny_model, tmp_path, keys):
+def answers_and_losses(session, folder, runs):
+    results = (train(session, folder, settings, answers_after=(3,)) for settings in runs)
+    return [(answers, loss) for answers, _, loss in results]
+
+
+def test_answers_are_equal_at_every_stage_and_number_of_ranks(tiny_model, tmp_path):
     def in_order(results):
         answers = [answers for answers, _ in results]
         return [text for texts in zip(*answers, strict=True) for each in texts for text in each]
 
-    settings = {"batch_size": 1, "lora_dropout": 0.0, **keys}
-    whole = run_ranks(
-        answers_and_loss,
-        tiny_model,
-        settings | {"zero_stage": 2, "mlp_tiles": 1},
-        tmp_path=tmp_path,
-        world_size=1,
-    )
-    sharded = run_ranks(
-        answers_and_loss, tiny_model, settings | {"zero_stage": 3}, tmp_path=tmp_path
-    )
-    assert len(in_order(whole)) == len(PROMPTS)
-    assert any(in_order(whole))
-    assert in_order(sharded) == in_order(whole)
-    for _, loss in sharded:
-        assert loss == pytest.approx(whole[0][1], rel=1e-5)
+    runs = [{"batch_size": 1, "lora_dropout": 0.0, **keys} for keys in KEYS]
+    alone = [settings | {"zero_stage": 2, "mlp_tiles": 1} for settings in runs]
+    whole_runs = run_ranks(answers_and_losses, tiny_model, alone, tmp_path=tmp_path, world_size=1)
+    sharded = [settings | {"zero_stage": 3} for settings in runs]
+    sharded_runs = run_ranks(answers_and_losses, tiny_model, sharded, tmp_path=tmp_path)
+    for number in range(len(runs)):
+        whole = [results[number] for results in whole_runs]
+        sharded = [results[number] for results in sharded_runs]
+        assert len(in_order(whole)) == len(PROMPTS)
+        assert any(in_order(whole))
+        assert in_order(sharded) == in_order(whole)
+        for _, loss in sharded:
+            assert loss == pytest.approx(whole[0][1], rel=1e-5)
 
 
 def questions_of(session, run, settings):

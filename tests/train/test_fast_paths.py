@@ -1,6 +1,7 @@
 """The fast paths give the gradients of the plain computation, at every stage and for every base."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
@@ -17,25 +18,33 @@ NF4, INT8, CHECKPOINTED = (
     {"load_in_8bit": True},
     {"gradient_checkpointing": True},
 )
-CASES = {
-    "zero1": {"zero_stage": 1},
-    "zero2": {"zero_stage": 2},
-    "zero2 checkpointed": {"zero_stage": 2} | CHECKPOINTED,
-    "zero3": {"zero_stage": 3},
-    "zero3 checkpointed": {"zero_stage": 3} | CHECKPOINTED,
-    "nf4 zero1": {"zero_stage": 1} | NF4,
-    "nf4 zero2 checkpointed": {"zero_stage": 2} | NF4 | CHECKPOINTED,
-    "nf4 zero3": {"zero_stage": 3} | NF4,
-    "int8": {"zero_stage": 2, "batch_size": 1} | INT8,
+# Runs that the same ranks train one after the other.
+GROUPS = {
+    "lora": {
+        "zero1": {"zero_stage": 1},
+        "zero2": {"zero_stage": 2},
+        "zero2 checkpointed": {"zero_stage": 2} | CHECKPOINTED,
+        "zero3": {"zero_stage": 3},
+        "zero3 checkpointed": {"zero_stage": 3} | CHECKPOINTED,
+    },
+    "quantised": {
+        "nf4 zero1": {"zero_stage": 1} | NF4,
+        "nf4 zero2 checkpointed": {"zero_stage": 2} | NF4 | CHECKPOINTED,
+        "nf4 zero3": {"zero_stage": 3} | NF4,
+        "int8": {"zero_stage": 2, "batch_size": 1} | INT8,
+    },
 }
 
 
-def on_and_off(session, train, folder, settings, *arguments):
-    """Results with and without the fast paths."""
-    return [
-        train(session, folder, settings | {"fast_paths": is_fast}, *arguments)
-        for is_fast in (True, False)
-    ]
+def on_and_off(session, train, folder, runs, *arguments):
+    """Results of each run with and without the fast paths."""
+    return {
+        name: [
+            train(session, folder, settings | {"fast_paths": is_fast}, *arguments)
+            for is_fast in (True, False)
+        ]
+        for name, settings in runs.items()
+    }
 
 
 def assert_same(fast, plain):
@@ -44,18 +53,31 @@ def assert_same(fast, plain):
     assert distance(fast["weights"], plain["weights"]) < 1e-5
 
 
-@pytest.mark.parametrize("settings", CASES.values(), ids=CASES.keys())
-def test_gradients_equal_those_of_the_plain_computation(tiny_model, tmp_path, settings):
-    settings = {"batch_size": 2} | settings
-    results = run_ranks(on_and_off, train_tiny, tiny_model, settings, tmp_path=tmp_path)
-    assert_same(*results[0])
+@pytest.fixture(scope="module")
+def results_of(tiny_model, tmp_path_factory):
+    """Function: name of a group -> the results of its runs; the ranks start once."""
+
+    @cache
+    def train(name):
+        runs = {key: {"batch_size": 2} | settings for key, settings in GROUPS[name].items()}
+        folder = tmp_path_factory.mktemp("group")
+        return run_ranks(on_and_off, train_tiny, tiny_model, runs, tmp_path=folder)[0]
+
+    return train
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_gradients_of_packs_equal_those_of_the_plain_computation(tiny_model, tmp_path, stage):
-    settings = {"zero_stage": stage, "batch_size": 1}
-    results = run_ranks(on_and_off, train_packed, tiny_model, settings, PACKS, tmp_path=tmp_path)
-    assert_same(*results[0])
+@pytest.mark.parametrize(
+    ("group", "name"), [(group, name) for group, runs in GROUPS.items() for name in runs]
+)
+def test_gradients_equal_those_of_the_plain_computation(results_of, group, name):
+    assert_same(*results_of(group)[name])
+
+
+def test_gradients_of_packs_equal_those_of_the_plain_computation(tiny_model, tmp_path):
+    runs = {stage: {"zero_stage": stage, "batch_size": 1} for stage in (1, 2, 3)}
+    results = run_ranks(on_and_off, train_packed, tiny_model, runs, PACKS, tmp_path=tmp_path)[0]
+    for fast, plain in results.values():
+        assert_same(fast, plain)
 
 
 def in_fp32_and_bf16(session, folder, settings):

@@ -17,16 +17,22 @@ pytestmark = pytest.mark.engine
 # first of them is FIRSTS[i].
 DOCUMENTS, PACKS, FIRSTS, SIZES = 12, 4, (0, 1, 6, 9), (1, 5, 3, 3)
 STEPS = 3
-# (number of ranks, settings) of each run on packs.
-DIVISIONS = [
-    (1, {"zero_stage": 2, "batch_size": 4}),
-    (2, {"zero_stage": 1, "batch_size": 1}),
-    (2, {"zero_stage": 2, "batch_size": 2, "gradient_checkpointing": True}),
-    (2, {"zero_stage": 3, "batch_size": 1}),
-    (2, {"zero_stage": 3, "batch_size": 2, "gradient_checkpointing": True}),
-    (2, {"zero_stage": 2, "batch_size": 2, "load_in_4bit": True}),
-    (2, {"zero_stage": 3, "batch_size": 1, "load_in_4bit": True}),
-]
+# Number of ranks, and the runs on packs that these ranks train one after the other.
+GROUPS = {
+    "1 rank": (1, [{"zero_stage": 2, "batch_size": 4}]),
+    "2 ranks": (
+        2,
+        [
+            {"zero_stage": 1, "batch_size": 1},
+            {"zero_stage": 2, "batch_size": 2, "gradient_checkpointing": True},
+            {"zero_stage": 3, "batch_size": 1},
+            {"zero_stage": 3, "batch_size": 2, "gradient_checkpointing": True},
+            {"zero_stage": 2, "batch_size": 2, "load_in_4bit": True},
+            {"zero_stage": 3, "batch_size": 1, "load_in_4bit": True},
+        ],
+    ),
+}
+RUNS = [(name, number) for name, (_, runs) in GROUPS.items() for number in range(len(runs))]
 
 
 class Packed(Documents):
@@ -64,27 +70,38 @@ def train(session, folder, settings, sequences):
     return {"losses": losses, "gradients": gradients, "weights": weights}
 
 
+def train_each(session, folder, runs, sequences):
+    """Results of `train` for several settings; the ranks start once for all of them."""
+    return [train(session, folder, settings, sequences) for settings in runs]
+
+
 @pytest.fixture(scope="module")
 def documents_alone(tiny_model, tmp_path_factory):
-    """Function: the run on one rank with one document in a forward pass, in fp32 or in 4 bits."""
+    """Runs on one rank with one document in a forward pass: in fp32, and in 4 bits."""
+    runs = [{"zero_stage": 2, "batch_size": 1, "load_in_4bit": on} for on in (False, True)]
+    arguments = (train_each, tiny_model, runs, DOCUMENTS)
+    return run_ranks(*arguments, tmp_path=tmp_path_factory.mktemp("alone"), world_size=1)[0]
+
+
+@pytest.fixture(scope="module")
+def results_of(tiny_model, tmp_path_factory):
+    """Function: name of a group -> the results of its runs on packs; the ranks start once."""
 
     @cache
-    def train_alone(is_4bit):
-        settings = {"zero_stage": 2, "batch_size": 1, "load_in_4bit": is_4bit}
-        folder = tmp_path_factory.mktemp("alone")
-        return run_ranks(train, tiny_model, settings, DOCUMENTS, tmp_path=folder, world_size=1)[0]
+    def train_group(name):
+        world_size, runs = GROUPS[name]
+        arguments, folder = (train_each, tiny_model, runs, PACKS), tmp_path_factory.mktemp("group")
+        return run_ranks(*arguments, tmp_path=folder, world_size=world_size)[0]
 
-    return train_alone
+    return train_group
 
 
-@pytest.mark.parametrize(("world_size", "settings"), DIVISIONS)
+@pytest.mark.parametrize(("group", "number"), RUNS)
 def test_packs_have_the_losses_gradients_and_weights_of_their_documents(
-    tiny_model, documents_alone, tmp_path, world_size, settings
+    documents_alone, results_of, group, number
 ):
-    expected = documents_alone(settings.get("load_in_4bit", False))
-    packed = run_ranks(
-        train, tiny_model, settings, PACKS, tmp_path=tmp_path, world_size=world_size
-    )[0]
+    is_4bit = "load_in_4bit" in GROUPS[group][1][number]
+    expected, packed = documents_alone[is_4bit], results_of(group)[number]
     assert packed["losses"] == pytest.approx(expected["losses"], rel=1e-6)
     assert distance(packed["gradients"], expected["gradients"]) < 1e-6
     assert distance(packed["weights"], expected["weights"]) < 1e-5

@@ -40,14 +40,6 @@ def reductions(session, folder, settings):
     return collectives.count
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_four_micro_batches_need_as_many_reductions_as_one(tiny_model, tmp_path, stage):
-    settings = {"zero_stage": stage}
-    [four, *_] = run_ranks(reductions, tiny_model, settings | {"batch_size": 1}, tmp_path=tmp_path)
-    [one, *_] = run_ranks(reductions, tiny_model, settings | {"batch_size": 4}, tmp_path=tmp_path)
-    assert four == one > 0
-
-
 def reductions_after_a_failure(session, folder, settings):
     """Collectives after a micro-batch that could not be read."""
     plan, engine = build_engine(session, folder, settings)
@@ -66,18 +58,43 @@ def reductions_after_a_failure(session, folder, settings):
     return collectives.count - before
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_nothing_is_reduced_after_a_failure(tiny_model, tmp_path, stage):
-    settings = {"zero_stage": stage, "batch_size": 1}
-    counts = run_ranks(reductions_after_a_failure, tiny_model, settings, tmp_path=tmp_path)
-    assert counts == [0, 0]
+def run_at_each_stage(session, folder):
+    """By stage: numbers of reductions, and first gradients in fp32 and with reductions in bf16."""
+    return {
+        stage: {
+            "four": reductions(session, folder, {"zero_stage": stage, "batch_size": 1}),
+            "one": reductions(session, folder, {"zero_stage": stage, "batch_size": 4}),
+            "failed": reductions_after_a_failure(
+                session, folder, {"zero_stage": stage, "batch_size": 1}
+            ),
+            "gradients": [
+                train_tiny(
+                    session, folder, {"zero_stage": stage, "batch_size": 1} | options, 1
+                )["gradients"]
+                for options in ({}, {"bf16": True}, {"bf16": True, "fast_paths": False})
+            ],
+        }
+        for stage in (1, 2, 3)
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(tiny_model, tmp_path_factory):
+    """The results of `run_at_each_stage` by rank."""
+    return run_ranks(run_at_each_stage, tiny_model, tmp_path=tmp_path_factory.mktemp("reduce"))
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_one_reduction_in_bf16_is_as_exact_as_one_for_each_micro_batch(tiny_model, tmp_path, stage):
-    settings = {"zero_stage": stage, "batch_size": 1}
-    exact, once, often = (
-        run_ranks(train_tiny, tiny_model, settings | options, 1, tmp_path=tmp_path)[0]["gradients"]
-        for options in ({}, {"bf16": True}, {"bf16": True, "fast_paths": False})
-    )
+def test_four_micro_batches_need_as_many_reductions_as_one(results, stage):
+    assert results[0][stage]["four"] == results[0][stage]["one"] > 0
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_nothing_is_reduced_after_a_failure(results, stage):
+    assert [by_stage[stage]["failed"] for by_stage in results] == [0, 0]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_one_reduction_in_bf16_is_as_exact_as_one_for_each_micro_batch(results, stage):
+    exact, once, often = results[0][stage]["gradients"]
     assert distance(once, exact) < 1.1 * distance(often, exact)

@@ -79,10 +79,28 @@ def scaled_resume(session, folder, settings, saved):
     return train_steps(session, plan, engine, 14, 6)
 
 
+def scaled_runs(session, folder, runs):
+    return [scaled_run(session, folder, settings) for settings in runs]
+
+
+def scaled_resumes(session, folder, runs):
+    return [scaled_resume(session, folder, *run) for run in runs]
+
+
+@pytest.fixture(scope="module")
+def scaled(tiny_model, tmp_path_factory):
+    """By stage: an fp16 run, and the same run resumed by other processes."""
+    folder = tmp_path_factory.mktemp("scaled")
+    runs = [{"zero_stage": stage, "batch_size": 2, "lora_dropout": 0.1} for stage in (1, 2, 3)]
+    uninterrupted = run_ranks(scaled_runs, tiny_model, runs, tmp_path=folder)[0]
+    runs = [(run, result["saved"]) for run, result in zip(runs, uninterrupted, strict=True)]
+    resumed = run_ranks(scaled_resumes, tiny_model, runs, tmp_path=folder)[0]
+    return dict(enumerate(zip(uninterrupted, resumed, strict=True), start=1))
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_resumed_fp16_run_has_the_same_scale(tiny_model, tmp_path, stage):
-    settings = {"zero_stage": stage, "batch_size": 2, "lora_dropout": 0.1}
-    uninterrupted = run_ranks(scaled_run, tiny_model, settings, tmp_path=tmp_path)[0]
+def test_a_resumed_fp16_run_has_the_same_scale(scaled, stage):
+    uninterrupted, resumed = scaled[stage]
     skipped = [not applied for _, applied, *_ in uninterrupted["before"]]
     assert skipped[0]
     assert any(skipped[1:])
@@ -91,10 +109,7 @@ def test_a_resumed_fp16_run_has_the_same_scale(tiny_model, tmp_path, stage):
     assert all(can_lower_scale for _, _, can_lower_scale, _ in uninterrupted["before"])
     scales = [scale for *_, scale in uninterrupted["after"]]
     assert len(set(scales)) > 1  # so the resumed counters matter
-    resumed = run_ranks(
-        scaled_resume, tiny_model, settings, uninterrupted["saved"], tmp_path=tmp_path
-    )
-    assert resumed[0] == uninterrupted["after"]
+    assert resumed == uninterrupted["after"]
 
 
 def overflow_at_the_smallest_scale(session, folder):
@@ -148,14 +163,32 @@ def train_without_step(session, folder, settings, bad_step):
     return gather_weights(engine.parameters, keep=True)
 
 
-@pytest.mark.parametrize("precision", [{"bf16": True}, {}])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
-    tiny_model, tmp_path, stage, precision
-):
-    settings = {"zero_stage": stage, "batch_size": 2} | precision  # 2 micro-batches a step
-    results = run_ranks(skip_one, tiny_model, settings, 2, tmp_path=tmp_path)
-    assert [applied for applied, _ in results] == [[True, True, False, True, True]] * 2
-    expected = run_ranks(train_without_step, tiny_model, settings, 2, tmp_path=tmp_path)[0]
-    for key, tensor in results[0][1].items():
-        assert torch.equal(tensor, expected[key]), key
+RUNS = {
+    (stage, dtype): {"zero_stage": stage, "batch_size": 2, "bf16": dtype == "bf16"}
+    for stage in (1, 2, 3)
+    for dtype in ("bf16", "fp32")
+}  # 2 micro-batches a step
+
+
+def skip_and_omit(session, folder):
+    """Each of RUNS with a bad step 2, and without step 2."""
+    return {
+        run: (
+            skip_one(session, folder, settings, 2), train_without_step(session, folder, settings, 2)
+        )
+        for run, settings in RUNS.items()
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def with_and_without_step(tiny_model, tmp_path_factory):
+    """The results of `skip_and_omit` by rank."""
+    return run_ranks(skip_and_omit, tiny_model, tmp_path=tmp_path_factory.mktemp("skip"))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(with_and_without_step, run):
+    results = [by_run[run] for by_run in with_and_without_step]
+    assert [applied for (applied, _), _ in results] == [[True, True, False, True, True]] * 2
+    (_, weights), expected = results[0]
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in weights.items())
