@@ -68,8 +68,8 @@ templates: $(VENV)/.installed
 # Every tracker through its own library, in an environment of its own (about 1 GB).
 test-trackers:
 	test -x .venv-trackers/bin/python || $(PYTHON) -m venv .venv-trackers
-	.venv-trackers/bin/python -m pip install -qq pydantic pyyaml packaging psutil rich \
-		hypothesis pytest pytest-timeout wandb mlflow trackio pandas
+	.venv-trackers/bin/python -m pip install -qq pydantic pyyaml packaging psutil regex rich \
+		hypothesis pytest pytest-timeout wandb tensorboard mlflow trackio pandas
 	.venv-trackers/bin/python -m pytest tests/track
 
 # The engines, each in an environment of its own, and llama.cpp's converters from the source of

@@ -115,17 +115,20 @@ def _next_steps(plan: Plan, args: argparse.Namespace) -> list[str]:
 def start_commands(plan: Plan, run_file: Path, overrides: Sequence[str]) -> list[str]:
     """Command line that starts the planned run; for GPUs also a command line for sbatch."""
     words = shlex.join([str(run_file), *overrides])
+    is_clone = Path("launch/train.py").is_file()  # an installed package has no launch/
+    script = "launch/train.py" if is_clone else "--module pipeline.cli.train"
+    single = f"python launch/train.py {words}" if is_clone else f"rankzero train {words}"
     ranks, nodes = plan.layout.ranks_per_node, plan.layout.nodes
     if plan.hardware.kind == "cpu":
-        command = f"deepspeed --num_accelerators {ranks} launch/train.py {words}"
-        return [f"start      {command if ranks > 1 else f'python launch/train.py {words}'}"]
+        command = f"deepspeed --num_accelerators {ranks} {script} {words}"
+        return [f"start      {command if ranks > 1 else single}"]
     # --num_gpus only if the run uses fewer GPUs than are visible: with this option DeepSpeed's
     # launcher ignores CUDA_VISIBLE_DEVICES (0.19.8 launcher/runner.py), which a scheduler may set.
     fewer = f"--num_gpus {ranks} " if ranks < plan.hardware.devices_per_node else ""
     hosts = f"--hostfile HOSTS --num_nodes {nodes} " if nodes > 1 else ""
-    command = f"deepspeed {hosts}{fewer}launch/train.py {words}"
+    command = f"deepspeed {hosts}{fewer}{script} {words}"
     if nodes == ranks == 1:
-        command = f"python launch/train.py {words}"
+        command = single
     memory = math.ceil(plan.memory.host_peak_bytes * _SPARE_MEMORY / GIB)
     options = (
         f"--nodes={nodes} --gpus-per-node={ranks} --cpus-per-gpu={_CPUS_PER_GPU} --mem={memory}G"

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timedelta
 from itertools import pairwise
 from types import TracebackType
@@ -42,10 +42,13 @@ class ProgressDisplay:
         if is_shown and console.is_terminal and logger.isEnabledFor(logging.INFO):
             # rich prints log lines above the view.
             self._live = Live(self._view, console=console, refresh_per_second=2)
+        self._first_step = ExitStack()  # the progress until the first step is done
 
     def __enter__(self) -> Self:
         if self._live is not None:
             self._live.start()
+        elif self._is_shown:
+            self._first_step.enter_context(show_progress("first step"))
         return self
 
     def __exit__(
@@ -54,11 +57,13 @@ class ProgressDisplay:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._first_step.close()
         if self._live is not None:
             self._live.stop()
 
     def show_step(self, line: dict[str, Any], saved_step: int | None) -> None:
         """Show a step. `line`: its line of metrics.jsonl; `saved_step`: the last checkpoint."""
+        self._first_step.close()
         self._view.add_step(line, saved_step)
         step = line["step"]
         is_due = step % self._logging_steps == 0 or step in (1, self._total)

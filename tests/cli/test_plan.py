@@ -60,10 +60,10 @@ def call(tmp_path):
     path = tmp_path / "RUN.yaml"
     path.write_text(yaml.safe_dump(values | {"output_dir": str(tmp_path / "run"), "lora_r": 16}))
 
-    def run(*arguments: str) -> tuple[int, str, str]:
+    def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, str]:
         result = subprocess.run(
             [sys.executable, "-c", SCRIPT, str(path), *arguments],
-            capture_output=True, text=True, cwd=ROOT, check=False,
+            capture_output=True, text=True, cwd=cwd, check=False,
         )  # fmt: skip
         assert "TORCH" not in result.stdout
         assert "Traceback" not in result.stderr
@@ -110,6 +110,18 @@ def test_the_text_has_layout_reasons_memory_and_start_commands(call):
         "sbatch --nodes=1 --gpus-per-node=8 --cpus-per-gpu=4", "slurm/train.sbatch",
         "global_batch_size=64",
     )  # fmt: skip
+
+
+def test_the_start_command_outside_a_clone_is_that_of_an_installed_package(call, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (call.folder / "train.jsonl").write_text('{"text": "a b"}\n' * 500)
+    (call.folder / "launch").mkdir()
+    (call.folder / "launch/plan.py").symlink_to(ROOT / "launch/plan.py")
+    for gpus, command in (("8", "deepspeed --module pipeline.cli.train"), ("1", "rankzero train")):
+        code, out, _ = call("--gpu", "a100-80gb", "--gpus-per-node", gpus, cwd=call.folder)
+        assert code == 0
+        assert_mentions(out, command)
+        assert "launch/train.py" not in out
 
 
 def test_the_cost_of_max_length_is_in_the_text_and_in_the_json(call):
@@ -216,10 +228,10 @@ def plan_without_file(tmp_path, monkeypatch):
     """Call the script without a run file and with an empty hub cache."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
 
-    def run(*arguments: str) -> tuple[int, str, str]:
+    def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, str]:
         result = subprocess.run(
             [sys.executable, "-c", SCRIPT, *arguments],
-            capture_output=True, text=True, cwd=ROOT, check=False,
+            capture_output=True, text=True, cwd=cwd, check=False,
         )  # fmt: skip
         assert "TORCH" not in result.stdout
         assert "Traceback" not in result.stderr

@@ -2,6 +2,8 @@
 
 import io
 import math
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from pipeline.cluster import progress
 from pipeline.cluster.progress import Work
-from pipeline.train.display import TrainingView, curve
+from pipeline.train.display import ProgressDisplay, TrainingView, curve
 from tests.messages import assert_mentions
 
 pytestmark = pytest.mark.unit
@@ -70,3 +73,20 @@ def test_the_curve_rises_and_falls_with_the_values() -> None:
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True), min_size=1, max_size=200))
 def test_the_curve_of_any_values_has_limited_width(values: list[float]) -> None:
     assert len(curve(values)) == min(len(values), 24)
+
+
+def test_the_wait_for_the_first_step_is_shown_until_it_is_done(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(progress, "_QUIET_S", 0.0)
+    monkeypatch.setattr(progress, "_LINE_INTERVAL_S", 0.001)
+    plan: Any = SimpleNamespace(
+        steps=SimpleNamespace(total_steps=5), settings=SimpleNamespace(logging_steps=1),
+        speed=SimpleNamespace(tokens_per_second=10.0),
+    )  # fmt: skip
+    with caplog.at_level("INFO"), ProgressDisplay(plan, 0, is_shown=True) as display:
+        while caplog.text.count("first step") < 3:
+            time.sleep(0.001)
+        display.show_step(line(1, 1.0), saved_step=None)
+        num_lines = caplog.text.count("first step")
+        time.sleep(0.05)
+        assert caplog.text.count("first step") == num_lines
+    assert_mentions(caplog.text, "step 1/5")

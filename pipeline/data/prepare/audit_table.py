@@ -10,6 +10,7 @@ from rich.text import Text
 
 _BAR = 40  # characters of the longest bar
 _SEPARATE = ("length", "sources")  # entries of a split that have tables of their own
+_DETAIL = ": "  # between the name of a count and the name of its part
 _MAX_FILES = 20  # shown of one source; audit.json has all
 
 
@@ -23,14 +24,16 @@ def audit_table(audit: Mapping[str, Mapping[str, Any]]) -> Group:
 
 
 def _count_table(audit: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A column for each split, a row for each number."""
+    """A column for each split, a row for each number; details that are all 0 are left out."""
     table = Table(title="audit")
     table.add_column("")
     for split in audit:
         table.add_column(split, justify="right")
     flat = {split: dict(_flat(values)) for split, values in audit.items()}
     for name in dict.fromkeys(name for values in flat.values() for name in values):
-        cells = (values.get(name) for values in flat.values())
+        cells = [values.get(name) for values in flat.values()]
+        if _DETAIL in name and not any(cells):
+            continue
         table.add_row(name, *("" if cell is None else _cell(name, cell) for cell in cells))
     return table
 
@@ -41,7 +44,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
     The name of a nested number is, for example, `omitted reasoning: tokens`.
     """
     for key, value in values.items():
-        name = f"{prefix}: {key}" if prefix else key.replace("_", " ")
+        word = "keeps 99 %" if key == "keeps_99" else key  # reasons and columns stay as they are
+        name = f"{prefix}{_DETAIL}{word}" if prefix else key.replace("_", " ")
         if isinstance(value, Mapping) and key not in _SEPARATE:
             yield from _flat(value, name)
         elif key not in _SEPARATE:

@@ -174,6 +174,13 @@ def printed(run):
     return console.file.getvalue()
 
 
+def test_details_that_are_0_are_left_out_of_the_table(run):
+    run.prepare(eval_data=None)
+    assert run.audit()["omitted_reasoning"]["rows"] == run.audit()["truncated_rows"] == 0
+    assert "omitted reasoning" not in printed(run)
+    assert "truncated rows" in printed(run)
+
+
 def test_every_file_is_listed_with_its_number_of_rows(run):
     """Bad rows are counted too. A file may have no rows, or be read in part because of `limit`."""
     folder = run.folder / "rows"
