@@ -37,7 +37,7 @@ STYLE = (
     "display: inline-block; font: 14px/1.25 'DejaVu Sans Mono', monospace }"
 )
 # Terminal images: name -> text that is on the screen when it is taken; None: the end.
-MOMENTS = {"terminal-training": "60 %", "terminal-scoring": "exact match", "terminal-end": None}
+MOMENTS = {"terminal-training": " 60 %", "terminal-scoring": "exact match", "terminal-end": None}
 THEMES = {"light": "", "dark": "-dark"}  # and the end of the names of their images
 
 
