@@ -1,13 +1,16 @@
-"""Search for the layout: all layouts that the settings allow, with predicted memory and time.
+"""Search for the layout of a run: predict memory and time for each allowed layout, and rank them.
 
-A key that the user set is a constraint; a key that is `auto` is free. Layouts that fit are ranked
-in classes: layouts that keep base and activations on the devices, then layouts that offload
-activations to host memory, then layouts that offload the base. In each class, layouts that
-replicate the base on every device come before layouts that shard it (ZeRO-3). Within a class they
-are ranked by predicted seconds per step. A layout of a later class may be predicted to be a little
-faster, because it checkpoints fewer blocks. It is still not preferred: its time depends on link
-rates, the least certain part of the prediction. Optimizer states are never offloaded, because an
-adapter's are small.
+A layout (plan/given/layout.py) is a combination of ZeRO stage, micro-batch size, accumulation
+steps, activation checkpointing, offload and sequence parallelism. A setting that the user gave is a
+constraint; for a setting that is `auto`, all useful values are tried.
+
+Layouts that fit in memory are ranked in this order: first those that keep the frozen base and the
+activations on the devices, then those that offload activations to host memory, then those that
+offload the base. Among these, layouts that replicate the base on every device come before layouts
+that shard it (ZeRO-3). The rest is decided by the predicted seconds per step. A layout that shards
+or offloads may be predicted to be a little faster, because it checkpoints fewer blocks. It is still
+not preferred: its time depends on link rates, the least certain part of the prediction. Optimizer
+states are never offloaded, because those of an adapter are small.
 """
 
 from collections.abc import Iterator
@@ -15,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
 from pipeline.config.settings import RunSettings
@@ -35,10 +38,12 @@ from pipeline.plan.given.shape import ModelShape
 
 _DEFAULT_GLOBAL_BATCH = 16
 _LARGEST_MICRO_BATCH = 64
-_TILE_TOKENS = 4096  # tokens of a tile of an MLP: enough to keep a GPU's matrix units busy
-# Tokens of a rank's part of a sequence from which MLPs are tiled. For shorter ones the time that
-# tiles take is too uncertain, and smaller micro-batches save as much memory.
-_LONG_SEQUENCE = 16_384
+# A tiled MLP computes a sequence in tiles, one after another. Tokens of a tile: enough to keep a
+# GPU's matrix units busy.
+_TILE_TOKENS = 4096
+# Tiling is tried only if each rank has at least so many tokens of a sequence. For fewer tokens the
+# time that tiling costs is too uncertain, and smaller micro-batches save as much memory.
+_MIN_TILED_TOKENS = 16_384
 _HOST_SHARE = 0.9  # usable fraction of a node's memory; system and page cache need the rest
 
 
@@ -92,8 +97,9 @@ def training_dtype(settings: RunSettings, hardware: Hardware) -> tuple[str, str]
     if settings.bf16 == "auto" and has_bf16:
         return "bfloat16", f"{hardware.name} supports bfloat16"
     if settings.fp16 == "auto" and hardware.kind == "cuda":
-        is_disabled = settings.bf16 is False
-        return "float16", "bf16: false" if is_disabled else f"{hardware.name} has no bfloat16"
+        if settings.bf16 is False:
+            return "float16", "bf16: false"
+        return "float16", f"{hardware.name} has no bfloat16"
     return "float32", f"no 16-bit type is both allowed and supported on {hardware.name}"
 
 
@@ -115,66 +121,72 @@ def micro_batches(
 
 
 def default_global_batch_size(data_parallel_size: int) -> int:
-    """Sequences of a step if no batch key is set: 16, or as many ranks divide."""
+    """Sequences of a step if no batch key is set: at most 16, but one for each rank or group.
+
+    It is a multiple of `data_parallel_size`.
+    """
     return max(1, _DEFAULT_GLOBAL_BATCH // data_parallel_size) * data_parallel_size
 
 
 def _sequences_per_rank(settings: RunSettings, world_size: int, sequence_parallel_size: int) -> int:
-    """Sequences of a step on each rank, or on each group that shares sequences."""
-    groups = world_size // sequence_parallel_size
-    total = settings.global_batch_size
-    micro, accumulation = settings.batch_size, settings.gradient_accumulation_steps
-    factors = {"batch_size": micro, "gradient_accumulation_steps": accumulation}
-    given = {key: value for key, value in factors.items() if value != "auto"}
-    per_rank = 1
-    for value in given.values():
-        per_rank *= value
-    if total == "auto":
-        return per_rank if given else default_global_batch_size(groups) // groups
-    all_ranks = groups * per_rank
-    is_complete = len(given) == len(factors)
-    if total % all_ranks or (is_complete and total != all_ranks):
+    """Sequences of a step on each rank, or on each group of ranks that share sequences.
+
+    Raises UserError if the batch keys contradict each other or the number of ranks.
+    """
+    num_groups = world_size // sequence_parallel_size
+    keys = ("batch_size", "gradient_accumulation_steps")
+    set_keys = {key: getattr(settings, key) for key in keys if getattr(settings, key) != "auto"}
+    are_all_set = len(set_keys) == len(keys)
+    per_group = prod(set_keys.values())  # 1 if neither key is set
+    global_batch = settings.global_batch_size
+    if global_batch == "auto":
+        return per_group if set_keys else default_global_batch_size(num_groups) // num_groups
+    product = num_groups * per_group
+    is_possible = global_batch == product if are_all_set else global_batch % product == 0
+    if not is_possible:
         unit = "ranks"
         if sequence_parallel_size > 1:
             unit = f"groups of {sequence_parallel_size} ranks (sequence_parallel_size)"
-        terms = [f"{groups} {unit}", *(f"{key} {value}" for key, value in given.items())]
-        low = max(total // all_ranks, 1) * all_ranks
-        possible = str(all_ranks) if is_complete else f"{low} or {low + all_ranks}"
+        terms = [f"{num_groups} {unit}", *(f"{key} {value}" for key, value in set_keys.items())]
+        lower = max(global_batch // product, 1) * product
+        possible = str(product) if are_all_set else f"{lower} or {lower + product}"
         raise UserError(
-            f"global_batch_size: {total} is not {' x '.join(terms)}"
-            f"{'' if is_complete else ' x a whole number'}; {possible} would work"
+            f"global_batch_size: {global_batch} is not {' x '.join(terms)}"
+            f"{'' if are_all_set else ' x a whole number'}; {possible} would work"
         )
-    return total // groups
+    return global_batch // num_groups
 
 
 def candidates(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> list[Candidate]:
     """A candidate for every layout that the settings allow, sorted by `preference`.
 
-    Raises UserError if the batch keys contradict each other.
+    If `sequence_parallel_size` is `auto`, sequences are split over ranks only if nothing else fits
+    without offload. Raises UserError if the batch keys contradict each other.
     """
-    found = _without_auto_split(settings, shape, cluster)
-    is_kept = any(
+    result = _candidates_of_one_group_size(settings, shape, cluster)
+    fits_without_offload = any(
         candidate.refusal is None
         and not candidate.layout.offload_activations
         and candidate.layout.offload_param == "none"
-        for candidate in found
+        for candidate in result
     )
-    for size in [] if is_kept else _auto_splits(settings, shape, cluster):
+    for size in [] if fits_without_offload else _group_sizes_to_try(settings, shape, cluster):
         changes: dict[str, Any] = {"sequence_parallel_size": size}
         if settings.batch_size == settings.gradient_accumulation_steps == "auto":
-            changes["batch_size"] = 1  # a longer micro-batch would need another split
+            changes["batch_size"] = 1  # a larger micro-batch needs more memory
             if settings.global_batch_size == "auto":
                 changes["global_batch_size"] = default_global_batch_size(cluster.world_size)
-        split = settings.model_copy(update=changes)
         with suppress(UserError):  # batch keys that do not suit this number of groups
-            found += _without_auto_split(split, shape, cluster)
-    return sorted(found, key=preference)
+            result += _candidates_of_one_group_size(
+                settings.model_copy(update=changes), shape, cluster
+            )
+    return sorted(result, key=preference)
 
 
-def _without_auto_split(
+def _candidates_of_one_group_size(
     settings: RunSettings, shape: ModelShape, cluster: Cluster
 ) -> list[Candidate]:
-    """Candidates with one size of sequence-parallel groups, which is 1 for `auto`."""
+    """Candidates with the `sequence_parallel_size` of the settings, or with 1 if it is `auto`."""
     return [
         candidate
         for layout in _layouts(settings, shape, cluster)
@@ -182,15 +194,17 @@ def _without_auto_split(
     ]
 
 
-def _auto_splits(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> list[int]:
-    """Sizes of groups within a node to try if the ranks cannot hold whole sequences.
+def _group_sizes_to_try(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> list[int]:
+    """Values above 1 of `sequence_parallel_size` to try if it is `auto`; groups are within a node.
 
-    The conditions are those of the rules split-heads to split-flash-attention.
+    The list is empty on CPUs, and if the rules in plan/rules/sequence_parallel.py would refuse it.
     """
     if settings.sequence_parallel_size != "auto" or cluster.ranks_per_node == 1:
         return []
-    has_dropout = any(entry.startswith("att") for entry in shape.dropouts)
-    if has_dropout or settings.use_flash_attention is True or cluster.hardware.kind == "cpu":
+    has_attention_dropout = any(entry.startswith("att") for entry in shape.dropouts)
+    if has_attention_dropout or settings.use_flash_attention is True:
+        return []
+    if cluster.hardware.kind == "cpu":
         return []
     if reason_against_split(shape, cached_proof(shape, settings)):
         return []
@@ -199,7 +213,7 @@ def _auto_splits(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> 
 
 
 def preference(candidate: Candidate) -> tuple[bool, bool, bool, bool, float]:
-    """Sort key that puts the best candidate first.
+    """Sort key that puts the best candidate first, in the order that the module docstring explains.
 
     Refused candidates come last, sorted by the device memory that they need.
     """
@@ -212,9 +226,10 @@ def preference(candidate: Candidate) -> tuple[bool, bool, bool, bool, float]:
 
 
 def _layouts(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> Iterator[Layout]:
-    """All layouts that the settings allow.
+    """All layouts that the settings allow, without tiled MLPs and offloaded activations.
 
-    No block is checkpointed in these layouts, or every block with `gradient_checkpointing: true`.
+    With `gradient_checkpointing: true` they checkpoint every block, else no block. `_with_savings`
+    tries the other possibilities.
     """
     dtype = training_dtype(settings, cluster.hardware)[0]
     size = _sequence_parallel_size(settings, cluster)
@@ -281,23 +296,24 @@ def _with_savings(
 ) -> Iterator[Candidate]:
     """Candidates for a layout: as it is, with tiled MLPs, and with offloaded activations.
 
-    Tiles that are `auto` are tried if blocks have to be checkpointed, because tiles may cost less
-    time. Offload of activations that is `auto` is tried if nothing fits without it.
+    If `mlp_tiles` is `auto`, tiling is tried if blocks have to be checkpointed, because tiling may
+    cost less time. If `offload_activations` is `auto`, it is tried if nothing fits without it.
     """
     search = partial(_with_fewest_checkpointed, settings, shape, cluster)
-    length = settings.max_length / layout.sequence_parallel_size
-    num_tiles = ceil(layout.micro_batch_size * length / _TILE_TOKENS)
-    is_tileable = length >= _LONG_SEQUENCE and any(block.has_tileable_mlp for block in shape.blocks)
+    rank_tokens = settings.max_length / layout.sequence_parallel_size  # of one sequence
+    num_tiles = ceil(layout.micro_batch_size * rank_tokens / _TILE_TOKENS)
+    has_tileable_mlp = any(block.has_tileable_mlp for block in shape.blocks)
+    is_tileable = has_tileable_mlp and rank_tokens >= _MIN_TILED_TOKENS
     if settings.mlp_tiles != "auto":
         num_tiles = settings.mlp_tiles
         layout = replace(layout, mlp_tiles=num_tiles)
     may_tile = settings.mlp_tiles == "auto" and is_tileable and num_tiles > 1
     must_offload = settings.offload_activations is True
     if not must_offload or settings.gradient_checkpointing is False:
-        first = search(layout)
-        yield first
-        fits = first.refusal is None
-        if may_tile and first.layout.checkpointed_layers:
+        untiled = search(layout)
+        yield untiled
+        fits = untiled.refusal is None
+        if may_tile and untiled.layout.checkpointed_layers:
             tiled = search(replace(layout, mlp_tiles=num_tiles))
             yield tiled
             fits |= tiled.refusal is None
@@ -324,16 +340,15 @@ def _with_fewest_checkpointed(
     predict = partial(_predict_candidate, settings, shape, cluster)
     # At ZeRO-3, a 4-bit layer that is not checkpointed keeps its gathered weight until its backward
     # pass (rule 4bit-zero3-unchecked in docs/rules.md).
-    needs_all = (layout.is_sharded and settings.load_in_4bit) or (
-        settings.offload_activations is True
-    )
-    if needs_all and settings.gradient_checkpointing is not False:
+    keeps_4bit_gathered = layout.is_sharded and settings.load_in_4bit
+    checkpoints_all = keeps_4bit_gathered or settings.offload_activations is True
+    if checkpoints_all and settings.gradient_checkpointing is not False:
         return predict(replace(layout, checkpointed_layers=shape.num_layers))
-    first = predict(layout)
-    if first.refusal is None or settings.gradient_checkpointing != "auto":
-        return first
-    # Bisection: more checkpointed blocks need less memory of the device. Of the host they may need
-    # more, so the fewest that fit on the device are also the best for the host.
+    unchanged = predict(layout)
+    if unchanged.refusal is None or settings.gradient_checkpointing != "auto":
+        return unchanged
+    # Bisection: the more blocks are checkpointed, the less device memory is needed. With offload of
+    # activations the need of host memory grows, so the fewest blocks are best for the host too.
     low, high = 1, shape.num_layers
     while low < high:
         middle = (low + high) // 2
@@ -353,6 +368,7 @@ def _predict_candidate(
     need = memory(shape, settings, layout, hardware, sequences)
     limit = cluster.device_limit
     if settings.is_quantised and layout.is_sharded and need.load_peak_bytes > limit:
+        # A quantised base is whole on each rank while it is loaded. Load it into host memory.
         layout = replace(layout, loads_through_host=True)
         need = memory(shape, settings, layout, hardware, sequences)
     return Candidate(
@@ -364,7 +380,7 @@ def _predict_candidate(
 
 
 def _memory_refusal(need: Memory, limit: int, host_limit: int | None) -> str | None:
-    """Which limit of memory the need exceeds, as text; None if it exceeds none."""
+    """Text about the memory limit that is exceeded, of the device or the host; None if none is."""
     if need.device_need > limit:
         is_loading = need.load_peak_bytes > need.peak_bytes
         when = "while loading" if is_loading else f"at {need.worst_moment}"

@@ -1,9 +1,11 @@
-"""Table of the published models that fit on a machine, with LoRA and with QLoRA.
+"""Table of the published models that fit on a machine: `launch/plan.py --fits`.
 
-For each model it has the longest sequence that fits and the predicted speed.
+For each model it has the longest sequence that fits and the predicted speed, with LoRA on a 16-bit
+base and with QLoRA on a 4-bit base.
 """
 
 import textwrap
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,9 +16,9 @@ from pipeline.plan.given.shape import ModelShape
 from pipeline.plan.rules.model import INPUT_RULES
 from pipeline.plan.rules.rule import PlanInput, applicable_rules, installed_versions
 
-# Range of sequence lengths in tokens; the powers of two in it are tried.
+# Shortest and longest sequence in tokens that is tried; the others are the powers of two between.
 _SHORTEST, _LONGEST = 256, 131_072
-_WIDTH = 100  # columns of the table
+_WIDTH = 100  # characters of a line of the notes below the table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +56,15 @@ def fit_rows(
 
 
 def _fit_row(shape: ModelShape, settings: RunSettings, cluster: Cluster) -> FitRow:
-    """The row of one model: LoRA and QLoRA, and the rules that refuse it."""
+    """The row of one model."""
     # Offload is not tried, because with it nearly every model fits, and the host memory of another
     # machine is not known.
     offload = "cpu" if settings.offload_param == "cpu" else "none"
     settings = settings.model_copy(
         update={"model": shape.folder, "load_in_8bit": False, "offload_param": offload}
     )
-    lora, qlora = (
-        _longest_fit(settings.model_copy(update={"load_in_4bit": in_4_bits}), shape, cluster)
-        for in_4_bits in (False, True)
-    )
+    in_16_bits = settings.model_copy(update={"load_in_4bit": False})
+    in_4_bits = settings.model_copy(update={"load_in_4bit": True})
     plan_input = PlanInput(
         settings=settings, shape=shape, hardware=cluster.hardware, packages=installed_versions()
     )
@@ -72,8 +72,8 @@ def _fit_row(shape: ModelShape, settings: RunSettings, cluster: Cluster) -> FitR
     return FitRow(
         name=shape.folder,
         parameters=shape.parameters,
-        lora=lora,
-        qlora=qlora,
+        lora=_longest_fit(in_16_bits, shape, cluster),
+        qlora=_longest_fit(in_4_bits, shape, cluster),
         rules=tuple(rule.id for rule in rules),
     )
 
@@ -83,16 +83,14 @@ def _longest_fit(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> 
     lengths = [_SHORTEST]
     while lengths[-1] * 2 <= min(shape.max_positions or _LONGEST, _LONGEST):
         lengths.append(lengths[-1] * 2)
-    low, high = 0, len(lengths)
-    while low < high:
-        middle = (low + high) // 2
-        if _best_candidate(settings, shape, cluster, lengths[middle]) is None:
-            high = middle
-        else:
-            low = middle + 1
-    if low == 0:
+
+    def is_too_long(length: int) -> bool:
+        return _best_candidate(settings, shape, cluster, length) is None
+
+    num_fitting = bisect_left(lengths, True, key=is_too_long)
+    if num_fitting == 0:
         return None
-    length = lengths[low - 1]
+    length = lengths[num_fitting - 1]
     best = _best_candidate(settings, shape, cluster, min(length, settings.max_length))
     assert best is not None, "a shorter sequence needs less memory"
     return Fit(length=length, tokens_per_second=best.speed.tokens_per_second)
@@ -108,8 +106,9 @@ def _best_candidate(
 
 def fits_text(rows: Sequence[FitRow], settings: RunSettings, cluster: Cluster) -> str:
     """The table as text for a terminal, followed by notes on columns and refused models."""
+    # Each rule that refuses a model has a letter, which the table shows after the model's name.
     rules = list(dict.fromkeys(rule for row in rows for rule in row.rules))
-    marks = {rule: "abcdefgh"[index] for index, rule in enumerate(rules)}
+    letters = {rule: "abcdefgh"[index] for index, rule in enumerate(rules)}
     nodes = f"{cluster.nodes} nodes of " if cluster.nodes > 1 else ""
     lines = [
         f"{nodes}{cluster.ranks_per_node} x {cluster.hardware.name}, lora_r {settings.lora_r}",
@@ -117,23 +116,23 @@ def fits_text(rows: Sequence[FitRow], settings: RunSettings, cluster: Cluster) -
         f"{'model':<49}{'billions':>9}" + f"{'length':>8}{'tokens/s':>11}  " * 2,
     ]
     for row in rows:
-        marked = "".join(marks[rule] for rule in row.rules)
-        fits = "  ".join(map(_cells, (row.lora, row.qlora)))
-        lines.append(f"{row.name:<46}{marked:<3}{row.parameters / 1e9:>9.2f}{fits}")
+        letters_of_model = "".join(letters[rule] for rule in row.rules)
+        cells = f"{_cells(row.lora)}  {_cells(row.qlora)}"
+        lines.append(f"{row.name:<46}{letters_of_model:<3}{row.parameters / 1e9:>9.2f}{cells}")
     notes = [
         "length: the longest sequence that fits, in tokens. Powers of two are tried, up to "
         f"{_LONGEST:,} and to the model's number of positions; -: none fits. tokens/s: predicted, "
         f"of all ranks together, for sequences of {settings.max_length:,} tokens (max_length), or "
         "of `length` tokens if that is less. Nothing is offloaded unless offload_param=cpu is "
         "given.",
-        *(f"{marks[rule]}: training is refused [rule {rule}, docs/rules.md]" for rule in rules),
+        *(f"{letters[rule]}: training is refused [rule {rule}, docs/rules.md]" for rule in rules),
     ]
     lines = [line.rstrip() for line in lines]
     return "\n".join([*lines, "", *(textwrap.fill(note, _WIDTH) for note in notes)])
 
 
 def _cells(fit: Fit | None) -> str:
-    """The two cells of a fit in a table row."""
+    """The two cells of a table row for LoRA or for QLoRA: longest sequence, and tokens/s."""
     if fit is None:
         return f"{'-':>8}{'-':>11}"
     return f"{fit.length:>8,}{fit.tokens_per_second:>11,.0f}"

@@ -1,4 +1,8 @@
-"""Cost of the setting max_length: tokens lost at its value, and memory at greater values."""
+"""Consequences of the setting `max_length`, in tokens per sequence.
+
+These are the tokens of longer documents that are lost at its value, the memory that greater values
+need, and the greatest value that fits.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,10 +14,10 @@ from pipeline.plan.given.hardware import GIB
 from pipeline.plan.given.shape import ModelShape
 from pipeline.plan.plan import Plan
 
-_STEP = 1024  # tokens; the longest length is found to the next step or to 1 %
-_LONGEST = 2**24  # tokens that are tried
-# Settings whose values are for the number of ranks of a run.
-_FOR_ALL_RANKS = (
+_STEP = 1024  # tokens; `longest_length` tries multiples of it
+_LONGEST = 2**24  # tokens; greater lengths are not tried
+# Settings whose values suit only the number of ranks of the run.
+_RANK_SETTINGS = (
     "sequence_parallel_size", "hpz_partition_size", "global_batch_size",
     "gradient_accumulation_steps",
 )  # fmt: skip
@@ -23,9 +27,9 @@ _FOR_ALL_RANKS = (
 class LengthNeed:
     """A greater `max_length`, the percentage of the tokens that it keeps, and what it needs.
 
-    `best`: the best candidate; it has a refusal if the length does not fit. `limit_bytes`: bytes
-    that a rank may use of its device. `num_layers`: blocks of the model. `note`: text after the
-    percentage.
+    `best`: the best layout for this length with its predictions; it has a refusal if the length
+    does not fit. `limit_bytes`: bytes that a rank may use of its device. `num_layers`: blocks of
+    the model. `note`: text after the percentage.
     """
 
     max_length: int
@@ -62,7 +66,10 @@ class LengthNeed:
 def length_needs(
     loss: LengthLoss, settings: RunSettings, shape: ModelShape, cluster: Cluster
 ) -> list[LengthNeed]:
-    """The lengths that keep 99 % and all of the tokens, if they are greater than `max_length`."""
+    """The needs of the lengths that keep 99 % and all of the tokens.
+
+    A length that is not greater than `max_length` is left out.
+    """
     needs = []
     percents = {loss.keeps_99: 99, loss.keeps_all: 100}  # 100 if both lengths are the same
     unit = " of the tokens in undivided documents" if settings.over_length == "split" else ""
@@ -86,7 +93,7 @@ def length_needs(
 
 @dataclass(frozen=True, kw_only=True)
 class LongestLength:
-    """The longest `max_length` that fits, in steps of `_STEP` tokens, and its best candidate."""
+    """The longest `max_length` that fits, in steps of `_STEP` tokens, and its best layout."""
 
     max_length: int
     best: Candidate
@@ -95,59 +102,61 @@ class LongestLength:
 def longest_length(
     settings: RunSettings, shape: ModelShape, cluster: Cluster
 ) -> LongestLength | None:
-    """The longest `max_length` that fits, whatever the model's number of positions.
+    """The longest `max_length` that fits, exact to `_STEP` tokens or to 1 %; None if none fits.
 
-    None if no length fits. What is `auto` is searched with micro-batches of one sequence and every
-    layer checkpointed, because nothing else makes a longer sequence fit. Raises UserError if the
-    batch keys do not suit the cluster.
+    The model's number of positions is no limit here. If batch size and gradient checkpointing are
+    `auto`, one sequence per micro-batch and checkpointing of every layer are assumed, which need
+    the least memory. Raises UserError if the batch keys do not suit the cluster.
     """
-    smallest: dict[str, Any] = {}
+    least_memory: dict[str, Any] = {}
     if settings.batch_size == "auto" and settings.gradient_accumulation_steps == "auto":
-        smallest["batch_size"] = 1
+        least_memory["batch_size"] = 1
         if settings.global_batch_size == "auto":
-            smallest["global_batch_size"] = default_global_batch_size(cluster.world_size)
+            least_memory["global_batch_size"] = default_global_batch_size(cluster.world_size)
     if settings.gradient_checkpointing == "auto":
-        smallest["gradient_checkpointing"] = True
-    settings = settings.model_copy(update=smallest)
+        least_memory["gradient_checkpointing"] = True
+    settings = settings.model_copy(update=least_memory)
+    longest: LongestLength | None = None
 
-    def best_at(steps: int) -> Candidate | None:
-        longer = settings.model_copy(update={"max_length": steps * _STEP})
-        best = candidates(longer, shape, cluster)[0]
-        return best if best.refusal is None else None
+    def fits(num_steps: int) -> bool:
+        nonlocal longest
+        length = num_steps * _STEP
+        best = candidates(settings.model_copy(update={"max_length": length}), shape, cluster)[0]
+        if best.refusal is None:
+            longest = LongestLength(max_length=length, best=best)
+        return best.refusal is None
 
-    found: LongestLength | None = None
-    low, high = 0, 1  # `low` steps fit, or are 0; `high` steps do not fit once `is_bounded`
-    is_bounded = False
-    while high - low > max(1, low // 100) or not is_bounded:
-        middle = (low + high) // 2 if is_bounded else high
-        best = best_at(middle)
-        if best is not None:
-            found = LongestLength(max_length=middle * _STEP, best=best)
-            low, high = middle, high if is_bounded else 2 * middle
-            is_bounded |= high * _STEP > _LONGEST
-        else:
-            high, is_bounded = middle, True
-    return found
+    # Double the length until it does not fit, then bisect: `low` steps fit, `high` steps do not.
+    high = 1
+    while high * _STEP <= _LONGEST and fits(high):
+        high *= 2
+    low = high // 2
+    while high - low > max(1, low // 100):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return longest
 
 
 def longest_text(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> str:
     """The longest `max_length` that fits on the cluster and on one of its devices, as a line."""
-    cases = [(settings, cluster, f"{cluster.world_size} x {cluster.hardware.name}")]
+    name = f"{cluster.world_size} x {cluster.hardware.name}"
+    text = _longest_text_for(settings, shape, cluster, name)
     if cluster.world_size > 1 and cluster.hardware.kind == "cuda":
-        of_one = settings.model_copy(update=dict.fromkeys(_FOR_ALL_RANKS, "auto"))
-        cases.append((of_one, replace(cluster, nodes=1, ranks_per_node=1), "1 of them"))
-    texts = []
-    for of_case, ranks, device in cases:
-        found = longest_length(of_case, shape, ranks)
-        if found is None:
-            texts.append(f"fewer than {_STEP:,} tokens fit on {device}")
-        else:
-            savings = found.best.layout.savings_text(shape.num_layers)
-            texts.append(f"up to {found.max_length:,} tokens on {device} ({savings})")
-    text = "; ".join(texts)
+        for_one_rank = settings.model_copy(update=dict.fromkeys(_RANK_SETTINGS, "auto"))
+        one_device = replace(cluster, nodes=1, ranks_per_node=1)
+        text += f"; {_longest_text_for(for_one_rank, shape, one_device, '1 of them')}"
     if shape.max_positions is not None:
         text += f"; the model has {shape.max_positions:,} positions"
     return text
+
+
+def _longest_text_for(settings: RunSettings, shape: ModelShape, cluster: Cluster, name: str) -> str:
+    """The longest `max_length` that fits on a cluster with this name, as text."""
+    longest = longest_length(settings, shape, cluster)
+    if longest is None:
+        return f"fewer than {_STEP:,} tokens fit on {name}"
+    savings = longest.best.layout.savings_text(shape.num_layers)
+    return f"up to {longest.max_length:,} tokens on {name} ({savings})"
 
 
 def length_texts(
@@ -182,14 +191,15 @@ def length_json(plan: Plan) -> dict[str, Any] | None:
 
 def _loss_text(data: DataSize, loss: LengthLoss, settings: RunSettings) -> str:
     """Number of longer documents, and what `over_length` does with them."""
-    mark, kind = ("", "supervised tokens") if data.is_exact else ("about ", "tokens")
+    # prepare counts supervised tokens; an estimate counts all tokens
+    about, unit = ("", "supervised token") if data.is_exact else ("about ", "token")
     head = (
-        f"{mark}{loss.longer:,} of {loss.documents:,} documents have more than "
+        f"{about}{loss.longer:,} of {loss.documents:,} documents have more than "
         f"{settings.max_length:,} tokens (max_length)"
     )
     if settings.over_length == "split":
         return (
-            f"{head}; they are split, so no {kind[:-1]} is lost, but a part is trained without the "
+            f"{head}; they are split, so no {unit} is lost, but each part is trained without the "
             "text before it"
         )
     if settings.over_length == "fail":
@@ -197,6 +207,6 @@ def _loss_text(data: DataSize, loss: LengthLoss, settings: RunSettings) -> str:
     verb = {"truncate": "truncated", "drop": "dropped"}[settings.over_length]
     share = 100 * loss.lost / loss.tokens
     return (
-        f"{head}; they are {verb}, which loses {mark}{loss.lost:,} of {loss.tokens:,} {kind} "
+        f"{head}; they are {verb}, which loses {about}{loss.lost:,} of {loss.tokens:,} {unit}s "
         f"({share:.3g} %)"
     )

@@ -1,6 +1,9 @@
 """Plan: everything derived from settings, model shape, hardware and the size of the data. No torch.
 
-A Plan is computed once and passed on. No other code multiplies micro-batches by ranks.
+A Plan is computed once for a run. All other packages read batch sizes, step counts and predictions
+from it and do not compute them again. The *layout* in it is the combination of ZeRO stage,
+micro-batch size, activation checkpointing and offload. A *candidate* is a layout with its predicted
+memory and time. A *rule* is one known problem with its condition and remedy (plan/rules/).
 """
 
 import math
@@ -58,7 +61,7 @@ class Schedule:
         if settings.epochs != "auto":  # Fraction, because 30 x 8.3 exceeds 249 in floating point
             limits.append(math.ceil(Fraction(str(settings.epochs)) * steps_per_epoch))
         total, warmup = min(limits), settings.warmup_steps
-        if warmup is None or warmup < 1:
+        if warmup is None or warmup < 1:  # a value below 1 is a fraction of all steps
             share = settings.warmup_ratio if warmup is None else warmup
             warmup = math.ceil((share or 0) * total)
         return cls(
@@ -70,11 +73,14 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The plan of a run: settings, layout, DeepSpeed config, rules, and the reason for each choice.
+    """The plan of a run.
 
-    `fits`: whether `layout` fits in memory; if no layout does, `layout` is the one that needs the
-    least memory. `candidates`: all candidates for the layout, best first. `proof`: results of the
-    checks of the model's class; None if the class has not been checked on this machine.
+    `why`: name of a setting or of a field of the layout -> reason for the chosen value. `rules`:
+    the rules that apply. `deepspeed`: the config for `deepspeed.initialize`. `data`: size of the
+    training data; None if it is not known. `fits`: whether `layout` fits in memory; if no layout
+    does, `layout` is the one that needs the least memory. `candidates`: all candidates for the
+    layout, best first. `proof`: results of the checks whether this package trains the model's class
+    correctly; None if they have not run on this machine.
     """
 
     settings: RunSettings
@@ -113,7 +119,10 @@ class Plan:
 
     @property
     def fast_paths(self) -> dict[str, str]:
-        """The name of each fast path, with the reason why it is off; an empty text if it is on."""
+        """Name of each fast path -> the reason why it is off; an empty text if it is on.
+
+        A fast path is a faster computation with the same result (given/fast_paths.py).
+        """
         reasons = fast_paths(self.shape, self.settings, self.layout, self.hardware)
         if self.proof is not None and self.proof.without_fast_paths:
             return dict.fromkeys(reasons, self.proof.without_fast_paths[0])
@@ -121,7 +130,7 @@ class Plan:
 
     @property
     def fast_path_states(self) -> dict[str, str]:
-        """The name of each fast path with `on` or the reason why it is off."""
+        """Name of each fast path -> `on`, or the reason why it is off."""
         return {name: reason or "on" for name, reason in self.fast_paths.items()}
 
     @property
@@ -158,12 +167,12 @@ class Plan:
         return memory(self.shape, self.settings, self.layout, self.hardware, sequences)
 
     def _profile(self, data: DataSize, document_tokens: float) -> SequenceProfile:
-        """Profile of sequences whose documents all have this length, packed if settings say so."""
+        """Profile of sequences whose documents all have this length; packed if `packing` is set."""
         document_tokens = min(self.settings.max_length, document_tokens)
         if not self.settings.packing:
             return SequenceProfile(tokens=document_tokens)
-        pack = min(self.settings.max_length, data.tokens)
-        return SequenceProfile(tokens=pack, attended=document_tokens)
+        pack_tokens = min(self.settings.max_length, data.tokens)
+        return SequenceProfile(tokens=pack_tokens, attended=document_tokens)
 
     def with_data(self, data: DataSize) -> "Plan":
         """The plan with the schedule for a training set of this size.
@@ -176,7 +185,10 @@ class Plan:
         return replace(self, data=data, schedule=Schedule.of(settings, per_epoch))._check_rules()
 
     def with_proof(self, proof: Proof) -> "Plan":
-        """The plan with the proof of its model class. Raises UserError if a rule refuses it."""
+        """The plan with the results of the checks of its model class.
+
+        Raises UserError if a rule refuses the run because of these results.
+        """
         settings = without_wrong_fast_paths(self.settings, proof)
         return replace(self, settings=settings, proof=proof)._check_rules()
 
@@ -227,7 +239,12 @@ class DoesNotFitError(UserError):
 
 
 def plan_run(settings: RunSettings, hardware: Hardware, *, nodes: int, ranks_per_node: int) -> Plan:
-    """The plan of a run, from the model folder; a class not in families.py is checked first."""
+    """The plan of a run whose model is in the folder `settings.model_folder`.
+
+    If the model's class is not in the table of known classes (given/families.py), its checks run
+    first, unless their results are cached. Raises UserError if a rule refuses the run or no layout
+    fits.
+    """
     shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
     ensure_proof(settings, shape)
     return make_plan(settings, shape, hardware, nodes=nodes, ranks_per_node=ranks_per_node)
@@ -272,7 +289,7 @@ def plan_and_candidates(
         settings=settings, shape=shape, hardware=hardware, packages=installed_versions()
     )
     _raise_input_refusals(plan_input)
-    adapter_counts(shape, settings)  # raises UserError if a target matches no layer
+    adapter_counts(shape, settings)  # called only for its UserError if a target matches no layer
     proof = cached_proof(shape, settings)
     settings, reason = without_mixing_packs(settings, shape, proof)
     if reason:
@@ -331,15 +348,15 @@ def _build_plan(plan_input: PlanInput, ranked: Sequence[Candidate], why: dict[st
 def _raise_input_refusals(plan_input: PlanInput) -> None:
     """Raise UserError if a rule refuses this input.
 
-    A model that is only a name, without a folder, cannot be trained here. In a plan for it, the
-    refusals are shown with the other rules instead.
+    There are also plans for published models that have no folder on this machine. Such a plan is
+    only shown, so its refusals are listed with the other rules and do not end the command.
     """
     if plan_input.shape.source is None:  # the model has a folder
         raise_refusals(applicable_rules(INPUT_RULES, plan_input))
 
 
 def _all_applicable_rules(context: PlanContext) -> tuple[Rule[PlanContext], ...]:
-    """All rules that apply."""
+    """The rules about the plan's input and about the layout that apply."""
     return tuple(applicable_rules((*INPUT_RULES, *CONTEXT_RULES), context))
 
 

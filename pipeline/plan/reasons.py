@@ -1,4 +1,8 @@
-"""Reasons: why the plan chose each value; for a run that does not fit, a change that would help."""
+"""Texts about a plan: the reason for each chosen value, and the remedy if a run does not fit.
+
+The layout is the combination of ZeRO stage, micro-batch size, activation checkpointing and offload.
+A candidate is a layout with its predicted memory and time.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,17 +16,17 @@ from pipeline.plan.given.hardware import GIB
 from pipeline.plan.given.layout import Layout, SequenceProfile
 from pipeline.plan.given.shape import ModelShape
 
-# Field of Layout -> the setting that fixes it if that setting is not `auto`, in order of display.
-_SETTING_OF = {
+# Field of Layout -> the setting that decides it, unless that setting is `auto`. The plan shows the
+# reasons in this order.
+_LAYOUT_SETTINGS = {
     key: name for key in Layout.__dataclass_fields__ if (name := settings_by("layout").get(key))
 }
-
-
-# Settings of the layout that save memory if they are `auto`, in the order in which to try this.
-_SAVINGS = (
+# Settings that the plan may use to save memory if they are `auto`. If a run does not fit, a change
+# of each to `auto` is tried in this order.
+_MEMORY_SETTINGS = (
     "zero_stage", "mlp_tiles", "sequence_parallel_size", "offload_activations", "offload_param",
 )  # fmt: skip
-# Values of fields that need no reason: the run fits without a saving of memory.
+# Fields of Layout with the value that means "not used"; such a value needs no reason.
 _UNUSED = (("offload_activations", False), ("mlp_tiles", 1), ("sequence_parallel_size", 1))
 
 
@@ -38,7 +42,7 @@ def reasons(
     Keys are names of settings or of fields of Layout.
     """
     why: dict[str, str] = {}
-    for key, setting in _SETTING_OF.items():
+    for key, setting in _LAYOUT_SETTINGS.items():
         if getattr(settings, setting) != "auto":
             continue
         if key in ("hpz_partition_size", "offload_param") and not chosen.layout.is_sharded:
@@ -125,8 +129,8 @@ def misfit_message(
     for change in _changes(settings):
         best = _best_that_fits(settings.model_copy(update=change.values), shape, cluster)
         if best is not None:
-            changed, limit = best.memory.device_need / GIB, cluster.device_limit / GIB
-            return f"{need}; with {change.text} it needs {changed:.1f} of {limit:.1f} GiB"
+            new_need, limit = best.memory.device_need / GIB, cluster.device_limit / GIB
+            return f"{need}; with {change.text} it needs {new_need:.1f} of {limit:.1f} GiB"
     for larger in _larger_clusters(cluster):
         if _best_that_fits(settings, shape, larger) is not None:
             nodes = f"{larger.nodes} nodes of " if larger.nodes > 1 else ""
@@ -140,7 +144,7 @@ def _changes(settings: RunSettings) -> Iterator[_Change]:
         yield _Change("gradient_checkpointing: auto", {"gradient_checkpointing": "auto"})
     if settings.batch_size != "auto" and settings.batch_size > 1:
         yield _Change("batch_size: 1", {"batch_size": 1, "gradient_accumulation_steps": "auto"})
-    for key in _SAVINGS:
+    for key in _MEMORY_SETTINGS:
         if getattr(settings, key) != "auto":
             yield _Change(f"{key}: auto", {key: "auto"})
     four_bit = {"load_in_4bit": True, "load_in_8bit": False}

@@ -15,6 +15,9 @@ from pipeline.plan.rules.rule import PlanContext, Rule
 def plan_json(plan: Plan) -> dict[str, Any]:
     """The plan as the JSON object of `launch/plan.py --json`: sizes in bytes, times in seconds."""
     layout, memory, speed, shape = plan.layout, plan.memory, plan.speed, plan.shape
+    why = dict(plan.why)
+    if proof_reason := _proof_reason(plan):
+        why["proof"] = proof_reason
     return {
         "settings": plan.settings.model_dump(mode="json"),
         "model": {
@@ -44,7 +47,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "sequence_parallel_size": layout.sequence_parallel_size,
             "offload_activations": layout.offload_activations,
             "mlp_tiles": layout.mlp_tiles,
-            "why": plan.why | ({"proof": reason} if (reason := _proof_reason(plan)) else {}),
+            "why": why,
         },
         "fast_paths": plan.fast_path_states,
         "proof": None if plan.proof is None else asdict(plan.proof),
@@ -66,15 +69,15 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "disk": disk_bytes(shape, plan.settings),
         "candidates": [_candidate_json(candidate) for candidate in plan.candidates],
         "rules": [
-            {"id": r.id, "level": r.level, "message": r.message, "source": r.source}
-            for r in plan.rules
+            {"id": rule.id, "level": rule.level, "message": rule.message, "source": rule.source}
+            for rule in plan.rules
         ],
         "deepspeed": plan.deepspeed,
     }
 
 
 def _candidate_json(candidate: Candidate) -> dict[str, Any]:
-    """A candidate for the layout, with its memory in bytes, its time and its refusal."""
+    """A candidate (a layout with its predictions): memory in bytes, time in seconds, refusal."""
     return {
         **asdict(candidate.layout),
         "device_bytes": candidate.memory.device_need,
@@ -105,13 +108,19 @@ def plan_text(plan: Plan) -> str:
 def plan_overview(plan: Plan) -> str:
     """The plan as the few lines that a run logs when it starts, and the rules that warn."""
     warnings = (rule for rule in plan.rules if rule.level == "warn")
-    lines = [
-        *_summary_lines(plan), *_step_lines(plan), *_length_lines(plan), *_memory_lines(plan)
-    ]  # fmt: skip
-    return "\n".join([*lines, *map(_rule_line, warnings)])
+    return "\n".join(
+        [
+            *_summary_lines(plan),
+            *_step_lines(plan),
+            *_length_lines(plan),
+            *_memory_lines(plan),
+            *map(_rule_line, warnings),
+        ]
+    )
 
 
 def _rule_line(rule: Rule[PlanContext]) -> str:
+    """The line about a known problem of the run."""
     return f"{rule.level:<10} {rule.message} [{rule.id}]"
 
 
@@ -136,7 +145,7 @@ def _summary_lines(plan: Plan) -> list[str]:
 
 
 def _proof_lines(plan: Plan) -> list[str]:
-    """The line about the checks of the model's class; none for a class in families.py."""
+    """The line about the checks of the model's class; none for a class in given/families.py."""
     reason = _proof_reason(plan) if plan.shape.is_from_class else ""
     return [f"proof      {reason}"] if reason else []
 
@@ -158,11 +167,11 @@ def _step_lines(plan: Plan) -> list[str]:
         return ["steps      unknown: the training data cannot be read here"]
     schedule, data = plan.schedule, plan.data
     hours = schedule.total_steps * plan.speed.seconds_per_step / 3600
-    mark = "" if data.is_exact else "about "
-    end = "" if data.is_exact else " (estimated from a sample; launch/prepare.py counts exactly)"
+    about = "" if data.is_exact else "about "
+    note = "" if data.is_exact else " (estimated from a sample; launch/prepare.py counts exactly)"
     return [
-        f"steps      {mark}{schedule.total_steps} ({schedule.steps_per_epoch} an epoch), "
-        f"{schedule.warmup_steps} of warm-up, {mark}{_duration_text(hours)}{end}",
+        f"steps      {about}{schedule.total_steps} ({schedule.steps_per_epoch} an epoch), "
+        f"{schedule.warmup_steps} of warm-up, {about}{_duration_text(hours)}{note}",
         *_answer_lines(plan),
     ]
 
@@ -174,7 +183,7 @@ def _length_lines(plan: Plan) -> list[str]:
 
 
 def _answer_lines(plan: Plan) -> list[str]:
-    """The line about answers at evaluations, whose time is not predicted."""
+    """The line about `eval_generate`: answers that the model generates at each evaluation."""
     rows = plan.settings.eval_generate
     if rows is None:
         return []
@@ -223,8 +232,9 @@ def _speed_lines(plan: Plan) -> list[str]:
 def candidates_text(ranked: Sequence[Candidate]) -> str:
     """A table of all candidates, best first: layout, memory, speed and refusal.
 
-    `split`: ranks that share a sequence. `host`: whether inputs of checkpointed layers are in host
-    memory.
+    Columns: `ckpt`: number of checkpointed layers. `split`: ranks that share a sequence. `tiles`:
+    tiles of each MLP. `host`: whether inputs of checkpointed layers are in host memory. `hpZ`:
+    hpz_partition_size. `offload`: offload_param. `GiB`: needed memory of a rank's device.
     """
     head = "stage  micro  accum    ckpt  split  tiles  host  hpZ  offload     GiB  s/step"
     lines = [head]
