@@ -1,11 +1,14 @@
 """Activation memory: tensors that blocks save for backward, and temporary tensors of backward.
 
 The formulas count the tensors that autograd saves in blocks of transformers 5.23 with adapters of
-peft 0.21 on torch 2.13; docs/memory.md compares them with measured peaks. The backward pass of a
-frozen linear layer does not need its input, so an input is saved only if an adapter reads it.
+peft 0.21 on torch 2.13. docs/memory.md compares them with measured peaks. The backward pass of a
+frozen linear layer does not need the layer's input, so an input is saved only if an adapter reads
+it.
 
 In the formulas b is the number of bytes per value in the training dtype; q and k are the total
-widths of the query heads and of the key heads.
+widths of the query heads and of the key heads. Attention scores are "materialised" if they are a
+tensor in memory, which fused attention kernels avoid. A "group" is a sequence-parallel group: its
+ranks share each sequence.
 """
 
 from dataclasses import dataclass, replace
@@ -30,9 +33,9 @@ FP32_PART_VALUES = 2**20
 class BlockActivations:
     """Bytes of the activations of one block.
 
-    `saved`: saved for backward if the block is not checkpointed. `recomputed`: saved while the
-    checkpointed block is recomputed, in addition to its input. `working`: temporary tensors at the
-    peak of its backward pass, in addition to saved ones.
+    `saved`: tensors saved for backward if the block is not checkpointed. `recomputed`: tensors
+    saved while the block is recomputed, if it is checkpointed, in addition to its input. `working`:
+    temporary tensors at the peak of its backward pass, in addition to saved ones.
     """
 
     saved: int
@@ -44,12 +47,13 @@ class BlockActivations:
 class Activations:
     """Bytes of activations on one rank for one micro-batch.
 
-    `boundary`: input of one block, the only tensor that a checkpointed block saves. `blocks`: one
-    entry for each kind of block, in the order of `ModelShape.blocks`. `final_working`: temporary
-    tensors in the backward pass of the last norm. `logits`: tensors at the peak of the loss.
+    `block_input`: input of one block, the only tensor that a checkpointed block saves. `blocks`:
+    one entry for each kind of block, in the order of `ModelShape.blocks`. `final_working`:
+    temporary tensors in the backward pass of the model's last norm. `logits`: tensors at the peak
+    of the loss.
     """
 
-    boundary: int
+    block_input: int
     blocks: tuple[BlockActivations, ...]
     final_working: int
     logits: int
@@ -59,12 +63,14 @@ class Activations:
 class _BlockKind:
     """A kind of block with its adapters and the settings that change its activations.
 
-    `count`: number of such blocks. `adapter`: sums over all of them. `reach`: number of tokens to
-    which a token may attend, which is the length of its sequence, or of its document in a pack.
-    `mask_bytes`: bytes per value of a dropout mask. `is_joint`: whether adapters are computed by
-    the fast path JOINT_LORA. `group_size`: number of ranks that share each sequence. `num_tiles`:
-    tiles of the MLP. `outside_mlp`: sums over the adapters of other layers. `has_fp32_kernels`:
-    whether products and attention cast their tensors to fp32.
+    `count`: number of blocks of this kind. `adapter`: sizes of their adapters, summed over these
+    blocks. `outside_mlp`: the same sums without the adapters in MLPs. `b`: bytes per value in the
+    training dtype. `reach`: number of tokens to which a token may attend, which is the length of
+    its sequence, or of its document in a pack. `mask_bytes`: bytes per value of a dropout mask.
+    `is_joint`: whether adapters with the same input are computed together (model/joint_lora.py).
+    `group_size`: number of ranks that share each sequence. `num_tiles`: number of tiles that the
+    MLP computes one after another. `has_fp32_kernels`: whether matrix products and attention cast
+    their bf16 tensors to fp32 (model/fp32_kernels.py).
     """
 
     block: Block
@@ -83,12 +89,12 @@ class _BlockKind:
 
     @property
     def key_copies(self) -> int:
-        """Number of ranks of a group with the same key head."""
+        """Number of ranks of a group that hold the same key head."""
         return key_copies(self.block.num_kv_heads, self.group_size)
 
     @property
     def without_mlp(self) -> "_BlockKind":
-        """The same block with an MLP that saves nothing."""
+        """The same block as if its MLP and the MLP's adapters saved nothing."""
         block = replace(self.block, intermediate_size=0)
         return replace(self, block=block, adapter=self.outside_mlp)
 
@@ -109,11 +115,12 @@ def activations(
     is_cuda = hardware.kind == "cuda"
     b, h = layout.bytes_per_value, shape.hidden_size
     tokens, group_size = int(sequences.tokens), layout.sequence_parallel_size
-    count = layout.micro_batch_size * ceil(tokens / group_size)
+    num_tokens = layout.micro_batch_size * ceil(tokens / group_size)  # of a micro-batch on a rank
     attended = None if sequences.attended is None else int(sequences.attended)
-    supervised = int(sequences.supervised_share * count)
+    # Tokens whose attention scores exist at the same time, if scores are materialised.
+    scored_tokens = num_tokens if attended is None else ceil(attended / group_size)
     is_rms = shape.blocks[0].norm_kind == "rms"
-    boundary = count * h * b
+    block_input = num_tokens * h * b
     blocks = []
     adapters = adapter_counts_by_kind(shape, settings)
     outside_mlp = adapter_counts_by_kind(shape, settings, has_mlp=False)
@@ -136,52 +143,58 @@ def activations(
             has_fp32_kernels=has_fp32_kernels(settings, layout, hardware),
         )
         per_token = _saved_per_token(kind)
-        if kind.num_tiles > 1:  # only the MLP's input is saved
+        if kind.num_tiles > 1:  # of a tiled MLP, only the input is saved
             per_token = _saved_per_token(kind.without_mlp) + block.hidden_size * b
-        saved = count * per_token + _adapted_expert_bytes(kind) + _saved_weight_bytes(kind)
+        saved = num_tokens * per_token + _adapted_expert_bytes(kind) + _saved_weight_bytes(kind)
         # The first norm of a block saves the block's input itself, except that RMSNorm on 16-bit
         # values saves an fp32 copy.
         shares_input = not (is_rms and b < 4)
         blocks.append(
             BlockActivations(
                 saved=saved,
-                recomputed=saved - (boundary if shares_input else 0),
-                working=_working_bytes(
-                    kind, count, count if attended is None else ceil(attended / group_size)
-                ),
+                recomputed=saved - (block_input if shares_input else 0),
+                working=_working_bytes(kind, num_tokens, scored_tokens),
             )
         )
     return Activations(
-        boundary=boundary,
+        block_input=block_input,
         blocks=tuple(blocks),
         # RMSNorm has five fp32 tensors of the hidden width at once, which are 20 bytes per value;
         # LayerNorm is one kernel.
-        final_working=count * h * (b + (20 if is_rms else b)),
-        logits=_loss_bytes(shape, settings, layout, supervised, is_cuda=is_cuda),
+        final_working=num_tokens * h * (b + (20 if is_rms else b)),
+        logits=_loss_bytes(
+            shape, settings, layout, int(sequences.supervised_share * num_tokens), is_cuda=is_cuda
+        ),
     )
 
 
 def has_scores(shape: ModelShape, settings: RunSettings) -> bool:
-    """Whether attention scores are materialised: soft-capped ones without FlashAttention-2."""
+    """Whether attention scores are materialised.
+
+    Only soft-capped scores (Gemma 2) are, unless FlashAttention-2 computes them.
+    """
     return shape.score_softcap and settings.use_flash_attention is not True
 
 
 def attends_by_document(settings: RunSettings) -> bool:
-    """Whether each document of a pack is a separate attention call, with outputs concatenated.
+    """Whether attention is called once for each document of a pack.
 
-    FlashAttention-2 takes all documents in one call.
+    The outputs of the calls are then concatenated. FlashAttention-2 takes all documents in one
+    call.
     """
     return settings.packing and settings.use_flash_attention is not True
 
 
 def _saved_per_token(kind: _BlockKind) -> int:
     """Bytes per token that a block saves for its backward pass."""
-    block, adapter, settings, n, b = kind.block, kind.adapter, kind.settings, kind.count, kind.b
+    block, adapter, settings, b = kind.block, kind.adapter, kind.settings, kind.b
+    n = kind.count  # `adapter` has sums over n blocks
     if block.saved is None:
         saved = _norm_bytes(block, b) + _attention_bytes(kind) + _mlp_bytes(kind)
-    else:
+    else:  # counted on the model's class, for a group of one rank
         values, other_bytes = block.saved
-        saved = values * b + other_bytes + 2 * (kind.key_copies - 1) * block.key_width * b
+        more_keys_and_values = 2 * (kind.key_copies - 1) * block.key_width
+        saved = (values + more_keys_and_values) * b + other_bytes
     if attends_by_document(settings) or kind.group_size > 1:
         saved += _concatenated_bytes(kind)
     saved += adapter.inner_width * b // n  # the output of A, which B reads
@@ -196,7 +209,7 @@ def _saved_per_token(kind: _BlockKind) -> int:
     ) * block.hidden_size
     if settings.lora_dropout > 0:  # adapters save their input after dropout, and the mask
         width = adapter.input_width
-        if kind.is_joint:
+        if kind.is_joint:  # adapters with the same input share its dropout
             attention_output = adapter.blocks_reading_attention_output * block.query_width
             width = shared_inputs + attention_output + adapter.other_input_width
         return saved + width * (b + kind.mask_bytes) // n
@@ -209,8 +222,8 @@ def _saved_per_token(kind: _BlockKind) -> int:
 def _expert_inputs(block: Block) -> int:
     """Values per token that the projections of experts read.
 
-    If the shape has no number counted on the model's class, the experts are assumed to be gated
-    MLPs.
+    If the model's class was built to count its sizes, these values have been counted too. Otherwise
+    an expert is a gated MLP, each projection of which reads `d_in` values.
     """
     if block.saved_for_expert_adapters is not None:
         return block.saved_for_expert_adapters
@@ -249,14 +262,16 @@ def _norm_bytes(block: Block, b: int) -> int:
 
 
 def _concatenated_bytes(kind: _BlockKind) -> int:
-    """Bytes per token of the concatenated attention outputs of a pack's documents, if saved.
+    """Bytes per token of a second copy of the attention output that a block saves; 0 if none is.
 
-    The output projection saves this tensor if an adapter reads it. With fused kernels it is an
-    additional tensor, because each attention call saves its own output too (model/attention.py).
-    The output that a group's second all-to-all returns is such a tensor too.
-    The result is 0 in two cases in which `_attention_bytes` counts the tensor already: with
-    materialised scores, where no call saves its output, and after a fused q-k-v layer, where the
-    output is copied with or without packing.
+    The outputs of attention for the documents of a pack are concatenated (model/attention.py). The
+    output projection saves the concatenated tensor if an adapter reads it. Each call of a fused
+    kernel saves its own output too. In a group, the output of the second all-to-all is such a
+    second copy.
+
+    `_attention_bytes` counts the concatenated tensor already in two cases: if scores are
+    materialised, because then no call saves its output, and if one layer computes q, k and v,
+    because then the output is always copied.
     """
     block, settings = kind.block, kind.settings
     if kind.has_scores or block.has_fused_attention:
@@ -272,17 +287,19 @@ def _concatenated_bytes(kind: _BlockKind) -> int:
 def _attention_bytes(kind: _BlockKind) -> int:
     """Bytes per token saved by attention: rotated q and k, v, the output and the log-sum-exp.
 
-    FlashAttention saves no scores (arXiv 2205.14135 s.3). Without it, soft-capped attention saves
-    the capped scores, and their softmax in fp32 and in the training dtype, each with `reach` values
-    per token and head. It also saves keys and values repeated for every query head. If one layer
-    computes q, k and v (GPT-NeoX, Phi-3), v is a view that keeps the whole output of this layer.
-    Then the attention output also exists twice: by heads, and as a copy for the next layer
-    (measured).
+    Fused kernels save no scores (FlashAttention, arXiv 2205.14135 s.3). With materialised scores,
+    attention saves the soft-capped scores, and their softmax in fp32 and in the training dtype,
+    each with `reach` values per token and head. It also saves keys and values repeated for every
+    query head.
+
+    If one layer computes q, k and v (GPT-NeoX, Phi-3), v is a view, which keeps the whole output of
+    this layer in memory. Then the attention output also exists twice: by heads, and as a copy for
+    the next layer (measured).
     """
     block, b = kind.block, kind.b
     q, k = block.query_width, block.key_width * kind.key_copies
     value = k
-    if block.has_fused_attention:  # in a group v is received, not a view
+    if block.has_fused_attention:  # in a group, v is the result of an all-to-all and no view
         value = 2 * q + 2 * k if kind.group_size == 1 else k + q
     if kind.has_scores:
         return (4 * q + k + value) * b + block.num_heads * kind.reach * (2 * b + 4)
@@ -302,66 +319,70 @@ def _mlp_bytes(kind: _BlockKind) -> int:
     dense = block.intermediate_size * b * tensors
     if not block.num_experts:
         return dense
-    # an expert also saves a copy of its token's hidden state, and its own output
-    each = 3 * block.expert_size + 2 * block.hidden_size
-    return dense + block.experts_per_token * each * b + 4 * block.num_experts
+    # An expert also saves a copy of its token's hidden state, and its own output. The router saves
+    # the fp32 scores of all experts.
+    per_expert = 3 * block.expert_size + 2 * block.hidden_size
+    return dense + block.experts_per_token * per_expert * b + 4 * block.num_experts
 
 
-def _working_bytes(kind: _BlockKind, count: int, at_once: int) -> int:
-    """Bytes of temporary tensors in a block's backward pass, for `count` tokens.
+def _working_bytes(kind: _BlockKind, num_tokens: int, scored_tokens: int) -> int:
+    """Bytes of temporary tensors in a block's backward pass, for `num_tokens` tokens.
 
-    With materialised scores, the gradients of softmax's input and output are in fp32. They exist
-    for `at_once` tokens at a time: one document of a pack, or the whole micro-batch.
+    If scores are materialised, the gradients of softmax's input and output are in fp32. They exist
+    for `scored_tokens` tokens at a time: one document of a pack, or the whole micro-batch.
     """
     block, b = kind.block, kind.b
     inner = block.intermediate_size + block.experts_per_token * block.expert_size
     scores = block.num_heads * kind.reach * (8 - b) if kind.has_scores else 0
-    gradient = kind.adapter.largest_expert_tensor * b  # of one adapted expert tensor
+    gradient = kind.adapter.largest_expert_tensor * b  # gradient of one adapted expert tensor
     exchanged = 0
     if kind.group_size > 1:  # gradients of q, k and v: by heads, sent, received and by tokens
-        exchanged = count * 4 * (block.query_width + 2 * block.key_width * kind.key_copies) * b
-    mlp = count * (2 * inner + 2 * block.hidden_size) * b
+        exchanged = num_tokens * 4 * (block.query_width + 2 * block.key_width * kind.key_copies) * b
+    mlp = num_tokens * (2 * inner + 2 * block.hidden_size) * b
     if kind.num_tiles > 1:
-        mlp = _tiled_working_bytes(kind, count)
-    casts_in_mlp, in_attention = _cast_bytes(kind, count, at_once)
-    return max(mlp + casts_in_mlp + gradient, at_once * scores, exchanged, in_attention)
+        mlp = _tiled_working_bytes(kind, num_tokens)
+    casts_in_mlp, in_attention = _cast_bytes(kind, num_tokens, scored_tokens)
+    return max(mlp + casts_in_mlp + gradient, scored_tokens * scores, exchanged, in_attention)
 
 
-def _cast_bytes(kind: _BlockKind, count: int, at_once: int) -> tuple[int, int]:
+def _cast_bytes(kind: _BlockKind, num_tokens: int, attention_tokens: int) -> tuple[int, int]:
     """Bytes of fp32 tensors with the fast path FP32_KERNELS, in an MLP and in attention.
 
-    In the backward pass of a linear layer they are its gradients and a part of its weight. In that
-    of attention they are query, key, value and output with their gradients; then the tensors that
-    the MLP saved are freed.
+    In the backward pass of a linear layer these are the gradients of its input and output, and a
+    part of its weight. In the backward pass of attention they are query, key, value and output with
+    their gradients, for `attention_tokens` tokens at a time: one document of a pack, or the whole
+    micro-batch. Then the tensors that the MLP saved are already freed.
     """
     if not kind.has_fp32_kernels:
         return 0, 0
-    block, tokens = kind.block, -(-count // kind.num_tiles)
+    block, tile_tokens = kind.block, -(-num_tokens // kind.num_tiles)
     weight = block.intermediate_size * block.hidden_size
-    of_linear = 0
+    linear_bytes = 0
     if not kind.settings.is_quantised:
-        of_linear = tokens * 4 * (block.intermediate_size + block.hidden_size)
-        of_linear += 4 * min(weight, FP32_PART_VALUES)
+        linear_bytes = tile_tokens * 4 * (block.intermediate_size + block.hidden_size)
+        linear_bytes += 4 * min(weight, FP32_PART_VALUES)
     freed = _saved_per_token(kind) - _saved_per_token(kind.without_mlp)
-    of_attention = at_once * 16 * (block.query_width + block.key_width * kind.key_copies)
-    return of_linear, of_attention - count * freed
+    heads_width = block.query_width + block.key_width * kind.key_copies
+    return linear_bytes, attention_tokens * 16 * heads_width - num_tokens * freed
 
 
-def _tiled_working_bytes(kind: _BlockKind, count: int) -> int:
+def _tiled_working_bytes(kind: _BlockKind, num_tokens: int) -> int:
     """Bytes of temporary tensors in the backward pass of a block with a tiled MLP.
 
-    In the MLP's backward pass they are the tensors of one tile, the gradients of the output and of
-    the input for all tokens, and the gradients of the MLP's adapters in fp32. After it the norm
-    before the MLP needs more than attention: an RMSNorm has five fp32 tensors and the gradient of
-    its output.
+    In the MLP's backward pass they are the tensors of one tile, the gradients of the MLP's output
+    and input for all tokens, and the gradients of the MLP's adapters in fp32. After the MLP comes
+    the backward pass of the norm before it. An RMSNorm then has five fp32 tensors and the gradient
+    of its output, which is more than attention needs.
     """
     block, b = kind.block, kind.b
-    of_mlp = _saved_per_token(kind) - _saved_per_token(kind.without_mlp)
-    tile = -(-count // kind.num_tiles)
-    adapters = 4 * (kind.adapter.parameters - kind.outside_mlp.parameters) // max(1, kind.count)
-    in_mlp = tile * (of_mlp + 2 * block.intermediate_size * b) + adapters
-    in_norm = count * block.hidden_size * (20 + b) if block.norm_kind == "rms" else 0
-    return max(2 * count * block.hidden_size * b + in_mlp, in_norm)
+    mlp_per_token = _saved_per_token(kind) - _saved_per_token(kind.without_mlp)
+    tile_tokens = -(-num_tokens // kind.num_tiles)
+    tile = tile_tokens * (mlp_per_token + 2 * block.intermediate_size * b)
+    output_and_input = 2 * num_tokens * block.hidden_size * b
+    mlp_adapters = kind.adapter.parameters - kind.outside_mlp.parameters
+    adapter_gradients = 4 * mlp_adapters // max(1, kind.count)
+    norm = num_tokens * block.hidden_size * (20 + b) if block.norm_kind == "rms" else 0
+    return max(output_and_input + tile + adapter_gradients, norm)
 
 
 def _loss_bytes(
@@ -369,18 +390,24 @@ def _loss_bytes(
 ) -> int:
     """Bytes at the peak of the loss: hidden states, and logits-sized tensors of one chunk.
 
+    `positions`: number of tokens with labels; only these have logits. The loss is computed in
+    chunks of positions.
+
     The plain loss has three logits-sized tensors in fp32: the log-probabilities and two gradients.
-    Soft-capped logits are a fourth. The gradient may also be computed in the forward pass
-    (model/loss_gradient.py). Then only the log-probabilities are in fp32, the other logits-sized
-    tensors are in the training dtype, and the gradient of the hidden states is added. On a CPU the
-    operator of the log-probabilities also casts its input to fp32.
+    Soft-capped logits are a fourth. If the fast path LOSS_GRADIENT is on, the gradient is computed
+    in the forward pass (model/loss_gradient.py). Then only the log-probabilities are in fp32, the
+    other logits-sized tensors are in the training dtype, and the gradient of the hidden states is
+    added. On a CPU, log-softmax also casts its input to fp32.
     """
     b = layout.bytes_per_value
     hidden = positions * shape.hidden_size * b
     logits = min(positions * shape.vocab_size, LOGITS_CHUNK_BYTES // 4)
     if not has_loss_gradient(shape, settings, layout):
         return hidden + logits * 4 * (4 if shape.logit_softcap else 3)
-    graph = 2 * b if shape.logit_softcap else b
-    cast = 0 if b == 4 else b if is_cuda else 4
-    backward = 3 * b if shape.logit_softcap else b  # gradients of the logits that exist at once
-    return 2 * hidden + logits * (graph + max(4 + cast, backward))
+    # bytes per logit: tensors that autograd saves, the cast of log-softmax, gradients at one time
+    saved = 2 * b if shape.logit_softcap else b
+    cast = 0
+    if b < 4:
+        cast = b if is_cuda else 4
+    gradients = 3 * b if shape.logit_softcap else b
+    return 2 * hidden + logits * (saved + max(4 + cast, gradients))

@@ -1,15 +1,15 @@
-"""Gathers of ZeRO-3: elements of the frozen base that a rank holds gathered, and their limits.
+"""Gathers of ZeRO-3: how much of the sharded base a rank gathers at a time, and DeepSpeed's limits.
 
 Sizes are numbers of elements as DeepSpeed counts them: a packed 4-bit weight has half as many uint8
 elements as the matrix has. The facts below are from DeepSpeed 0.19.8
-(runtime/zero/partitioned_param_coordinator.py, parameter_offload.py); tests/train/test_sharding.py
+(runtime/zero/partitioned_param_coordinator.py, parameter_offload.py). tests/train/test_sharding.py
 measures them.
 
 Parameters of at most `stage3_param_persistence_threshold` elements (adapters of linear layers,
-norms, biases, small routers) are persistent: replicated on every rank, and not counted in the
-limits below. Adapters of experts are not persistent: they are larger than many base matrices, and
-are gathered with the experts. Every other parameter is gathered when its module runs and released
-afterwards, with three exceptions:
+norms, biases, small routers) are persistent: they are replicated on every rank, and the limits
+below do not count them. Adapters of experts are not persistent, because they are larger than many
+base matrices; they are gathered with the experts. Every other parameter is gathered when its module
+runs and released afterwards, with three exceptions:
 
 - *Prefetch.* At each module DeepSpeed also gathers the next parameters in the recorded order, as
   long as fewer than `stage3_max_live_parameters` elements are gathered.
@@ -21,8 +21,9 @@ afterwards, with three exceptions:
 - *4-bit without re-entrant checkpointing.* Every parameter stays gathered from its forward to its
   backward pass (rule 4bit-zero3-unchecked).
 
-DeepSpeed's defaults (1e9) are too large: a base below a billion elements is never released between
-forward and backward, and a larger one holds two to four gigabytes more than one block needs.
+DeepSpeed's defaults of these limits (1e9) are too large for a frozen base. A base below a billion
+elements would never be released between forward and backward. Of a larger base, two to four
+gigabytes more than one block needs would stay gathered.
 """
 
 from dataclasses import dataclass
@@ -69,21 +70,22 @@ def gathers(shape: ModelShape, settings: RunSettings) -> Gathers:
     The field `block` also includes the adapter on the block's experts.
     """
     adapter, threshold = adapter_counts(shape, settings), persistence_threshold(shape, settings)
-    block = persistent = largest = 0
+    largest_gathered = largest_block = persistent = 0
     kinds = zip(shape.counts(), adapter_counts_by_kind(shape, settings), strict=True)
-    for (kind, count), adapters in kinds:
-        sizes = _frozen_parameters(kind, settings)
+    for (block, count), adapters in kinds:
+        sizes = _frozen_parameters(block, settings)
         persistent_in_block = sum(size for size in sizes if size <= threshold)
         persistent += count * persistent_in_block
-        largest = max(largest, sum(sizes))
+        largest_block = max(largest_block, sum(sizes))
         expert_adapter = adapters.expert_parameters // max(1, count)
-        block = max(block, sum(sizes) - persistent_in_block + expert_adapter)
+        gathered = sum(sizes) - persistent_in_block + expert_adapter
+        largest_gathered = max(largest_gathered, gathered)
     adapter_of_a_block = -(-adapter.parameters // shape.num_layers)
     return Gathers(
-        block=block,
+        block=largest_gathered,
         head=shape.vocab_size * shape.hidden_size,
         persistent=persistent,
-        reuse_distance=2 * (largest + adapter_of_a_block),
+        reuse_distance=2 * (largest_block + adapter_of_a_block),
     )
 
 

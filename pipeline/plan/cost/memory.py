@@ -1,8 +1,12 @@
 """Predicted memory of devices and hosts in a step and while loading, and predicted disk space.
 
-Memory in a step is predicted for several moments, as a sum of named terms, each the size of some
-tensors. The worst moment is the one with the largest sum. docs/memory.md compares the terms with
-measured tensors. In the formulas b is the number of bytes per value in the training dtype.
+The peak of a step may be at several moments, for example in the loss or in the backward pass of a
+block. For each moment the memory is a sum of named terms, and a term is the size of some tensors.
+The worst moment is the one with the largest sum. docs/memory.md compares the terms with measured
+tensors. In the formulas b is the number of bytes per value in the training dtype.
+
+"Sharded" means ZeRO-3, at which the frozen base is divided over the ranks. Modules that are trained
+in full (`modules_to_save`) are embeddings or the head.
 """
 
 from collections.abc import Mapping
@@ -34,18 +38,20 @@ _CUDA_CONTEXT = 700 * 2**20
 _ALLOCATOR_SLACK = 0.03
 # Bytes of host memory of a rank's process for libraries and the CUDA runtime: an assumption.
 _PROCESS = 4 * 2**30
-# Inputs of checkpointed blocks on the device if they are offloaded (model/host_activations.py).
+# With offload of activations, number of inputs of checkpointed blocks that are on the device at a
+# time (model/host_activations.py).
 INPUTS_ON_DEVICE = 2
-_NOT_TENSORS = ("cuda_context", "allocator_slack")
+_NOT_TENSORS = ("cuda_context", "allocator_slack")  # terms that are not the size of live tensors
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
     """Predicted memory in bytes.
 
-    `per_rank`: terms on a rank's device at the worst moment of a step. `worst_moment`: name of that
-    moment. `load_peak_bytes`: peak on a rank's device while the base is loaded. `loading_tensors`:
-    the part of that peak that is live tensors. `host_peak_bytes`: peak host memory of one node.
+    `per_rank`: term -> bytes on a rank's device at the worst moment of a step. `worst_moment`: name
+    of that moment. `load_peak_bytes`: peak on a rank's device while the base is loaded.
+    `loading_tensors`: bytes of live tensors at that peak. `host_peak_bytes`: peak host memory of
+    one node.
     """
 
     per_rank: Mapping[str, int]
@@ -80,8 +86,8 @@ def memory(
 ) -> Memory:
     """Predicted memory of a run; `sequences` is the profile of its longest sequences."""
     is_cuda = hardware.kind == "cuda"
-    acts = activations(shape, settings, layout, hardware, sequences)
-    moments = _moments(shape, settings, layout, acts, is_cuda=is_cuda)
+    of_activations = activations(shape, settings, layout, hardware, sequences)
+    moments = _moments(shape, settings, layout, of_activations, is_cuda=is_cuda)
     worst = max(moments, key=lambda moment: sum(moments[moment].values()))
     terms = _resident(shape, settings, layout) | moments[worst]
     load = loading_tensors = _load_peak(shape, settings, layout, is_cuda=is_cuda)
@@ -96,14 +102,14 @@ def memory(
         load_peak_bytes=load,
         loading_tensors=loading_tensors,
         host_peak_bytes=_host_peak(shape, settings, layout, 0 if is_cuda else peak)
-        + (_offloaded_activations(layout, acts.boundary) if is_cuda else 0),
+        + (_offloaded_activations(layout, of_activations.block_input) if is_cuda else 0),
     )
 
 
 def bucket_elements(shape: ModelShape, settings: RunSettings) -> int:
     """Elements of a ZeRO reduce bucket: all gradients of the adapter, but at most _MAX_BUCKET.
 
-    It is at least as large as the largest adapter matrix.
+    The bucket is at least as large as the largest adapter matrix.
     """
     adapter = adapter_counts(shape, settings)
     elements = max(min(adapter.parameters, _MAX_BUCKET), adapter.largest_matrix)
@@ -113,23 +119,25 @@ def bucket_elements(shape: ModelShape, settings: RunSettings) -> int:
 def base_bytes(shape: ModelShape, settings: RunSettings, training_dtype: str) -> int:
     """Bytes of the frozen base before sharding, after quantisation if the base is quantised."""
     b = DTYPE_BYTES[training_dtype]
-    n = shape.quantised_parameters
-    if settings.is_quantised:
-        packed = n // 2 if settings.load_in_4bit else n
-        return packed + quantisation_constants(shape, settings) + (shape.parameters - n) * b
-    return shape.parameters * b
+    if not settings.is_quantised:
+        return shape.parameters * b
+    num_quantised = shape.quantised_parameters
+    packed = num_quantised // 2 if settings.load_in_4bit else num_quantised
+    other = (shape.parameters - num_quantised) * b
+    return packed + quantisation_constants(shape, settings) + other
 
 
 def quantisation_constants(shape: ModelShape, settings: RunSettings) -> int:
     """Bytes of the quantisation constants of a 4-bit or 8-bit base, without the weights.
 
-    4 bits: one fp32 constant for each 64 weights; with double quantisation one byte for each 64
-    weights, and one fp32 constant for each 64 x 256 (QLoRA, arXiv 2305.14314 s.3). 8 bits: one fp32
-    scale for each row (arXiv 2208.07339 s.3).
+    4 bits: one fp32 constant for each 64 weights. With double quantisation, one byte for each 64
+    weights, and one fp32 constant for each 64 x 256 weights (QLoRA, arXiv 2305.14314 s.3). 8 bits:
+    one fp32 scale for each row of a weight (arXiv 2208.07339 s.3).
     """
-    n = shape.quantised_parameters
     if settings.load_in_4bit:
-        return int(n / 64 * (1 + 4 / 256)) if settings.bnb_4bit_use_double_quant else n // 16
+        num_constants = shape.quantised_parameters / 64
+        bytes_per_constant = 1 + 4 / 256 if settings.bnb_4bit_use_double_quant else 4
+        return int(num_constants * bytes_per_constant)
     if settings.load_in_8bit:
         rows = sum(count * sum(x.d_out for x in block.linears) for block, count in shape.counts())
         return 4 * rows
@@ -142,10 +150,10 @@ def checkpoint_bytes(trainable: int) -> int:
 
 
 def disk_bytes(shape: ModelShape, settings: RunSettings) -> dict[str, int]:
-    """Disk space in bytes of what a run writes; `merged` is the model in the dtype of the base."""
+    """Disk space in bytes of the files of a run: checkpoints, adapter file and merged model."""
     trainable = trainable_parameters(shape, settings)
     is_evaluated = settings.eval_data is not None and settings.evaluation_strategy != "no"
-    # PiSSA and OLoRA: checkpoints and adapter also have the initial A and B.
+    # With PiSSA and OLoRA, checkpoints and adapter file also contain the initial A and B.
     initial = 4 * trainable if settings.splits_base else 0
     checkpoint = checkpoint_bytes(trainable) + initial
     # Checkpoints on disk: save_total_limit, the one with the lowest held-out loss, and one that is
@@ -153,9 +161,10 @@ def disk_bytes(shape: ModelShape, settings: RunSettings) -> dict[str, int]:
     checkpoints = checkpoint * (settings.save_total_limit + is_evaluated + 1)
     if settings.keep_best:  # fp32 weights of the best adapter, and of a better one being written
         checkpoints += 2 * checkpoint_bytes(trainable) // 3
-    merged = shape.parameters * DTYPE_BYTES.get(shape.dtype, 4)
+    merged = shape.parameters * DTYPE_BYTES.get(shape.dtype, 4)  # in the dtype of the base's files
     # The adapter file stores a tied weight under both of its names (adapter/publish.py).
-    tied = sum(m.parameters for m in saved_modules(shape, settings) if m.tied_name)
+    saved = saved_modules(shape, settings)
+    tied = sum(module.parameters for module in saved if module.tied_name)
     return {
         "checkpoints": checkpoints,
         "adapter": 4 * (trainable + tied) + initial,
@@ -185,8 +194,9 @@ def _resident(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[
         terms["persistent_parameters"] = gathers(shape, settings).persistent * element_bytes
         if layout.hpz_partition_size > 1:
             terms["hpz_copy"] = sharded // layout.hpz_partition_size
-        # Each rank has its shard of the adapter, and a whole copy of the adapter without the part
-        # on experts and without modules that are trained in full.
+        # Each rank has its shard of all trained weights. In addition it has a whole copy of the
+        # adapters of linear layers, which are small. The adapters of experts and the modules that
+        # are trained in full are not replicated.
         adapter = adapter_counts(shape, settings)
         replicated = adapter.parameters - adapter.expert_parameters
         terms["adapter_weights"] = b * trainable // world + b * replicated
@@ -196,57 +206,60 @@ def _resident(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[
     return terms
 
 
+def _block_inputs(layout: Layout, acts: Activations, *, is_cuda: bool) -> int:
+    """Bytes of the inputs of checkpointed blocks on the device, after a forward pass."""
+    num_inputs = layout.checkpointed_layers
+    if layout.offload_activations and is_cuda:
+        num_inputs = min(num_inputs, INPUTS_ON_DEVICE)
+    elif layout.offload_activations:  # a CPU has no other memory; one input is copied back
+        num_inputs += 1
+    return num_inputs * acts.block_input
+
+
 def _moments(
     shape: ModelShape, settings: RunSettings, layout: Layout, acts: Activations, *, is_cuda: bool
 ) -> dict[str, dict[str, int]]:
     """Temporary terms at each moment that may be the peak of a step: moment -> term -> bytes."""
-    num_checkpointed = layout.checkpointed_layers
-    # With offload, the input of the present block and that of the next one are on the device.
-    num_on_device = num_checkpointed
-    if layout.offload_activations:
-        num_on_device = min(num_checkpointed, INPUTS_ON_DEVICE)
-        if not is_cuda:  # the copies in host memory count too, and one of them is copied back
-            num_on_device = num_checkpointed + 1
-    boundaries = num_on_device * acts.boundary
-    not_checkpointed = [count for _, count in shape.counts(start=num_checkpointed)]
+    inputs = _block_inputs(layout, acts, is_cuda=is_cuda)
+    # number of blocks of each kind that are not checkpointed
+    not_checkpointed = [count for _, count in shape.counts(start=layout.checkpointed_layers)]
     saved_without_checkpoint = sum(
-        n * block.saved for n, block in zip(not_checkpointed, acts.blocks, strict=True)
+        count * block.saved for count, block in zip(not_checkpointed, acts.blocks, strict=True)
     )
-    saved = boundaries + saved_without_checkpoint
+    saved = inputs + saved_without_checkpoint
     # The backward pass may have its peak at its start, when all blocks that are not checkpointed
     # hold their activations. Or it has its peak later, when these activations are freed and a
     # checkpointed block is recomputed.
-    recomputed = [
-        block.recomputed
-        for (_, count), num_not_checkpointed, block in zip(
-            shape.counts(), not_checkpointed, acts.blocks, strict=True
-        )
-        if count > num_not_checkpointed
-    ]
-    in_block = (
-        max(saved_without_checkpoint, *recomputed) if recomputed else saved_without_checkpoint
-    )
+    saved_in_backward = saved_without_checkpoint
+    for (_, count), num_not_checkpointed, block in zip(
+        shape.counts(), not_checkpointed, acts.blocks, strict=True
+    ):
+        if count > num_not_checkpointed:  # some blocks of this kind are checkpointed
+            saved_in_backward = max(saved_in_backward, block.recomputed)
     accumulated, reduction = _gradients(shape, settings, layout, is_cuda=is_cuda)
     # Each backward pass allocates a new bucket (DeepSpeed 0.19.8 stage_1_and_2.py:3256).
     bucket = layout.bytes_per_value * bucket_elements(shape, settings)
     filling_bucket = {} if layout.is_sharded else {"zero_buckets": bucket}
     trainable = trainable_parameters(shape, settings)
+    # If not all gradients fit in a bucket, a full bucket is reduced during the backward pass.
     is_reduced_early = trainable > bucket_elements(shape, settings)
-    # The only remaining activations are the input of a block and its gradient (measured).
-    after_backward = {"activations": 2 * acts.boundary}
+    # After the backward pass the only activations are the input of one block and its gradient
+    # (measured).
+    after_backward = {"activations": 2 * acts.block_input}
     if has_one_reduction(settings, layout):
-        # every rank sums whole gradients in fp32
+        # Each rank sums whole gradients in fp32, and reduces them after the last micro-batch.
         accumulated, filling_bucket = {"local_gradients": 4 * trainable}, {}
         is_reduced_early = False
         reduction, after_backward = accumulated | reduction, {}
+    # gradients of earlier micro-batches of the same step
     earlier_gradients = accumulated if layout.accumulation_steps > 1 else {}
     saved_gradients = saved_module_gradients(shape, settings, layout)
     accumulated = accumulated | {"head_gradient": saved_gradients.until_embeddings}
-    head, block, experts = _gathered(shape, settings, layout)
+    head, block, experts = _gathered_bytes(shape, settings, layout)
     # peft copies a whole embedding matrix to replace rows, in each forward pass, and autograd
     # computes the gradient of the copy (peft 0.21.2 tuners/trainable_tokens/layer.py, forward).
-    copy = layout.bytes_per_value * shape.vocab_size * shape.hidden_size
-    copied = copy if settings.new_tokens else 0
+    embedding_bytes = layout.bytes_per_value * shape.vocab_size * shape.hidden_size
+    embedding_copy = embedding_bytes if settings.new_tokens else 0
     dequantised = shape.largest_linear * layout.bytes_per_value
     return {
         "the loss": earlier_gradients
@@ -254,7 +267,7 @@ def _moments(
             "activations": saved,
             "logits": acts.logits,
             "head_gradient": saved_gradients.of_earlier_chunks,
-            "token_copies": copied,
+            "token_copies": embedding_copy,
             "gathered_layers": head + block + experts,
         },
         "the backward pass of the head": earlier_gradients
@@ -262,7 +275,7 @@ def _moments(
             "activations": saved,
             "logits": acts.logits // 4 if saved_gradients.of_head else 0,
             "head_gradient": saved_gradients.of_head,
-            "token_copies": 2 * copied,
+            "token_copies": 2 * embedding_copy,
             "gathered_layers": head + block + experts,
         },
         "the last norm's backward pass": earlier_gradients
@@ -278,17 +291,17 @@ def _moments(
         | (reduction if is_reduced_early else {})
         | {"saved_gradients": saved_gradients.in_early_reduction}
         | {
-            "activations": boundaries + in_block,
+            "activations": inputs + saved_in_backward,
             "working_set": max(block.working for block in acts.blocks),
             "gathered_layers": 2 * block + experts,
             "dequantised_weight": dequantised if settings.is_quantised else 0,
         },
         "the backward pass of the embeddings": earlier_gradients
         | {
-            "activations": 2 * acts.boundary,
+            "activations": 2 * acts.block_input,
             "saved_gradients": saved_gradients.of_embeddings,
-            "token_copies": 2 * copied,
-            "gathered_layers": head if saved_gradients.of_embeddings or copied else 0,
+            "token_copies": 2 * embedding_copy,
+            "gathered_layers": head if saved_gradients.of_embeddings or embedding_copy else 0,
         },
         "the reduction of gradients": after_backward
         | reduction
@@ -315,13 +328,14 @@ def _gradients(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Gradient terms between two micro-batches, and gradient terms while a bucket is reduced.
 
-    These are the facts of DeepSpeed 0.19.8.
+    DeepSpeed 0.19.8 allocates the following tensors.
     Stage 1 (stage_1_and_2.py): a rank accumulates all gradients in the training dtype, and an empty
     bucket stays allocated.
     Stage 2: a rank accumulates the gradients of its partition, in fp32 if training is bf16
     (grad_accum_dtype). A full bucket is flattened into a copy, which bf16 runs copy again to fp32.
-    Stage 3 (stage3.py): partition and bucket are persistent and counted by `_resident`. A bucket is
-    flattened and reduce-scattered in fp32; gloo, the backend of CPU ranks, makes another copy.
+    Stage 3 (stage3.py): partition and bucket are always allocated, so `_resident` counts them. A
+    bucket is flattened and reduce-scattered in fp32. gloo, the backend of CPU ranks, makes one more
+    copy.
     """
     trainable, b = trainable_parameters(shape, settings), layout.bytes_per_value
     bucket, is_bf16 = bucket_elements(shape, settings), layout.training_dtype == "bfloat16"
@@ -334,29 +348,31 @@ def _gradients(
     return {"adapter_gradients": partition}, {"adapter_gradients": partition} | reduction
 
 
-def _gathered(shape: ModelShape, settings: RunSettings, layout: Layout) -> tuple[int, int, int]:
-    """Bytes that ZeRO-3 gathers: the output head, the largest block, experts that stay gathered.
+def _gathered_bytes(
+    shape: ModelShape, settings: RunSettings, layout: Layout
+) -> tuple[int, int, int]:
+    """Bytes that ZeRO-3 gathers: the head, the largest block, and experts that stay gathered.
 
     At other stages the three numbers are 0.
 
-    The experts of every block that is not checkpointed stay gathered until its backward pass
-    (measured: only linear layers release their weights and gather them again in the backward pass).
-    If experts have an adapter, only the adapter stays gathered: the backward pass does not need the
-    experts' weights, because autograd saves their sum with the adapter (activations.py).
+    If a block is not checkpointed, its experts stay gathered until its backward pass (measured:
+    only linear layers release their weights and gather them again in the backward pass). If experts
+    have an adapter, only the adapter stays gathered. Then the backward pass does not need the
+    experts' weights, because autograd saves the sums of weight and adapter (activations.py).
     """
     if not layout.is_sharded:
         return 0, 0, 0
     b = layout.bytes_per_value
     head = shape.vocab_size * shape.hidden_size * b
     experts, largest = 0, 0
-    not_checkpointed = [n for _, n in shape.counts(start=layout.checkpointed_layers)]
+    not_checkpointed = [count for _, count in shape.counts(start=layout.checkpointed_layers)]
     adapters = adapter_counts_by_kind(shape, settings)
     for (block, count), num_not_checkpointed, adapter in zip(
         shape.counts(), not_checkpointed, adapters, strict=True
     ):
-        of_adapter = b * adapter.expert_parameters // max(1, count)
-        experts += num_not_checkpointed * (of_adapter or b * block.expert_parameters)
-        largest = max(largest, _block_bytes(block, settings, b) + of_adapter)
+        expert_adapter = b * adapter.expert_parameters // max(1, count)  # of one block
+        experts += num_not_checkpointed * (expert_adapter or b * block.expert_parameters)
+        largest = max(largest, _block_bytes(block, settings, b) + expert_adapter)
     return head, largest, experts
 
 
@@ -373,19 +389,21 @@ def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_c
 
     At ZeRO-3, transformers 5.23 shards a 16-bit base while rank 0 reads it: each rank holds its
     shard and the tensor that is being read. A quantised base is whole on every rank before
-    DeepSpeed shards it, unless it is loaded through the host (model/base.py). A rank also holds
-    16-bit tensors that are not quantised yet: one on a CPU (measured), up to four on a GPU
-    (assumed).
+    DeepSpeed shards it, unless it is loaded into host memory first (`loads_through_host`,
+    model/base.py). While it is quantised, a rank also holds 16-bit tensors that are not quantised
+    yet: one on a CPU (measured), up to four on a GPU (assumed).
     """
     b = layout.bytes_per_value
     base = base_bytes(shape, settings, layout.training_dtype)
     largest = shape.largest_linear * b
     constants = quantisation_constants(shape, settings)
-    saved = b * saved_parameters(shape, settings)  # copied before DeepSpeed shards them
-    if settings.splits_base:  # a weight in fp32, its singular vectors, and its remainder
-        saved += 4 * 4 * shape.largest_linear
-    if (rows := token_rows(shape, settings)) is not None:  # whole until DeepSpeed shards them
-        saved += b * shape.vocab_size * shape.hidden_size * len(rows.modules)
+    # Trained copies of modules in `modules_to_save`, before DeepSpeed shards them.
+    copies = b * saved_parameters(shape, settings)
+    if settings.splits_base:  # PiSSA, OLoRA: a weight in fp32, two factors of it, and its remainder
+        copies += 4 * 4 * shape.largest_linear
+    if (rows := token_rows(shape, settings)) is not None:
+        # Embeddings and head with new rows are whole on each rank until DeepSpeed shards them.
+        copies += b * shape.vocab_size * shape.hidden_size * len(rows.modules)
     if layout.is_sharded and (not settings.is_quantised or layout.loads_through_host):
         tensors = [tensor for block in shape.blocks for tensor in block.experts]
         experts = b * max((tensor.parameters for tensor in tensors), default=0)
@@ -394,21 +412,23 @@ def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_c
         sharded, hpz_size = base - constants, layout.hpz_partition_size
         shard = 0 if layout.offload_param == "cpu" else sharded // layout.world_size
         shard += sharded // hpz_size if hpz_size > 1 else 0
-        return shard + constants + being_read + on_rank_0 + saved
+        return shard + constants + being_read + on_rank_0 + copies
     num_unquantised = 4 if is_cuda else 1
-    return base + saved + (num_unquantised * largest if settings.is_quantised else 0)
+    return base + copies + (num_unquantised * largest if settings.is_quantised else 0)
 
 
-def _offloaded_activations(layout: Layout, boundary: int) -> int:
-    """Bytes of the inputs of checkpointed blocks in a node's host memory.
+def _offloaded_activations(layout: Layout, block_input: int) -> int:
+    """Bytes of pinned host memory of a node for the inputs of checkpointed blocks.
 
-    They are in parts of 64 MiB; the last part is rounded up to a power of two
-    (model/host_activations.py).
+    `block_input`: bytes of one input. It is stored in parts of 64 MiB. PyTorch rounds the last part
+    up to a power of two (model/host_activations.py).
     """
     if not layout.offload_activations:
         return 0
-    whole, rest = divmod(boundary, 64 * 2**20)
-    pinned = whole * 64 * 2**20 + (1 << (rest - 1).bit_length() if rest else 0)
+    part_bytes = 64 * 2**20
+    num_full, last = divmod(block_input, part_bytes)
+    rounded_last = 1 << (last - 1).bit_length() if last else 0
+    pinned = num_full * part_bytes + rounded_last
     return layout.ranks_per_node * layout.checkpointed_layers * pinned
 
 

@@ -26,7 +26,8 @@ from pipeline.plan.given.layout import DTYPE_BYTES
 from pipeline.plan.given.saved_modules import has_head_gradient, saved_parameters
 from pipeline.plan.given.shape import ModelShape
 
-# Passes over a tensor of the training dtype in a block's forward pass, except in matrix products.
+# Passes over a tensor of the training dtype in a block's forward pass. Those of matrix products are
+# counted in the functions below.
 _NORM_PASSES = 18  # RMSNorm in fp32: cast, square, mean, two products, cast; a kernel each
 _RESIDUAL_PASSES = 3  # two read, one written, after attention and after the MLP
 _ROTARY_PASSES = 10  # halves rotated and concatenated, two products, one sum
@@ -43,27 +44,30 @@ _ROUTING_PASSES = 8
 _EXPERT_HIDDEN_PASSES = 12
 _EXPERT_INNER_PASSES = 8
 _FOLD_PASSES = 2  # adding ("folding") an adapter of experts to their weights: one read, one written
-# Materialised scores: scaled, capped in three kernels, masked, softmax in fp32, cast.
+# Attention scores that are a tensor in memory ("materialised"), because they are soft-capped: scaled,
+# capped in three kernels, masked, softmax in fp32, cast.
 _SCORE_PASSES = 22
 
 # A backward pass has 1.7 times the passes and 1.6 times the kernels of its forward pass
 # (test_per_token.py). Joint LoRA has its own numbers below.
 TRAFFIC_BACKWARD = 1.7
 _KERNELS_BACKWARD = 1.6
-# Joint LoRA multiplies an input that several layers share by all of their A matrices at once.
-# Passes in its backward pass, fitted in test_per_token.py: over each shared input; over the input
-# of each layer, to sum the gradients of layers that share it; over the output of each layer.
+# Joint LoRA (model/joint_lora.py) multiplies an input that several layers share by all of their A
+# matrices at once. Passes in its backward pass, fitted in test_per_token.py: over each shared input;
+# over the input of each layer, to sum the gradients of layers that share it; over the output of
+# each layer.
 _JOINT_IN_BACKWARD = 4
 _JOINT_SUM_BACKWARD = 3
 _JOINT_OUT_BACKWARD = 3
 
-# Kernels of a forward pass of a block: two norms (8 each), rotary (10), residuals and gate (4) and
-# attention.
+# Kernels of a block's forward pass: two norms (8 each), rotary embedding (10), residuals and gate (4)
+# and attention (1).
 _BLOCK_KERNELS = 31
 _LORA_KERNELS = 4  # A, B, scaling, sum; dropout is one more
 _JOINT_KERNELS = 1  # B with scaling and sum; `_num_kernels` counts A and dropout once per input
-# Joint LoRA, kernels of the backward pass: for each layer, and for each shared input.
-_JOINT_KERNELS_BACKWARD = (5, 2)
+# Kernels of joint LoRA's backward pass: for each layer, and for each shared input.
+_JOINT_LAYER_KERNELS_BACKWARD = 5
+_JOINT_INPUT_KERNELS_BACKWARD = 2
 _DEQUANTISE_KERNELS = 2  # the constants, then the weight
 _SCORES_KERNELS = 15  # attention of one document with materialised scores; a fused kernel is 1
 _FOLD_KERNELS = 4  # the adapter is added to two fused tensors, each twice (see speed.py)
@@ -75,7 +79,8 @@ class CostPerToken:
     """Costs of one forward pass of a model and its adapter.
 
     Fields whose names begin with `backward_` are costs of the backward pass. A field whose name
-    ends in `_values` counts values that are read from memory or written to it.
+    ends in `_values` counts values that are read from memory or written to it. To "fold" an adapter
+    of experts is to add it to their weights.
     """
 
     # Constants of the model
@@ -97,7 +102,7 @@ class CostPerToken:
     backward_values: float
     expert_gradient_flops: float = 0.0  # for the gradients of adapted experts' weights
 
-    # Per token and token that it attends to
+    # Per pair of a token and a token that it attends to
     score_flops: float
     score_values: float  # 0 unless attention scores are materialised
 
@@ -155,7 +160,7 @@ def sequence_flops(cost: CostPerToken) -> SequenceFlops:
 
 
 class _Identity:
-    """Cache key that compares shape and settings by identity.
+    """Cache key that compares shape and settings by identity, because their hashes are slow.
 
     Both objects are immutable. The key keeps them alive, so that their ids stay unique.
     """
@@ -174,9 +179,13 @@ class _Identity:
 
 @lru_cache(maxsize=16)
 def _compute_cost(key: _Identity, training_dtype: str, *, is_joint: bool) -> CostPerToken:
+    """The costs; `is_joint`: whether LoRA layers with the same input are computed together."""
     shape, settings = key.shape, key.settings
-    n, b = shape.linear_parameters, DTYPE_BYTES[training_dtype]
-    packed = (0.5 if settings.load_in_4bit else 1.0) * n if settings.is_quantised else 0.0
+    num_weights, bytes_per_value = shape.linear_parameters, DTYPE_BYTES[training_dtype]
+    packed = 0.0
+    if settings.is_quantised:
+        packed = (0.5 if settings.load_in_4bit else 1.0) * num_weights
+    stored_linears = packed or num_weights * bytes_per_value
     adapter, counts = adapter_counts(shape, settings), shape.counts()
     adapted = adapter.adapted_experts
     heads = sum(count * block.num_heads for block, count in counts)
@@ -198,11 +207,11 @@ def _compute_cost(key: _Identity, training_dtype: str, *, is_joint: bool) -> Cos
         token_values=token_values,
         backward_values=backward_values,
         score_values=_SCORE_PASSES * heads if is_materialised else 0,
-        linear_values=n,
+        linear_values=num_weights,
         expert_values=shape.expert_parameters,
         expert_share=max(x.experts_per_token for x in shape.blocks) / max(1, shape.num_experts),
         packed_bytes=packed,
-        stored_bytes=(packed or n * b) + (shape.parameters - n) * b,
+        stored_bytes=stored_linears + (shape.parameters - num_weights) * bytes_per_value,
         kernels=kernels,
         backward_kernels=backward_kernels,
         document_kernels=_num_document_kernels(shape, settings),
@@ -220,17 +229,21 @@ def _compute_cost(key: _Identity, training_dtype: str, *, is_joint: bool) -> Cos
 
 
 def _norm_flops(shape: ModelShape, settings: RunSettings) -> float:
-    """FLOPs of DoRA's weight norms; peft computes B A as the adapter's output for an identity."""
+    """FLOPs of DoRA's weight norms.
+
+    peft computes B A as the output of the adapter for an identity matrix (d_in, d_in).
+    """
     layers = adapted_layers(shape, settings) if settings.use_dora else ()
-    return sum(2 * x.r * x.linear.d_in * (x.linear.d_in + x.linear.d_out) for x in layers)
+    return sum(
+        2 * layer.r * layer.linear.d_in * (layer.linear.d_in + layer.linear.d_out)
+        for layer in layers
+    )
 
 
 def _norm_values(shape: ModelShape, settings: RunSettings) -> float:
     """Values read or written for DoRA's weight norms, including the identity matrix."""
-    layers = adapted_layers(shape, settings) if settings.use_dora else ()
-    return sum(
-        2 * x.linear.d_in**2 + _WEIGHT_NORM_PASSES * x.linear.d_in * x.linear.d_out for x in layers
-    )
+    linears = [layer.linear for layer in adapted_layers(shape, settings) if settings.use_dora]
+    return sum(2 * x.d_in**2 + _WEIGHT_NORM_PASSES * x.d_in * x.d_out for x in linears)
 
 
 def _num_linears(shape: ModelShape) -> int:
@@ -241,15 +254,15 @@ def _num_linears(shape: ModelShape) -> int:
 def _token_values(
     shape: ModelShape, settings: RunSettings, *, is_joint: bool
 ) -> tuple[float, float]:
-    """Values read or written per token, attention scores excluded, forward and backward."""
+    """Values read or written per token in a forward and in a backward pass, without scores."""
     layers = adapted_layers(shape, settings)
     groups = _input_groups(layers, is_joint=is_joint)
     dropout = _DROPOUT_PASSES if settings.lora_dropout > 0 else 0
-    on_output = _JOINT_OUT_PASSES if is_joint else _LORA_OUT_PASSES
+    output_passes = _JOINT_OUT_PASSES if is_joint else _LORA_OUT_PASSES
     d_in = sum(group[0].linear.d_in for group in groups)
     d_out = sum(layer.linear.d_out for layer in layers)
     blocks = sum(count * _block_values(block, settings) for block, count in shape.counts())
-    forward = blocks + (_LORA_IN_PASSES + dropout) * d_in + on_output * d_out
+    forward = blocks + (_LORA_IN_PASSES + dropout) * d_in + output_passes * d_out
     if not is_joint:
         return forward, TRAFFIC_BACKWARD * forward
     backward = (_JOINT_IN_BACKWARD + dropout) * d_in + _JOINT_OUT_BACKWARD * d_out
@@ -267,7 +280,7 @@ def _block_values(block: Block, settings: RunSettings) -> int:
         + 2 * (queries + keys)  # attention reads q, k and v and writes its output
         + _GATE_PASSES * block.intermediate_size
         + sum(linear.d_in + linear.d_out for linear in block.linears)
-        # the attention outputs of documents are concatenated
+        # the attention outputs of a pack's documents are concatenated
         + (2 * queries if attends_by_document(settings) else 0)
     )
     if block.num_experts:
@@ -291,16 +304,17 @@ def _num_kernels(shape: ModelShape, settings: RunSettings, *, is_joint: bool) ->
     base = blocks + per_linear * _num_linears(shape)
     layers = adapted_layers(shape, settings)
     groups = _input_groups(layers, is_joint=is_joint)
-    adapters = (1 if settings.lora_dropout > 0 else 0) * len(groups)
+    dropouts = len(groups) if settings.lora_dropout > 0 else 0
     if not is_joint:
-        forward = base + adapters + _LORA_KERNELS * len(layers)
+        forward = base + dropouts + _LORA_KERNELS * len(layers)
         return forward, _KERNELS_BACKWARD * forward
-    concatenations = sum(len(group) > 1 for group in groups)
-    per_layer, per_input = _JOINT_KERNELS_BACKWARD
-    backward = _KERNELS_BACKWARD * base + adapters
-    backward += per_layer * len(layers) + per_input * len(groups)
-    adapters += len(groups) + concatenations + _JOINT_KERNELS * len(layers)
-    return base + adapters, backward
+    backward = _KERNELS_BACKWARD * base + dropouts
+    backward += _JOINT_LAYER_KERNELS_BACKWARD * len(layers)
+    backward += _JOINT_INPUT_KERNELS_BACKWARD * len(groups)
+    concatenations = sum(len(group) > 1 for group in groups)  # of the A matrices of a group
+    products_with_a = len(groups)
+    forward = base + dropouts + concatenations + products_with_a + _JOINT_KERNELS * len(layers)
+    return forward, backward
 
 
 def _input_groups(layers: Sequence[AdaptedLayer], *, is_joint: bool) -> list[list[AdaptedLayer]]:

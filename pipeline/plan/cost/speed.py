@@ -2,6 +2,13 @@
 
 The prediction is a sum of terms. Each term counts only time that does not overlap with another
 term. The constants below are assumptions, not measured on a GPU; docs/speed.md lists them.
+
+Parameter names that occur in many functions: `cost` are the FLOPs, values and kernels of the model
+per token. `micro` is the number of tokens of a micro-batch on one rank. `reach` is the number of
+tokens to which a token may attend: the length of its sequence, or of its document in a pack.
+`recomputed` is the fraction of the blocks that are checkpointed, so that their forward pass runs
+twice. `rates` are the rates that one rank reaches. b is the number of bytes per value in the
+training dtype.
 """
 
 from dataclasses import dataclass
@@ -27,7 +34,9 @@ _FLOAT32_SHARE = {"cuda": 1 / 16, "cpu": 1.0}
 # Attention's backward relative to its forward: five matrix products instead of two, because the
 # scores are recomputed (FlashAttention-2, arXiv 2307.08691 s.4.1).
 _SCORES_BACKWARD = 2.5
-_FOLD_BACKWARD = 1.5  # adding an adapter to experts: 2 passes forward, 3 backward
+# Adapters of experts are added ("folded") to the experts' weights. Memory passes of the backward
+# pass relative to those of the forward pass: 3 to 2.
+_FOLD_BACKWARD = 1.5
 # Passes over modules that are trained in full, for their gradients in each micro-batch: zeroed,
 # written, and read and written while they are summed.
 _GRADIENT_PASSES = 4
@@ -100,7 +109,7 @@ def step_seconds(
     tokens, attended = sequences.tokens, sequences.attended
     micro = layout.micro_batch_size * tokens / layout.sequence_parallel_size
     reach = tokens if attended is None else attended
-    documents = layout.micro_batch_size * (1 if attended is None else tokens / attended)
+    num_documents = layout.micro_batch_size * (1 if attended is None else tokens / attended)
     recomputed = layout.checkpointed_layers / shape.num_layers
     device = {
         "arithmetic": _block_flops(cost, micro, reach, recomputed) / rates.flops,
@@ -114,40 +123,44 @@ def step_seconds(
         device["tiles"] = _tile_seconds(shape, settings, layout, rates, micro)
     busy = sum(device.values())
     gathers = _exposed_seconds(_gather_seconds(cost, layout, rates), busy)
-    host = _launch_seconds(cost, layout, recomputed, documents)
+    launches = _launch_seconds(cost, layout, recomputed, num_documents)
     if hardware.kind == "cuda":  # asynchronous: only the excess over device time counts
-        host = max(0.0, host - busy - gathers)
+        launches = max(0.0, launches - busy - gathers)
     per_micro_batch = device | {
-        "launches": host,
+        "launches": launches,
         "base_gathers": gathers,
         "sequence_exchange": _exchange_seconds(shape, layout, rates, micro, recomputed),
     }
     if layout.offload_activations:
         size = layout.checkpointed_layers * micro * shape.hidden_size * layout.bytes_per_value
         per_micro_batch["activation_copies"] = _copy_seconds(size / rates.host, busy, recomputed)
-    steps = layout.accumulation_steps
-    terms = {term: steps * seconds for term, seconds in per_micro_batch.items()}
-    reductions = 1 if has_one_reduction(settings, layout) else steps
+    num_micro_batches = layout.accumulation_steps
+    terms = {term: num_micro_batches * seconds for term, seconds in per_micro_batch.items()}
+    is_reduced_once = has_one_reduction(settings, layout)
+    num_reductions = 1 if is_reduced_once else num_micro_batches
     return Speed(
-        terms=terms | _seconds_per_step(cost, layout, rates, reductions),
+        terms=terms | _seconds_per_step(cost, layout, rates, num_reductions),
         tokens=layout.global_batch_size * tokens,
     )
 
 
 def reachable_rates(layout: Layout, hardware: Hardware) -> Rates:
     """Rates that kernels and collectives are assumed to sustain on this machine."""
+    # The ranks of a node share its CPU; each has a GPU of its own.
     sharers = layout.ranks_per_node if hardware.kind == "cpu" else 1
     is_float32 = layout.training_dtype == "float32"
     factor = _FLOAT32_SHARE[hardware.kind] if is_float32 else 1.0
-    inside = _LINK_SHARE * hardware.node_link
-    across = min(inside, _LINK_SHARE * hardware.network)
-    ring = inside if layout.nodes == 1 else across
+    within_node = _LINK_SHARE * hardware.node_link
+    across_nodes = min(within_node, _LINK_SHARE * hardware.network)
+    ring = within_node if layout.nodes == 1 else across_nodes
+    gathers_within_node = 1 < layout.hpz_partition_size <= layout.ranks_per_node
+    splits_within_node = layout.sequence_parallel_size <= layout.ranks_per_node
     return Rates(
         flops=_MATRIX_SHARE * factor * hardware.flops / sharers,
         memory=_BANDWIDTH_SHARE * hardware.memory_bandwidth / sharers,
         ring=ring,
-        base_ring=inside if 1 < layout.hpz_partition_size <= layout.ranks_per_node else ring,
-        exchange=inside if layout.sequence_parallel_size <= layout.ranks_per_node else across,
+        base_ring=within_node if gathers_within_node else ring,
+        exchange=within_node if splits_within_node else across_nodes,
         host=_LINK_SHARE * hardware.host_link / sharers,
     )
 
@@ -155,14 +168,15 @@ def reachable_rates(layout: Layout, hardware: Hardware) -> Rates:
 def _block_flops(cost: CostPerToken, micro: float, reach: float, recomputed: float) -> float:
     """FLOPs of the blocks for one micro-batch.
 
-    A frozen weight costs 2 FLOPs per token forward and 2 backward, for the gradient of its input.
-    An adapter's weight costs 2 and 4, because it also has a gradient of its own. (arXiv 2001.08361
-    s.2.1 counts the same for models whose weights are all trained.) Recomputation is one more
-    forward pass.
+    A frozen weight costs 2 FLOPs per token in the forward pass. It costs 2 in the backward pass,
+    for the gradient of its input. An adapter's weight costs 2 and 4, because it also has a gradient
+    itself. (arXiv 2001.08361 s.2.1 counts the same for models whose weights are all trained.)
+    Recomputation is one more forward pass.
 
-    An adapter of experts is added to their weights instead, twice in each forward pass: torch 2.13
-    nn/utils/parametrize.py also computes the sum to check its shape. The backward pass computes the
-    gradient of the sum, which costs 2 per active weight, and from it those of A and B.
+    An adapter of experts does not compute on tokens: it is added ("folded") to the experts'
+    weights. This happens twice in each forward pass, because torch 2.13 nn/utils/parametrize.py
+    also computes the sum to check its shape. The backward pass computes the gradient of the sum,
+    with 2 FLOPs per token and weight of its experts, and from this gradient those of A and B.
     """
     fold = (2 + 2 + 2 * recomputed) * cost.fold_flops
     per_token = (
@@ -177,29 +191,32 @@ def _block_flops(cost: CostPerToken, micro: float, reach: float, recomputed: flo
 def _logits_seconds(
     shape: ModelShape, settings: RunSettings, layout: Layout, rates: Rates, positions: float
 ) -> float:
-    """Seconds of head and loss for `positions` positions with logits (model/loss.py).
+    """Seconds of head and loss for `positions` tokens with logits (model/loss.py).
 
     A logit is written in the training dtype, cast to fp32, and read and written by log-softmax; the
-    backward pass does the same in reverse. If the logits need more than one chunk, their forward is
-    recomputed in the backward pass.
+    backward pass does the same in reverse. If the logits need more than one chunk, their forward
+    pass is recomputed in the backward pass.
 
     If the gradient is computed in the forward pass (model/loss_gradient.py), nothing is recomputed.
     Log-softmax reads the logits and writes fp32 values, which are turned into the gradient in
     place, cast to the training dtype and read.
     """
     b, vocabulary = layout.bytes_per_value, shape.vocab_size
-    planned = positions
-    if layout.is_sharded:
-        planned = layout.micro_batch_size * settings.max_length / layout.sequence_parallel_size
-    chunks = max(1, ceil(planned * vocabulary * 4 / LOGITS_CHUNK_BYTES))
-    is_early = has_loss_gradient(shape, settings, layout)
-    recomputed = 0 if chunks == 1 or is_early else 1
-    per_logit = 4 * b + 24 + recomputed * (2 * b + 12)
-    if is_early:
-        per_logit = 4 * b + (16 if b < 4 else 8)
-    traffic = positions * vocabulary * per_logit
-    traffic += (2 + recomputed) * chunks * vocabulary * shape.hidden_size * b  # the head itself
-    passes = 2 + recomputed + (has_head_gradient(shape, settings))
+    max_positions = positions
+    if layout.is_sharded:  # all ranks need as many chunks as the longest sequence
+        max_positions = (
+            layout.micro_batch_size * settings.max_length / layout.sequence_parallel_size
+        )
+    chunks = max(1, ceil(max_positions * vocabulary * 4 / LOGITS_CHUNK_BYTES))
+    has_gradient_in_forward = has_loss_gradient(shape, settings, layout)
+    recomputed = 0 if chunks == 1 or has_gradient_in_forward else 1
+    bytes_per_logit = 4 * b + 24 + recomputed * (2 * b + 12)
+    if has_gradient_in_forward:
+        bytes_per_logit = 4 * b + (16 if b < 4 else 8)
+    traffic = positions * vocabulary * bytes_per_logit
+    # each chunk reads the head's weight in each pass
+    traffic += (2 + recomputed) * chunks * vocabulary * shape.hidden_size * b
+    passes = 2 + recomputed + (1 if has_head_gradient(shape, settings) else 0)
     flops = passes * 2 * vocabulary * shape.hidden_size * positions
     return flops / rates.flops + traffic / rates.memory
 
@@ -209,18 +226,18 @@ def _traffic_bytes(
 ) -> float:
     """Bytes of memory traffic of the blocks for one micro-batch.
 
-    Each pass reads all weights once, even for few tokens, so small micro-batches are slow. With n
-    tokens a d x d matrix product reaches n / (n + flops / bandwidth) of the matrix rate (roofline
-    model, Williams et al. 2009, but with the sum of compute and memory time instead of the larger
-    of the two). Of the experts, only those selected by a token are read.
+    Each pass reads all weights once, even for few tokens, so small micro-batches are slow. This is
+    the roofline model (Williams et al. 2009), except that compute time and memory time are added,
+    where the original takes the larger of the two. Of the experts, only those selected by a token
+    are read.
     """
     experts = min(1.0, micro * cost.expert_share) * cost.expert_values
     weights = (2 + recomputed) * (cost.linear_values + experts)
-    values = (1 + recomputed) * (cost.token_values + cost.score_values * reach)
-    values += cost.backward_values + TRAFFIC_BACKWARD * cost.score_values * reach
-    activations = micro * values
-    # An adapter of experts is added to their weights twice in each forward pass; the gradient of
-    # the sum is written and read twice.
+    values_per_token = (1 + recomputed) * (cost.token_values + cost.score_values * reach)
+    values_per_token += cost.backward_values + TRAFFIC_BACKWARD * cost.score_values * reach
+    activations = micro * values_per_token
+    # An adapter of experts is added to their weights twice in each forward pass. The gradient of
+    # the sum is written once and read twice.
     folds = (2 + _FOLD_BACKWARD + 2 * recomputed) * cost.fold_values
     norms = (1 + recomputed) * cost.norm_values
     gradients = _GRADIENT_PASSES * cost.saved_values
@@ -230,12 +247,12 @@ def _traffic_bytes(
 def _dequantisation_bytes(
     cost: CostPerToken, settings: RunSettings, layout: Layout, recomputed: float
 ) -> float:
-    """Bytes of memory traffic for dequantising the weights (bitsandbytes 0.50 autograd).
+    """Bytes of memory traffic for dequantising the weights in one micro-batch.
 
-    MatMul4Bit dequantises in each forward and backward pass: it reads the packed weight and writes
-    the dequantised one. The fused kernel of bitsandbytes for few tokens is not modelled.
-    MatMul8bitLt multiplies int8 values in the forward pass; in the backward pass it casts the
-    weight, then reads and writes it again.
+    The classes are those of bitsandbytes 0.50 (autograd/_functions.py). MatMul4Bit dequantises in
+    each forward and backward pass: it reads the packed weight and writes the dequantised one.
+    MatMul8bitLt multiplies int8 values in the forward pass. In its backward pass it casts the
+    weight, then reads and writes it again. The fused kernel for few tokens is not included.
     """
     dequantised = layout.bytes_per_value * cost.linear_values
     if settings.load_in_4bit:
@@ -244,12 +261,13 @@ def _dequantisation_bytes(
 
 
 def _launch_seconds(
-    cost: CostPerToken, layout: Layout, recomputed: float, documents: float
+    cost: CostPerToken, layout: Layout, recomputed: float, num_documents: float
 ) -> float:
     """Seconds that the host needs to launch the kernels of a micro-batch."""
     fetches = 2 * cost.modules * _FETCH_S if layout.is_sharded else 0.0
     kernels = (1 + recomputed) * cost.kernels + cost.backward_kernels
-    kernels += (2 + recomputed) * cost.document_kernels * documents  # as many backward as forward
+    # a document's backward pass has as many kernels as its forward pass
+    kernels += (2 + recomputed) * cost.document_kernels * num_documents
     return kernels * _KERNEL_S + fetches
 
 
@@ -258,16 +276,16 @@ def _gather_seconds(cost: CostPerToken, layout: Layout, rates: Rates) -> float:
 
     The base is gathered twice: for the forward pass, and for the backward pass with its
     recomputation (stage3_max_reuse_distance, DeepSpeed 0.19.8 partitioned_param_coordinator.py).
-    Each gather is a ring that sends (p - 1)/p of the bytes over p ranks (Thakur et al. 2005). With
-    hpZ every gather of a frozen base reads the second copy (stage3.py, ZeRO++ arXiv 2306.10209
-    s.3.2), which the `hpz_partition_size` ranks of a group hold. An offloaded shard is copied from
-    host memory for each gather.
+    Each gather is a ring all-gather, which sends (p - 1)/p of the bytes over p ranks (Thakur et al.
+    2005). With hpZ, groups of `hpz_partition_size` ranks hold a second copy of the base, and every
+    gather reads this copy (stage3.py, ZeRO++ arXiv 2306.10209 s.3.2). An offloaded shard is copied
+    from host memory for each gather.
     """
     if not layout.is_sharded:
         return 0.0
     group = layout.hpz_partition_size if layout.hpz_partition_size > 1 else layout.world_size
-    blocks = cost.modules  # at most one collective per linear layer
-    seconds = _ring_seconds(group, cost.stored_bytes, rates.base_ring, rings=blocks)
+    num_gathers = cost.modules  # at most one collective per linear layer
+    seconds = _ring_seconds(group, cost.stored_bytes, rates.base_ring, rings=num_gathers)
     if layout.offload_param == "cpu":
         seconds += cost.stored_bytes / group / rates.host
     return 2 * seconds
@@ -276,7 +294,7 @@ def _gather_seconds(cost: CostPerToken, layout: Layout, rates: Rates) -> float:
 def _exchange_seconds(
     shape: ModelShape, layout: Layout, rates: Rates, micro: float, recomputed: float
 ) -> float:
-    """Seconds of the all-to-alls of a group in a micro-batch; `micro`: tokens of a rank.
+    """Seconds of the all-to-alls of a sequence-parallel group of P ranks in a micro-batch.
 
     In each pass a block exchanges query, key and value before its attention, and the output after
     it (model/ulysses.py). A rank keeps 1/P of the values and sends the others. Nothing overlaps
@@ -297,14 +315,17 @@ def _exchange_seconds(
 def _tile_seconds(
     shape: ModelShape, settings: RunSettings, layout: Layout, rates: Rates, micro: float
 ) -> float:
-    """Seconds that tiles of MLPs add to a micro-batch: a forward pass more, and weights read again.
+    """Seconds that tiled MLPs add to a micro-batch.
 
-    Each tile reads the weights of the MLP in each pass, and dequantises them if they are quantised.
+    The backward pass of a tiled MLP computes its forward pass once more. Each tile reads the
+    weights of the MLP in each pass, and dequantises them if they are quantised.
     """
     cost = cost_per_token(shape, settings, layout.training_dtype, is_sharded=layout.is_sharded)
     b = layout.bytes_per_value
-    weights = sum(n * block.mlp_weights for block, n in shape.counts() if block.has_tileable_mlp)
-    share = weights / cost.linear_values
+    weights = sum(
+        count * block.mlp_weights for block, count in shape.counts() if block.has_tileable_mlp
+    )
+    share = weights / cost.linear_values  # of MLPs in all linear layers
     flops = share * (cost.base_flops + cost.adapter_flops) * micro
     reads = (layout.mlp_tiles - 1) * (3 + layout.checkpointed_layers / shape.num_layers) + 1
     per_read = b * weights + (share * (cost.packed_bytes + b * weights) if cost.packed_bytes else 0)
@@ -315,37 +336,39 @@ def _tile_seconds(
 def _copy_seconds(one_way: float, busy: float, recomputed: float) -> float:
     """Seconds that copies of activations add: to the host in the forward pass, and back after it.
 
-    Of the computing, the forward pass has one part; the backward pass has two parts, because a
-    frozen weight has no gradient, and recomputation is one more.
+    `one_way`: seconds of the copies in one direction. `busy`: seconds of computing, with which they
+    overlap. The backward pass computes as long as the forward pass, because a frozen weight has no
+    gradient. Recomputation is added to it.
     """
     forward = busy / (2 + recomputed)
     return _exposed_seconds(one_way, forward) + _exposed_seconds(one_way, busy - forward)
 
 
-def _exposed_seconds(gathers: float, busy: float) -> float:
-    """Seconds of the gathers that do not overlap with `busy` seconds of computing.
+def _exposed_seconds(transfers: float, busy: float) -> float:
+    """Seconds of gathers or copies that do not overlap with `busy` seconds of computing.
 
     Gathers can overlap because the config sets `overlap_comm` at ZeRO-3.
     """
-    return _EXPOSED_SHARE * gathers + max(0.0, (1 - _EXPOSED_SHARE) * gathers - busy)
+    return _EXPOSED_SHARE * transfers + max(0.0, (1 - _EXPOSED_SHARE) * transfers - busy)
 
 
 def _seconds_per_step(
-    cost: CostPerToken, layout: Layout, rates: Rates, reductions: int
+    cost: CostPerToken, layout: Layout, rates: Rates, num_reductions: int
 ) -> dict[str, float]:
     """Seconds of the terms that a step has once: the adapter's communication and its update.
 
-    ZeRO-1 all-reduces gradients once per step, ZeRO-2 `reductions` times (DeepSpeed 0.19.8
-    stage_1_and_2.py). ZeRO-3 reduce-scatters them as often, which costs half an all-reduce.
-    Updated weights are gathered once per step (at ZeRO-3 as persistent parameters, stage3.py).
+    ZeRO-1 all-reduces gradients once per step, ZeRO-2 `num_reductions` times (DeepSpeed 0.19.8
+    stage_1_and_2.py). ZeRO-3 reduce-scatters them `num_reductions` times, and a reduce-scatter
+    costs half an all-reduce. Updated weights are gathered once per step (at ZeRO-3 as persistent
+    parameters, stage3.py).
     """
     world, b = layout.world_size, layout.bytes_per_value
-    passes = {1: 2, 2: 2 * reductions, 3: reductions}
+    # an all-reduce is a reduce-scatter and an all-gather
+    num_rings = {1: 2, 2: 2 * num_reductions, 3: num_reductions}[layout.zero_stage]
     gradients = cost.trainable * _REDUCED_BYTES[layout.training_dtype]
     partition = cost.trainable / world
     return {
-        "gradient_reduction": passes[layout.zero_stage]
-        * _ring_seconds(world, gradients, rates.ring),
+        "gradient_reduction": num_rings * _ring_seconds(world, gradients, rates.ring),
         "adapter_gather": _ring_seconds(world, cost.trainable * b, rates.ring),
         "optimizer": partition * (_ADAM_BYTES + b) / rates.memory,
         "fixed": _STEP_S,

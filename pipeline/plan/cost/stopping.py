@@ -1,14 +1,21 @@
-"""Warning about a run that cannot save a checkpoint before its launcher kills it."""
+"""Warning about a run that may be killed before it has saved a checkpoint.
+
+After Ctrl-C or SIGTERM, the ranks first agree to stop at the same micro-batch, and then save a
+checkpoint. DeepSpeed's launcher kills them if this takes too long.
+"""
 
 # Seconds between SIGTERM and SIGKILL of DeepSpeed's launcher (0.19.8 launcher/launch.py).
 LAUNCHER_PATIENCE_S = 30.0
-# Within a step the ranks agree on stops after about so many seconds, or after each micro-batch if
-# one takes longer. A shorter step has one agreement.
+# Seconds between two communications in which the ranks agree whether to stop. There is one at the
+# end of each step, and within longer steps after whole micro-batches.
 STOP_INTERVAL_S = 5.0
 
 
 def slow_stop_warning(save_s: float, micro_batch_s: float) -> str | None:
-    """A warning if agreement and save take longer than the launcher waits, else None."""
+    """A warning if agreement and save take longer than the launcher waits, else None.
+
+    `save_s`: seconds to save a checkpoint. `micro_batch_s`: seconds of a micro-batch.
+    """
     agreement_s = max(micro_batch_s, STOP_INTERVAL_S)
     if save_s + agreement_s <= LAUNCHER_PATIENCE_S:
         return None
