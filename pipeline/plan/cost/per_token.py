@@ -44,8 +44,8 @@ _ROUTING_PASSES = 8
 _EXPERT_HIDDEN_PASSES = 12
 _EXPERT_INNER_PASSES = 8
 _FOLD_PASSES = 2  # adding ("folding") an adapter of experts to their weights: one read, one written
-# Attention scores that are a tensor in memory ("materialised"), because they are soft-capped: scaled,
-# capped in three kernels, masked, softmax in fp32, cast.
+# Soft-capped attention scores, which are "materialised" (a tensor in memory): scaled, capped in
+# three kernels, masked, softmax in fp32, cast.
 _SCORE_PASSES = 22
 
 # A backward pass has 1.7 times the passes and 1.6 times the kernels of its forward pass
@@ -53,15 +53,15 @@ _SCORE_PASSES = 22
 TRAFFIC_BACKWARD = 1.7
 _KERNELS_BACKWARD = 1.6
 # Joint LoRA (model/joint_lora.py) multiplies an input that several layers share by all of their A
-# matrices at once. Passes in its backward pass, fitted in test_per_token.py: over each shared input;
-# over the input of each layer, to sum the gradients of layers that share it; over the output of
-# each layer.
+# matrices at once. Passes in its backward pass, fitted in test_per_token.py: over each shared
+# input; over the input of each layer, to sum the gradients of layers that share it; over the output
+# of each layer.
 _JOINT_IN_BACKWARD = 4
 _JOINT_SUM_BACKWARD = 3
 _JOINT_OUT_BACKWARD = 3
 
-# Kernels of a block's forward pass: two norms (8 each), rotary embedding (10), residuals and gate (4)
-# and attention (1).
+# Kernels of a block's forward pass: two norms (8 each), rotary embedding (10), residuals and gate
+# (4) and attention (1).
 _BLOCK_KERNELS = 31
 _LORA_KERNELS = 4  # A, B, scaling, sum; dropout is one more
 _JOINT_KERNELS = 1  # B with scaling and sum; `_num_kernels` counts A and dropout once per input
@@ -160,7 +160,7 @@ def sequence_flops(cost: CostPerToken) -> SequenceFlops:
 
 
 class _Identity:
-    """Cache key that compares shape and settings by identity, because their hashes are slow.
+    """Cache key that compares shape and settings by identity.
 
     Both objects are immutable. The key keeps them alive, so that their ids stay unique.
     """

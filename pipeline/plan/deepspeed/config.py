@@ -12,11 +12,13 @@ from pipeline.plan.given.adapter_counts import adapter_counts
 from pipeline.plan.given.layout import Layout
 from pipeline.plan.given.shape import ModelShape
 
+# model_type -> class of the module that contains a block's router and experts.
 _EXPERT_MODULES = {
     "mixtral": "transformers.models.mixtral.modeling_mixtral.MixtralSparseMoeBlock",
     "qwen2_moe": "transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeSparseMoeBlock",
     "qwen3_moe": "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock",
 }
+# peft's class for experts with an adapter.
 _ADAPTED_EXPERTS = "peft.tuners.lora.layer.ParamWrapper"
 
 
@@ -107,9 +109,9 @@ def _zero3_keys(
         # False, because it would gather the whole base on rank 0.
         "stage3_gather_16bit_weights_on_model_save": False,
     }
-    # Ranks route tokens to different experts. A leaf module is gathered as a whole, so all ranks
-    # gather in the same order. DeepSpeed's default list has these classes; they are written here in
-    # case a later default does not.
+    # Ranks route tokens to different experts, but must gather parameters in the same order. DeepSpeed
+    # gathers all parameters of a "leaf module" together, so the order does not depend on routing.
+    # Its default list has these classes. They are named here in case a later default does not.
     leaves = [_EXPERT_MODULES[shape.model_type]] if shape.model_type in _EXPERT_MODULES else []
     if adapter_counts(shape, settings).adapted_experts:
         # peft reads experts and adapter before it calls the module that holds the experts.

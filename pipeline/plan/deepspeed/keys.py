@@ -37,14 +37,15 @@ ZERO_OPTIMIZATION = frozenset({
     "zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zero_quantized_weights",
 })  # fmt: skip
 
-# Name of a ZeRO-3 key without `stage3_` -> its full name. DeepSpeed reads both (populate_by_name).
+# Name of a ZeRO-3 key without `stage3_` -> its full name. DeepSpeed accepts both names.
 SHORT_NAMES: Mapping[str, str] = {
     key.removeprefix("stage3_"): key
     for key in sorted(ZERO_OPTIMIZATION)
     if key.startswith("stage3_") and key != "stage3_gather_fp16_weights_on_model_save"
 }
 
-# Keys that DeepSpeed 0.19 removed and refuses with an error -> remedy of their rule.
+# Keys that DeepSpeed 0.19 removed and refuses with an error -> the remedy that rules/deepspeed.py
+# names.
 REMOVED = {
     "amp": "set bf16 or fp16 in the run file",
     "compression_training": "set load_in_4bit or load_in_8bit in the run file to save memory",
@@ -64,7 +65,8 @@ REMOVED_FROM_ZERO = {
     "zeropp_loco_param": "leave it out",
 }
 
-# Path of a block -> its known keys. The keys of other blocks are not checked.
+# Path of a block, such as ("zero_optimization", "offload_param") -> its known keys. The keys of
+# blocks that are not listed here are not checked.
 BLOCKS: Mapping[tuple[str, ...], Collection[str]] = {
     (): TOP_LEVEL | REMOVED.keys(),
     ("zero_optimization",): ZERO_OPTIMIZATION | SHORT_NAMES.keys() | REMOVED_FROM_ZERO.keys(),
@@ -109,16 +111,17 @@ BLOCKS: Mapping[tuple[str, ...], Collection[str]] = {
     },
 }  # fmt: skip
 
-# The tables below have the values that DeepSpeed accepts for keys that the generated config does
-# not set. DeepSpeed would check them only after the model is loaded. Here they are checked before a
-# GPU is used, and the message names the line.
-_ZERO_NUMBERS = {
+# The tables below have the type of value that DeepSpeed accepts for a key path. DeepSpeed would
+# check the values only after the model is loaded. overlay.py checks them before a GPU is used, and
+# its message names the line. The tables list only keys that the generated config does not set: for
+# the others, a user's value must have the type of the generated value.
+_ZERO_NUMBERS = {  # keys of zero_optimization with a number as value
     "allgather_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance",
     "stage3_model_persistence_threshold", "stage3_module_granularity_threshold",
     "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size", "sub_group_size",
     "zero_hpz_partition_size",
 }  # fmt: skip
-_ZERO_OTHERS = {
+_ZERO_OTHERS = {  # keys of zero_optimization with neither a number nor true or false as value
     "leaf_module", "offload_optimizer", "offload_param", "reduce_bucket_size", "stage", "zenflow",
 }  # fmt: skip
 FLAGS = frozenset({

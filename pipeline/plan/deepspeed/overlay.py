@@ -1,7 +1,8 @@
-"""The user's own DeepSpeed JSON: compared with the run file, then merged into the generated config.
+"""The user's own DeepSpeed JSON (`deepspeed_json`), which is merged into the generated config.
 
-Unknown keys are refused; DeepSpeed would ignore them at the top level. The rules check the merged
-config.
+First `with_json_constraints` compares it with the run file, so that the search for a layout uses
+its values. Then `overlay` merges it. Unknown keys are refused, because DeepSpeed would ignore them
+at the top level. The rules (plan/rules/) check the merged config.
 """
 
 import difflib
@@ -30,15 +31,15 @@ _ZERO = "zero_optimization"
 
 
 def with_json_constraints(path: str, settings: RunSettings) -> RunSettings:
-    """The settings with the values of the JSON, so that these constrain the layout.
+    """The settings with the values of the JSON, such as zero_stage from zero_optimization.stage.
 
-    Raises UserError for a key that has another value in the run file, and for a key that DeepSpeed
-    does not read.
+    The search for a layout then tries only these values. Raises UserError for a key that has
+    another value in the run file, and for a key that DeepSpeed does not read.
     """
     user_json = _read_json_config(path)
-    fixed: dict[str, Any] = {}
-    for dotted, name in settings_by("deepspeed").items():
-        key = tuple(dotted.split("."))
+    constraints: dict[str, Any] = {}
+    for dotted_path, name in settings_by("deepspeed").items():
+        key = tuple(dotted_path.split("."))
         value, setting = _value_at(user_json, key), getattr(settings, name)
         if value is None or value == "nvme":  # the rule nvme-not-yet refuses nvme
             continue
@@ -48,17 +49,17 @@ def with_json_constraints(path: str, settings: RunSettings) -> RunSettings:
                 f"preset has {name}: {_as_json(setting)}; keep one of them"
             )
         _validate(settings, {name: value}, f"{_location_of(user_json, key)}: {_as_json(value)}")
-        fixed[name] = value
-    _validate(settings, fixed, f"deepspeed_json: {path}: {_as_json(fixed)}")
-    return settings.model_copy(update=fixed)
+        constraints[name] = value
+    _validate(settings, constraints, f"deepspeed_json: {path}: {_as_json(constraints)}")
+    return settings.model_copy(update=constraints)
 
 
 def overlay(generated: Mapping[str, Any], path: str) -> dict[str, Any]:
     """The generated config with the user's JSON merged into it, key by key also within blocks.
 
     Raises UserError for a key that DeepSpeed does not read, and for a value of another type than
-    the value that it replaces. Keys that DeepSpeed removed are accepted here, because each of them
-    has a rule.
+    the value that it replaces. Keys that DeepSpeed removed are accepted here, because rules refuse
+    them later (plan/rules/deepspeed.py).
     """
     user_json = _read_json_config(path)
     return _merge(generated, user_json.values, user_json, ())
@@ -99,15 +100,16 @@ def _validate(settings: RunSettings, values: dict[str, Any], location: str) -> N
         RunSettings.model_validate(settings.model_dump() | values)
     except ValidationError as error:
         messages = " or ".join(dict.fromkeys(problem["msg"] for problem in error.errors()))
-        shown = messages.removeprefix("Value error, ").replace("Input should be", "must be")
-        raise UserError(f"{location}: {shown}") from None
+        text = messages.removeprefix("Value error, ").replace("Input should be", "must be")
+        raise UserError(f"{location}: {text}") from None
 
 
 def _read_json_config(path: str) -> Located:
-    """The JSON file, without the values "auto" and null, and with full names of ZeRO-3's keys.
+    """Read and check the JSON file.
 
-    "auto" and null mean the generated value. Raises UserError for every unknown key, even with one
-    of these values.
+    Keys whose value is "auto" or null are left out, because these mean the generated value. Short
+    names of ZeRO-3's keys are replaced by the full names. Raises UserError for unknown keys, also
+    if their value is "auto" or null.
     """
     user_json = read_located(Path(path), "JSON", label="deepspeed_json: ")
     _require_known(user_json)
@@ -180,7 +182,7 @@ def _expected_values(key: KeyPath, value: Any) -> str | None:
 
 
 def _without_auto(block: Mapping[str, Any]) -> dict[str, Any]:
-    """The block without "auto" and null, also in blocks within it."""
+    """The block without keys whose value is "auto" or null, also in blocks within it."""
     return {
         key: _without_auto(value) if isinstance(value, Mapping) else value
         for key, value in block.items()
@@ -197,13 +199,13 @@ def _value_at(user_json: Located, key: KeyPath) -> Any:
 
 
 def _location_of(user_json: Located, key: KeyPath) -> str:
-    """File, line and key; the key has the name that the file uses."""
-    names = {full: short for short, full in SHORT_NAMES.items()}
-    is_short = (
-        key[:1] == (_ZERO,) and len(key) == 2 and (_ZERO, names.get(key[1], "")) in user_json.lines
-    )
-    shown = (_ZERO, names[key[1]]) if is_short else key
-    return f"{user_json.location(*key)}: {'.'.join(shown)}"
+    """File, line and dotted key for a message; the key has the name that the file uses."""
+    name_in_file = key
+    if len(key) == 2 and key[0] == _ZERO:  # the file may have the name without `stage3_`
+        short_key = (_ZERO, key[1].removeprefix("stage3_"))
+        if short_key in user_json.lines:
+            name_in_file = short_key
+    return f"{user_json.location(*key)}: {'.'.join(name_in_file)}"
 
 
 def _as_json(value: Any) -> str:

@@ -1,6 +1,8 @@
-"""The adapted linear layers of a model, and AdapterCounts: sizes summed over them and new tokens.
+"""The linear layers of a model that get a LoRA adapter, and the sizes of the adapter.
 
-Modules that are trained in full are not included in AdapterCounts; saved_modules.py counts them.
+The adapter may also have matrices for experts, and rows for new tokens. The experts of a block are
+"fused": one tensor holds the weights of all of them. Modules that are trained in full are not
+counted here, but in saved_modules.py.
 """
 
 import math
@@ -16,7 +18,9 @@ from pipeline.plan.given.patterns import full_matches
 from pipeline.plan.given.saved_modules import saved_modules, saved_parameters
 from pipeline.plan.given.shape import ModelShape
 
-TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"  # end of the key of trained token rows
+# End of the key in the adapter file for the trained rows of new tokens.
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
+# Last parts of the names of linear layers, by the tensor that they read.
 _ATTENTION_INPUT = {"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value"}
 _ATTENTION_OUTPUT = {"o_proj", "dense"}
 _MLP_INPUT = {"gate_proj", "up_proj", "gate_up_proj", "fc1", "dense_h_to_4h"}
@@ -24,13 +28,18 @@ _MLP_INPUT = {"gate_proj", "up_proj", "gate_up_proj", "fc1", "dense_h_to_4h"}
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptedLayer:
-    """A linear layer that gets an adapter. `r`: the r of this layer's adapter."""
+    """A linear layer that gets an adapter.
+
+    `name`: its name in `named_modules()` of the base. `r`: the r of this layer's adapter.
+    `scaling`: factor of the product of B and A. `has_magnitude`: whether it has the magnitude
+    vector of DoRA.
+    """
 
     name: str
     linear: Linear
     r: int
-    scaling: float  # of the product of B and A
-    has_magnitude: bool  # DoRA
+    scaling: float
+    has_magnitude: bool
 
     @property
     def parameters(self) -> int:
@@ -41,33 +50,32 @@ class AdaptedLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterCounts:
-    """Sums over the adapted linear layers of a model, or of all its blocks of one kind.
+    """Sizes of the adapter, summed over a whole model or over all its blocks of one kind.
 
-    `parameters` and `largest_matrix` include the adapter of fused experts. In the sum over a model
-    they also include the rows of new tokens, as does `largest_linear_matrix`. `expert_parameters`:
-    parameters of that adapter. `adapted_experts`: elements of the fused tensors that it adapts.
-    `largest_expert_tensor`: elements of the largest such tensor.
+    A width is summed over the adapted linear layers. If experts are adapted, `parameters` and
+    `largest_matrix` include their adapter. In the sum over a model, `parameters`, `largest_matrix`
+    and `largest_linear_matrix` also include the rows of new tokens.
     """
 
-    layers: int
-    parameters: int
+    layers: int  # number of adapted linear layers
+    parameters: int  # trainable parameters of the adapter
     inner_width: int  # sum of r
     largest_matrix: int  # elements of the largest A or B
     largest_linear_matrix: int  # elements of the largest A or B of a linear layer, or token rows
     base_weights: int  # sum of d_in x d_out
     input_width: int  # sum of d_in
     output_width: int  # sum of d_out
-    blocks_reading_attention_input: int
+    blocks_reading_attention_input: int  # number of blocks in which an adapter reads this tensor
     blocks_reading_attention_output: int
     blocks_reading_mlp_input: int
     other_input_width: int  # sum of d_in of layers that read another input (down projection)
-    expert_parameters: int
-    adapted_experts: int
-    largest_expert_tensor: int
+    expert_parameters: int  # trainable parameters of the adapter of experts
+    adapted_experts: int  # elements of the fused expert tensors that are adapted
+    largest_expert_tensor: int  # elements of the largest of these tensors
 
 
 def adapter_counts(shape: ModelShape, settings: RunSettings) -> AdapterCounts:
-    """Counts for all adapted layers. Raises UserError like `adapted_layers`.
+    """Sizes of the whole adapter. Raises UserError if a setting selects or matches no layer.
 
     The shape of A is (r, d_in) and that of B is (d_out, r) (LoRA, arXiv 2106.09685 s.4). For a
     fused tensor of n experts they are (n r, d_in) and (d_out, n r), which is r for each expert
@@ -88,12 +96,12 @@ def adapter_counts(shape: ModelShape, settings: RunSettings) -> AdapterCounts:
 def adapter_counts_by_kind(
     shape: ModelShape, settings: RunSettings, *, has_mlp: bool = True
 ) -> tuple[AdapterCounts, ...]:
-    """Counts for the blocks of each kind, in the order of `shape.blocks`.
+    """Sizes of the adapter in the blocks of each kind, in the order of `shape.blocks`.
 
-    Without `has_mlp` the layers of MLPs are left out.
+    `has_mlp`: whether the adapted layers of MLPs are included.
     """
-    _, all_layers, outside_mlps = _cached_counts(shape, _Selection.of(settings))
-    return all_layers if has_mlp else outside_mlps
+    _, all_layers, without_mlps = _cached_counts(shape, _Selection.of(settings))
+    return all_layers if has_mlp else without_mlps
 
 
 def lora_scaling(r: int, alpha: float, *, use_rslora: bool) -> float:
@@ -107,9 +115,10 @@ def trainable_parameters(shape: ModelShape, settings: RunSettings) -> int:
 
 
 def pattern_value(pattern: Mapping[str, float] | None, name: str, default: float) -> float:
-    """The value of the first key that matches a layer's name, or `default` if none does.
+    """The value of `rank_pattern` or `alpha_pattern` for a layer.
 
-    As in peft, a key is a regular expression for the whole name, or for its end after a dot (peft
+    It is the value of the first key that matches the layer's name, or `default` if none does. As in
+    peft, a key is a regular expression for the whole name, or for its end after a dot (peft
     0.21.2 utils/other.py get_pattern_key).
     """
     for key, value in (pattern or {}).items():
@@ -119,7 +128,10 @@ def pattern_value(pattern: Mapping[str, float] | None, name: str, default: float
 
 
 def input_of(name: str) -> str:
-    """Name of a layer's input, the same for all layers that read it, such as q_proj and k_proj."""
+    """A name for the input of a layer, which is the same for all layers that read this input.
+
+    For example, it is `layers.3.self_attn.k_proj` for q_proj, k_proj and v_proj of this module.
+    """
     module, _, last = name.rpartition(".")
     for inputs in (_ATTENTION_INPUT, _MLP_INPUT):
         if last in inputs:
@@ -188,7 +200,7 @@ def _select_layers(shape: ModelShape, selection: _Selection) -> tuple[AdaptedLay
     """The adapted layers of a selection. Raises UserError if a setting matches no layer."""
     linears = dict(shape.targeted(selection.targets))
     names = _names_in_blocks(shape, selection.layers, list(linears))
-    names = _not_excluded(shape, selection.excluded, names)
+    names = _without_excluded(shape, selection.excluded, names)
     if not names and not shape.targeted_experts(selection.targets):
         raise UserError(
             "lora_target_modules, layers_to_transform and exclude_modules together select no layer"
@@ -231,13 +243,14 @@ def _names_in_blocks(shape: ModelShape, layers: Sequence[int], names: list[str])
     return [name for name in names if not layers or shape.layer_of(name) in layers]
 
 
-def _not_excluded(shape: ModelShape, excluded: str | Sequence[str], names: list[str]) -> list[str]:
-    """The names that no entry of exclude_modules matches."""
+def _without_excluded(
+    shape: ModelShape, excluded: str | Sequence[str], names: list[str]
+) -> list[str]:
+    """The names that no entry of exclude_modules matches; a single text is a pattern."""
     remaining = names
+    is_pattern = isinstance(excluded, str)
     for entry in [excluded] if isinstance(excluded, str) else excluded:
-        matches = set(
-            shape.matching(entry, "exclude_modules", is_pattern=isinstance(excluded, str))
-        )
+        matches = set(shape.matching(entry, "exclude_modules", is_pattern=is_pattern))
         if not matches & set(names):
             raise UserError(f"exclude_modules: {entry!r} matches none of the layers to adapt")
         remaining = [name for name in remaining if name not in matches]
@@ -248,7 +261,7 @@ def _not_excluded(shape: ModelShape, excluded: str | Sequence[str], names: list[
 def _cached_counts(
     shape: ModelShape, selection: _Selection
 ) -> tuple[AdapterCounts, tuple[AdapterCounts, ...], tuple[AdapterCounts, ...]]:
-    """Counts for all adapted layers, for those in the blocks of each kind, and without MLPs."""
+    """Sizes of the adapter: of the model, by kind of block, and by kind of block without MLPs."""
     selected, r = _select_layers(shape, selection), selection.r
     experts = shape.targeted_experts(selection.targets)
 
@@ -262,15 +275,15 @@ def _cached_counts(
             for kind in range(len(shape.blocks))
         )
 
-    outside = [layer for layer in selected if "mlp." not in layer.linear.name]
+    outside_mlps = [layer for layer in selected if "mlp." not in layer.linear.name]
     total = _sum_counts(selected, [tensor for _, tensor in experts], r)
-    return total, by_kind(selected), by_kind(outside)
+    return total, by_kind(selected), by_kind(outside_mlps)
 
 
 def _sum_counts(
     selected: Sequence[AdaptedLayer], experts: Sequence[ExpertTensor], r: int
 ) -> AdapterCounts:
-    """Sums over these adapted layers and fused expert tensors."""
+    """Sums over these adapted layers and fused expert tensors; `r`: of the adapter of experts."""
     linears = [layer.linear for layer in selected]
     largest_of_linears = max(
         (x.r * max(x.linear.d_in, x.linear.d_out) for x in selected), default=0

@@ -1,4 +1,10 @@
-"""Block: sizes of one kind of decoder block, from config.json or counted on the model's class."""
+"""Block: sizes of one kind of decoder block, computed from config.json or counted on the class.
+
+A model may have several kinds of blocks, such as dense blocks and blocks with experts. If the
+`model_type` is in the table families.py, `blocks_of_family` computes the sizes. For any other
+model, a subprocess builds the model's class and counts them (class_shape.py), and `block_of_class`
+reads its result.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,11 +27,16 @@ class Block:
     """One kind of decoder block.
 
     `intermediate_size`: inner width of the dense MLP, or of the shared expert in a block with
-    experts; 0 if there is neither. `experts`: fused tensors in the order in which the class defines
-    them. `saved`: what the block saves for backward per token, adapters excluded: the number of
-    values in the training dtype, and the number of bytes in other dtypes. It is counted on the
-    model's class; None if activations.py computes it. `saved_for_expert_adapters`: number of values
-    per token that are also saved if the experts have an adapter.
+    experts; 0 if there is neither. `num_norms`: norms of the hidden width. `has_head_norms`:
+    whether each query head and each key head is normalised. `has_fused_gate`: whether gate and up
+    projection are one linear layer. `experts`: tensors that hold the weights of all experts, in the
+    order in which the class defines them. `other_parameters`: parameters that the other fields do
+    not include.
+
+    `saved`: tensors that the block saves for backward, per token and without adapters, as the
+    number of values in the training dtype and the number of bytes in other dtypes. It is counted on
+    the model's class; None if cost/activations.py computes it. `saved_for_expert_adapters`: number
+    of values per token that are also saved if the experts have an adapter.
     """
 
     linears: tuple[Linear, ...]
@@ -35,21 +46,22 @@ class Block:
     num_kv_heads: int
     head_dim: int
     norm_kind: NormKind = "rms"
-    num_norms: int = 2  # of the hidden width
-    has_head_norms: bool = False  # each query head and each key head is normalised
+    num_norms: int = 2
+    has_head_norms: bool = False
     is_gated: bool = True
-    has_fused_gate: bool = False  # gate and up projection are one linear layer
+    has_fused_gate: bool = False
     experts: tuple[ExpertTensor, ...] = ()
     experts_per_token: int = 0
-    other_parameters: int = 0  # parameters that the fields above do not include
+    other_parameters: int = 0
     saved: tuple[int, int] | None = None
     saved_for_expert_adapters: int | None = None
 
     @property
     def has_tileable_mlp(self) -> bool:
-        """Whether the MLP is a module `mlp` that treats each token separately (model/tiles.py).
+        """Whether the MLP can compute a sequence in tiles (model/tiles.py).
 
-        Blocks with experts are left out, and classes whose MLP has not been read (`saved`).
+        It can if it is a module `mlp` that treats each token separately. This is known only for the
+        classes in families.py, whose `saved` is None. MLPs of blocks with experts are not tiled.
         """
         names = [linear.name for linear in self.linears]
         return self.saved is None and not self.experts and any("mlp." in name for name in names)
@@ -71,12 +83,12 @@ class Block:
 
     @property
     def query_width(self) -> int:
-        """Width of all query heads."""
+        """Width of all query heads together."""
         return self.num_heads * self.head_dim
 
     @property
     def key_width(self) -> int:
-        """Width of all key heads, and of all value heads."""
+        """Width of all key heads together, which is also the width of all value heads."""
         return self.num_kv_heads * self.head_dim
 
     @property
@@ -102,9 +114,10 @@ class Block:
     @property
     def norm_parameters(self) -> int:
         """Parameters of all norms."""
-        full = self.num_norms * self.hidden_size
-        per_value = 1 if self.norm_kind == "rms" else 2
-        return per_value * (full + 2 * self.head_dim * self.has_head_norms)
+        width = self.num_norms * self.hidden_size
+        if self.has_head_norms:  # one norm for queries and one for keys
+            width += 2 * self.head_dim
+        return width if self.norm_kind == "rms" else 2 * width  # LayerNorm also has a bias
 
     @property
     def router_parameters(self) -> int:
@@ -133,10 +146,10 @@ class Block:
 
 
 def block_of_class(sizes: Mapping[str, Any], rewritten: Sequence[str]) -> Block:
-    """A Block from the sizes of class_shape.py.
+    """A Block from the sizes that model/class_shape.py counted on the model's class.
 
     Parameters for which Block has no field are counted in `other_parameters`. `rewritten`: last
-    parts of the names of layers that are not adaptable, because peft 0.21 adapts the fused experts
+    parts of the names of layers that are not adaptable, because peft 0.21 would adapt the experts
     instead (its utils/transformers_weight_conversion.py lists the model types).
     """
     linears = tuple(
@@ -174,7 +187,7 @@ def block_of_class(sizes: Mapping[str, Any], rewritten: Sequence[str]) -> Block:
 
 
 def blocks_of_family(family: Family, config: Config) -> tuple[tuple[Block, ...], tuple[int, ...]]:
-    """The kinds of blocks of a model, and for each layer the index of its kind."""
+    """The kinds of blocks of a model in families.py, and for each layer the index of its kind."""
     num_layers = positive_integer(config, "num_hidden_layers")
     experts = family.experts(config) if family.experts else None
     if experts is None or not family.has_experts:
@@ -182,24 +195,22 @@ def blocks_of_family(family: Family, config: Config) -> tuple[tuple[Block, ...],
     has_experts = [
         experts.count > 0 and family.has_experts(config, layer) for layer in range(num_layers)
     ]
-    kinds = list(dict.fromkeys(has_experts))
-    blocks = tuple(_build_block(family, config, experts if sparse else None) for sparse in kinds)
-    return blocks, tuple(kinds.index(sparse) for sparse in has_experts)
+    kinds = list(dict.fromkeys(has_experts))  # a kind: whether its blocks have experts
+    blocks = tuple(_build_block(family, config, experts if kind else None) for kind in kinds)
+    return blocks, tuple(kinds.index(kind) for kind in has_experts)
 
 
 def _build_block(family: Family, config: Config, experts: Experts | None) -> Block:
     """A kind of block of a model in families.py; `experts`: None for a block without experts."""
-    heads, hidden = (
-        positive_integer(config, "num_attention_heads"),
-        positive_integer(config, "hidden_size"),
-    )
+    heads = positive_integer(config, "num_attention_heads")
+    hidden = positive_integer(config, "hidden_size")
     head_dim = int(config.get("head_dim") or hidden // heads)
     kv_heads = int(config.get("num_key_value_heads") or heads)
-    is_dense = experts is None and family.dense_linears is not None
-    inner_key = "intermediate_size" if is_dense else family.inner_key
+    inner_key, linears = family.inner_key, family.linears
+    if experts is None and family.dense_linears is not None:
+        inner_key, linears = "intermediate_size", family.dense_linears
     inner = 0 if inner_key is None else positive_integer(config, inner_key)
     widths = Widths(hidden=hidden, inner=inner, queries=heads * head_dim, keys=kv_heads * head_dim)
-    linears = family.dense_linears if is_dense and family.dense_linears else family.linears
     return Block(
         linears=linears(config, widths),
         hidden_size=hidden,

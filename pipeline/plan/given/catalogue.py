@@ -26,7 +26,7 @@ _THROUGH_HOST = _PCIE4 / 2
 # Network bandwidth of one GPU to other nodes, bytes/s in each direction. All four are assumptions.
 _FABRIC_400 = 25 * _GB  # half of the 400 Gb/s per GPU of DGX H100, H200 and B200
 _FABRIC_200 = 12.5 * _GB  # half of the 200 Gb/s per GPU of DGX A100
-_SERVER = 100 / 8 * _GB / 4  # one card of 100 Gb/s shared by four GPUs
+_SERVER = 100 / 8 * _GB / 4  # one network card of 100 Gb/s shared by four GPUs
 _OFFICE = 10 / 8 * _GB / 2  # 10 Gb/s Ethernet shared by two GPUs
 
 
@@ -125,7 +125,8 @@ _SAME_MEMORY = 1.1
 # two cores in docs/benchmarks.md; another CPU may be several times faster or slower.
 _CORE_FLOPS = 1.5e11
 _CORE_BANDWIDTH = 8 * _GB
-# Bytes/s between ranks on one CPU, which communicate by gloo over the loopback; an assumption.
+# Bytes/s between ranks on one CPU, which communicate with gloo over the loopback interface: an
+# assumption.
 _LOOPBACK = 1 * _GB
 
 
@@ -142,7 +143,7 @@ def gpu_named(key: str) -> Hardware:
 
 
 def gpu_like(gib: float, tflops: float | None = None) -> Hardware:
-    """A GPU described by its memory and, if known, its dense 16-bit rate.
+    """A GPU described by its memory in GiB and, if known, its dense 16-bit rate in TFLOPS.
 
     It is assumed to support bfloat16. Its other rates come from a card of the catalogue. Without
     `tflops` this is the slowest card with about the same memory. With `tflops` it is the card
@@ -155,14 +156,19 @@ def gpu_like(gib: float, tflops: float | None = None) -> Hardware:
         raise UserError(f"a GPU of {gib:g} GiB{rate}: expected more than 0")
     cards = GPUS.values()
     if tflops is None:
-        nearest = min(_ratio(card.device_bytes, size) for card in cards)
-        similar = [c for c in cards if _ratio(c.device_bytes, size) <= nearest * _SAME_MEMORY]
+        smallest_ratio = min(_ratio(card.device_bytes, size) for card in cards)
+        limit = smallest_ratio * _SAME_MEMORY
+        similar = [card for card in cards if _ratio(card.device_bytes, size) <= limit]
         card = min(similar, key=lambda card: (card.flops, card.memory_bandwidth))
         factor = 1.0
     else:
-        rate_wanted = tflops * _T
-        card = min(cards, key=lambda c: _ratio(c.flops, rate_wanted) * _ratio(c.device_bytes, size))
-        factor = rate_wanted / card.flops
+        flops = tflops * _T
+
+        def distance(card: Hardware) -> float:
+            return _ratio(card.flops, flops) * _ratio(card.device_bytes, size)
+
+        card = min(cards, key=distance)
+        factor = flops / card.flops
     return replace(
         card,
         name=f"GPU of {gib:g} GiB",

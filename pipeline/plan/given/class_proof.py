@@ -1,7 +1,8 @@
 """Proof: results of the checks whether this package trains a model class correctly.
 
-model/proof.py runs the checks in a subprocess with torch. The results are cached, so that later
-plans need no torch.
+The checks compare loss, attention, packed sequences, adapter and checkpointing with those of the
+class itself, on a small copy of the model. model/proof.py runs them in a subprocess with torch. The
+results are cached, so that later plans need no torch.
 """
 
 import os
@@ -31,11 +32,11 @@ _PACKAGES = (
 class Proof:
     """Results of all checks of a class.
 
-    `errors`: relative error of each check, by its name. Each other field lists the reasons against
-    one use, and is empty if nothing is against it: `refusals` against training the model at all,
+    `errors`: name of each check -> its relative error. Each other field lists the reasons against
+    one use of the class, and is empty if there are none: `refusals` against training at all,
     `without_packs` against packing documents, `without_reentrant` against re-entrant checkpointing,
     `without_merge` against merging the adapter into the base, `without_fast_paths` against the fast
-    paths.
+    paths (fast_paths.py).
     """
 
     errors: Mapping[str, float] = field(default_factory=dict)
@@ -76,10 +77,10 @@ def without_mixing_packs(
 
 
 def reason_against_packs(shape: ModelShape, proof: Proof | None) -> str:
-    """Why the class would mix the documents of a pack, empty if it would not.
+    """Why the class would mix the documents of a packed sequence; empty if it would not.
 
-    The checks decide. Before they have run, for example in a plan for the name of a model, the
-    shape's `mixes_documents` decides.
+    The reason comes from the checks. If they have not run, for example in a plan for a published
+    model without a folder, it comes from the shape (`ModelShape.mixes_documents`).
     """
     if proof is None:
         return shape.mixes_documents
@@ -87,7 +88,7 @@ def reason_against_packs(shape: ModelShape, proof: Proof | None) -> str:
 
 
 def without_wrong_fast_paths(settings: RunSettings, proof: Proof | None) -> RunSettings:
-    """The settings, with `fast_paths: false` if they change the results of the class."""
+    """The settings, with `fast_paths: false` if fast paths change the results of the class."""
     if proof is None or not proof.without_fast_paths:
         return settings
     return settings.model_copy(update={"fast_paths": False})
@@ -114,10 +115,11 @@ def ensure_proof(settings: RunSettings, shape: ModelShape) -> None:
 
 
 def proof_file(folder: Path, names: Sequence[str], *, trust_remote_code: bool) -> Path:
-    """Cache file of a proof.
+    """Cache file of a proof. `names`: last parts of the names of the adapted layers.
 
-    Its key consists of config.json, the model's own code, the names of the adapted layers and of
-    the tensors in the checkpoint, and the versions of the packages.
+    The file's name is a hash of everything that the checks depend on: config.json, the code in the
+    model's folder, the names of the adapted layers and of the tensors in the checkpoint, and the
+    versions of the packages.
     """
     index = folder / "model.safetensors.index.json"
     files = [folder / "config.json", *([index] if index.is_file() else [])]
@@ -134,7 +136,7 @@ def read_proof(path: Path) -> Proof | None:
 
 
 def _run_checks(folder: Path, names: Sequence[str], settings: RunSettings) -> dict[str, Any]:
-    """The results of the checks, which a subprocess runs."""
+    """Run the checks in a subprocess; the result has the fields of Proof."""
     trust = ["--trust-remote-code"] if settings.trust_remote_code else []
     try:
         return run_module("pipeline.model.proof", str(folder), *names, *trust, timeout_s=_TIMEOUT_S)

@@ -1,7 +1,7 @@
-"""Model shape counted on the model's class, for a `model_type` that families.py does not have.
+"""Sizes counted on the model's class, for a `model_type` that is not in the table families.py.
 
 A subprocess builds the model on the meta device (model/class_shape.py), which takes seconds and
-reads no weights. The shape, or the reason why the class is refused, is cached, so that later plans
+reads no weights. The sizes, or the reason why the class is refused, are cached, so that later plans
 need no torch.
 """
 
@@ -23,7 +23,7 @@ _TIMEOUT_S = 300
 
 
 def class_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Sizes of the model in a folder, from the cache if possible.
+    """The output of model/class_shape.py for the model in a folder, from the cache if possible.
 
     Raises UserError if the class cannot be built, or is known not to be trained correctly.
     """
@@ -48,10 +48,10 @@ def class_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, A
 
 
 def shape_file(folder: Path, *, trust_remote_code: bool = False) -> Path:
-    """Cache file of the shape.
+    """Cache file of the sizes.
 
-    Its key consists of config.json, the model's own code if it is used, and the versions of the
-    packages.
+    Its name is a hash of config.json, the code in the model's folder if it is used, and the
+    versions of the packages.
     """
     files = [folder / "config.json", *(sorted(folder.glob("*.py")) if trust_remote_code else [])]
     contents = [path.read_text(encoding="utf-8", errors="replace") for path in files]

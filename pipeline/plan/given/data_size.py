@@ -1,6 +1,7 @@
-"""DataSize: numbers of documents and tokens of an epoch, counted by prepare or estimated.
+"""DataSize: numbers of documents and tokens of an epoch, counted or estimated.
 
-LengthLoss: what `max_length` costs.
+prepare (pipeline/data/prepare) counts them; before that, plan/estimate.py estimates them. A
+document is one training example. LengthLoss: tokens that are lost because of `max_length`.
 """
 
 import math
@@ -34,7 +35,7 @@ class DataSize:
     not been read. `is_exact`: True if prepare counted the numbers, False if they are estimated.
     `sequences`: number of packs, or of documents without packing; None before prepare.
     `count_longer`: function that returns the number of documents with more tokens than its
-    argument. `length_loss`: None for data prepared by a version that did not count it.
+    argument. `length_loss`: None for data that an older version prepared, which did not count it.
     """
 
     documents: int

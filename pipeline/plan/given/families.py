@@ -1,8 +1,9 @@
-"""Model families: names and sizes of the linear layers of a decoder block, by `model_type`.
+"""Table of model families: names and sizes of the linear layers of a decoder block.
 
-Source: transformers 5.23, models/*/modeling_*.py. In this version the experts of a block are fused
-tensors, and the router is not an nn.Linear. Therefore peft cannot adapt experts and routers by
-name, and bitsandbytes does not quantise them.
+A family is a `model_type` of config.json, such as `llama`. Source: transformers 5.23,
+models/*/modeling_*.py. In this version the weights of all experts of a block are stacked in two
+tensors ("fused" experts), and the router is not an nn.Linear. Therefore peft cannot adapt experts
+and routers by name, and bitsandbytes does not quantise them.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,11 +18,12 @@ Config = Mapping[str, Any]
 class Linear:
     """One linear layer of a block: `weight` is (d_out, d_in).
 
-    `is_adaptable`: False if peft cannot adapt the layer by name. `is_called`: False if the model
-    class does not call the layer, or reads its weight directly; an adapter on it would have no
-    effect. `is_quantised`: whether a 4-bit or 8-bit base quantises the weight; it does not if the
-    class, or a kernel that it uses, reads the weight directly. `is_shared`: whether a layer of an
-    earlier block has the same weight (Zamba 2).
+    `name`: within the block, such as `self_attn.q_proj`. `is_adaptable`: False if peft cannot adapt
+    the layer by name. `is_called`: False if the model class does not call the layer, or reads its
+    weight directly, so that an adapter on it would have no effect. `is_quantised`: whether the
+    weight is quantised in a 4-bit or 8-bit base. It is not if the class, or a kernel that it uses,
+    reads the weight directly. `is_shared`: whether a layer of an earlier block has the same weight
+    (Zamba 2).
     """
 
     name: str
@@ -40,7 +42,7 @@ class Linear:
 
     @property
     def weights(self) -> int:
-        """Elements of the weight matrix; only these are quantised."""
+        """Elements of the weight matrix, without the bias."""
         return self.d_in * self.d_out
 
     @property
@@ -53,7 +55,7 @@ class Linear:
 class ExpertTensor:
     """One tensor with the weights of all experts of a block, such as `mlp.experts.down_proj`.
 
-    `d_in` and `d_out` are the sizes of one expert's matrix as peft names them.
+    `count`: number of experts. `d_in`, `d_out`: input and output width of one expert's matrix.
     """
 
     name: str
@@ -79,14 +81,17 @@ class Widths:
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """The experts of a block. Each is a gated MLP of inner width `size`."""
+    """The experts of a block. Each is a gated MLP of inner width `size`.
+
+    `per_token`: number of experts that a token is routed to.
+    """
 
     count: int
     per_token: int
     size: int
 
     def tensors(self, hidden: int) -> tuple[ExpertTensor, ...]:
-        """The fused tensors, in the order in which the class defines them."""
+        """The fused tensors, in the order in which the class defines them; `hidden`: width."""
         return (
             ExpertTensor("mlp.experts.gate_up_proj", self.count, hidden, 2 * self.size),
             ExpertTensor("mlp.experts.down_proj", self.count, self.size, hidden),
@@ -97,13 +102,17 @@ class Experts:
 class Family:
     """Description of one `model_type`.
 
-    `linears`: function that returns the linear layers of a block. `defaults`: values of the config
-    class for keys that config.json may omit. `layers`: name of the ModuleList of blocks.
-    `inner_key`: key of config.json for the inner width of the MLP; None if the only MLPs are
-    experts. `head_norms`: function that returns whether query and key heads are normalised.
+    `linears`: function from config.json and widths to the linear layers of a block. `defaults`:
+    values of the config class for keys that config.json may omit. `layers`, `embeddings`, `head`:
+    names of the ModuleList of blocks, the embeddings and the head. `inner_key`: key of config.json
+    for the inner width of the MLP; None if the only MLPs are experts. `num_block_norms`: norms of
+    the hidden width in a block. `head_norms`: function that returns whether query and key heads are
+    normalised. `is_gated`: whether MLPs have a gate projection. `has_fused_gate`: whether gate and
+    up projection are one linear layer.
 
-    For mixture-of-experts models `has_experts(config, layer)` returns whether a layer has experts,
-    and `dense_linears` returns the linear layers of a block without experts.
+    For models with experts, `experts(config)` returns their sizes, and `dense_linears` the linear
+    layers of a block without experts. `has_experts(config, layer)` returns whether the block with
+    this index has experts; None if every block has.
     """
 
     linears: Callable[[Config, Widths], tuple[Linear, ...]]
@@ -207,7 +216,7 @@ def _qwen2_moe_dense(config: Config, widths: Widths) -> tuple[Linear, ...]:
 def _attention(
     widths: Widths, has_qkv_bias: bool = False, has_o_bias: bool | None = None
 ) -> tuple[Linear, ...]:
-    """The four attention projections. `has_o_bias=None`: same as `has_qkv_bias`."""
+    """The four attention projections. If `has_o_bias` is None, it is the same as `has_qkv_bias`."""
     return (
         Linear("self_attn.q_proj", widths.hidden, widths.queries, has_qkv_bias),
         Linear("self_attn.k_proj", widths.hidden, widths.keys, has_qkv_bias),
@@ -266,7 +275,8 @@ def _always(config: Config) -> bool:
 
 
 _GEMMA = {"tie_word_embeddings": True, "head_dim": 256}
-_NO_WINDOW = {"use_sliding_window": False}  # the default, even if sliding_window is set
+# Default of these classes: no sliding window, even if config.json has a value of sliding_window.
+_NO_WINDOW = {"use_sliding_window": False}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(linears=_llama),

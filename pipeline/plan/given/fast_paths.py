@@ -11,7 +11,8 @@ from pipeline.plan.given.shape import ModelShape
 
 # The gradient of the loss is computed in the forward pass (model/loss_gradient.py).
 LOSS_GRADIENT = "loss_gradient_in_forward"
-# LoRA layers that share an input compute their products with A together (model/joint_lora.py).
+# LoRA layers that read the same input multiply it by all of their A matrices at once
+# (model/joint_lora.py).
 JOINT_LORA = "joint_lora"
 # Gradients are reduced over ranks once a step, not after each micro-batch (train/reduction.py).
 ONE_REDUCTION = "one_reduction_a_step"
@@ -22,7 +23,7 @@ FP32_KERNELS = "fp32_kernels"
 def fast_paths(
     shape: ModelShape, settings: RunSettings, layout: Layout, hardware: Hardware
 ) -> dict[str, str]:
-    """The name of each fast path, with the reason why it is off, or an empty text if it is on."""
+    """Name of each fast path -> the reason why it is off; an empty text if it is on."""
     reasons = {
         LOSS_GRADIENT: _without_loss_gradient(shape, settings, layout),
         JOINT_LORA: _without_joint_lora(settings, is_sharded=layout.is_sharded),
@@ -55,6 +56,7 @@ def has_joint_lora(settings: RunSettings, *, is_sharded: bool) -> bool:
 
 
 def _without_loss_gradient(shape: ModelShape, settings: RunSettings, layout: Layout) -> str:
+    """The reason why LOSS_GRADIENT is off; empty if it is on."""
     if trained_head(shape, settings) is not None:
         return "modules_to_save: the head is trained, and its gradient needs the plain loss"
     if settings.new_tokens:
@@ -67,6 +69,7 @@ def _without_loss_gradient(shape: ModelShape, settings: RunSettings, layout: Lay
 
 
 def _without_joint_lora(settings: RunSettings, *, is_sharded: bool) -> str:
+    """The reason why JOINT_LORA is off; empty if it is on."""
     if settings.use_dora:
         return "use_dora: DoRA layers use peft's computation"
     if is_sharded and settings.deepspeed_json is not None:
@@ -75,6 +78,7 @@ def _without_joint_lora(settings: RunSettings, *, is_sharded: bool) -> str:
 
 
 def _without_one_reduction(layout: Layout) -> str:
+    """The reason why ONE_REDUCTION is off; empty if it is on."""
     if layout.accumulation_steps == 1:
         return "a step has one micro-batch"
     if layout.world_size == 1:

@@ -9,7 +9,7 @@ GIB = 2**30
 # on a GPU. The remaining 5 % are a margin for memory that the prediction leaves out, such as kernel
 # workspaces. The prediction includes the CUDA context and allocator slack (memory.py).
 _USABLE_GPU = 0.95
-# The same for ranks on a CPU, which share host memory with the system and the page cache.
+# The same fraction for ranks on a CPU, which share host memory with the system and the page cache.
 _USABLE_HOST = 0.8
 
 

@@ -14,11 +14,13 @@ class Layout:
     `checkpointed_layers`: number of blocks with activation checkpointing. These are the first
     blocks, because their backward pass runs last, when the activations of the others are freed.
     `hpz_partition_size`: number of ranks that shard a second copy of the base (hpZ) at ZeRO-3; 1 if
-    there is no second copy. `loads_through_host`: a quantised base that is too large for one device
-    is loaded into host memory and sharded from there. `sequence_parallel_size`: number of
-    consecutive ranks that share each sequence; 1 if each rank has its own sequences.
-    `offload_activations`: inputs of checkpointed blocks are in host memory until the backward pass.
-    `mlp_tiles`: number of parts of a sequence that each MLP computes one after another.
+    there is no second copy. `offload_param`: where ZeRO-3 keeps the shards of the base: `none` is
+    the device, `cpu` host memory. `loads_through_host`: whether a quantised base, too large for one
+    device before it is sharded, is loaded into host memory and sharded from there.
+    `sequence_parallel_size`: number of consecutive ranks that share each sequence; 1 if each rank
+    has its own sequences. `offload_activations`: whether inputs of checkpointed blocks are in host
+    memory until the backward pass. `mlp_tiles`: number of parts of a sequence that each MLP
+    computes one after another.
     """
 
     zero_stage: int
@@ -42,7 +44,7 @@ class Layout:
 
     @property
     def data_parallel_size(self) -> int:
-        """Number of ranks with different sequences, or of groups that share theirs."""
+        """Number of ranks, or of sequence-parallel groups of ranks, with different sequences."""
         return self.world_size // self.sequence_parallel_size
 
     @property
@@ -78,7 +80,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceProfile:
-    """Properties of the sequences of a micro-batch that memory and speed depend on.
+    """Lengths and labels of the sequences of a micro-batch, on which memory and speed depend.
 
     `tokens`: length of a sequence, including padding. `supervised_share`: fraction of the tokens
     that have labels; logits are computed only for these. `attended`: mean document length of packed

@@ -13,11 +13,11 @@ TOKENIZER = "tokenizer.json"
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRows:
-    """The trained rows of new tokens.
+    """The rows of embeddings and head that are trained for new tokens.
 
-    `ids`: id of each new token, which is the index of its row. `vocab_size`: number of rows of the
+    `ids`: new token -> its id, which is the index of its row. `vocab_size`: number of rows of the
     embeddings, which may be more than the model's files have. `modules`: names of the modules with
-    trained rows: embeddings, and head unless it shares their weight.
+    trained rows: the embeddings, and the head unless it shares the weight of the embeddings.
     """
 
     ids: dict[str, int]
@@ -56,7 +56,7 @@ def token_rows(shape: ModelShape, settings: RunSettings) -> TokenRows | None:
 
 
 def with_added_rows(shape: ModelShape, settings: RunSettings) -> ModelShape:
-    """The shape of the model in a run, with the rows that new tokens add to embeddings and head."""
+    """The shape with the rows that the run's new tokens add to embeddings and head."""
     rows = token_rows(shape, settings)
     if rows is None:
         return shape
@@ -65,14 +65,14 @@ def with_added_rows(shape: ModelShape, settings: RunSettings) -> ModelShape:
 
 
 def rows_text(rows: TokenRows, shape: ModelShape, settings: RunSettings) -> str:
-    """Ids of the new tokens, origin of their rows, and the rule for the initial values."""
+    """Text about the new tokens: their ids, the number of added rows, and the initial values."""
     ids = ", ".join(f"{token!r} {index}" for token, index in rows.ids.items())
-    origin = (
-        f"{shape.added_rows} rows are added" if shape.added_rows else "the model has spare rows"
-    )
+    origin = "the model has unused rows for them"
+    if shape.added_rows:
+        origin = f"{shape.added_rows} rows are added"
     return (
         f"{ids}; {origin}, so the embeddings have {rows.vocab_size} rows; a new row starts at the "
-        f"mean of the model's rows plus noise of a tenth of their deviation, with seed "
+        f"mean of the model's rows plus noise of a tenth of their standard deviation, with seed "
         f"{settings.seed}"
     )
 
@@ -103,6 +103,7 @@ def _ids_in_tokenizer(folder: str, tokens: tuple[str, ...], num_rows: int) -> di
             )
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
     ids = {token: int(tokenizer.token_to_id(token) or 0) for token in tokens}
+    # The tokenizer may also have other tokens without an embedding. They need rows too.
     without_row = {i: token for token, i in tokenizer.get_vocab().items() if i >= num_rows}
     if unnamed := [token for _, token in sorted(without_row.items()) if token not in ids]:
         raise UserError(

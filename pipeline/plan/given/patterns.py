@@ -20,8 +20,8 @@ def full_matches(pattern: str, names: Iterable[str], setting: str) -> list[str]:
     """The names that a regular expression matches completely.
 
     `setting`: the setting that error messages name. Raises UserError for an invalid pattern, and
-    for a pattern such as `(a+)+b`, for which the time grows exponentially with the length of a
-    name.
+    for a pattern that takes too long, such as `(a+)+b`: its time grows exponentially with the
+    length of a name.
     """
     try:
         with _time_limit():

@@ -1,4 +1,7 @@
-"""Positions that a config allows: sliding window, rotary embeddings, longest document. No torch."""
+"""Longest document that a model's position encoding supports, from config.json. No torch.
+
+Rope is the rotary position embedding. Rope scaling extends it beyond the length of pre-training.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +11,7 @@ from pipeline.plan.given.families import Config
 
 
 def require_window(config: Config) -> None:
-    """Raise UserError if a layer has sliding attention but no window; such a model cannot run."""
+    """Raise UserError if a layer has sliding-window attention but config.json has no window."""
     has_window = config.get("sliding_window", True) and config.get("use_sliding_window", True)
     if "sliding_attention" in (config.get("layer_types") or ()) and not has_window:
         raise UserError(
@@ -30,7 +33,7 @@ def max_positions(config: Config) -> int | None:
 
 
 def rope_original_length(config: Config) -> int | None:
-    """Length in tokens beyond which length-dependent rope scaling begins; None without it."""
+    """Length in tokens beyond which rope depends on the longest document; None if it never does."""
     lengths = [
         _original_length(config, rope)
         for rope in _rope_settings(config)

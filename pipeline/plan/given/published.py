@@ -25,10 +25,11 @@ SHAPES_FILE = Path(__file__).with_name("published_shapes.json")
 class PublishedModel:
     """A model on the hub.
 
-    `also`: names of other models with the same sizes. `billions`: published number of parameters.
-    `billions_not_loaded`: the part of `billions` that the class of the text model does not have.
-    `counted_as`: if transformers has no class for this model's type, the `model_type` whose class
-    is counted instead.
+    `billions`: published number of parameters. `source`: where the sizes were published. `date`:
+    when they were read there. `config`: the keys of config.json that determine the sizes. `also`:
+    names of other models with the same sizes. `billions_not_loaded`: the part of `billions` that
+    the class of the text model does not have. `counted_as`: if transformers has no class for this
+    model's type, the `model_type` whose class is counted instead.
     """
 
     name: str
@@ -73,7 +74,9 @@ def published_models() -> tuple[PublishedModel, ...]:
 
 def published_shape(name: str) -> ModelShape:
     """The shape of a model by its name on the hub. Raises UserError for an unknown name."""
-    by_name = {each: model for model in published_models() for each in (model.name, *model.also)}
+    by_name: dict[str, PublishedModel] = {}
+    for model in published_models():
+        by_name |= dict.fromkeys((model.name, *model.also), model)
     if name in by_name:
         return by_name[name].shape(name)
     raise UserError(
@@ -87,17 +90,18 @@ def published_shape(name: str) -> ModelShape:
 
 def _similar_names(name: str, known: list[str]) -> str:
     """A hint with up to three similar names; owners (`OWNER/MODEL`) may differ."""
-    keys: dict[str, str] = {}
-    for each in known:
-        keys.setdefault(each.casefold(), each)
-        keys.setdefault(each.casefold().rpartition("/")[2], each)
-    close = difflib.get_close_matches(name.casefold(), keys, n=3)
-    close += difflib.get_close_matches(name.casefold().rpartition("/")[2], keys, n=3)
-    names = list(dict.fromkeys(keys[key] for key in close))[:3]
+    known_by_key: dict[str, str] = {}  # name in lower case, with and without owner -> known name
+    for known_name in known:
+        known_by_key.setdefault(known_name.casefold(), known_name)
+        known_by_key.setdefault(known_name.casefold().rpartition("/")[2], known_name)
+    close = difflib.get_close_matches(name.casefold(), known_by_key, n=3)
+    close += difflib.get_close_matches(name.casefold().rpartition("/")[2], known_by_key, n=3)
+    names = list(dict.fromkeys(known_by_key[key] for key in close))[:3]
     return f" (did you mean {', '.join(names)}?)" if names else ""
 
 
 @cache
 def _shapes_by_name() -> Mapping[str, Any]:
+    """Name of a published model -> its sizes as class_shape.py counted them."""
     shapes: Mapping[str, Any] = read_json(SHAPES_FILE)["shapes"]
     return shapes

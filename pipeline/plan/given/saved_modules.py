@@ -13,8 +13,9 @@ from pipeline.plan.given.shape import ModelShape, is_or_ends_with
 class SavedModule:
     """A module that is trained in full.
 
-    `shapes`: shape of each parameter by its name in the module. `tied_name`: name of the head that
-    has the same weight; empty if there is none.
+    `is_head`: whether it computes the logits. `shapes`: name of each parameter in the module -> its
+    shape. `tied_name`: for embeddings, name of the head that has the same weight; empty if there is
+    none.
     """
 
     name: str
@@ -29,7 +30,7 @@ class SavedModule:
 
 
 def saved_modules(shape: ModelShape, settings: RunSettings) -> tuple[SavedModule, ...]:
-    """The modules of `modules_to_save`. Raises UserError for another name.
+    """The modules of `modules_to_save`. Raises UserError for a name of any other module.
 
     If embeddings and head share their weight, naming one of them trains both.
     """
@@ -65,10 +66,10 @@ def saved_parameters(shape: ModelShape, settings: RunSettings) -> int:
 
 
 def trained_head(shape: ModelShape, settings: RunSettings) -> SavedModule | None:
-    """The module of `modules_to_save` that computes the logits."""
+    """The module of `modules_to_save` that computes the logits; None if the head is frozen."""
     return next((module for module in saved_modules(shape, settings) if module.is_head), None)
 
 
 def has_head_gradient(shape: ModelShape, settings: RunSettings) -> bool:
-    """Whether the gradient of the head's weight is computed: it is trained, or rows of it are."""
+    """Whether the gradient of the head's weight is computed, because it or rows of it are trained."""
     return trained_head(shape, settings) is not None or bool(settings.new_tokens)

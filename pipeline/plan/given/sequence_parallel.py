@@ -1,4 +1,8 @@
-"""Sequence-parallel sizes that a model and its ranks allow."""
+"""Values of `sequence_parallel_size` that a model and its ranks allow.
+
+This is the number of ranks in a group that shares each sequence: every rank has a part of the
+tokens, and within attention all tokens of a part of the heads (model/ulysses.py).
+"""
 
 from math import gcd
 
@@ -25,7 +29,7 @@ def sizes_by_ranks(nodes: int, ranks_per_node: int) -> list[int]:
 
 
 def key_copies(num_kv_heads: int, size: int) -> int:
-    """Number of copies of each key head in a group: its ranks have equally many key heads."""
+    """Number of copies of each key head in a group, so that all its ranks have equally many."""
     return size // gcd(size, num_kv_heads)
 
 
@@ -43,8 +47,8 @@ def require_groups(size: int, nodes: int, ranks_per_node: int) -> None:
 def reason_against_split(shape: ModelShape, proof: Proof | None) -> str:
     """Why a sequence of this model cannot be split over ranks; empty if it can be.
 
-    A block can be split if its tokens depend on each other only in its attention. This is the same
-    condition as for packs.
+    A sequence can be split if the tokens of each block depend on each other only in its attention.
+    The same condition holds for packing documents in a sequence.
     """
     reason = reason_against_packs(shape, proof)
     if not reason or not shape.mixing_modules:

@@ -1,10 +1,13 @@
 """ModelShape: sizes and module names of a model, from its config.json alone. No weights, no torch.
 
 The linear layers of a block have the same names as in the loaded model, so that adapter parameters
-can be counted before the model is loaded. families.py has the layers for known values of
+can be counted before the model is loaded. families.py is a table of the layers for known values of
 `model_type`. For any other value, class_shape.py builds the model's class without weights, in a
 subprocess. tests/plan/given/test_shape.py compares the counts with those of transformers and peft
 on the meta device.
+
+The experts of a block are "fused" if one tensor holds the weights of all of them. Full names are
+those of `named_modules()`, such as `model.layers.3.self_attn.q_proj`.
 """
 
 import re
@@ -31,7 +34,8 @@ from pipeline.plan.given.patterns import full_matches
 from pipeline.plan.given.positions import max_positions, require_window, rope_original_length
 from pipeline.plan.given.tokens import required_vocab_size
 
-# Quantisations of checkpoints that are dequantised to bf16 while the base is loaded.
+# Values of quant_method in config.json whose checkpoints are dequantised to bf16 while they are
+# loaded.
 DEQUANTISED = ("mxfp4", "fp8")
 # Entry of lora_target_modules that means the fused experts of all blocks.
 EXPERTS = "experts"
@@ -40,10 +44,12 @@ _EXPERT_NAMES = ("experts", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3
 # Matches the names of routers and of the gates of shared experts, such as `mlp.gate` and
 # `router.proj`, but not `mlp.gate_proj`.
 _ROUTER = re.compile(r"(^|.*[._])(gate|router)($|\.)")
-# Largest accepted numbers of layers and experts. Counting a model with more would take minutes.
-_LARGEST = ((re.compile(r"layers?$"), 10_000), (re.compile(r"experts?$"), 100_000))
-_SIZE = re.compile(r"(layers?|experts?|heads?|size|dim|width|n_embd|n_inner|d_model|tok)$")
-_LARGEST_SIZE = 10**9  # of widths, heads and vocabularies
+# Largest accepted numbers of layers and experts, by the end of the key in config.json. Counting a
+# model with more would take minutes.
+_LARGEST_COUNTS = ((re.compile(r"layers?$"), 10_000), (re.compile(r"experts?$"), 100_000))
+# Matches the keys of config.json whose values are sizes.
+_SIZE_KEY = re.compile(r"(layers?|experts?|heads?|size|dim|width|n_embd|n_inner|d_model|tok)$")
+_LARGEST_SIZE = 10**9  # largest accepted value of the other sizes: widths, heads, vocabularies
 # Keys of config.json that set dropout or noise in training.
 _DROPOUTS = (
     "attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop",
@@ -55,12 +61,14 @@ _DROPOUTS = (
 class ModelShape:
     """Shape of a decoder: embeddings, blocks of one or more kinds, and a head.
 
-    `blocks`: one Block for each kind, such as dense and mixture of experts. `layer_kinds`: for each
-    layer, the index of its kind in `blocks`. `required_vocab_size`: highest id of the tokenizer's
-    added tokens, plus one. `added_rows`: rows of the embeddings that `new_tokens` adds to those of
-    the model's files; `vocab_size` includes them. `rope_original_length`: length in tokens beyond
-    which longrope and dynamic rope change their factors; None for other rope types.
-    `max_positions`: longest document in tokens that the position encoding supports. `source`:
+    `folder`: the model folder, or the name of a published model without a folder. `blocks`: one
+    Block for each kind, such as dense and mixture of experts. `layer_kinds`: for each layer, the
+    index of its kind in `blocks`. `required_vocab_size`: highest id of the tokenizer's added
+    tokens, plus one. `added_rows`: rows that the setting `new_tokens` adds to the embeddings of the
+    model's files; `vocab_size` includes them. `max_positions`: longest document in tokens that the
+    position encoding supports. `rope_original_length`: length in tokens beyond which longrope and
+    dynamic rope change their factors; None for other rope types. `separate_blocks`: number of
+    blocks that keep the documents of a packed sequence separate; None if all do. `source`:
     publication of sizes that ship with this package; None if they were read from a model folder.
     """
 
@@ -89,8 +97,8 @@ class ModelShape:
     bidirectional: str = ""  # entry of config.json that lets tokens attend to later tokens
     other_head: str = ""  # class of a checkpoint that has no language-model head
     has_other_towers: bool = False  # has linear layers outside decoder and head (vision tower)
-    separate_blocks: int | None = None  # blocks that keep packed documents separate; None: all
-    mixing_modules: tuple[str, ...] = ()  # classes of modules that only the other blocks have
+    separate_blocks: int | None = None
+    mixing_modules: tuple[str, ...] = ()  # classes of modules in blocks that mix packed documents
     is_from_class: bool = False  # counted on the model's class, not computed by families.py
     other_parameters: int = 0  # outside blocks, embeddings, final norm and head
     source: str | None = None
@@ -107,7 +115,7 @@ class ModelShape:
 
     @property
     def mixes_documents(self) -> str:
-        """The reason why packs would mix their documents; empty if blocks keep them separate."""
+        """The reason why documents of a packed sequence would be mixed; empty if they are not."""
         if self.separate_blocks in (None, self.num_layers):
             return ""
         return (
@@ -116,7 +124,7 @@ class ModelShape:
         )
 
     def counts(self, start: int = 0) -> list[tuple[Block, int]]:
-        """Each kind of block with the number of its layers, from layer `start` to the last."""
+        """Each kind of block with its number of layers, counted from layer `start` to the last."""
         kinds = self.layer_kinds[start:]
         return [(block, kinds.count(kind)) for kind, block in enumerate(self.blocks)]
 
@@ -130,8 +138,8 @@ class ModelShape:
         """Parameters that a 4-bit or 8-bit base quantises: weights of the linear layers of blocks.
 
         Biases, embeddings, head, norms, routers and fused experts keep the training dtype
-        (transformers 5.23 integrations/bitsandbytes.py: only nn.Linear; quantizers/base.py: not the
-        head). A weight that blocks share counts once.
+        (transformers 5.23: integrations/bitsandbytes.py quantises only nn.Linear, and
+        quantizers/base.py leaves out the head). A weight that blocks share counts once.
         """
         linears = self.linears.values()
         return sum(x.weights for x in linears if x.is_quantised and not x.is_shared)
@@ -219,8 +227,8 @@ class ModelShape:
     def targeted_experts(self, targets: str | Sequence[str]) -> list[tuple[str, ExpertTensor]]:
         """The fused expert tensors that get an adapter, with their full names.
 
-        These are all of them if `experts` is one of the targets, else none. Raises UserError if
-        `experts` is a target and the model has no fused experts.
+        If `experts` is one of the targets, these are the tensors of all blocks, else none. Raises
+        UserError if `experts` is a target and the model has no fused experts.
         """
         if EXPERTS not in ([targets] if isinstance(targets, str) else targets):
             return []
@@ -237,7 +245,7 @@ class ModelShape:
         return tensors
 
     def without_auto(self, targets: str | Sequence[str]) -> str | list[str]:
-        """The targets with `auto` replaced by the names it stands for, also within a list."""
+        """The targets, in which `auto` is replaced by `default_targets`, also within a list."""
         if targets in ("auto", EXPERTS):
             targets = [str(targets)]
         if isinstance(targets, str):
@@ -246,7 +254,7 @@ class ModelShape:
         return list(dict.fromkeys(chain.from_iterable(expanded)))
 
     def kind_of(self, name: str) -> int:
-        """Index in `blocks` for the block of the layer or tensor with this full name."""
+        """Index in `blocks` of the kind of block that has the layer or tensor of this full name."""
         return self.layer_kinds[self.layer_of(name)]
 
     def layer_of(self, name: str) -> int:
@@ -254,7 +262,10 @@ class ModelShape:
         return int(name[len(self.layers_name) + 1 :].split(".", 1)[0])
 
     def matching(self, entry: str, setting: str, *, is_pattern: bool = False) -> list[str]:
-        """Full names of the linear layers that end with `entry`, or match it as a pattern."""
+        """Full names of the linear layers that end with `entry`, or that match it as a pattern.
+
+        `setting`: the setting that error messages name.
+        """
         if is_pattern:
             return full_matches(entry, self.linears, setting)
         return [name for name in self.linears if is_or_ends_with(name, entry)]
@@ -308,12 +319,7 @@ def read_shape(model: str, *, trust_remote_code: bool = False) -> ModelShape:
         return shape_of(config, model)
     except KeyError as error:
         raise UserError(f"model: {path}: the key {error} is missing") from None
-    except (
-        UserError,
-        TypeError,
-        ValueError,
-        ArithmeticError,
-    ) as error:  # such as a value of a wrong type
+    except (UserError, TypeError, ValueError, ArithmeticError) as error:  # such as a wrong type
         raise UserError(f"model: {path}: {error}") from None
 
 
@@ -326,8 +332,8 @@ def shape_of(
 ) -> ModelShape:
     """Shape of the model with this config.json.
 
-    `class_sizes`: result of class_shape.py, which is used if families.py lacks the `model_type`. If
-    it is None, the class of the model in the folder `model` is counted.
+    `model`: its folder or name. `class_sizes`: sizes counted on the model's class, for a
+    `model_type` that is not in families.py; if None, they are counted now (class_shape.py).
     """
     _require_plausible(config)
     if config["model_type"] in FAMILIES:
@@ -358,7 +364,10 @@ def _from_family(config: Config, model: str) -> ModelShape:
 
 
 def _from_class(config: Config, model: str, sizes: Mapping[str, Any]) -> ModelShape:
-    """The shape from sizes of class_shape.py; of a multimodal model, only its language model."""
+    """The shape of a model whose sizes model/class_shape.py counted.
+
+    For a multimodal model, these are the sizes of its language model.
+    """
     rewritten = sizes["rewritten_by_peft"]
     blocks = tuple(block_of_class(block, rewritten) for block in sizes["blocks"])
     shape = ModelShape(
@@ -405,7 +414,8 @@ def _common_fields(config: Config, model: str) -> dict[str, Any]:
 def quantization_of(config: Config) -> tuple[str | None, Mapping[str, Any]]:
     """The method of a checkpoint's quantisation, and its options; None if it has none."""
     configs = (config, config.get("text_config") or {})
-    options: Any = next((x for each in configs if (x := each.get("quantization_config"))), {})
+    entries = [each.get("quantization_config") for each in configs]
+    options: Any = next((entry for entry in entries if entry), {})
     if not isinstance(options, Mapping):
         raise UserError(f"quantization_config: expected an object, not {options!r}")
     return options.get("quant_method", "unknown") if options else None, options
@@ -416,9 +426,10 @@ def _require_plausible(config: Config) -> None:
     for key, value in config.items():
         if isinstance(value, Mapping):
             _require_plausible(value)
-        if not isinstance(value, int | float) or not _SIZE.search(key):
+        if not isinstance(value, int | float) or not _SIZE_KEY.search(key):
             continue
-        limit = next((most for name, most in _LARGEST if name.search(key)), _LARGEST_SIZE)
+        limits = (limit for pattern, limit in _LARGEST_COUNTS if pattern.search(key))
+        limit = next(limits, _LARGEST_SIZE)
         if value > limit:
             raise UserError(
                 f"{key}: {reprlib.repr(value)} is more than any model has (at most {limit:,})"

@@ -1,4 +1,8 @@
-"""Highest id of a tokenizer's added tokens, read from its files without loading the tokenizer."""
+"""Highest id of a tokenizer's added tokens, read from its files without loading the tokenizer.
+
+Added tokens are those that are not part of the tokenizer's trained vocabulary, such as the markers
+of a chat template.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -19,9 +23,12 @@ def required_vocab_size(folder: Path) -> int | None:
     model has no embedding for it (Gemma 3).
     """
     config = read_json_or_empty(folder / "tokenizer_config.json")
-    special = config.get("extra_special_tokens")
-    images = [source.get("image_token") for source in (config, special) if isinstance(source, dict)]
-    ids = [token_id for token_id, text in _added_tokens(folder, config) if text not in images]
+    special_tokens = config.get("extra_special_tokens")
+    image_tokens = [config.get("image_token")]
+    if isinstance(special_tokens, dict):
+        image_tokens.append(special_tokens.get("image_token"))
+    added = _added_tokens(folder, config)
+    ids = [token_id for token_id, text in added if text not in image_tokens]
     return max(ids) + 1 if ids else None
 
 
@@ -39,14 +46,14 @@ def _from_tokenizer_json(path: Path) -> list[dict[str, Any]]:
     """The list `added_tokens` of tokenizer.json, read without the vocabulary that follows it."""
     try:
         with path.open(encoding="utf-8") as file:
-            head = file.read(_HEAD_CHARACTERS)
+            beginning = file.read(_HEAD_CHARACTERS)
     except (OSError, UnicodeDecodeError):
         return []
-    _, separator, rest = head.partition('"added_tokens":')
-    if not separator:
+    _, key, value = beginning.partition('"added_tokens":')
+    if not key:
         return []
     try:
-        tokens: list[dict[str, Any]] = json.JSONDecoder().raw_decode(rest.lstrip())[0]
+        tokens: list[dict[str, Any]] = json.JSONDecoder().raw_decode(value.lstrip())[0]
     except ValueError:
         return []
     return tokens

@@ -26,7 +26,7 @@ _EXCEPTION = re.compile(r"[\w.]*(Error|Exception)\b")
 def cache_file(kind: str, key: Sequence[str], packages: Sequence[str]) -> Path:
     """Path of the cached result for a key and the installed versions of these packages.
 
-    `kind` is the subfolder of the cache.
+    `kind`: subfolder of the cache. `key`: everything else that the result depends on.
     """
     versions = [f"{package} {package_version(package)}" for package in packages]
     digest = hashlib.sha256(json.dumps([*key, *versions]).encode()).hexdigest()
@@ -38,10 +38,10 @@ def cached_result(
     compute: Callable[[], dict[str, Any]],
     is_lasting: Callable[[dict[str, Any]], bool] = lambda result: True,
 ) -> dict[str, Any]:
-    """The result in a cache file, or else computed and cached.
+    """The result in a cache file; if the file is missing, the result is computed and cached.
 
-    One process per machine computes; the others wait for it. A result that is not lasting is not
-    cached. If the cache cannot be written, every call computes.
+    One process per machine computes it; the others wait. A result for which `is_lasting` returns
+    False is not cached. If the cache cannot be written, every call computes.
     """
     if (cached := read_cached(path)) is not None:
         return cached
@@ -68,9 +68,10 @@ def read_cached(path: Path) -> dict[str, Any] | None:
 
 
 def run_module(module: str, *arguments: str, timeout_s: int) -> dict[str, Any]:
-    """JSON in the last line that `python -m MODULE ARGUMENTS` prints, without GPUs and network.
+    """Run `python -m MODULE ARGUMENTS`, and return the JSON object in its last line of output.
 
-    Raises UserError with the exception of the subprocess if it fails.
+    The subprocess has no GPUs and no network. Raises UserError with the exception of the subprocess
+    if it fails.
     """
     # One thread: the tensors are tiny, and on a busy host waiting threads took ten times as long.
     only_cpu = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
