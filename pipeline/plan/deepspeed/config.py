@@ -109,9 +109,9 @@ def _zero3_keys(
         # False, because it would gather the whole base on rank 0.
         "stage3_gather_16bit_weights_on_model_save": False,
     }
-    # Ranks route tokens to different experts, but must gather parameters in the same order. DeepSpeed
-    # gathers all parameters of a "leaf module" together, so the order does not depend on routing.
-    # Its default list has these classes. They are named here in case a later default does not.
+    # Ranks route tokens to different experts, but must gather parameters in the same order. A "leaf
+    # module" is gathered as a whole, so the order does not depend on routing. DeepSpeed's default
+    # list has these classes. They are named here in case a later default does not.
     leaves = [_EXPERT_MODULES[shape.model_type]] if shape.model_type in _EXPERT_MODULES else []
     if adapter_counts(shape, settings).adapted_experts:
         # peft reads experts and adapter before it calls the module that holds the experts.

@@ -71,5 +71,5 @@ def trained_head(shape: ModelShape, settings: RunSettings) -> SavedModule | None
 
 
 def has_head_gradient(shape: ModelShape, settings: RunSettings) -> bool:
-    """Whether the gradient of the head's weight is computed, because it or rows of it are trained."""
+    """Whether the weight of the head, or some of its rows, get a gradient."""
     return trained_head(shape, settings) is not None or bool(settings.new_tokens)

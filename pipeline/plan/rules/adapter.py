@@ -14,16 +14,16 @@ _EMBEDDINGS_AND_HEADS = (
 
 def _targets_embeddings_or_head(run: PlanInput) -> bool:
     targets = run.settings.lora_target_modules
-    if isinstance(targets, str):
-        if targets in ("auto", "all-linear"):  # these exclude embeddings and head
-            return False
+    if targets in ("auto", "all-linear"):  # these exclude embeddings and head
+        return False
+    if isinstance(targets, str):  # a regular expression
         return bool(full_matches(targets, _EMBEDDINGS_AND_HEADS, "lora_target_modules"))
     ends = {name.rsplit(".", 1)[-1] for name in _EMBEDDINGS_AND_HEADS}
     return any(target.rsplit(".", 1)[-1] in ends for target in targets)
 
 
 def _options_unsupported_by_experts(run: PlanInput) -> str:
-    """The options of the run that adapters on experts do not support, as text; else empty."""
+    """The settings of the run that adapters on experts do not support, as text; empty if none."""
     if not run.shape.targeted_experts(run.settings.lora_target_modules):
         return ""
     names = (
@@ -33,7 +33,7 @@ def _options_unsupported_by_experts(run: PlanInput) -> str:
     return ", ".join(name for name in names if getattr(run.settings, name))
 
 
-def _cannot_save_tied(run: PlanInput) -> str:
+def _untied_by_peft(run: PlanInput) -> str:
     """Why peft would untie embeddings and head that are trained in full; empty if it would not.
 
     peft ties only embeddings with the name `embed_tokens`, to a head without a bias.
@@ -63,20 +63,23 @@ def _unsupported_by_new_tokens(run: PlanInput) -> str:
 
 
 def _unsupported_by_split_base(run: PlanInput) -> str:
-    """Why A and B cannot start with a part of the base in this run; empty if they can."""
+    """Why PiSSA or OLoRA is not possible in this run; empty if it is or if neither is used.
+
+    With these, A and B start with a part of the base, which is subtracted from the base.
+    """
     settings = run.settings
     if not settings.splits_base:
         return ""
     if settings.is_quantised:
-        return "a quantised base cannot represent what is left of its weights"
+        return "a quantised base cannot represent its weights minus the initial product of B and A"
     if run.shape.targeted_experts(settings.lora_target_modules):
-        return "peft computes it for linear layers only, not for fused experts"
+        return "peft computes the initial A and B only for linear layers, not for fused experts"
     names = [name for name in ("use_dora", "init_adapter") if getattr(settings, name)]
     if names:
-        return f"not together with {names[0]}"
+        return f"it cannot be used together with {names[0]}"
     for layer in adapted_layers(run.shape, settings):
         if layer.linear.is_shared:
-            return f"{layer.name} has the weight of another block, which would be changed twice"
+            return f"another block has the weight of {layer.name} too, so it would be changed twice"
         if layer.r > min(layer.linear.d_in, layer.linear.d_out):
             return f"r {layer.r} is more than the rank of the weight of {layer.name}"
     return ""
@@ -94,7 +97,7 @@ ADAPTER_RULES: tuple[Rule[PlanInput], ...] = (
     Rule(
         id="saved-tied",
         level="refuse",
-        applies=_cannot_save_tied,
+        applies=_untied_by_peft,
         reason="modules_to_save: embeddings and head share their weight, and peft cannot load "
         "them as one from an adapter of this model",
         remedy="leave modules_to_save out; linear layers of the blocks can be named in "

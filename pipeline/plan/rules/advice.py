@@ -16,8 +16,8 @@ _LEARNING_RATES = (1e-5, 2e-4)  # the usual range
 # That range is for large models. The model of launch/runs/quickstart.yaml (135 M parameters) trains
 # well at 2e-3, so rates up to 2e-3 are accepted for models below a billion parameters.
 _SMALL_MODEL, _SMALL_MODEL_RATE = 10**9, 2e-3
-_FEW_STEPS = 30
-_SHORT_OF_MEMORY = 0.9  # fraction of the usable device memory
+_FEW_STEPS = 30  # a run with fewer optimizer steps gets advice
+_SHORT_OF_MEMORY = 0.9  # a run that needs more than this fraction of the usable memory gets advice
 
 
 def _has_unusual_rate(run: PlanContext) -> bool:
@@ -38,18 +38,21 @@ def _evaluates_at_other_steps(run: PlanContext) -> bool:
     The defaults differ too, but a user who did not choose them needs no advice.
     """
     settings = run.settings
-    is_chosen = {"evaluation_strategy", "save_strategy"} <= settings.model_fields_set
-    both = settings.evaluations, settings.saves
-    return settings.eval_data is not None and is_chosen and None not in both and both[0] != both[1]
+    are_set = {"evaluation_strategy", "save_strategy"} <= settings.model_fields_set
+    evaluations, saves = settings.evaluations, settings.saves
+    if settings.eval_data is None or not are_set or evaluations is None or saves is None:
+        return False
+    return evaluations != saves
 
 
 def _settings_without_effect(run: PlanContext) -> str:
-    """The settings without effect, each with the reason."""
+    """The settings without effect, each with the setting on which its effect depends."""
     without_effect = settings_without_effect(run.settings)
     return ", ".join(f"{name} (used {reason})" for name, reason in without_effect.items())
 
 
 def _is_short_of_memory(run: PlanContext) -> bool:
+    """Whether checkpointing is off, and the run needs nearly all of the usable device memory."""
     if run.settings.gradient_checkpointing is not False:
         return False
     sequences = SequenceProfile(tokens=run.settings.max_length)
@@ -66,12 +69,17 @@ def _has_few_steps(run: PlanContext) -> bool:
 
 
 def _has_untiled_mlps(run: PlanContext) -> bool:
+    """Whether the run file sets mlp_tiles, and no MLP of the model can be computed in tiles."""
     is_tileable = any(block.has_tileable_mlp for block in run.shape.blocks)
     return run.layout.mlp_tiles > 1 and not is_tileable
 
 
 def _deviates_from(name: Preset) -> Callable[[PlanContext], bool]:
-    """Condition: the data has the size that the preset is for, but epochs or dropout deviate."""
+    """Condition of the rule that recommends a preset.
+
+    It holds if the data has the size for which the preset is meant, but epochs are outside the
+    preset's range or lora_dropout is below that of the preset.
+    """
     low, high = RANGES[name]["epochs"]
     dropout = PRESETS[name]["lora_dropout"]
 
@@ -205,14 +213,14 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         applies=_settings_without_effect,
         reason="these settings are set and have no effect in this run",
         remedy="change the setting that is named in brackets, or remove them",
-        source="config/traits.py",
+        source="pipeline/config/traits.py",
     ),
     Rule(
         id="untiled-mlps",
         level="warn",
         applies=_has_untiled_mlps,
-        reason="mlp_tiles has no effect: only MLPs of dense blocks are tiled, in families that the "
-        "plan knows by their config",
+        reason="mlp_tiles has no effect: MLPs are tiled only in blocks without experts, and only "
+        "if the model_type is in pipeline/plan/given/families.py",
         remedy="remove mlp_tiles",
         source="pipeline/plan/given/block.py, has_tileable_mlp",
     ),

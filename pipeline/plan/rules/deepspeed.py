@@ -17,7 +17,9 @@ from pipeline.plan.rules.rule import (
 )
 from pipeline.plan.rules.zero import ZERO_RULES
 
+# Keys of optimizer.params that a user's JSON may set.
 _ADAMW_PARAMETERS = {"lr", "betas", "eps", "weight_decay", "torch_adam", "fused"}
+# Key paths that DeepSpeed accepts and that change nothing in a run of this package.
 _WITHOUT_EFFECT = (
     "activation_checkpointing",
     "checkpoint",
@@ -42,6 +44,7 @@ def _rule_for_removed(key: str, remedy: str, block: str = "") -> Rule[PlanContex
 
 
 def _contradicts_plan(run: PlanContext) -> bool:
+    """Whether a value of the DeepSpeed config differs from the settings or the layout."""
     layout, settings, offload = run.layout, run.settings, run.offload_device
     planned = {
         "train_micro_batch_size_per_gpu": layout.micro_batch_size,
@@ -52,18 +55,19 @@ def _contradicts_plan(run: PlanContext) -> bool:
         "optimizer.params.lr": settings.lr,
         "optimizer.params.weight_decay": settings.weight_decay,
     }
-    has_other = any(run.value(path) not in (None, value) for path, value in planned.items())
-    has_other |= (run.zero.get("zero_hpz_partition_size") or 1) != layout.hpz_partition_size
-    return has_other or offload not in ("nvme", layout.offload_param)  # nvme has its own rules
+    differs = any(run.value(path) not in (None, value) for path, value in planned.items())
+    differs |= (run.zero.get("zero_hpz_partition_size") or 1) != layout.hpz_partition_size
+    return differs or offload not in ("nvme", layout.offload_param)  # nvme has its own rule
 
 
 def _contradicts_precision(run: PlanContext) -> bool:
+    """Whether the DeepSpeed config enables another training dtype, or casts weights or buffers."""
     dtype = run.layout.training_dtype
-    is_other = any(
+    differs = any(
         bool(run.value(f"{block}.enabled")) != (dtype == name)
         for block, name in (("bf16", "bfloat16"), ("fp16", "float16"))
     )
-    return is_other or is_set("data_types.param_dtype", "data_types.buffer_dtype")(run)
+    return differs or is_set("data_types.param_dtype", "data_types.buffer_dtype")(run)
 
 
 def _accumulates_fp32_at_zero1(run: PlanContext) -> bool:
@@ -79,10 +83,10 @@ def _reduces_in_16_bits(run: PlanContext) -> bool:
 
 
 def _uses_model_parallelism(run: PlanContext) -> bool:
+    """Whether the DeepSpeed config has tensor, sequence, expert or pipeline parallelism."""
     sizes = run.value("tensor_parallel.autotp_size"), run.value("sequence_parallel_size")
-    return any(size not in (None, 0, 1) for size in sizes) or is_set(
-        "expert_parallel.enabled", "pipeline"
-    )(run)
+    has_size = any(size not in (None, 0, 1) for size in sizes)
+    return has_size or is_set("expert_parallel.enabled", "pipeline")(run)
 
 
 def _changes_gradient_averaging(run: PlanContext) -> bool:
@@ -94,8 +98,10 @@ def _changes_gradient_averaging(run: PlanContext) -> bool:
 
 
 def _has_other_optimizer_keys(run: PlanContext) -> bool:
-    parameters, keys = run.block("optimizer.params"), run.block("optimizer")
-    return bool(set(parameters) - _ADAMW_PARAMETERS) or bool(set(keys) - {"type", "params"})
+    """Whether the block `optimizer` has keys that would change a step or a checkpoint."""
+    other_keys = set(run.block("optimizer")) - {"type", "params"}
+    other_parameters = set(run.block("optimizer.params")) - _ADAMW_PARAMETERS
+    return bool(other_keys or other_parameters)
 
 
 _OTHER_RULES: tuple[Rule[PlanContext], ...] = (
@@ -230,8 +236,8 @@ _OTHER_RULES: tuple[Rule[PlanContext], ...] = (
         id="compile-not-yet",
         level="refuse",
         applies=lambda run: any(run.block("compile").values()),
-        reason="compile: compiling the model is not implemented, and deepcompile does not support "
-        "4-bit layers",
+        reason="compile: compiling the model is not implemented, and its key deepcompile does not "
+        "support 4-bit layers",
         source="DeepSpeed 0.19.8 compile/util.py:29",
     ),
     Rule(
@@ -259,7 +265,7 @@ _OTHER_RULES: tuple[Rule[PlanContext], ...] = (
         id="json-no-effect",
         level="warn",
         applies=lambda run: ", ".join(path for path in _WITHOUT_EFFECT if is_set(path)(run)),
-        reason="some given keys have no effect, because transformers does the activation "
+        reason="some keys of deepspeed_json have no effect, because transformers does activation "
         "checkpointing, the optimizer is AdamW, and a run saves only the adapter, in its own "
         "checkpoints",
         remedy="leave them out",

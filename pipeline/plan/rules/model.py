@@ -1,4 +1,8 @@
-"""Rules about the model, DoRA and the precision."""
+"""Rules about the model, DoRA and the precision.
+
+A class is "proven" if its checks on a small copy of the model have run (model/proof.py): they
+compare loss, attention, packs, adapter and checkpointing with those of the class itself.
+"""
 
 from collections.abc import Sequence
 
@@ -17,12 +21,12 @@ _WRITE_RATE = 500e6  # bytes/s of a checkpoint to disk, hashing included: an ass
 
 
 def _first_reason(reasons: Sequence[str]) -> str:
-    """The first of some reasons; empty if there are none."""
+    """The first reason; empty if there is none."""
     return reasons[0] if reasons else ""
 
 
 def _reentrant_refusal(run: PlanContext) -> str:
-    """The reason against re-entrant checkpointing, if the run uses it (only ZeRO-3 does)."""
+    """The reason against re-entrant checkpointing, if the run uses it; only ZeRO-3 uses it."""
     if run.proof is None or not run.layout.is_sharded or not run.layout.checkpointed_layers:
         return ""
     return _first_reason(run.proof.without_reentrant)
@@ -30,13 +34,16 @@ def _reentrant_refusal(run: PlanContext) -> str:
 
 def _packs_of_mixing_class(run: PlanInput) -> str:
     """The reason why packs would mix documents, if the run has packs."""
-    is_default = "packing" not in run.settings.model_fields_set
-    if not run.settings.packing or (run.proof is None and is_default):  # the plan sets it to false
+    if not run.settings.packing:
+        return ""
+    is_set = "packing" in run.settings.model_fields_set
+    if run.proof is None and not is_set:  # the plan itself then sets `packing: false`
         return ""
     return reason_against_packs(run.shape, run.proof)
 
 
 def _lacks_flash_attention(run: PlanInput) -> bool:
+    """Whether the run file asks for FlashAttention-2, and the GPU or the package is missing."""
     is_available = run.is_cuda and run.packages.get("flash-attn") is not None
     return run.settings.use_flash_attention is True and not is_available
 
@@ -48,8 +55,8 @@ def _is_too_old_for_bf16(run: PlanContext) -> bool:
     )
 
 
-def _has_unquantised_experts(run: PlanContext) -> str:
-    """The parameters that stay in 16 bits when a mixture of experts is quantised; else empty."""
+def _unquantised_experts(run: PlanContext) -> str:
+    """The number of experts' parameters, which stay in 16 bits, if the base is quantised."""
     experts = run.shape.expert_parameters
     if not run.settings.is_quantised or not experts:
         return ""
@@ -57,6 +64,7 @@ def _has_unquantised_experts(run: PlanContext) -> str:
 
 
 def _stops_slowly(run: PlanContext) -> bool:
+    """Whether the launcher may kill the ranks before they have saved a checkpoint."""
     sequences = SequenceProfile(tokens=run.settings.max_length)
     step = step_seconds(run.shape, run.settings, run.layout, run.hardware, sequences)
     micro_batch_s = step.seconds_per_step / run.layout.accumulation_steps
@@ -80,7 +88,10 @@ def _lengths_differ_in_one_forward(run: PlanContext) -> bool:
 
 
 def _exceeds_original_length(run: PlanContext) -> str:
-    """The longest document, if it shares a forward pass and exceeds rope's original length."""
+    """Text with the longest document, if it exceeds rope's original length and that matters.
+
+    It matters if documents or parts of documents of different lengths share a forward pass.
+    """
     limit, data = run.shape.rope_original_length, run.data
     if limit is None or data is None or not data.is_exact or data.longest is None:
         return ""
@@ -90,18 +101,18 @@ def _exceeds_original_length(run: PlanContext) -> str:
 
 
 def _may_exceed_original_length(run: PlanContext) -> str:
-    """`max_length`, if it exceeds rope's original length and documents are not counted yet."""
+    """Text with `max_length`, if it exceeds rope's original length and data is not counted yet."""
     limit = run.shape.rope_original_length
     is_counted = run.data is not None and run.data.longest is not None
     if limit is None or is_counted or run.settings.max_length <= limit:
         return ""
     if not _lengths_differ_in_one_forward(run):
         return ""
-    return f"max_length is {run.settings.max_length}, the original length {limit}"
+    return f"max_length is {run.settings.max_length}, the original length is {limit} tokens"
 
 
 def _exceeds_positions(run: PlanContext) -> str:
-    """The number and length of documents that exceed the model's positions; empty if none do."""
+    """Text with the documents that exceed the model's number of positions; empty if none does."""
     limit, data = run.shape.max_positions, run.data
     if limit is None or run.settings.max_length <= limit:
         return ""
@@ -115,7 +126,8 @@ def _exceeds_positions(run: PlanContext) -> str:
 
 
 INPUT_RULES: tuple[Rule[PlanInput], ...] = (
-    # Checked before a layout is chosen, so that "does not fit" never hides their messages.
+    # These are checked before a layout is chosen. Otherwise a run with one of these problems might
+    # only be told that it does not fit in memory.
     *ADAPTER_RULES,
     Rule(
         id="tokens-without-embeddings",
@@ -133,7 +145,7 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
         id="class-refused",
         level="refuse",
         applies=lambda run: _first_reason(run.proof.refusals) if run.proof else "",
-        reason="model: checks on a small copy showed that this model class cannot be trained "
+        reason="model: checks on a small copy of the model showed that its class cannot be trained "
         "correctly",
         remedy="if the reason names an adapter, try other lora_target_modules; else use a model of "
         "another type",
@@ -153,7 +165,7 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
         applies=lambda run: (
             "" if run.shape.quantization in (None, *DEQUANTISED) else run.shape.quantization
         ),
-        reason="the base is already quantised, in a way that is not dequantised here, so an "
+        reason="the base is already quantised with a method that is not supported here, so an "
         "adapter cannot be merged into it exactly, according to quant_method in config.json",
         remedy="use the 16-bit model and load_in_4bit: true",
         source=issue(DEEPSPEED, 7096),
@@ -276,7 +288,7 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="4bit-moe",
         level="warn",
-        applies=_has_unquantised_experts,
+        applies=_unquantised_experts,
         reason="load_in_4bit or load_in_8bit with a mixture of experts saves little memory: the "
         "experts are fused parameters, which bitsandbytes does not quantise",
         remedy="compare with a plan for the 16-bit base",

@@ -25,7 +25,7 @@ LEVELS: tuple[Level, ...] = ("refuse", "warn", "advise")
 LEAVE_OUT = "leave it out"
 _NEWEST = "9999"  # version assumed for a package that is not installed
 
-# Parts of the sources of rules.
+# Beginnings of the texts that name a rule's source.
 DEEPSPEED = "deepspeedai/DeepSpeed"
 ENGINE_SOURCE = "DeepSpeed 0.19.8 runtime/engine.py"
 ZERO_SOURCE = "DeepSpeed 0.19.8 runtime/zero"
@@ -93,9 +93,11 @@ ContextT = TypeVar("ContextT", bound=PlanInput, contravariant=True)
 class Rule(Generic[ContextT]):
     """One known problem.
 
-    `applies`: the condition, a function of a run's PlanInput or PlanContext. It returns whether the
-    rule applies. A returned text that is not empty also means that the rule applies, and is
-    appended to the reason. `versions`: package versions with the problem, such as
+    `level`: whether the rule refuses the run, warns or advises. `applies`: the condition, a
+    function of a run's PlanInput or PlanContext. It returns whether the rule applies. A returned
+    text that is not empty also means that the rule applies, and is appended to the reason.
+    `reason`: what the problem is. `remedy`: what the user can do. `source`: page or file that shows
+    the problem. `versions`: package versions with the problem, such as
     "deepspeed>=0.17.6,<0.18.3"; empty if all supported versions have it. For a package that is not
     installed, the newest version is assumed.
     """
@@ -162,12 +164,12 @@ def applicable_rules(rules: Iterable[Rule[ContextT]], context: ContextT) -> list
 
 
 def raise_refusals(rules: Iterable[Rule[ContextT]]) -> None:
-    """Raise UserError with the messages of all refusals among these rules."""
+    """Raise UserError with the messages of all rules of level `refuse`, if there are any."""
     if text := refusals_text(rules):
         raise UserError(text)
 
 
 def refusals_text(rules: Iterable[Rule[ContextT]]) -> str:
-    """A line for each refusal among the rules; empty if there is none."""
+    """A line for each rule of level `refuse`; empty if there is none."""
     refused = [rule for rule in rules if rule.level == "refuse"]
     return "\n".join(f"{rule.message} [rule {rule.id}]" for rule in refused)

@@ -1,30 +1,31 @@
-"""Rules about sequences that a group of ranks shares (sequence_parallel_size)."""
+"""Rules about sequence parallelism: sequences that a group of ranks shares."""
 
 from pipeline.plan.given.sequence_parallel import reason_against_split, sizes_by_heads
 from pipeline.plan.rules.rule import PlanInput, Rule
 
 
-def _splits(run: PlanInput) -> bool:
-    """Whether the run file asks for groups of several ranks."""
+def _splits_sequences(run: PlanInput) -> bool:
+    """Whether the run file sets a sequence_parallel_size above 1."""
     return run.settings.sequence_parallel_size not in ("auto", 1)
 
 
 def _undivided_heads(run: PlanInput) -> str:
-    """The sizes that divide the attention heads, if the size of the run file does not."""
+    """Text with the possible sizes, if the size of the run file does not divide the heads."""
     sizes = sizes_by_heads(run.shape)
-    if not _splits(run) or run.settings.sequence_parallel_size in sizes:
+    if not _splits_sequences(run) or run.settings.sequence_parallel_size in sizes:
         return ""
     return f"{', '.join(map(str, sizes))} divide the {sizes[-1]} heads"
 
 
 def _mixing_blocks(run: PlanInput) -> str:
-    return reason_against_split(run.shape, run.proof) if _splits(run) else ""
+    """Why blocks of the model cannot be split over ranks, if the run splits sequences."""
+    return reason_against_split(run.shape, run.proof) if _splits_sequences(run) else ""
 
 
 def _attention_dropouts(run: PlanInput) -> str:
     """Entries of config.json for dropout in attention, if sequences are split."""
     dropouts = (entry for entry in run.shape.dropouts if entry.startswith("att"))
-    return ", ".join(dropouts) if _splits(run) else ""
+    return ", ".join(dropouts) if _splits_sequences(run) else ""
 
 
 SEQUENCE_PARALLEL_RULES: tuple[Rule[PlanInput], ...] = (
@@ -50,17 +51,17 @@ SEQUENCE_PARALLEL_RULES: tuple[Rule[PlanInput], ...] = (
         id="split-attention-dropout",
         level="refuse",
         applies=_attention_dropouts,
-        reason="sequence_parallel_size: config.json sets dropout in attention, whose masks would "
-        "depend on the size",
-        remedy="set it to 0 in a copy of the model folder, or sequence_parallel_size: 1",
+        reason="sequence_parallel_size: the masks of dropout in attention would depend on it, and "
+        "config.json sets this dropout",
+        remedy="set this dropout to 0 in a copy of the model folder, or sequence_parallel_size: 1",
         source="pipeline/model/attention.py",
     ),
     Rule(
         id="split-flash-attention",
         level="refuse",
-        applies=lambda run: _splits(run) and run.settings.use_flash_attention is True,
-        reason="sequence_parallel_size with use_flash_attention: true: only this package's own "
-        "attention function is split over ranks; it uses PyTorch's kernels",
+        applies=lambda run: _splits_sequences(run) and run.settings.use_flash_attention is True,
+        reason="sequence_parallel_size with use_flash_attention: true: only attention with the "
+        "kernels of PyTorch can be split over ranks, not FlashAttention-2",
         remedy="set use_flash_attention: auto",
         source="pipeline/model/attention.py, arguments_for",
     ),

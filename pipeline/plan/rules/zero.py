@@ -23,40 +23,46 @@ def _in_zero(*keys: str) -> tuple[str, ...]:
 
 
 def _hpz_ranks(run: PlanContext) -> int:
-    """The larger hpz_partition_size of the run file and the DeepSpeed config; 1 for none."""
+    """The larger hpz_partition_size of the run file and the DeepSpeed config; 1 if none is set."""
     setting = run.settings.hpz_partition_size
     in_json = run.zero.get("zero_hpz_partition_size") or 1
     return max(int(in_json), 1 if setting == "auto" else setting)
 
 
 def _gathers_adapters(run: PlanContext) -> bool:
+    """Whether ZeRO-3 shards adapter matrices of linear layers, so that it has to gather them."""
     threshold = int(run.zero.get("stage3_param_persistence_threshold", 100_000))
     return run.layout.is_sharded and threshold < persistence_threshold(run.shape, run.settings)
 
 
 def _has_large_bucket(run: PlanContext) -> bool:
+    """Whether the reduce bucket is larger than the one that the plan would choose."""
     bucket = int(run.zero.get("reduce_bucket_size", 500_000_000))
     return bucket > bucket_elements(run.shape, run.settings)
 
 
 def _gathers_too_much(run: PlanContext) -> bool:
+    """Whether a limit of ZeRO-3 is above the one for which the plan predicts the memory."""
     planned = gathers(run.shape, run.settings)
-    limits = (
-        ("stage3_max_live_parameters", planned.block),
-        ("stage3_prefetch_bucket_size", planned.block),
-        ("stage3_max_reuse_distance", planned.reuse_distance),
-    )
-    return run.layout.is_sharded and any(run.zero.get(key, most) > most for key, most in limits)
+    planned_limits = {
+        "stage3_max_live_parameters": planned.block,
+        "stage3_prefetch_bucket_size": planned.block,
+        "stage3_max_reuse_distance": planned.reuse_distance,
+    }
+    is_above = any(run.zero.get(key, limit) > limit for key, limit in planned_limits.items())
+    return run.layout.is_sharded and is_above
 
 
 def _has_no_leaf_modules(run: PlanContext) -> bool:
-    # If the config has no block leaf_module, DeepSpeed uses a list of its own.
+    """Whether experts are sharded and the config has a leaf_module block that names no module."""
+    # If the config has no such block, DeepSpeed uses a list of its own.
     leaves = run.value("zero_optimization.leaf_module")
     is_emptied = leaves is not None and "classes" in leaves and not any(leaves.values())
     return run.shape.num_experts > 0 and run.layout.is_sharded and is_emptied
 
 
 def _offloads_parameters(run: PlanContext) -> bool:
+    """Whether the run file or the DeepSpeed config offloads the base."""
     return run.settings.offload_param == "cpu" or run.offload_device != "none"
 
 
@@ -66,7 +72,7 @@ ZERO_RULES: tuple[Rule[PlanContext], ...] = (
         level="warn",
         applies=_gathers_adapters,
         reason="zero_optimization.stage3_param_persistence_threshold is below the size of the "
-        "largest adapter matrix, so each layer gathers its adapters",
+        "largest adapter matrix, so adapters are sharded, and each layer gathers them",
         remedy=_AUTO,
         source=f"{ZERO_SOURCE}/stage3.py:2840",
     ),
@@ -216,7 +222,7 @@ ZERO_RULES: tuple[Rule[PlanContext], ...] = (
         id="offload-param-without-zero3",
         level="refuse",
         applies=lambda run: _offloads_parameters(run) and not run.layout.is_sharded,
-        reason="offload_param: only ZeRO-3 can keep the base in host memory",
+        reason="offload_param: only ZeRO-3 can offload the base to host memory",
         remedy="set zero_stage: 3, or leave offload_param out",
         source="https://www.deepspeed.ai/docs/config-json/#parameter-offloading",
     ),
@@ -255,7 +261,7 @@ ZERO_RULES: tuple[Rule[PlanContext], ...] = (
             is_present(*_in_zero("zenflow"))(run)
             or is_set(*_in_zero("offload_optimizer.super_offload"))(run)
         ),
-        reason="zenflow and super_offload are made for full fine-tuning; zenflow also transposes "
+        reason="zenflow and super_offload are for full fine-tuning; zenflow also transposes "
         "every gathered weight",
         source=f"{ZERO_SOURCE}/parameter_offload.py:545",
     ),
