@@ -1,4 +1,7 @@
-"""LoRA adapter: its peft configuration, its attachment to the base, its trainable parameters."""
+"""LoRA adapter: its peft configuration, its attachment to the base, its trainable parameters.
+
+Experts are "fused" if one tensor holds the weights of all experts of a block.
+"""
 
 from typing import Any
 
@@ -22,14 +25,15 @@ from pipeline.plan.plan import Plan
 def lora_config(settings: RunSettings) -> LoraConfig:
     """The peft configuration of the adapter.
 
-    If fused experts are among the targets, its dropout is 0. peft does not support dropout for
-    them, and a configuration has one dropout for all layers. `attach_adapter` then sets the dropout
-    of the linear layers.
+    If fused experts are among the targets, `lora_dropout` is 0: peft does not support dropout for
+    experts, and a configuration has one dropout for all layers. `attach_adapter` then sets the
+    dropout of the linear layers.
     """
     shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
     experts, saved = _target_parameters(settings), saved_modules(shape, settings)
     rows = token_rows(shape, settings)
-    # PiSSA and OLoRA: peft would change the base while it attaches the adapter (split_base.py).
+    # With pissa or olora, peft would change the base while it attaches the adapter. split_base.py
+    # does this instead.
     initial: Any = True if settings.splits_base else settings.init_lora_weights
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -51,7 +55,7 @@ def lora_config(settings: RunSettings) -> LoraConfig:
 
 
 def _target_modules(settings: RunSettings) -> list[str]:
-    """Names of the adapted layers, the same layers that the plan counted.
+    """Value of `target_modules` in peft's configuration, for the layers that the plan counted.
 
     The result is always a list of names. Not every serving engine supports `all-linear` or a
     regular expression, and with these peft 0.21.2 would also adapt the fused experts and routers of
@@ -80,9 +84,9 @@ def _target_modules(settings: RunSettings) -> list[str]:
 
 
 def _target_parameters(settings: RunSettings) -> list[str]:
-    """Names of the adapted fused tensors, relative to their block.
+    """Value of `target_parameters` in peft's configuration: the adapted fused tensors.
 
-    In a model with a vision tower the names are full names.
+    The names are relative to their block, or full names if the model has a vision tower.
     """
     shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
     experts = shape.targeted_experts(settings.lora_target_modules)
@@ -90,7 +94,7 @@ def _target_parameters(settings: RunSettings) -> list[str]:
 
 
 def attach_adapter(base: PreTrainedModel, plan: Plan) -> PeftModel:
-    """Attach a new adapter in the training dtype to the base; it is identical on all ranks.
+    """Attach a new adapter in the training dtype to the base. It is identical on all ranks.
 
     The dtype is set explicitly, because otherwise it would depend on how the base was loaded: fp32
     at ZeRO-3, 16 bits at other stages (DeepSpeed 0.19.8 runtime/engine.py:1859).
@@ -120,11 +124,11 @@ def trainable(model: PeftModel) -> dict[str, nn.Parameter]:
     """
     named = dict(sorted(model.named_parameters(remove_duplicate=False)))
     in_file = get_peft_model_state_dict(model, state_dict=named, save_embedding_layers=False)
-    keys: dict[int, str] = {}
+    key_by_id: dict[int, str] = {}
     for key, parameter in in_file.items():  # in the order of modules: embeddings before the head
-        keys.setdefault(id(parameter), key)
-    parameters = {id(p): p for p in named.values() if p.requires_grad}
-    return {keys[i]: parameter for i, parameter in parameters.items()}
+        key_by_id.setdefault(id(parameter), key)
+    trained_by_id = {id(p): p for p in named.values() if p.requires_grad}
+    return {key_by_id[i]: parameter for i, parameter in trained_by_id.items()}
 
 
 def expected_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
@@ -142,7 +146,7 @@ def expected_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
 
 @torch.no_grad()
 def frozen_checksum(model: nn.Module) -> int:
-    """Sum of the bytes of this rank's frozen weights, to detect changes."""
+    """Sum of the bytes of this rank's frozen weights, with which a run detects their change."""
     total = 0
     for parameter in model.parameters():
         if not parameter.requires_grad:

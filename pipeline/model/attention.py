@@ -1,7 +1,8 @@
 """Causal attention within each document of a packed sequence, registered with transformers.
 
-A packed sequence consists of documents, followed by padding. The attention of each document is
-computed separately, so there is no mask, no (T, T) tensor, and no attention between documents.
+A document is one training example. A packed sequence consists of documents, followed by padding.
+The attention of each document is computed separately, so there is no mask, no (T, T) tensor, and no
+attention between documents. A sequence may also be split over a group of ranks (ulysses.py).
 
 Letters in shapes: B sequences, T tokens of a sequence, H query heads, K key heads, L tokens of a
 document, D width of a query or key, V width of a value.
@@ -36,13 +37,15 @@ _WITHOUT_EFFECT = {
     "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
     "output_router_logits", "return_dict", "logits_to_keep",
 }  # fmt: skip
-SINK_COLUMNS = 8  # added to the heads for a sink; fused kernels need widths that are multiples of 8
+# Columns that an attention sink adds to queries and keys (`_with_sinks`). One would be enough, but
+# fused kernels need widths that are multiples of 8.
+SINK_COLUMNS = 8
 
 Documents = Sequence[Sequence[int]]  # for each row of the batch: lengths of its documents in tokens
 
 
 class PackedDocuments(tuple[Sequence[int], ...]):
-    """Document lengths of a packed or split batch.
+    """Document lengths of a batch: for each row, the tokens of each of its documents.
 
     `receivers`: the attention modules that were called with this object. `group`: the ranks over
     which each row is split; None if rows are whole.
@@ -74,10 +77,11 @@ def arguments_for(
 ) -> dict[str, Any]:
     """Additional arguments for the decoder, which keep packed documents separate.
 
-    `input_ids`: (B, T), or this rank's part (B, T / P) if a group of P ranks shares each row. There
-    are no such arguments if every row is whole and has at most one document, because padding on the
-    right does not affect causal attention. Raises ValueError if the attention implementation cannot
-    keep documents separate or cannot be split.
+    `implementation`: the model's attention function, as in `attn_implementation`. `input_ids`:
+    (B, T), or this rank's part (B, T / P) if a group of P ranks shares each row. The result is
+    empty if every row is whole and has at most one document, because padding on the right does not
+    affect causal attention. Raises ValueError if the attention function cannot keep documents
+    separate or cannot be split over ranks.
     """
     if group is None and all(len(row) < 2 for row in documents):
         return {}
@@ -219,6 +223,7 @@ def _with_mask(
 
 
 def _refuse_unsupported(module: Any, arguments: dict[str, Any]) -> None:
+    """Raise UserError for an argument of attention that is not implemented here."""
     names = {name for name, value in arguments.items() if value is not None}
     if unsupported := sorted(names - _WITHOUT_EFFECT):
         raise UserError(
@@ -245,10 +250,11 @@ def _chunk_size(module: Any) -> int | None:
 class _LayerAttention:
     """Causal attention within one document, with the options of one layer.
 
-    `softcap`: tanh cap of the scores (Gemma 2). `sinks`: (H,), an additional score in the softmax
-    of each head (gpt-oss). `window`: number of tokens that a token attends to, itself included.
-    `chunk`: tokens of a chunk; there is no attention between chunks (Llama 4).
-    `has_fp32_kernels`: whether bf16 tensors are computed in fp32 where this is implemented.
+    `scaling`: factor of the scores. `softcap`: tanh cap of the scores (Gemma 2). `sinks`: (H,), an
+    additional score in the softmax of each head (gpt-oss). `window`: number of tokens that a token
+    attends to, itself included. `chunk`: tokens of a chunk; there is no attention between chunks
+    (Llama 4). These are None if the layer does not have the option. `has_fp32_kernels`: whether
+    bf16 tensors are cast to fp32 for attention (fp32_kernels.py).
     """
 
     dropout: float
@@ -294,7 +300,7 @@ class _LayerAttention:
         value: torch.Tensor,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention with a boolean mask, or causal attention if it is None: (B, H, L, V)."""
+        """Attention with a boolean mask, or causal attention if the mask is None: (B, H, L, V)."""
         if self.sinks is not None:
             query, key, value, mask = self._with_sinks(query, key, value, mask)
         kernel = self._fused if self.softcap is None else self._capped
@@ -308,11 +314,12 @@ class _LayerAttention:
         value: torch.Tensor,
         mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Prepend a key with score `sinks` and value 0, so that fused kernels can be used.
+        """Replace the sinks by one more key and value, so that fused kernels can be used.
 
-        The score is produced by additional columns: (sink / scaling, 0, ...) in each query,
-        (1, 0, ...) in the sink's key, and zeros in the other keys. A query is prepended too, so
-        that `is_causal` stays correct.
+        The key is the first one. Its score is the sink, and its value is 0. The score is produced
+        by additional columns: (sink / scaling, 0, ...) in each query, (1, 0, ...) in the sink's
+        key, and zeros in the other keys. A query is prepended too, so that `is_causal` stays
+        correct; `masked` drops its output.
         """
         assert self.sinks is not None
         assert self.scaling is not None
@@ -334,9 +341,9 @@ class _LayerAttention:
     ) -> torch.Tensor:
         """PyTorch's scaled dot product attention: (B, H, L, V).
 
-        Narrower values (latent attention, sinks) are padded to the width of the keys. With two
-        widths a CPU has no fused kernel, and a GPU has none for grouped heads, so that PyTorch
-        would materialise the scores.
+        Values that are narrower than keys (latent attention, sinks) are padded to the keys' width.
+        For two different widths a CPU has no fused kernel, and a GPU has none if several query
+        heads share a key head. PyTorch would then store all scores.
         """
         width = value.shape[-1]
         value = F.pad(value, (0, query.shape[-1] - width)) if width < query.shape[-1] else value
@@ -400,14 +407,19 @@ def _by_document(
     outputs = []
     for row, tensors in zip(documents, _rows(query, key, value), strict=True):
         lengths = _with_padding(row, length)
-        split = list(zip(*(torch.split(tensor, lengths, dim=2) for tensor in tensors), strict=True))
-        outputs += [layer(*document).transpose(1, 2) for document in split[: len(row)]]
-        outputs += [query.new_zeros(1, padding, heads, width) for padding in lengths[len(row) :]]
+        queries, keys, values = (torch.split(tensor, lengths, dim=2) for tensor in tensors)
+        num_documents = len(row)  # the rest is padding
+        outputs += [
+            layer(queries[i], keys[i], values[i]).transpose(1, 2) for i in range(num_documents)
+        ]
+        outputs += [
+            query.new_zeros(1, padding, heads, width) for padding in lengths[num_documents:]
+        ]
     return torch.cat(outputs, dim=1).view(batch, length, heads, width)
 
 
 def _rows(*tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
-    """Split the tensors into rows. A single row stays whole, or the backward pass would copy it."""
+    """Query, key and value of each row; a single row is not split, which would cost a copy."""
     if len(tensors[0]) == 1:
         return [tensors]
     return zip(*(torch.split(tensor, 1) for tensor in tensors), strict=True)
@@ -422,6 +434,7 @@ def _causal_mask(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 def _repeat_heads(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values, repeated so that there are as many heads as query heads."""
     times = query.shape[1] // key.shape[1]
     return repeat_kv(key, times), repeat_kv(value, times)
 

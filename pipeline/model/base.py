@@ -1,6 +1,6 @@
-"""Loading of the frozen base in 32, 16, 8 or 4 bits, replicated or sharded.
+"""Loading of the frozen base model in 32, 16, 8 or 4 bits, replicated or sharded.
 
-Only this file uses bitsandbytes, through transformers. At ZeRO-3 loading is collective.
+Only this file uses bitsandbytes, through transformers. At ZeRO-3 all ranks must load together.
 """
 
 import copy
@@ -45,14 +45,14 @@ from pipeline.plan.plan import Plan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORAGE = DTYPES | {"uint8": torch.uint8}
-MapFunction = Callable[..., Iterable[Any]]  # `map`, or that of a pool of threads
-_VALUES_OF_PART = 2**20  # number of values that are quantised at a time
+MapFunction = Callable[..., Iterable[Any]]  # `map`, or the method `map` of a pool of threads
+_VALUES_PER_PART = 2**20  # number of values that are quantised at a time
 
 
 def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
     """Load the base on its device, frozen, with activation checkpointing as planned.
 
-    New tokens have rows in its embeddings and head.
+    If the run has `new_tokens`, embeddings and head have rows for them.
 
     At ZeRO-3 an unquantised base is sharded while it is read. A quantised base is loaded whole on
     every rank (transformers 5.23 does not shard it), and DeepSpeed shards it later. If the plan has
@@ -67,7 +67,7 @@ def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
         loading_device = torch.device("cpu") if plan.layout.loads_through_host else device
         options["device_map"] = {"": loading_device}
     else:
-        sharding = _sharding(plan)  # transformers shards a model only as long as this object exists
+        sharding = _sharding_config(plan)  # transformers shards only as long as this object exists
     model = load_plain(
         settings.model_folder,
         dtype=dtype,
@@ -133,7 +133,9 @@ def load_plain(
 ) -> PreTrainedModel:
     """Load a language model from a folder, unquantised by default, without network access.
 
-    Packed weights are dequantised one by one, so that transformers sees a 16-bit checkpoint.
+    `attention`: name of the attention function. A packed checkpoint (mxfp4, fp8) is dequantised
+    tensor by tensor, so that transformers sees a 16-bit checkpoint. Raises UserError if the folder
+    cannot be loaded completely.
     """
     disable_progress_bar()  # type: ignore[no-untyped-call]  # each rank would show its own
     tensors = None
@@ -170,16 +172,16 @@ def load_plain(
 
 
 def model_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The config of a model folder; without its quantisation if packed weights are dequantised."""
+    """The config of a model folder.
+
+    It has no `quantization_config` if the weights are dequantised while they are loaded.
+    """
     config: PreTrainedConfig = AutoConfig.from_pretrained(
         folder, trust_remote_code=trust_remote_code, local_files_only=True
     )
     for each in (config, config.get_text_config(decoder=True)):
-        quantization = getattr(each, "quantization_config", None) or {}
-        if (
-            quantization
-            and quantization_of({"quantization_config": quantization})[0] in DEQUANTISED
-        ):
+        options = getattr(each, "quantization_config", None)
+        if options and quantization_of({"quantization_config": options})[0] in DEQUANTISED:
             del each.quantization_config
     return config
 
@@ -193,20 +195,20 @@ def auto_class(folder: Path, trust_remote_code: bool) -> Any:
     return AutoModelForImageTextToText
 
 
-def tile_error(settings: RunSettings, device: torch.device) -> float:
+def quantisation_error(settings: RunSettings, device: torch.device) -> float:
     """Mean absolute error of standard normal numbers after 4-bit quantisation and dequantisation.
 
     Raises the error of bitsandbytes if its library does not run on this device.
     """
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    tile = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)).to(device)
+    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)).to(device)
     packed, state = quantize_4bit(
-        tile,
+        weight,
         quant_type=settings.bnb_4bit_quant_type,
         compress_statistics=settings.bnb_4bit_use_double_quant,
     )
-    return float((dequantize_4bit(packed, state) - tile).abs().mean())
+    return float((dequantize_4bit(packed, state) - weight).abs().mean())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +220,7 @@ class Quantisation:
     dtype: torch.dtype
 
     def layers(self, model: Any) -> set[str]:
-        """Names of the layers that transformers quantises. `model`: on the meta device."""
+        """Names of the layers that transformers quantises; `model` is on the meta device."""
         from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
         config = _quantization(self.settings, self.shape, self.dtype)
@@ -238,16 +240,23 @@ class Quantisation:
         """
         from bitsandbytes import functional
 
-        settings, kind = self.settings, self.settings.bnb_4bit_quant_type
-        rows = max(64, _VALUES_OF_PART // weight.shape[1] // 64 * 64)  # whole blocks of 64 values
+        settings, quant_type = self.settings, self.settings.bnb_4bit_quant_type
+        rows = max(64, _VALUES_PER_PART // weight.shape[1] // 64 * 64)  # whole blocks of 64 values
         parts = weight.split(rows)  # type: ignore[no-untyped-call]
         if settings.load_in_8bit:
             for part in parts:
                 codes, scales, _ = functional.int8_vectorwise_quant(part.to(self.dtype).half())
                 part.copy_(functional.int8_vectorwise_dequant(codes, scales).to(self.dtype))
             return
-        quantize = functional.quantize_4bit
-        packed = list(map_parts(lambda part: quantize(part.to(self.dtype), quant_type=kind), parts))
+
+        def quantize(part: torch.Tensor) -> Any:
+            return functional.quantize_4bit(part.to(self.dtype), quant_type=quant_type)
+
+        def dequantize(part: torch.Tensor, packed: Any) -> None:
+            values, state = packed
+            part.copy_(functional.dequantize_4bit(values, state))
+
+        packed = list(map_parts(quantize, parts))
         absmax = torch.cat([state.absmax for _, state in packed])
         if settings.bnb_4bit_use_double_quant:  # as in bitsandbytes' functional.quantize_4bit
             offset = absmax.mean()
@@ -256,12 +265,13 @@ class Quantisation:
         for _, state in packed:
             count = len(state.absmax)
             state.absmax, absmax = absmax[:count], absmax[count:]
-        list(map_parts(lambda part, q: part.copy_(functional.dequantize_4bit(*q)), parts, packed))
+        list(map_parts(dequantize, parts, packed))
 
 
 def _quantization(
     settings: RunSettings, shape: ModelShape, dtype: torch.dtype
 ) -> BitsAndBytesConfig:
+    """The quantisation that transformers applies while it loads the base; `dtype`: of training."""
     # Modules outside the text decoder's blocks, such as a vision tower, are not quantised. Neither
     # are layers whose weight is read without a call of the layer.
     not_quantised = [rf"(?!{re.escape(shape.layers_name)}\.).*"]
@@ -279,7 +289,7 @@ def _quantization(
     )
 
 
-def _sharding(plan: Plan) -> Any:
+def _sharding_config(plan: Plan) -> Any:
     """An object that makes transformers shard every model that it loads while the object exists."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
@@ -313,12 +323,11 @@ def _checkpoint_activations(model: PreTrainedModel, plan: Plan) -> None:
 
 
 def _draws_random_numbers(model: PreTrainedModel) -> bool:
-    """Whether its dropout modules or its config make blocks of this model random in training."""
+    """Whether blocks of this model use random numbers in training, such as for dropout."""
     probabilities = [
         value
-        for name, value in model.config.get_text_config().to_dict().items()
-        if any(word in name for word in ("drop", "jitter", "noise"))
-        and isinstance(value, int | float)
+        for key, value in model.config.get_text_config().to_dict().items()
+        if re.search("drop|jitter|noise", key) and isinstance(value, int | float)
     ]
     probabilities += [module.p for module in model.modules() if isinstance(module, _DropoutNd)]
     return any(probability > 0 for probability in probabilities)

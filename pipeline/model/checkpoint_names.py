@@ -1,8 +1,8 @@
 """Names of a model's parameters in its checkpoint, which may differ from their names in memory.
 
-transformers renames tensors while it loads a checkpoint (Gemma 3, Mistral 3, Nemotron-H), and
-builds some parameters from several tensors (fused experts). This module applies its conversion
-table to the names only, with the model on the meta device.
+transformers renames tensors while it loads a checkpoint (Gemma 3, Mistral 3, Nemotron-H). It builds
+some parameters from several tensors, for example the tensor of all experts of a block. This module
+applies transformers' conversion table to the names only, with the model on the meta device.
 
     python -m pipeline.model.checkpoint_names MODEL_FOLDER [--trust-remote-code]
 
@@ -31,9 +31,9 @@ from pipeline.model.packed_files import checkpoint_files
 class StoredAs:
     """The checkpoint's tensors from which a parameter is built.
 
-    `keys`: their names, in the order in which the checkpoint's files hold them. `converter`: None
-    if the parameter is one tensor, unchanged. `patterns`: for each key, the converter's pattern
-    that matches it.
+    `keys`: names of these tensors, in the order in which the checkpoint's files hold them.
+    `converter`: transformers' conversion; None if the parameter is one tensor, unchanged.
+    `patterns`: for each key, the converter's pattern that matches it.
     """
 
     keys: tuple[str, ...]
@@ -102,35 +102,34 @@ def difference(folder: Path, *, trust_remote_code: bool = False) -> Difference:
     }
     stored = stored_names(model, shapes)
     tied: dict[str, str] = model.all_tied_weights_keys
-    shared = {name: other for pair in tied.items() for name, other in (pair, pair[::-1])}
+    tied_with = {other: name for name, other in tied.items()} | tied
     ignored = re.compile("|".join(model._keys_to_ignore_on_load_missing or ()) or "(?!)")
     parameters = model.state_dict()
-    used = {key for each in stored.values() for key in each.keys}
-    incomplete = {
-        name
-        for name, each in stored.items()
-        if each.converter is not None and not _is_whole(model, name, each, shapes)
-    }
+    used, incomplete, reshaped = set[str](), set[str](), []
+    for name, stored_as in stored.items():
+        used |= set(stored_as.keys)
+        key, expected = stored_as.keys[0], tuple(parameters[name].shape)
+        if stored_as.converter is None:
+            if shapes[key] != expected:
+                reshaped.append((key, shapes[key], expected))
+        elif not _is_complete(model, name, stored_as, shapes):
+            incomplete.add(name)
+
+    def is_missing(name: str) -> bool:
+        is_stored = name in stored or tied_with.get(name) in stored
+        return name in incomplete or not (is_stored or ignored.search(name))
+
     return Difference(
-        missing=[
-            name
-            for name in parameters
-            if name in incomplete
-            or (name not in stored and shared.get(name) not in stored and not ignored.search(name))
-        ],
+        missing=[name for name in parameters if is_missing(name)],
         unused=[key for key in shapes if key not in used],
-        reshaped=[
-            (each.keys[0], shapes[each.keys[0]], tuple(parameters[name].shape))
-            for name, each in stored.items()
-            if each.converter is None and shapes[each.keys[0]] != tuple(parameters[name].shape)
-        ],
+        reshaped=reshaped,
     )
 
 
-def _is_whole(
+def _is_complete(
     model: Any, name: str, stored: StoredAs, shapes: Mapping[str, tuple[int, ...]]
 ) -> bool:
-    """Whether a parameter that is built from several tensors has all of them."""
+    """Whether the checkpoint has all tensors from which transformers builds a parameter."""
     tensors = {key: torch.empty(shapes[key], device="meta") for key in stored.keys}
     try:
         built = built_parameter(model, name, stored, tensors)

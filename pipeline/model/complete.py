@@ -1,7 +1,8 @@
-"""Check that a checkpoint has every tensor of its model's class, from headers alone. No torch.
+"""Check that a checkpoint has every tensor of its model's class, from file headers. No torch.
 
-A checkpoint whose names are those of the model's shape needs no more. For any other, a subprocess
-with torch applies transformers' conversion table to the names, and the result is cached.
+First the names in the checkpoint are compared with those of the ModelShape (plan/given/shape.py).
+If they are the same, the checkpoint is complete. Otherwise a subprocess with torch applies
+transformers' conversion table to the names (checkpoint_names.py), and the result is cached.
 """
 
 import json
@@ -33,8 +34,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 class Difference:
     """Differences between a checkpoint and the class of its model.
 
-    `missing`: parameters that no tensor of the checkpoint belongs to. `unused`: tensors that belong
-    to no parameter. `reshaped`: for tensors of another shape, name, shape and expected shape.
+    `missing`: parameters for which the checkpoint has no tensor. `unused`: tensors of the
+    checkpoint that belong to no parameter. `reshaped`: for each tensor whose shape differs from
+    that of its parameter, its name, its shape and the expected shape.
     """
 
     missing: Sequence[str] = ()
@@ -45,7 +47,8 @@ class Difference:
 def require_complete(shape: ModelShape, *, trust_remote_code: bool = False) -> None:
     """Raise UserError if the checkpoint lacks tensors that the model's class needs.
 
-    A folder without weights, or a machine without torch, is not checked beyond what needs neither.
+    Nothing is checked in a folder without weights. On a machine without torch, a checkpoint whose
+    names differ from those of the shape is not checked either.
     """
     folder = Path(shape.folder)
     if not any(folder.glob("*.safetensors")):
@@ -71,47 +74,50 @@ def require_no_difference(folder: Path, difference: Difference) -> None:
         )
     for name, stored, expected in difference.reshaped:
         raise UserError(
-            f"model: {folder}: the tensor {name} of the checkpoint has another shape "
-            f"({_text(stored)}) than in config.json ({_text(expected)}); download both again"
+            f"model: {folder}: the tensor {name} of the checkpoint has the shape "
+            f"{_shape_text(stored)}, but according to config.json it is {_shape_text(expected)}; "
+            "download both again"
         )
 
 
-def _text(shape: Sequence[int]) -> str:
+def _shape_text(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
 def _has_names_of_shape(shape: ModelShape, stored: Shapes) -> bool:
-    """Whether a checkpoint has all linear layers, embeddings and head, and enough values in all.
+    """Whether a checkpoint is complete and has the names of the model's shape.
 
-    All blocks of a kind must have the same tensors, and one tensor must be left for the final norm.
+    It must have all linear layers, embeddings and head, and at least as many values as the model
+    has parameters. All blocks of a kind must have the same tensors. Outside the blocks there must
+    be one more tensor, for the final norm.
     """
     tied_head = f"{shape.head_name}.weight" if shape.is_tied else ""
-    parameters = sum(math.prod(each) for name, each in stored.items() if name != tied_head)
+    num_values = sum(math.prod(sizes) for name, sizes in stored.items() if name != tied_head)
     in_files = replace(shape, vocab_size=shape.vocab_size - shape.added_rows, added_rows=0)
-    if parameters < in_files.parameters:  # there may be more, such as rotary frequencies
+    if num_values < in_files.parameters:  # there may be more values, such as rotary frequencies
         return False
-    expected = {f"{n}.weight": (x.d_out, x.d_in) for n, x in shape.linears.items()}
-    outside = {shape.embeddings_name, "" if shape.is_tied else shape.head_name} - {""}
-    names = {f"{name}.weight" for name in outside}
-    if not names <= stored.keys() or any(stored.get(n) != each for n, each in expected.items()):
+    linears = {f"{name}.weight": (x.d_out, x.d_in) for name, x in shape.linears.items()}
+    if any(stored.get(name) != sizes for name, sizes in linears.items()):
         return False
+    modules = {shape.embeddings_name, "" if shape.is_tied else shape.head_name} - {""}
+    embeddings_and_head = {f"{name}.weight" for name in modules}
     prefix = f"{shape.layers_name}."
-    in_block: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
-    for name, each in stored.items():
-        if name.startswith(prefix):
-            index, _, end = name[len(prefix) :].partition(".")
-            in_block[index][end] = each
-        else:
-            names.add(name)
-    first: dict[int, dict[str, tuple[int, ...]]] = {}
+    outside_blocks = {name for name in stored if not name.startswith(prefix)}
+    if not embeddings_and_head < outside_blocks:
+        return False
+    by_block: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for name in stored.keys() - outside_blocks:
+        index, _, name_in_block = name[len(prefix) :].partition(".")
+        by_block[index][name_in_block] = stored[name]
+    first_of_kind: dict[int, dict[str, tuple[int, ...]]] = {}
     for layer, kind in enumerate(shape.layer_kinds):
-        if first.setdefault(kind, in_block[str(layer)]) != in_block[str(layer)]:
+        if first_of_kind.setdefault(kind, by_block[str(layer)]) != by_block[str(layer)]:
             return False
-    return len(names) > len(outside)
+    return True
 
 
 def _difference(folder: Path, shapes: Shapes, trust_remote_code: bool) -> Difference:
-    """The differences by transformers' conversion table, from the cache if possible."""
+    """The differences that checkpoint_names.py finds, from the cache if possible."""
     files = [folder / "config.json", *(sorted(folder.glob("*.py")) if trust_remote_code else [])]
     contents = [path.read_text(encoding="utf-8", errors="replace") for path in files]
     path = cache_file("checkpoints", [_FORMAT, json.dumps(shapes), *contents], _PACKAGES)
@@ -119,7 +125,7 @@ def _difference(folder: Path, shapes: Shapes, trust_remote_code: bool) -> Differ
 
 
 def _compare(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
-    """The fields of the difference, which a subprocess computes."""
+    """Run checkpoint_names.py in a subprocess; the result has the fields of Difference."""
     trust = ["--trust-remote-code"] if trust_remote_code else []
     module = "pipeline.model.checkpoint_names"
     try:

@@ -1,12 +1,14 @@
 """Slices of fused expert tensors: the part of a fused tensor that each checkpoint tensor holds.
 
-A checkpoint may store a tensor for each expert and projection, which transformers stacks and
-concatenates, or the fused tensor itself. The slices are found by running transformers' own
-conversion on small tensors of element numbers, so that no kind of conversion is assumed.
+In memory, a fused tensor holds the weights of all experts of a block. A checkpoint may store the
+same tensor. It may also store a tensor for each expert and projection; transformers then stacks and
+concatenates them while it loads the model. To find which part of the fused tensor comes from which
+stored tensor, transformers' conversion is run on small tensors whose elements are numbered.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,16 +17,18 @@ from pipeline.errors import UserError
 from pipeline.model.checkpoint_names import StoredAs, built_parameter
 from pipeline.model.structure import expert_tensors
 
-_ROWS, _COLUMNS = 4, 6  # of the small tensors: even, for conversions that interleave halves
+# Sizes of the small tensors: even, for conversions that interleave two halves.
+_ROWS, _COLUMNS = 4, 6
 
 
 @dataclass(frozen=True)
 class Axis:
     """The part of one axis of a fused tensor that a stored tensor holds.
 
-    The fused axis is `parts` times as long. For example, the rows of gate_proj and up_proj are the
-    parts 0 and 1 (`index`) of gate_up_proj. Row i of a part is row i + `index` x (rows of a part)
-    of the fused tensor or, if `is_interleaved`, row i x `parts` + `index`.
+    The fused axis consists of `parts` parts of equal length, and this is the part `index`. For
+    example, the rows of gate_proj and up_proj are the parts 0 and 1 of the rows of gate_up_proj. If
+    `is_interleaved`, the parts alternate: row i of a part is row i x `parts` + `index` of the fused
+    tensor. Otherwise one part follows the other.
     """
 
     parts: int = 1
@@ -32,7 +36,7 @@ class Axis:
     is_interleaved: bool = False
 
     def positions(self, length: int) -> torch.Tensor:
-        """Positions on the fused axis of a stored axis with this length."""
+        """For each element of a part of this length, its position on the fused axis."""
         elements = torch.arange(length)
         if self.is_interleaved:
             return elements * self.parts + self.index
@@ -41,10 +45,11 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertSlice:
-    """Part of a fused tensor of `count` experts (expert, row, column) that one stored tensor holds.
+    """Part of a fused tensor (expert, row, column) of `count` experts that one stored tensor holds.
 
-    `expert`: None if the stored tensor has all experts. `is_flipped`: its last two axes are those
-    of the fused tensor in reverse order. `is_transposed`: rows of the fused tensor are inputs.
+    `is_transposed`: whether rows of the fused tensor are inputs, not outputs. `expert`: index of
+    the expert; None if the stored tensor has all experts. `rows`, `columns`: part of each axis.
+    `is_flipped`: whether the stored tensor has rows and columns in reverse order.
     """
 
     count: int
@@ -64,47 +69,50 @@ class ExpertSlice:
     def change(
         self, expert: int, a: torch.Tensor, b: torch.Tensor, shape: tuple[int, int]
     ) -> torch.Tensor:
-        """The product B A of one expert, in the slice and orientation of a stored tensor.
+        """The part of one expert's product B A that is added to a stored tensor.
 
-        `a` is (count x r, d_in) and `b` is (d_out, r x count), as peft stores them; `shape`: of the
-        stored tensor, for one expert. The product is the same as that of peft for all experts.
+        `a` is (count x r, d_in) and `b` is (d_out, r x count), as peft stores them for all experts.
+        `shape`: shape of the stored tensor, for one expert.
         """
         a, b = a.reshape(self.count, -1, a.shape[1]), b.reshape(len(b), -1, self.count)
         a, b = a[expert : expert + 1], b[:, :, expert : expert + 1]
         axes = "e i o" if self.is_transposed else "e o i"
-        product = torch.einsum(f"o r e, e r i -> {axes}", b, a)[0]
+        b_times_a = torch.einsum(f"o r e, e r i -> {axes}", b, a)[0]
         rows, columns = shape[::-1] if self.is_flipped else shape
-        part = product[self.rows.positions(rows)[:, None], self.columns.positions(columns)]
+        part = b_times_a[self.rows.positions(rows)[:, None], self.columns.positions(columns)]
         return part.mT if self.is_flipped else part
 
 
 def adapted_tensor(model: Any, layer: str, targets: Iterable[str]) -> str:
     """Name of the fused tensor that a LoRA layer of peft adapts.
 
-    peft wraps the module that holds the tensors once for each of `targets`, in the order of the
-    module's parameters. The last wrapper is the outermost, and each `.base_layer` in the name leads
-    one wrapper further inside.
+    `layer`: name of peft's wrapper around the module of the experts, such as
+    `model.layers.0.mlp.experts.base_layer`. peft wraps this module once for each of `targets`, in
+    the order of the module's parameters. So the name without `.base_layer` is the wrapper of the
+    last target, and each `.base_layer` leads to the wrapper of the target before it.
     """
-    holder, ends = layer.replace(".base_layer", ""), {name.rpartition(".")[2] for name in targets}
-    names = [name.strip(".") for name in expert_tensors(model.get_submodule(holder))]
-    wrapped = [name for name in names if name in ends]
-    return f"{holder}.{wrapped[-1 - layer.count('.base_layer')]}"
+    module_name = layer.replace(".base_layer", "")
+    last_parts = {target.rpartition(".")[2] for target in targets}
+    names = [name.strip(".") for name in expert_tensors(model.get_submodule(module_name))]
+    wrapped = [name for name in names if name in last_parts]
+    return f"{module_name}.{wrapped[-1 - layer.count('.base_layer')]}"
 
 
 def expert_slices(
     model: Any, name: str, stored: StoredAs, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, ExpertSlice]:
-    """The slice of the fused tensor `name` that each stored tensor holds, by its key.
+    """Key of each stored tensor -> the slice of the fused tensor `name` that it holds.
 
-    `shapes`: of the stored tensors. Raises UserError if a stored tensor is not such a slice.
+    `shapes`: shapes of the stored tensors. Raises UserError if a stored tensor is not such a slice.
     """
     count = model.get_parameter(name).shape[0]
-    holder = model.get_submodule(name.rpartition(".")[0])
-    whole = ExpertSlice(count=count, is_transposed=getattr(holder, "is_transposed", False))
+    experts = model.get_submodule(name.rpartition(".")[0])
+    whole = ExpertSlice(count=count, is_transposed=getattr(experts, "is_transposed", False))
     if stored.converter is None:
         return {stored.keys[0]: whole}
     shape = (_ROWS, _COLUMNS) if len(stored.keys) > 1 else (count, _ROWS, _COLUMNS)
     size = torch.Size(shape).numel()
+    # the small tensors; their elements are numbered consecutively over all of them
     numbers = {
         key: torch.arange(size).reshape(shape) + i * size for i, key in enumerate(stored.keys)
     }
@@ -122,9 +130,10 @@ def _small_shape(
     shapes: Mapping[str, tuple[int, ...]],
     numbers: Mapping[str, torch.Tensor],
 ) -> torch.Size:
-    """Shape of the parameter if its stored tensor had the shape of `numbers`.
+    """Shape that the parameter would have if its stored tensor had the shape of `numbers`.
 
-    A conversion may compare the two shapes, and transpose if they differ (Qwen3-VL).
+    A conversion may compare the shapes of parameter and stored tensor, and transpose the tensor if
+    they differ (Qwen3-VL).
     """
     expected = model.get_parameter(name).shape
     key, small = next(iter(numbers.items()))
@@ -153,45 +162,36 @@ class _WithSmallParameter:
 
 
 def _slice_of(whole: ExpertSlice, fused: torch.Tensor, numbers: torch.Tensor) -> ExpertSlice | None:
-    """The slice of `fused` whose elements are `numbers`; None if they are not one."""
-    experts, rows, columns = (fused == numbers.flatten()[0]).nonzero()[0].tolist()
-    one_expert = numbers.dim() < fused.dim()
-    target = fused[experts] if one_expert else fused
+    """The slice of `fused` whose elements are `numbers`; None if there is no such slice."""
+    first_expert, first_row, first_column = (fused == numbers.flatten()[0]).nonzero()[0].tolist()
+    has_one_expert = numbers.dim() < fused.dim()
+    target = fused[first_expert] if has_one_expert else fused
     for is_flipped in (False, True):
         stored = numbers.mT if is_flipped else numbers
-        axes = [
-            _possible_axes(length, part, first)
-            for length, part, first in zip(
-                target.shape[-2:], stored.shape[-2:], (rows, columns), strict=True
-            )
-        ]
-        if None in axes:
-            continue
-        for row_axis, column_axis in _axis_pairs(axes):
-            positions = (
-                row_axis.positions(stored.shape[-2]),
-                column_axis.positions(stored.shape[-1]),
-            )
-            if torch.equal(target[..., positions[0][:, None], positions[1]], stored):
+        possible_rows = _possible_axes(target.shape[-2], stored.shape[-2], first_row)
+        possible_columns = _possible_axes(target.shape[-1], stored.shape[-1], first_column)
+        for rows, columns in product(possible_rows, possible_columns):
+            row_positions = rows.positions(stored.shape[-2])[:, None]
+            column_positions = columns.positions(stored.shape[-1])
+            if torch.equal(target[..., row_positions, column_positions], stored):
                 return replace(
                     whole,
-                    expert=experts if one_expert else None,
-                    rows=row_axis,
-                    columns=column_axis,
+                    expert=first_expert if has_one_expert else None,
+                    rows=rows,
+                    columns=columns,
                     is_flipped=is_flipped,
                 )
     return None
 
 
-def _possible_axes(whole: int, part: int, first: int) -> list[Axis] | None:
+def _possible_axes(whole: int, part: int, first: int) -> list[Axis]:
     """The axes of length `part` that begin at index `first` of a fused axis of length `whole`."""
-    parts, rest = divmod(whole, part)
-    if rest:
-        return None
-    contiguous = [Axis(parts, first // part)] if first % part == 0 else []
-    return contiguous + ([Axis(parts, first, True)] if parts > 1 and first < parts else [])
-
-
-def _axis_pairs(axes: list[list[Axis] | None]) -> Iterable[tuple[Axis, Axis]]:
-    rows, columns = (axis or [] for axis in axes)
-    return [(row, column) for row in rows for column in columns]
+    num_parts, remainder = divmod(whole, part)
+    if remainder:
+        return []
+    axes = []
+    if first % part == 0:
+        axes.append(Axis(num_parts, first // part))
+    if num_parts > 1 and first < num_parts:
+        axes.append(Axis(num_parts, first, is_interleaved=True))
+    return axes

@@ -25,7 +25,7 @@ from pipeline.model.tensor_files import Entry, read_header, weight_files
 logger = logging.getLogger(__name__)
 
 VERSION = 2
-RECORD = "base.json"  # file of a run folder
+RECORD = "base.json"  # file of a run folder with the fingerprint of the run's base
 _CONFIG = "config.json"
 _BUFFER_BYTES = 2**22
 _MAX_THREADS = 16
@@ -37,7 +37,7 @@ _SAMPLE_BYTES = 65536
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Tensor name -> SHA-256. The name `config.json` stands for that file."""
+    """Hashes of a base: tensor name -> SHA-256. The name `config.json` stands for that file."""
 
     tensors: Mapping[str, str]
 
@@ -77,7 +77,7 @@ def base_fingerprint(folder: Path) -> Fingerprint:
     total = sum(path.stat().st_size for path in files)
     with show_progress(f"hashing {folder}", total=total) as work:
         for path in files:
-            state = _state(path)  # taken first, because the file may change while it is read
+            state = _file_state(path)  # before hashing, because the file may change meanwhile
             hashes = cache.get(path.name, state)
             if hashes is None:
                 hashes = _hash_file(path)
@@ -96,6 +96,7 @@ def require_recorded_base(recorded: Any, folder: Path, remedy: str) -> None:
     """Raise UserError, naming tensors that differ, if a base is not the recorded one.
 
     `recorded`: result of `Fingerprint.as_json()`, or a fingerprint of version 1, which is a text.
+    `remedy`: end of the error message.
     """
     if is_sampled(recorded):
         if not is_same_by_samples(recorded, folder):
@@ -136,7 +137,7 @@ def base_of_run(run_folder: Path, model_folder: Path) -> Fingerprint:
 
 
 def is_sampled(recorded: Any) -> bool:
-    """Whether a recorded fingerprint has version 1, which hashed only samples of the files."""
+    """Whether a recorded fingerprint has version 1, a hash of samples of the files."""
     return isinstance(recorded, str) and re.fullmatch("[0-9a-f]{64}", recorded) is not None
 
 
@@ -178,6 +179,7 @@ def _hash_file(path: Path) -> dict[str, str]:
 
 
 def _hash_tensor(path: Path, entry: Entry) -> str:
+    """SHA-256 of a tensor's dtype, shape and bytes."""
     digest = hashlib.sha256(f"{entry.dtype}{list(entry.shape)}".encode())
     buffer = memoryview(bytearray(min(_BUFFER_BYTES, entry.end - entry.start)))
     with path.open("rb", buffering=0) as file:
@@ -195,7 +197,7 @@ def _hash_tensor(path: Path, entry: Entry) -> str:
 class _HashCache:
     """Cache of the hashes of a model folder's files, in the user's cache folder.
 
-    It is also kept in this process, in case the cache folder is not writable.
+    The hashes are also kept in the memory of this process, in case the folder is not writable.
     """
 
     _of_this_process: ClassVar[dict[Path, dict[str, Any]]] = {}
@@ -209,7 +211,7 @@ class _HashCache:
             self._files.update(stored["files"])
 
     def get(self, name: str, state: Mapping[str, int]) -> dict[str, str] | None:
-        """The cached hashes of a file in this state; None if there are none."""
+        """The cached hashes of a file; None if there are none for this `_file_state`."""
         stored = self._files.get(name)
         if not isinstance(stored, dict) or stored.get("state") != state:
             return None
@@ -230,8 +232,8 @@ class _HashCache:
             logger.info("base: its hashes cannot be cached: %s", error)
 
 
-def _state(path: Path) -> dict[str, int]:
-    """File attributes that change with the content.
+def _file_state(path: Path) -> dict[str, int]:
+    """File attributes that change if the content changes.
 
     ctime also changes if a program writes the file and then resets mtime.
     """

@@ -1,11 +1,12 @@
-"""Inputs of checkpointed blocks in host memory, from their forward to their backward pass.
+"""Activation checkpointing that keeps the inputs of blocks in host memory (`offload_activations`).
 
-On a GPU the copies run on a stream of their own, into pinned memory. The input of the next block
-in the backward pass is copied back while the present block computes. transformers' `offload`
-(5.23, modeling_utils.py) copies on the stream of the computation, and DeepSpeed 0.19.8
-(runtime/activation_checkpointing/offload_activations.py) starts the copy back only when the block
-needs its input. Neither copies anything on a CPU; here a CPU rank makes a plain copy, so that the
-same code runs in tests.
+On a GPU the copies run on a separate CUDA stream, into pinned memory. In the backward pass the
+input of the next block is copied back while the present block computes. A CPU rank makes a plain
+copy, so that the same code runs in tests.
+
+transformers' `offload` (5.23, modeling_utils.py) is not used, because it copies on the stream of
+the computation. DeepSpeed's (0.19.8 runtime/activation_checkpointing/offload_activations.py) is not
+used, because it starts the copy back only when the block needs its input.
 """
 
 import weakref
@@ -21,16 +22,18 @@ from torch.utils.checkpoint import checkpoint
 # Pinned memory is allocated in parts of this size, because PyTorch rounds the size of each part up
 # to a power of two (2.13 c10/core/CachingHostAllocator.h).
 PART_BYTES = 64 * 2**20
-# Inputs that stay on the device while the copies to the host catch up with the forward pass. The
-# last ones need no copy back: the backward pass begins with them.
+# Largest number of inputs that are on the device while they are copied to the host. The inputs that
+# are still there when the backward pass begins need no copy back.
 IN_FLIGHT = 2
 
 
 class _Input:
     """The input of one block.
 
-    `earlier`: returns the input of the block before it, or None if there is none. The reference is
-    weak: the graph has no input of a block without gradients, such as one below all adapters.
+    `host`: its copy in host memory, in parts. `on_device`: the tensor on the device, from a copy
+    until its use; else None. `earlier`: a weak reference to the input of the block before it. It
+    returns None if that input no longer exists: a block below all adapters has no backward pass,
+    so autograd drops its input.
     """
 
     def __init__(self, tensor: torch.Tensor, earlier: "Callable[[], _Input | None]") -> None:
@@ -64,7 +67,7 @@ def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 class HostActivations:
-    """Checkpointing of blocks that keeps their inputs in host memory."""
+    """Activation checkpointing of all blocks of a model, with their inputs in host memory."""
 
     def __init__(self) -> None:
         self._last: Callable[[], _Input | None] = lambda: None  # the input that was packed last
@@ -73,10 +76,10 @@ class HostActivations:
         self._stream: Any = None
 
     def checkpoint(self, function: Any, *inputs: Any, **options: Any) -> Any:
-        """torch.utils.checkpoint.checkpoint; the first input, the hidden states, is offloaded.
+        """Call torch.utils.checkpoint.checkpoint, and offload the first input, the hidden states.
 
-        The hooks only reach tensors that checkpointing itself saves, because the function runs
-        without saved tensors or under the hooks of checkpointing.
+        The hooks below see only tensors that checkpointing itself saves. Tensors that the function
+        saves are handled by checkpointing: either none is saved, or it has hooks for them.
         """
         assert inputs, f"{function} has no positional input: offload_activations: false is needed"
         hidden = inputs[0]
@@ -86,12 +89,16 @@ class HostActivations:
             return checkpoint(function, *inputs, **options)
 
     def _pack(self, hidden: tuple[int, torch.Size], tensor: torch.Tensor) -> Any:
+        """Hook for a saved tensor: replace the hidden states by their `_Input`.
+
+        `hidden`: data pointer and shape of the hidden states.
+        """
         if (tensor.data_ptr(), tensor.shape) != hidden or not tensor.is_contiguous():
             return tensor
         if self._copied_back is not None:
-            # A new micro-batch. Its inputs reuse the pinned memory of the one before it only if the
-            # copies from that memory have ended; else the CPU, which is ahead of the GPU, would
-            # allocate pinned memory for several micro-batches.
+            # A new micro-batch begins. Wait until the copies from the pinned memory of the one
+            # before it have ended, so that its memory is reused. Otherwise the CPU, which is ahead
+            # of the GPU, would allocate pinned memory for several micro-batches.
             self._copied_back.synchronize()
             self._copied_back = None
         entry = _Input(tensor, self._last)
@@ -103,6 +110,7 @@ class HostActivations:
         return entry
 
     def _unpack(self, packed: Any) -> torch.Tensor:
+        """Hook for the use of a saved tensor in the backward pass: return it on its device."""
         if not isinstance(packed, _Input):
             return packed  # type: ignore[no-any-return]
         if packed.device.type != "cuda":
@@ -122,16 +130,17 @@ class HostActivations:
         return restored
 
     def _start_copy_to_host(self, entry: _Input, tensor: torch.Tensor) -> None:
-        """Copy in the background. An earlier input is released when its copy has ended.
+        """Start the copy of an input to the host, in the background.
 
-        The computation waits for that copy, so the memory of the input is not used again too early
-        and at most IN_FLIGHT inputs are on the device, however far the CPU is ahead of the GPU.
+        If IN_FLIGHT inputs are already on the device, the oldest is released. The computation waits
+        until its copy has ended, so its memory is not reused too early. At most IN_FLIGHT inputs
+        are on the device, however far the CPU is ahead of the GPU.
         """
         current = torch.cuda.current_stream(entry.device)
         if len(self._in_flight) == IN_FLIGHT:
-            done = self._in_flight.popleft()
-            current.wait_event(done.copied)
-            done.on_device = None
+            oldest = self._in_flight.popleft()
+            current.wait_event(oldest.copied)
+            oldest.on_device = None
         if self._stream is None:
             self._stream = torch.cuda.Stream(entry.device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(current)
@@ -142,7 +151,10 @@ class HostActivations:
         self._in_flight.append(entry)
 
     def _start_copy_to_device(self, entry: _Input) -> None:
-        """Copy in the background into memory that the present stream allocates and releases."""
+        """Start the copy of an input back to the device, in the background.
+
+        The present stream allocates the memory, because it will also release it.
+        """
         tensor = entry.empty_on_device()
         self._stream.wait_stream(torch.cuda.current_stream(entry.device))
         with torch.cuda.stream(self._stream):

@@ -1,11 +1,12 @@
-"""LoRA layers with the same input, which share one product with their concatenated A matrices.
+"""Joint LoRA: layers with the same input multiply it by all of their A matrices at once.
 
-peft computes every adapted layer by itself: dropout, A, B, scaling and sum. Here the layers that
-read one input, such as q, k and v, share its dropout and its product with their A matrices. `addmm`
-scales the product with B and adds it to the output of the base layer.
+peft computes every adapted layer separately: dropout, product with A, product with B, scaling and
+sum. Here the layers that read one input, such as q, k and v, share its dropout and one product with
+their concatenated A matrices. For each layer, `addmm` scales the product with B and adds it to the
+output of the base layer.
 
-The modules, their parameters and their names stay those of peft; only `forward` is replaced. The A
-and B of a layer are read without calling their modules, so at ZeRO-3 they must not be sharded.
+The modules, their parameters and their names stay those of peft; only `forward` is replaced. The
+weights of A and B are read without calling their modules, so at ZeRO-3 they must not be sharded.
 """
 
 from collections import defaultdict
@@ -51,7 +52,8 @@ def _is_plain_lora(module: nn.Module) -> bool:
 class _Group:
     """Layers that usually read the same input.
 
-    The first layer that is called with an input computes the outputs of A for all of them.
+    The first layer of the group that is called with an input computes the outputs of A for all
+    layers. They are stored until each layer has taken its output.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
@@ -72,21 +74,17 @@ class _Group:
         return output
 
     def _has_output(self, layer: Any, x: torch.Tensor) -> bool:
-        """Whether the output for this input has been computed.
+        """Whether the output of a layer's A for this input has been computed.
 
-        At ZeRO-3 each layer gets its own view of the input, so memory is compared, not objects.
-        The input is kept until all layers have been called, so its memory is not used again.
+        At ZeRO-3 each layer gets another view of the input, so memory is compared, not objects.
+        `_input` keeps the memory from being reused until all layers have been called.
         """
         known, output = self._input, self._outputs.get(layer)
-        return (
-            known is not None
-            and output is not None
-            and output.requires_grad == torch.is_grad_enabled()
-            and x.data_ptr() == known.data_ptr()
-            and x.shape == known.shape
-            and x.stride() == known.stride()
-            and x._version == known._version
-        )
+        if known is None or output is None or output.requires_grad != torch.is_grad_enabled():
+            return False
+        has_same_layout = x.shape == known.shape and x.stride() == known.stride()
+        has_same_values = x.data_ptr() == known.data_ptr() and x._version == known._version
+        return has_same_layout and has_same_values
 
 
 def _concatenated(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -94,7 +92,7 @@ def _concatenated(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _forward(layer: Any, group: _Group, plain: Any, x: torch.Tensor, **arguments: Any) -> Any:
-    """The output of an adapted layer; replaces the `plain` forward method of peft."""
+    """Forward method of an adapted layer; `plain`: the forward method of peft, for other cases."""
     b = layer.lora_B[_ADAPTER].weight
     if arguments or layer.disable_adapters or layer.merged or x.dtype != b.dtype:
         return plain(x, **arguments)

@@ -1,4 +1,4 @@
-"""Corrections of transformers 5.23 for the time while it loads a checkpoint."""
+"""Corrections of errors in transformers 5.23 that are active while it loads a checkpoint."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 def corrected_loading(tensors: dict[str, torch.Tensor] | None = None) -> Iterator[None]:
     """Keep loaded weights as they are stored, and convert tensors correctly at ZeRO-3.
 
-    `tensors`: used in place of those in the checkpoint's files.
+    `tensors`: name -> tensor, used instead of the tensors in the checkpoint's files.
     """
 
     def load(model: Any, state_dict: Any, *arguments: Any, **options: Any) -> Any:

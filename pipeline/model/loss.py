@@ -23,7 +23,7 @@ from pipeline.model.structure import blocks, body_name, text_decoder
 from pipeline.plan.cost.activations import LOGITS_CHUNK_BYTES
 from pipeline.plan.plan import Plan
 
-IGNORED = -100
+IGNORED = -100  # label of a token that is not supervised
 
 
 class SummedLoss(nn.Module):
@@ -65,10 +65,11 @@ class SummedLoss(nn.Module):
     ) -> torch.Tensor:
         """Return the sum of the losses at the S supervised positions, in fp32.
 
-        If S is 0, the result is 0 and still has an autograd graph. `documents`: lengths of the
-        packed documents of each row. The first token of a document is never supervised.
-        `predicting`: offsets in the flattened input of the tokens before a supervised one. Without
-        it they are searched for here, and a GPU then has to finish its queue of kernels first.
+        If S is 0, the result is 0 and still has an autograd graph. `documents`: for each row, the
+        lengths of its packed documents. The first token of a document is never supervised.
+        `predicting`: positions, in the flattened (B T) input, of the tokens that predict a
+        supervised token. If it is None, these positions are computed here, for which the host has
+        to wait for the GPU.
 
         The decoder gets no padding mask: padding is on the right, which causal attention does not
         reach. With a mask, PyTorch would use no fused kernels, would repeat keys and values for
@@ -76,7 +77,8 @@ class SummedLoss(nn.Module):
         """
         model = self.model
         causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        # Shifted before a split: the target of a part's last token is the next part's first token.
+        # Labels are shifted before the row is split over ranks: the target of the last token of a
+        # part is the first token of the next part.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if (group := self._group) is not None:
             input_ids, targets = group.part(input_ids, 0), group.part(targets, IGNORED)
@@ -96,10 +98,11 @@ class SummedLoss(nn.Module):
         return self._loss_sum(causal, hidden, targets)
 
     def _loss_sum(self, causal: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The summed loss of hidden states (S, D) with targets (S,), computed in chunks."""
         logits_of = class_logits(causal)
 
-        def chunk_loss(h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            return F.cross_entropy(logits_of(h).float(), y, reduction="sum")
+        def chunk_loss(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(logits_of(hidden).float(), targets, reduction="sum")
 
         vocab_size = causal.config.get_text_config().vocab_size
         num_chunks = self._num_chunks or _chunks(len(targets), vocab_size)
@@ -125,8 +128,9 @@ def _is_head_trained(causal: Any) -> bool:
 def class_logits(causal: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """Function from hidden states (S, D) to logits (S, V), computed by the model's own class.
 
-    It calls the class's forward method on a shallow copy of the model. The body of the copy returns
-    the given hidden states, so that only the rest of the method computes: head, bias, scale, soft
+    The function calls the class's forward method on a shallow copy of the model. In the copy, the
+    body (the part from embeddings to last hidden states) is replaced by a module that returns the
+    given hidden states. So the method only computes what follows the body: head, bias, scale, soft
     cap. The head is called as a module, so that the hooks of ZeRO-3 run.
     """
     name = body_name(causal)
@@ -145,7 +149,8 @@ def class_logits(causal: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 class _FixedBody(nn.Module):
     """Replacement for a model's body that returns fixed hidden states (1, S, D).
 
-    The text decoder, and each module of the body that contains it, are replaced in the same way.
+    The text decoder inside the body is replaced in the same way, and so is each module between the
+    two.
     """
 
     def __init__(self, body: nn.Module, decoder: nn.Module, hidden: torch.Tensor) -> None:
@@ -158,8 +163,8 @@ class _FixedBody(nn.Module):
         return _BodyOutput(self._hidden)
 
     def __getattr__(self, name: str) -> Any:
-        # Some classes read attributes of their body, such as Falcon-H1's lm_head_multiplier, and
-        # some call the decoder inside it (OPT).
+        # Some classes read attributes of their body, such as Falcon-H1's lm_head_multiplier. Some
+        # call the decoder inside the body (OPT).
         value = getattr(self.__dict__["_body"], name)
         decoder = self.__dict__["_decoder"]
         if isinstance(value, nn.Module) and any(module is decoder for module in value.modules()):
@@ -188,4 +193,5 @@ def max_chunks(plan: Plan) -> int:
 
 
 def _chunks(positions: int, vocab_size: int) -> int:
+    """Number of chunks in which the logits of these positions are computed."""
     return max(1, ceil(positions * vocab_size * 4 / LOGITS_CHUNK_BYTES))

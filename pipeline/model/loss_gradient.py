@@ -20,7 +20,8 @@ def sum_with_gradient(
 ) -> torch.Tensor:
     """The summed loss of hidden states (S, D) with targets (S,), in fp32.
 
-    `logits_of` returns the logits (S, V) of hidden states. Parameters that it uses get no gradient.
+    `logits_of` returns the logits (S, V) of hidden states. The parameters that it uses (the head)
+    get no gradient.
     """
     total = hidden.new_zeros((), dtype=torch.float32)
     gradient = torch.empty_like(hidden)

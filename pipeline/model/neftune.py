@@ -13,12 +13,14 @@ from pipeline.model.attention import Documents
 class EmbeddingNoise:
     """A forward hook that adds noise of at most alpha / sqrt(L D) to an embedding's output.
 
-    L is the length of the token's own document, not of its pack; D is the hidden size. There is no
-    noise on padding, and none in evaluation mode. The noise comes from torch's generator, which is
-    seeded before each forward pass, as for dropout. `documents` must be set before each forward.
-    If a group of ranks shares each sequence, the embedding has this rank's part of the tokens.
+    L is the length of the token's document, also in a packed sequence; D is the hidden size. There
+    is no noise on padding, and none in evaluation mode. The noise comes from torch's generator,
+    which is seeded before each forward pass, as for dropout.
 
-    It must be registered after `deepspeed.initialize` (see `remove_input_gradients` in base.py).
+    `documents`: lengths of the documents of each row; must be set before each forward pass. If a
+    group of ranks shares each sequence, the embedding's output has this rank's part of the tokens.
+    The hook must be registered after `deepspeed.initialize`, because `remove_input_gradients`
+    (base.py) removes earlier ones.
     """
 
     def __init__(
@@ -34,11 +36,12 @@ class EmbeddingNoise:
         if not module.training:
             return output
         rows, length, hidden_size = output.shape
-        scale = torch.zeros(rows, length * (1 if self._group is None else self._group.size))
+        whole_length = length * (1 if self._group is None else self._group.size)
+        scale = torch.zeros(rows, whole_length)  # largest noise of each token
         for row, lengths in enumerate(self.documents):
             scales = [self._alpha / math.sqrt(tokens * hidden_size) for tokens in lengths]
-            counts = torch.tensor(lengths)
-            scale[row, : sum(lengths)] = torch.tensor(scales).repeat_interleave(counts)
+            per_token = torch.tensor(scales).repeat_interleave(torch.tensor(lengths))
+            scale[row, : sum(lengths)] = per_token
         if self._group is not None:
             scale = self._group.part(scale, 0)
         noise = torch.empty_like(output).uniform_(-1, 1)

@@ -1,4 +1,9 @@
-"""Values of packed weights, and tensors that are read from a checkpoint when they are used."""
+"""Dequantisation of packed checkpoints, tensor by tensor.
+
+A packed checkpoint stores some weights in 4 or 8 bits with scales (packed_files.py). A
+CheckpointTensor is read from its file, and dequantised if it is packed, whenever an operator uses
+it, so that the weights of a model are never all in memory.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +16,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from pipeline.model.packed_files import PackedEntry, Part, checkpoint_files
 from pipeline.model.tensor_files import Entry
 
-_DTYPES = {
+_DTYPES = {  # names of dtypes in safetensors files
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
@@ -30,6 +35,7 @@ def read_tensor(path: Path, name: str, entry: Entry) -> torch.Tensor:
 
 
 def _stored(part: Part) -> torch.Tensor:
+    """A tensor as it is stored in a file."""
     with safe_open(part.path, framework="pt") as file:
         tensor: torch.Tensor = file.get_tensor(part.name)
     return tensor
@@ -40,17 +46,20 @@ def _dequantised_fp8(
 ) -> torch.Tensor:
     """The products of fp8 values and the scales of their blocks, in bf16.
 
-    They are computed in fp32, a matrix at a time. transformers 5.23 refuses matrices whose last
-    block is smaller, which DeepSeek V3 has (integrations/finegrained_fp8.py).
+    `values`: (..., rows, columns). `block`: rows and columns of a block that has one scale. The
+    last dimensions of `scales` are a grid with one scale for each block. The products are computed
+    in fp32, a matrix at a time. transformers 5.23 refuses matrices whose last block is smaller,
+    which DeepSeek V3 has (integrations/finegrained_fp8.py).
     """
     rows, columns = values.shape[-2:]
-    scales = (scales.float() - 127).exp2() if scales.dtype == torch.uint8 else scales.float()
+    if scales.dtype == torch.uint8:  # exponents of powers of two, with an offset of 127
+        scales = (scales.float() - 127).exp2()
+    scales = scales.float()
     matrices = values.reshape(-1, rows, columns)
-    grids = scales.reshape(-1, *(scales.shape[-2:] if scales.numel() > 1 else (1, 1)))
+    grid_shape = scales.shape[-2:] if scales.numel() > 1 else (1, 1)
+    grids = scales.reshape(-1, *grid_shape).expand(len(matrices), -1, -1)
     result = torch.empty(matrices.shape, dtype=torch.bfloat16)
-    for matrix, grid, target in zip(
-        matrices, grids.expand(len(matrices), -1, -1), result, strict=True
-    ):
+    for matrix, grid, target in zip(matrices, grids, result, strict=True):
         by_row = grid.repeat_interleave(block[0], 0)[:rows]
         target.copy_(matrix.float() * by_row.repeat_interleave(block[1], 1)[:, :columns])
     return result.view(values.shape)
@@ -74,12 +83,13 @@ class CheckpointTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run an operator on the values instead."""
+        """Run an operator on the values of the tensors, which are read now."""
         args, kwargs = tree_map(_values, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
 def _values(argument: Any) -> Any:
+    """The values, if an argument of an operator is a CheckpointTensor; else the argument."""
     if isinstance(argument, CheckpointTensor):
         return read_tensor(*argument.source)
     return argument

@@ -16,18 +16,19 @@ from pipeline.files import read_json
 from pipeline.model.tensor_files import Entry, TensorFile, read_header, weight_files
 from pipeline.plan.given.shape import DEQUANTISED, quantization_of
 
-# Classes of transformers' configs with which plain transformers dequantises a packed checkpoint.
+# Quantisation method -> class of the config with which plain transformers dequantises a checkpoint.
 _CONFIG_CLASSES = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
 _BLOCKS, _SCALES = "_blocks", "_scales"  # ends of the names of an mxfp4 weight
 _MXFP4_BLOCK = 32  # values with a common scale
-_FP8 = ("F8_E4M3", "F8_E5M2")
-# Ends of the name of an fp8 weight's scales, after the weight's name, and after that of its layer.
+_FP8 = ("F8_E4M3", "F8_E5M2")  # dtypes in safetensors files
+# Names of an fp8 weight's scales: the weight's name with the first text at its end replaced by the
+# second. For example, `q_proj.weight` may have `q_proj.weight_scale_inv` or `q_proj.scale`.
 _FP8_SCALES = (("", "_scale_inv"), ("", "_scale"), ("weight", "scale"), ("weight", "qscale_weight"))
 # Scales of activations, which a 16-bit model does not have.
 _ACTIVATION_SCALES = ("activation_scale", "input_scale", "qscale_act")
-# Ends of names that only parts of packed weights have.
-_OF_WEIGHTS = (_BLOCKS, _SCALES, "_scale_inv", ".weight_scale", ".qscale_weight")
-_FP8_BLOCK = (128, 128)  # of a config.json without weight_block_size
+# Ends of the names of tensors that belong to packed weights.
+_PACKED_ENDS = (_BLOCKS, _SCALES, "_scale_inv", ".weight_scale", ".qscale_weight")
+_FP8_BLOCK = (128, 128)  # rows and columns with a common scale, if config.json does not say
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Part:
 class PackedEntry(Entry):
     """A weight in bf16 that is stored as packed values with scales.
 
-    `start`, `end`: offsets in a file that has only the unpacked values. `block`: rows and columns
-    of an fp8 weight that have a common scale.
+    `start`, `end`: 0 and the size in bytes of the weight in bf16. `block`: rows and columns of an
+    fp8 weight that have a common scale; None for mxfp4.
     """
 
     values: Part
@@ -58,11 +59,12 @@ def is_packed(folder: Path) -> bool:
 
 
 def dequantising_config(folder: Path) -> str:
-    """The class of the config with which transformers dequantises a packed base; else empty."""
+    """Class of the config with which transformers dequantises a packed base; empty for others."""
     return _CONFIG_CLASSES.get(_quantization(folder)[0] or "", "")
 
 
 def _quantization(folder: Path) -> tuple[str | None, Mapping[str, Any]]:
+    """Method (None if there is none) and options of the quantisation, from config.json."""
     try:
         return quantization_of(read_json(folder / "config.json"))
     except (OSError, ValueError):
@@ -72,8 +74,9 @@ def _quantization(folder: Path) -> tuple[str | None, Mapping[str, Any]]:
 def checkpoint_files(folder: Path, setting: str = "model") -> tuple[TensorFile, ...]:
     """The weight files of a model folder, with packed weights as entries in bf16.
 
-    An unpacked weight belongs to the file of its packed values. Raises UserError if a part of a
-    packed weight is missing or does not fit.
+    Such an entry belongs to the file that has the weight's packed values. `setting`: the setting
+    that error messages name. Raises UserError if values or scales of a packed weight are missing or
+    do not fit.
     """
     files = tuple(read_header(path) for path in weight_files(folder, setting))
     method, options = _quantization(folder)
@@ -91,7 +94,7 @@ def checkpoint_files(folder: Path, setting: str = "model") -> tuple[TensorFile, 
         ) from None
     hidden = {part.name for entry in packed.values() for part in (entry.values, entry.scales)}
     hidden |= {name for name in parts if name.endswith(_ACTIVATION_SCALES)}
-    if unused := [name for name in parts if name.endswith(_OF_WEIGHTS) and name not in hidden]:
+    if unused := [name for name in parts if name.endswith(_PACKED_ENDS) and name not in hidden]:
         raise UserError(
             f"{setting}: {folder} is packed ({method}), and {unused[0]} belongs to a weight in a "
             "format that is not dequantised here; use the 16-bit model"
@@ -100,7 +103,10 @@ def checkpoint_files(folder: Path, setting: str = "model") -> tuple[TensorFile, 
 
 
 def _mxfp4(parts: Mapping[str, Part]) -> dict[str, PackedEntry]:
-    """The mxfp4 weights: experts of gpt-oss, stored with the outputs before the inputs."""
+    """The mxfp4 weights by name: fused experts of gpt-oss.
+
+    A weight is (experts, inputs, outputs); its packed values are (experts, outputs, blocks, bytes).
+    """
     packed = {}
     for name, values in parts.items():
         if not name.endswith(_BLOCKS):
@@ -109,7 +115,7 @@ def _mxfp4(parts: Mapping[str, Part]) -> dict[str, PackedEntry]:
         scales = parts[f"{unpacked}{_SCALES}"]
         stored = values.entry.shape
         if len(stored) != 4 or stored[3] != _MXFP4_BLOCK // 2 or scales.entry.shape != stored[:3]:
-            raise _unknown(
+            raise _shape_error(
                 values, scales, f"experts x outputs x blocks x {_MXFP4_BLOCK // 2} bytes"
             )
         shape = (stored[0], stored[2] * _MXFP4_BLOCK, stored[1])
@@ -117,7 +123,8 @@ def _mxfp4(parts: Mapping[str, Part]) -> dict[str, PackedEntry]:
     return packed
 
 
-def _unknown(values: Part, scales: Part, expected: str) -> UserError:
+def _shape_error(values: Part, scales: Part, expected: str) -> UserError:
+    """The error for a packed weight whose values or scales have unexpected shapes."""
     return UserError(
         f"model: {values.path}: {values.name} has shape {values.entry.shape}, and its scales have "
         f"{scales.entry.shape}, which do not fit {expected}"
@@ -125,7 +132,7 @@ def _unknown(values: Part, scales: Part, expected: str) -> UserError:
 
 
 def _fp8(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> dict[str, PackedEntry]:
-    """The fp8 weights, whose scales belong to blocks, to rows or to the whole weight."""
+    """The fp8 weights by name, whose scales belong to blocks, to rows or to the whole weight."""
     packed = {}
     for name, values in parts.items():
         if values.entry.dtype not in _FP8:
@@ -140,26 +147,34 @@ def _fp8(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> dict[str
 
 
 def _block(values: Part, scales: Part, size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of the weight with a common scale; the last blocks may be smaller."""
+    """Rows and columns of the weight with a common scale; the last blocks may be smaller.
+
+    `size`: rows and columns of a block according to config.json.
+    """
     shape, grid = values.entry.shape, scales.entry.shape
     if math.prod(grid) == 1:
         return shape[-2], shape[-1]
     expected = f"blocks of {tuple(size)} (weight_block_size in config.json)"
     if len(grid) != len(shape):
-        raise _unknown(values, scales, expected)
-    rows, columns = (
-        whole if count == 1 else 1 if count == whole else part
-        for whole, count, part in zip(shape[-2:], grid[-2:], size, strict=False)
-    )
-    fitting = (*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // columns))
-    if grid != fitting:
-        raise _unknown(values, scales, expected)
+        raise _shape_error(values, scales, expected)
+    block = list(size)
+    for axis in (0, 1):
+        length, num_scales = shape[-2:][axis], grid[-2:][axis]
+        if num_scales == 1:
+            block[axis] = length
+        elif num_scales == length:
+            block[axis] = 1
+    rows, columns = block
+    expected_grid = (*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // columns))
+    if grid != expected_grid:
+        raise _shape_error(values, scales, expected)
     return rows, columns
 
 
 def _entry(
     shape: tuple[int, ...], values: Part, scales: Part, block: tuple[int, int] | None = None
 ) -> PackedEntry:
+    """The entry of a packed weight; `shape`: of the weight in bf16."""
     return PackedEntry("BF16", shape, 0, 2 * math.prod(shape), values, scales, block)
 
 

@@ -1,5 +1,6 @@
-"""Linear layers whose adapter plain peft would not load as it was trained."""
+"""Linear layers whose trained adapter plain peft would load onto other layers, or not at all."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -12,24 +13,26 @@ from torch import nn
 
 
 def rewritten_by_peft(model: nn.Module, decoder: nn.Module) -> list[str]:
-    """Last parts of the names of such layers in a text decoder.
+    """Last parts of the names of such layers in a text decoder, for example `gate_proj`.
 
-    peft 0.21.2 adapts fused experts instead of some layers, when it attaches and when it loads an
-    adapter. It also applies transformers' conversion table to the keys of an adapter's file, which
-    renames some layers of Laguna.
+    For some model types, peft 0.21.2 adapts the experts of a block instead of a layer with one of
+    their names, when it attaches and when it loads an adapter. It also applies transformers'
+    conversion table to the keys of an adapter file, which renames some layers of Laguna.
     """
     inside = set(decoder.modules())
-    names = [n for n, m in model.named_modules() if type(m) is nn.Linear and m in inside]
-    ends = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
+    names_by_last_part: defaultdict[str, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and module in inside:
+            names_by_last_part[name.rsplit(".", 1)[-1]].append(name)
     return [
-        end
-        for end in ends
-        if not _is_read_back(model, end, [name for name in names if name.endswith(f".{end}")])
+        last_part
+        for last_part, names in names_by_last_part.items()
+        if not _is_loaded_unchanged(model, last_part, names)
     ]
 
 
-def _is_read_back(model: nn.Module, target: str, names: Sequence[str]) -> bool:
-    """Whether peft loads an adapter on a target under the names of its layers."""
+def _is_loaded_unchanged(model: nn.Module, target: str, names: Sequence[str]) -> bool:
+    """Whether peft loads an adapter on this target onto the layers with these names."""
     config = LoraConfig(target_modules=[target])
     keys = [f"base_model.model.{name}.lora_{part}.weight" for name in names for part in "AB"]
     try:
@@ -37,7 +40,7 @@ def _is_read_back(model: nn.Module, target: str, names: Sequence[str]) -> bool:
         if list(config.target_modules or ()) != [target]:
             return False
         tensors = {key: torch.empty(1, 1) for key in keys}
-        read = convert_peft_adapter_state_dict_for_transformers(model, config, tensors)
-    except ValueError:  # gate_proj without up_proj
+        loaded = convert_peft_adapter_state_dict_for_transformers(model, config, tensors)
+    except ValueError:  # peft raises it for gate_proj without up_proj
         return False
-    return read.keys() == set(keys)
+    return loaded.keys() == set(keys)

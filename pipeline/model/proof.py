@@ -1,13 +1,15 @@
 """Checks that this package trains a model class correctly: loss, attention, packing and adapter.
 
 Results of this package are compared with results of transformers and peft, on a small copy of the
-model (small_copy.py), in fp32 on the CPU. If the class is trained correctly, they differ by less
-than 1e-5. For 84 kinds of models every incorrect result differed by more than 1e-3.
+model (small_copy.py), in fp32 on the CPU. If the class is trained correctly, they differ by a
+relative error below 1e-5. For 84 kinds of models every incorrect result differed by more than 1e-3.
+The results of all checks of a class are its *proof*.
 
     python -m pipeline.model.proof MODEL_FOLDER NAME ... [--trust-remote-code]
 
 runs the checks for adapters on the linear layers with these names, and prints the results.
-plan/given/class_proof.py runs this command for a `model_type` that families.py does not have.
+plan/given/class_proof.py runs this command for a `model_type` that is not in the table
+plan/given/families.py.
 """
 
 import argparse
@@ -50,8 +52,9 @@ from pipeline.plan.plan import Plan
 
 _COPIES = 3  # in memory at once: the model, a copy with an adapter, a copy loaded from files
 _LENGTH = 24  # tokens of a row
-# Lengths in tokens of the documents in each of the two rows; the rest of a row is padding.
+# Lengths in tokens of the documents in each of the two packed rows; the rest of a row is padding.
 _DOCUMENTS = ((7, 12, 3), (20, 1, 2))
+_ONE_DOCUMENT_PER_ROW = ((_LENGTH,), (_LENGTH,))
 
 
 def prove(folder: Path, targets: Sequence[str], *, trust_remote_code: bool = False) -> Proof:
@@ -68,18 +71,19 @@ def prove(folder: Path, targets: Sequence[str], *, trust_remote_code: bool = Fal
 
 
 def require_proof(plan: Plan) -> Proof:
-    """The proof of a plan's model class, on rank 0, before the base is loaded.
+    """The proof of a plan's model class; rank 0 calls this before it loads the base.
 
     Raises UserError if the proof shows that the run would train incorrectly.
     """
     settings = plan.settings
     names = adapted_names(plan.shape, settings)
     proof = prove(settings.model_folder, names, trust_remote_code=settings.trust_remote_code)
-    plan.with_proof(proof)
+    plan.with_proof(proof)  # called only for its UserError
     return proof
 
 
 def _proof_of(folder: Path, targets: Sequence[str], *, trust_remote_code: bool) -> Proof:
+    """The proof of the class of the model in a folder, without the cache."""
     model = _model_to_check(folder, trust_remote_code=trust_remote_code)
     missing = _missing_names(folder, targets, trust_remote_code=trust_remote_code)
     return replace(prove_model(model, targets), without_merge=missing)
@@ -164,10 +168,12 @@ def _loss_error(model: PreTrainedModel) -> float:
     _set_attention(model, "eager")
     theirs = float(model(input_ids=ids, labels=labels, use_cache=False).loss)
     _set_attention(model, WITHIN_DOCUMENTS)
-    count = int((labels[:, 1:] != IGNORED).sum())
-    whole = ((_LENGTH,), (_LENGTH,))
-    ours = [float(SummedLoss(model, chunks)(ids, labels, whole)) / count for chunks in (1, 3)]
-    return max(abs(loss - theirs) / abs(theirs) for loss in ours)
+    num_supervised = int((labels[:, 1:] != IGNORED).sum())
+    errors = []
+    for num_chunks in (1, 3):
+        loss_sum = float(SummedLoss(model, num_chunks)(ids, labels, _ONE_DOCUMENT_PER_ROW))
+        errors.append(abs(loss_sum / num_supervised - theirs) / abs(theirs))
+    return max(errors)
 
 
 def _set_attention(model: Any, name: str) -> None:
@@ -209,13 +215,15 @@ def _leak_error(model: PreTrainedModel) -> float:
     for row, span in _spans():
         changed = ids.clone()
         changed[row, span] = _ids(model, seed=2)[row, span]
-        after = _packed_states(model, changed)
-        others = [(r, s) for r, s in _spans() if r == row and s != span]
-        worst = max(worst, *(float((after[o] - before[o]).abs().max()) for o in others))
+        difference = (_packed_states(model, changed) - before).abs()
+        for other_row, other_span in _spans():
+            if other_row == row and other_span != span:
+                worst = max(worst, float(difference[other_row, other_span].max()))
     return worst
 
 
 def _packed_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Hidden states of rows that are packed with the documents of _DOCUMENTS."""
     _set_attention(model, WITHIN_DOCUMENTS)
     arguments = arguments_for(WITHIN_DOCUMENTS, _DOCUMENTS, ids)
     states: torch.Tensor = text_decoder(model)(
@@ -237,6 +245,7 @@ def _adapter_error(model: PreTrainedModel, targets: Sequence[str]) -> float:
     if trained := [n for n, p in named.items() if "lora_" not in n and p.grad is not None]:
         raise UserError(f"a frozen weight got a gradient: {trained[0]}")
     lora = {name: p for name, p in named.items() if "lora_" in name}
+    # A and B of each layer and of each expert tensor
     expected = 2 * (len(target_names(model, targets)) + len(target_experts(model, targets)))
     if len(lora) != expected:
         raise UserError(f"peft adapted {len(lora)} matrices instead of {expected}")
@@ -260,13 +269,13 @@ def _checkpointing_error(
     """Relative difference between the gradients with and without activation checkpointing."""
     adapted = _adapted(model, targets)
     expected = _backward(adapted)
-    inner: Any = adapted.get_base_model()
+    causal: Any = adapted.get_base_model()
     if reentrant:
-        _require_single_calls(inner)
-    inner.get_input_embeddings().register_forward_hook(
+        _require_single_calls(causal)
+    causal.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: output.requires_grad_(True)
     )
-    inner.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    causal.gradient_checkpointing_enable({"use_reentrant": reentrant})
     return _relative_error(_backward(adapted), expected)
 
 
@@ -323,7 +332,7 @@ def _backward(adapted: PeftModel, loss: SummedLoss | None = None) -> torch.Tenso
     adapted.train().zero_grad()
     torch.manual_seed(0)
     loss = SummedLoss(adapted, 1) if loss is None else loss
-    loss(_ids(adapted), _labels(adapted), ((_LENGTH,), (_LENGTH,))).backward()
+    loss(_ids(adapted), _labels(adapted), _ONE_DOCUMENT_PER_ROW).backward()
     parameters = sorted(adapted.named_parameters())
     gradients = [p.grad.flatten() for _, p in parameters if p.grad is not None]
     return torch.cat(gradients) if gradients else torch.zeros(1)
@@ -353,9 +362,10 @@ def target_experts(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
 
 
 def _missing_names(folder: Path, targets: Sequence[str], *, trust_remote_code: bool) -> list[str]:
-    """Reasons why an adapter on these targets cannot be merged tensor by tensor.
+    """Reasons why an adapter on these targets cannot be merged into the base; empty if it can.
 
-    The checkpoint must store each adapted weight as a tensor, or as slices of fused experts.
+    To merge it, each adapted weight must be a tensor of the checkpoint, or, for experts, consist of
+    such tensors.
     """
     model = model_on_meta(folder, trust_remote_code=trust_remote_code)
     files = checkpoint_files(folder)
@@ -371,21 +381,23 @@ def _missing_names(folder: Path, targets: Sequence[str], *, trust_remote_code: b
     if not missing:
         return []
     return [
-        f"{len(missing)} adapted weights are neither tensors of the checkpoint nor slices of them, "
-        f"the first is {missing[0]}: the adapter loads with peft, but cannot be merged"
+        f"{len(missing)} adapted weights are not tensors of the checkpoint, the first is "
+        f"{missing[0]}: the adapter loads with peft, but cannot be merged"
     ]
 
 
 def _ids(model: Any, seed: int = 1) -> torch.Tensor:
     """Random token ids, without the ids of special tokens such as an image placeholder."""
     generator = torch.Generator().manual_seed(seed)
-    values = model.config.to_dict()
-    special = {value for key, value in values.items() if "token" in key and type(value) is int}
-    usable = [i for i in range(model.config.get_text_config().vocab_size) if i not in special]
-    return torch.tensor(usable)[torch.randint(len(usable), (2, _LENGTH), generator=generator)]
+    entries = model.config.to_dict().items()
+    special = {value for key, value in entries if "token" in key and type(value) is int}
+    vocab_size = model.config.get_text_config().vocab_size
+    usable = torch.tensor([i for i in range(vocab_size) if i not in special])
+    return usable[torch.randint(len(usable), (2, _LENGTH), generator=generator)]
 
 
 def _labels(model: Any) -> torch.Tensor:
+    """Labels for `_ids(model)`, without the first five tokens of each row."""
     labels = _ids(model)
     labels[:, :5] = IGNORED
     return labels

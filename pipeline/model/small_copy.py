@@ -1,7 +1,8 @@
 """Small random copies of a model: the same class, with few blocks, at least one of each kind.
 
 proof.py checks a copy instead of the model, because both run the same code. The widths of a copy
-are reduced too, unless its class cannot be built with reduced widths.
+are reduced too, unless its class does not run with reduced widths. A kind of block is, for example,
+a block with sliding attention, or a block with experts.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,12 +11,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-_BLOCKS = 4  # least number of blocks, if a copy has reduced widths
-_WIDE_BLOCKS = 2  # the same, if it has the widths of the model
+_MIN_BLOCKS = 4  # least number of blocks of a copy with reduced widths
+_MIN_WIDE_BLOCKS = 2  # least number of blocks of a copy with the widths of the model
 _WINDOW = 5  # tokens; shorter than the documents of the checks, so that windows have an effect
 # Standard deviation of random matrices: large enough for scales, soft caps and attention to matter.
 _STD = 0.12
-# Keys that a decoder's config may have -> reduced sizes. The ratio of query to key heads is kept.
+# Keys that a decoder's config may have -> reduced sizes. `_reduce_heads` also reduces the numbers of
+# heads.
 _WIDTHS = {
     "hidden_size": 64, "intermediate_size": 128, "intermediate_size_mlp": 128, "head_dim": 16,
     "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "global_head_dim": 32,
@@ -27,6 +29,7 @@ _WIDTHS = {
     "mamba_num_heads": 4, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2,
     "mamba_d_ssm": 128, "linear_head_dim": 16, "linear_num_heads": 4, "mamba_dt_rank": 4,
 }  # fmt: skip
+# The same for the config of a vision tower and of other parts.
 _VISION_WIDTHS = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_heads": 2, "num_key_value_heads": 2, "depth": 2, "head_dim": 16, "image_size": 28,
@@ -54,19 +57,23 @@ def small_copies(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     its blocks, experts and vocabulary are reduced.
     """
     text_config = config.get_text_config()
-    name = next((key for key, value in vars(config).items() if value is text_config), None)
-    reduced: tuple[Mapping[str, int], Mapping[str, int]] = (_WIDTHS, _VISION_WIDTHS)
-    for (widths, vision), repeats in ((reduced, 1), (reduced, 2), (({}, {}), 1)):
+    # In a multimodal model, the decoder's config is an entry of the model's config, such as
+    # `text_config`. In a text model, both are the same.
+    text_key = next((key for key, value in vars(config).items() if value is text_config), None)
+    for has_reduced_widths, blocks_per_kind in ((True, 1), (True, 2), (False, 1)):
         values = config.to_dict()
-        text = values if name is None else values[name]
-        _reduce(text, widths, text_config.attribute_map, repeats)
-        for other in values.values():
-            if isinstance(other, dict) and "model_type" in other and other is not text:
-                _lower_to(other, vision)
-        if widths and name is not None:  # the sections of multimodal rope must sum to head_dim / 2
-            text["rope_parameters"] = (text.get("rope_parameters") or {}) | {
-                "mrope_section": [4, 2, 2]
-            }
+        text = values if text_key is None else values[text_key]
+        _reduce(
+            text, _WIDTHS if has_reduced_widths else {}, text_config.attribute_map, blocks_per_kind
+        )
+        if has_reduced_widths:
+            for part in values.values():
+                if isinstance(part, dict) and "model_type" in part and part is not text:
+                    _lower_to(part, _VISION_WIDTHS)
+        if has_reduced_widths and text_key is not None:
+            # the sections of multimodal rope must sum to head_dim / 2
+            rope = text.get("rope_parameters") or {}
+            text["rope_parameters"] = rope | {"mrope_section": [4, 2, 2]}
         yield type(config).from_dict(values)
 
 
@@ -82,20 +89,28 @@ def random_model(auto_class: Any, config: PreTrainedConfig, **options: Any) -> P
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.empty_like(parameter).normal_(std=_STD, generator=generator)
-            # Vectors keep their initial values as a mean: norms, biases, decays. Zeros among them
-            # (Gemma 3n's scales) would stop gradients that a trained model has.
+            # Noise is added to vectors (norms, biases, decays), so that their initial values remain
+            # their means. Without noise, those that start at 0 (Gemma 3n's scales) would stop
+            # gradients that a trained model has.
             parameter.copy_(noise if parameter.dim() > 1 else parameter + noise)
     model.train(False)
     return model
 
 
 def _reduce(
-    text: dict[str, Any], widths: Mapping[str, int], own_names: Mapping[str, str], repeats: int
+    text: dict[str, Any],
+    widths: Mapping[str, int],
+    attribute_map: Mapping[str, str],
+    blocks_per_kind: int,
 ) -> None:
-    """Reduce the sizes of a decoder's config in place; `own_names`: config's attribute_map."""
-    for name, own in own_names.items():
-        if own in text:
-            text[name] = text.pop(own)
+    """Reduce the sizes of a decoder's config in place.
+
+    `attribute_map`: usual name of a key -> its name in this class of config, such as hidden_size ->
+    n_embd. Keys have their usual names while they are reduced.
+    """
+    for usual_name, name in attribute_map.items():
+        if name in text:
+            text[usual_name] = text.pop(name)
     if widths and text.get("num_attention_heads"):
         _reduce_heads(text, widths)
     _lower_to(text, _COUNTS)
@@ -103,23 +118,24 @@ def _reduce(
         if text.get(key):
             text[key] = _WINDOW
     _reduce_vocabulary(text)
-    _choose_blocks(text, _BLOCKS if widths else _WIDE_BLOCKS, repeats)
-    for name, own in own_names.items():
-        if name in text:
-            text[own] = text.pop(name)
+    _choose_blocks(text, _MIN_BLOCKS if widths else _MIN_WIDE_BLOCKS, blocks_per_kind)
+    for usual_name, name in attribute_map.items():
+        if usual_name in text:
+            text[name] = text.pop(usual_name)
 
 
 def _reduce_heads(text: dict[str, Any], widths: Mapping[str, int]) -> None:
-    heads, head_dim = text["num_attention_heads"], text.get("head_dim")
-    keys = text.get("num_key_value_heads") or heads
+    """Reduce numbers and widths of heads, with about the same ratio of query heads to key heads."""
+    num_heads, head_dim = text["num_attention_heads"], text.get("head_dim")
+    num_key_heads = text.get("num_key_value_heads") or num_heads
     rope_dim = text.get("qk_rope_head_dim")
     text["num_attention_heads"] = 4
     if text.get("num_key_value_heads") is not None:
-        text["num_key_value_heads"] = max(1, 4 * keys // heads)
+        text["num_key_value_heads"] = max(1, 4 * num_key_heads // num_heads)
     if text.get("num_global_key_value_heads"):
         text["num_global_key_value_heads"] = 1
     _lower_to(text, widths)
-    for key in widths.keys() & text.keys():  # exact sizes, because several must agree
+    for key in widths.keys() & text.keys():  # also raise smaller sizes, because several must agree
         if isinstance(text[key], int) and text[key] > 0:
             text[key] = widths[key]
     if head_dim is not None and head_dim == rope_dim:  # DeepSeek: both are the rotated width
@@ -141,14 +157,15 @@ def _shorten_rope_factors(text: dict[str, Any]) -> None:
 def _lower_to(values: dict[str, Any], limits: Mapping[str, int]) -> None:
     """Lower the values of these keys to the limits; in a list, lower every entry."""
     for key, limit in limits.items():
-        present = values.get(key)
-        if isinstance(present, list):
-            values[key] = [min(limit, entry) for entry in present]
-        elif isinstance(present, int) and not isinstance(present, bool) and present > limit:
+        value = values.get(key)
+        if isinstance(value, list):
+            values[key] = [min(limit, entry) for entry in value]
+        elif isinstance(value, int) and not isinstance(value, bool) and value > limit:
             values[key] = limit
 
 
 def _reduce_vocabulary(text: dict[str, Any]) -> None:
+    """Reduce the vocabulary, and set special tokens to id 0, which it still has."""
     for key in ("vocab_size", "vocab_size_per_layer_input"):
         if (text.get(key) or 0) > _VOCABULARY:
             text[key] = _VOCABULARY
@@ -157,31 +174,37 @@ def _reduce_vocabulary(text: dict[str, Any]) -> None:
             text[key] = 0
 
 
-def _choose_blocks(text: dict[str, Any], least: int, repeats: int) -> None:
-    """Keep the first `repeats` blocks of each kind, but at least `least` blocks.
+def _choose_blocks(text: dict[str, Any], min_blocks: int, blocks_per_kind: int) -> None:
+    """Keep the first `blocks_per_kind` blocks of each kind, but at least `min_blocks` blocks.
 
-    Lists with one entry per block, and lists of block indices, are changed accordingly.
+    The config may have lists with one entry per block, such as `layer_types`, and lists of block
+    indices, such as `mlp_only_layers`. They determine the kind of each block, and are shortened.
     """
     total = text.get("num_hidden_layers") or len(text.get("layers_block_type", ()))
-    if total <= least:
+    if total <= min_blocks:
         return
-    indices = {key: value for key, value in text.items() if _are_indices(value, total)}
-    kinds = {
+    index_lists = {key: value for key, value in text.items() if _are_indices(value, total)}
+    lists_by_block = {
         key: value
         for key, value in text.items()
-        if isinstance(value, list) and len(value) == total and key not in indices
+        if isinstance(value, list) and len(value) == total and key not in index_lists
     }
-    kind_of_block = [str([v[i] for v in kinds.values()] + [i in v for v in indices.values()])
-                for i in range(total)]  # fmt: skip
-    chosen = [i for i, kind in enumerate(kind_of_block) if kind_of_block[:i].count(kind) < repeats]
-    if text.get("num_kv_shared_layers"):  # blocks that share keys and values must come last
+    kinds: list[str] = []  # of each block
+    for i in range(total):
+        entries = [value[i] for value in lists_by_block.values()]
+        entries += [i in value for value in index_lists.values()]
+        kinds.append(str(entries))
+    chosen = [i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < blocks_per_kind]
+    if text.get("num_kv_shared_layers"):
+        # The last blocks use the keys and values of earlier blocks of their kind. So each chosen
+        # block is there twice: with keys and values of its own, and with shared ones.
         chosen, text["num_kv_shared_layers"] = chosen * 2, len(chosen)
     else:
         others = [i for i in range(total) if i not in chosen]
-        chosen = sorted(chosen + others[: max(0, least - len(chosen))])
-    for key, value in kinds.items():
+        chosen = sorted(chosen + others[: max(0, min_blocks - len(chosen))])
+    for key, value in lists_by_block.items():
         text[key] = [value[i] for i in chosen]
-    for key, value in indices.items():
+    for key, value in index_lists.items():
         text[key] = [position for position, i in enumerate(chosen) if i in value]
     if "num_hidden_layers" in text:
         text["num_hidden_layers"] = len(chosen)

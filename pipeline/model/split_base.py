@@ -1,8 +1,9 @@
-"""PiSSA and OLoRA: A and B start with a part of the base, which is subtracted from the base.
+"""PiSSA and OLoRA: the product of A and B starts as a part of the base, not as 0.
 
+This part is subtracted from the base, so that training starts at the outputs of the unchanged base.
 peft computes the initial matrices A0 and B0 of each layer, once, on rank 0. Checkpoints contain
-them, so that a resumed run subtracts the same products. The published adapter is B A - B0 A0, a
-LoRA of twice the r, and belongs to the unchanged base.
+them, so that a resumed run subtracts the same products. The published adapter is B A - B0 A0, which
+is a LoRA of twice the r, and belongs to the unchanged base.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from pipeline.cluster.session import Session
 from pipeline.plan.given.adapter_counts import AdaptedLayer, adapted_layers
 from pipeline.plan.plan import Plan
 
-Tensors = dict[str, torch.Tensor]
+Tensors = dict[str, torch.Tensor]  # by key in the adapter file
 
 
 @torch.no_grad()
@@ -28,8 +29,9 @@ def split_base(
 ) -> Tensors:
     """Set A and B of each layer to A0 and B0, and subtract their product from the base.
 
-    `stored`: A0 and B0 of a checkpoint, on every rank; None to compute them. Returns them in fp32
-    on the CPU, by their keys in the adapter file; empty on ranks other than 0. Collective.
+    `stored`: A0 and B0 of a checkpoint, on every rank; None to compute them. The result on rank 0
+    are A0 and B0 in fp32 on the CPU, by their keys in the adapter file; it is empty on other ranks.
+    All ranks must call this function.
     """
     initial: Tensors = {}
     layers = adapted_layers(plan.shape, plan.settings)
@@ -57,7 +59,7 @@ def split_base(
 
 @contextmanager
 def _whole(parameter: Any) -> Iterator[torch.Tensor]:
-    """The whole weight of a parameter, which may be changed; ZeRO-3 shards it again."""
+    """The whole weight of a parameter, to be changed in place; then ZeRO-3 shards it again."""
     if hasattr(parameter, "ds_id"):
         from deepspeed.runtime.zero import GatheredParameters
 
@@ -74,17 +76,22 @@ def _set_matrices(
     layer: AdaptedLayer,
     method: tuple[Any, Session],
 ) -> None:
-    """Compute A0 and B0 of a layer on rank 0, and copy them into `matrices` on every rank."""
+    """Compute A0 and B0 of a layer on rank 0, and copy them into `matrices` on every rank.
+
+    `method`: peft's `init_lora_weights`, and the session of the ranks.
+    """
     init_lora_weights, session = method
+    # in fp32; ranks other than 0 have zeros
     full = [torch.zeros_like(matrix, dtype=torch.float32) for matrix in matrices]
     if session.is_rank_zero:
         base = nn.Linear(layer.linear.d_in, layer.linear.d_out, bias=False, device="meta")
         base.weight = nn.Parameter(weight.clone(), requires_grad=False)
         config = LoraConfig(init_lora_weights=init_lora_weights)
-        # peft divides lora_alpha by r, with which the scaling is that of the layer.
+        # peft divides lora_alpha by r, so that its scaling is `layer.scaling`.
         alpha: Any = layer.scaling * layer.r
         computed: Any = Linear(base, "default", r=layer.r, lora_alpha=alpha, config=config)
-        full = [part["default"].weight.data.float() for part in (computed.lora_A, computed.lora_B)]
+        a, b = computed.lora_A["default"], computed.lora_B["default"]
+        full = [a.weight.data.float(), b.weight.data.float()]
     for matrix, values in zip(matrices, full, strict=True):
-        session.add_over_ranks(values)  # zero on the other ranks
+        session.add_over_ranks(values)  # the sum is the value of rank 0
         matrix.copy_(values)

@@ -1,7 +1,7 @@
-"""Models that are computed block by block: weights are read when a block runs, then released.
+"""Streamed models: the weights of a block are read when the block runs, and released after it.
 
-A forward pass needs the memory of one block, the embeddings and the head, whatever the size of the
-model. It computes in fp32.
+So a forward pass needs only the memory of one block, the embeddings and the head. It computes in
+fp32.
 """
 
 import re
@@ -22,11 +22,12 @@ from pipeline.model.packed import read_tensor
 from pipeline.model.packed_files import checkpoint_files
 from pipeline.model.structure import blocks
 
-# Names of peft's wrapper modules, which are not in a parameter's name in the base.
+# Names of peft's wrapper modules. Without them and _PREFIX, the name of a parameter in a peft model
+# is its name in the base.
 _WRAPPERS = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")
 _PREFIX = "base_model.model."
 
-# A function that changes a weight in place, given the name of its layer.
+# Function from the name of a layer, the layer and its weight, which it changes in place.
 Transform = Callable[[str, nn.Module, torch.Tensor], None]
 
 
@@ -44,7 +45,10 @@ def streamed_model(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules that are built inside have parameters on the meta device, as with accelerate."""
+    """While this context is active, modules are built with parameters on the meta device.
+
+    Their buffers have values, as with accelerate's `init_empty_weights`.
+    """
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -60,10 +64,11 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 class StreamedWeights:
-    """Weights of a model folder, for its streamed model, to which adapters may be attached later.
+    """Weights of a model folder for its streamed model, to which adapters may be attached later.
 
-    `on_read` is called with the size of each tensor; `transform` changes weights that were read.
-    `adapters`: name of an attached adapter -> tensors of its file, which stay in memory.
+    `on_read` is called with the bytes of each tensor that was read. `transform` changes weights
+    that were read. `adapters`: name of an attached adapter -> tensors of its file, which stay in
+    memory.
     """
 
     adapters: Mapping[str, Mapping[str, torch.Tensor]] = {}
@@ -87,13 +92,14 @@ class StreamedWeights:
 
         Weights outside the blocks are loaded at the start and released at the end.
         """
-        inside: set[nn.Module] = set()
+        names = {module: name for name, module in model.named_modules()}
+        in_blocks: set[nn.Module] = set()
         handles = []
-        for name, block in _named(model, blocks(self._causal)):
-            inside.update(block.modules())
-            handles.append(block.register_forward_pre_hook(self._loader(name)))
-            handles.append(block.register_forward_hook(self._releaser()))
-        outside = [(name, each) for name, each in model.named_modules() if each not in inside]
+        for block in blocks(self._causal):
+            in_blocks.update(block.modules())
+            handles.append(block.register_forward_pre_hook(self._loading_hook(names[block])))
+            handles.append(block.register_forward_hook(_release_block))
+        outside = [(name, module) for module, name in names.items() if module not in in_blocks]
         for name, module in outside:
             self._load(name, module)
         try:
@@ -105,29 +111,24 @@ class StreamedWeights:
                 _release(module)
             self._tied_values.clear()
 
-    def _loader(self, name: str) -> Any:
+    def _loading_hook(self, name: str) -> Any:
+        """Forward pre-hook that loads the weights of the block with this name."""
+
         def load(block: nn.Module, arguments: Any) -> None:
             del arguments
-            for inner, module in block.named_modules():
-                self._load(f"{name}.{inner}" if inner else name, module)
+            for name_in_block, module in block.named_modules():
+                self._load(f"{name}.{name_in_block}" if name_in_block else name, module)
 
         return load
-
-    def _releaser(self) -> Any:
-        def release(block: nn.Module, arguments: Any, output: Any) -> None:
-            del arguments, output
-            for module in block.modules():
-                _release(module)
-
-        return release
 
     def _load(self, name: str, module: nn.Module) -> None:
         """Replace the parameters of a module that are on the meta device."""
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
                 value = self._value(f"{name}.{key}", module)
-                if (missing := parameter.shape[0] - value.shape[0]) > 0:
-                    value = F.pad(value, (0, 0, 0, missing))  # rows that an adapter replaces
+                if (num_missing := parameter.shape[0] - value.shape[0]) > 0:
+                    # rows of new tokens, whose values are in the adapter
+                    value = F.pad(value, (0, 0, 0, num_missing))
                 loaded = nn.Parameter(value, requires_grad=False)
                 loaded.is_streamed = True  # type: ignore[attr-defined]
                 module._parameters[key] = loaded
@@ -135,18 +136,21 @@ class StreamedWeights:
     def _adapter_value(self, name: str) -> torch.Tensor | None:
         """The value of a parameter in an attached adapter; None if it comes from the base.
 
-        An adapter has its own matrices, and may replace parameters of the base (`modules_to_save`).
-        Its file has keys without the name of the adapter and without `modules_to_save`.
+        An adapter has LoRA matrices, and may replace parameters of the base (`modules_to_save`).
+        The keys of its file are names of parameters without the name of the adapter and without
+        `modules_to_save`. A parameter of `original_module` is the base's, which peft keeps beside
+        the replacement.
         """
         for adapter, tensors in self.adapters.items():
             key = re.sub(rf"(\.modules_to_save)?\.{adapter}(?=\.|$)", "", name, count=1)
-            is_own = key != name or "original_module" not in name
+            is_of_adapter = key != name or "original_module" not in name
             value = tensors.get(key, tensors.get(key.removesuffix(".weight")))
-            if value is not None and is_own:
+            if value is not None and is_of_adapter:
                 return value.float()
         return None
 
     def _value(self, name: str, module: nn.Module) -> torch.Tensor:
+        """The value of the parameter with this name, from an adapter or from the base."""
         if (value := self._adapter_value(name)) is not None:
             return value
         base_name = _WRAPPERS.sub("", f".{name.removeprefix(_PREFIX)}")[1:]
@@ -163,7 +167,7 @@ class StreamedWeights:
         """The parameter `base_name` of the model's class, built from its tensors in the files."""
         if (stored := self._stored.get(base_name)) is None:
             raise UserError(f"{name}: no weight of the model's files belongs to this parameter")
-        tensors = {key: self._read(key) for key in stored.keys}
+        tensors = {key: self._read_tensor(key) for key in stored.keys}
         if stored.converter is None:
             value = tensors[stored.keys[0]]
         else:
@@ -172,19 +176,22 @@ class StreamedWeights:
             self._transform(base_name.rpartition(".")[0], module, value)
         return value
 
-    def _read(self, key: str) -> torch.Tensor:
+    def _read_tensor(self, key: str) -> torch.Tensor:
         path, entry = self._entries[key]
         tensor = read_tensor(path, key, entry)
         self._on_read(tensor.nbytes)
         return tensor.float()
 
 
-def _named(model: nn.Module, modules: list[nn.Module]) -> list[tuple[str, nn.Module]]:
-    names = {module: name for name, module in model.named_modules()}
-    return [(names[module], module) for module in modules]
+def _release_block(block: nn.Module, arguments: Any, output: Any) -> None:
+    """Forward hook that releases the weights of a block."""
+    del arguments, output
+    for module in block.modules():
+        _release(module)
 
 
 def _release(module: nn.Module) -> None:
+    """Move the parameters of a module that were loaded back to the meta device."""
     for key, parameter in module._parameters.items():
         if getattr(parameter, "is_streamed", False):
             assert parameter is not None

@@ -1,7 +1,8 @@
 """Parts of any causal language model of transformers: body, text decoder, blocks, experts.
 
-The body is the child module that contains the embeddings. The text decoder is the body, or a module
-inside the body if the model has a vision tower. A block is one layer of the text decoder.
+The body is the child module that contains the embeddings, such as `model`. The text decoder is the
+body, or a module inside the body if the model has a vision tower. A block is one layer of the text
+decoder.
 """
 
 from collections.abc import Collection, Sequence
@@ -54,11 +55,11 @@ def num_blocks_with(modules: Collection[nn.Module], layers: Sequence[nn.Module])
 
 
 def expert_tensors(module: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
-    """Name -> fused expert tensor and its module, for all fused tensors inside a module.
+    """Fused expert tensors inside a module: name -> the module that holds the tensor, the tensor.
 
-    A fused tensor has the weights of all experts of a block. It has three dimensions, the first is
-    the expert, and the module's name or class says `expert`. Other tensors may have three
-    dimensions too, such as the gates of RecurrentGemma.
+    A fused tensor has the weights of all experts of a block. It is recognised by its three
+    dimensions (the first is the expert), and by `expert` in the name or class of its module: the
+    gates of RecurrentGemma also have three dimensions.
     """
     return {
         f"{name}.{key}": (child, parameter)
@@ -69,7 +70,7 @@ def expert_tensors(module: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter
 
 
 def lora_sizes(module: nn.Module, parameter: nn.Parameter) -> tuple[int, int, int]:
-    """Number of experts in a fused tensor, and d_in and d_out of one expert, as peft counts them.
+    """Number of experts in a fused tensor of a module, and input and output width of one expert.
 
     LoRA's A is (r x experts, d_in) and B is (d_out, r x experts) (peft 0.21.2 tuners/lora/layer.py
     ParamWrapper.update_layer).

@@ -13,6 +13,7 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.files import read_json
 
+# A model folder has one weight file, SINGLE, or an INDEX of several.
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 VALUE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 _MAX_HEADER_BYTES = 100_000_000  # as in the reference implementation
@@ -85,16 +86,16 @@ def read_header(path: Path) -> TensorFile:
             text = file.read(length) if length <= _MAX_HEADER_BYTES else b""
         header = json.loads(text)
         header.pop("__metadata__", None)
-        first = 8 + length
+        data_start = 8 + length
         entries = {
-            key: Entry(value["dtype"], tuple(value["shape"]), first + start, first + end)
+            key: Entry(value["dtype"], tuple(value["shape"]), data_start + start, data_start + end)
             for key, value in header.items()
             for start, end in [value["data_offsets"]]
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a readable safetensors file: {error!r}") from None
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)))
-    end = first
+    end = data_start
     for key, entry in entries.items():
         if entry.start != end:
             raise UserError(f"{path}: there are gaps between its tensors; download it again")

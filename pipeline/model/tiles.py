@@ -1,9 +1,11 @@
-"""Tiled MLPs: the MLP of a block computes its tokens in tiles, so that few of its tensors exist.
+"""Tiled MLPs: an MLP computes a sequence in tiles, one after another, to save memory.
 
-An MLP treats each token separately, so the result does not depend on the tiles. DeepSpeed 0.19.8
-has the same idea (runtime/sequence_parallel/ulysses_sp.py TiledMLP), but it restores no random
-state, so that dropout would differ between the forward and the backward pass, and it accumulates
-the gradients of adapters in the training dtype. Here they are summed in fp32.
+An MLP treats each token separately, so the result does not depend on the tiles. Only the tensors of
+one tile exist at a time.
+
+DeepSpeed 0.19.8 has tiled MLPs too (runtime/sequence_parallel/ulysses_sp.py TiledMLP). They are not
+used for two reasons. They restore no random state, so dropout would differ between the forward and
+the backward pass. And they sum the gradients of adapters in the training dtype, here in fp32.
 """
 
 from collections.abc import Sequence
@@ -20,8 +22,8 @@ from pipeline.plan.plan import Plan
 def tile_mlps(causal: Any, plan: Plan) -> list["TiledForward"]:
     """Replace the forward methods of the blocks' MLPs, if the plan has more than one tile.
 
-    Returns the new methods. The number of tiles does not depend on the sequence: at ZeRO-3 each
-    tile gathers the MLP, and all ranks must gather it equally often.
+    Returns the new methods. The number of tiles is the same for all sequences: at ZeRO-3 each tile
+    gathers the MLP, and all ranks must gather it equally often.
     """
     if plan.layout.mlp_tiles == 1:
         return []
@@ -37,8 +39,9 @@ def tile_mlps(causal: Any, plan: Plan) -> list["TiledForward"]:
 class TiledForward:
     """The forward method of an MLP, from hidden states (B, T, D) to hidden states (B, T, D).
 
-    `is_tiled`: False in the steps of generation, which have one token on every rank. The length
-    cannot decide this, because other batches of one token run beside longer ones of other ranks.
+    `is_tiled`: the caller sets it to False for the steps of generation that compute one token on
+    every rank. A batch of one token may also be a training batch, whose other ranks have longer
+    ones; it must be tiled like those.
     """
 
     is_tiled = True
@@ -53,7 +56,7 @@ class TiledForward:
         length = hidden.shape[1]
         if not self.is_tiled:
             return self._forward(hidden)  # type: ignore[no-any-return]
-        if length < self._num_tiles:  # a tile without tokens would not gather at ZeRO-3
+        if length < self._num_tiles:  # at ZeRO-3 a tile without tokens would not gather the MLP
             hidden = nn.functional.pad(hidden, (0, 0, 0, self._num_tiles - length))
         weights = [p for p in self._mlp.parameters() if p.requires_grad]
         arguments = (self._forward, self._num_tiles, self._is_random, hidden, *weights)
@@ -62,7 +65,7 @@ class TiledForward:
 
 
 class _TiledFunction(torch.autograd.Function):
-    """Applies a function to tiles; the backward pass computes each tile again.
+    """Applies a function to tiles; the backward pass computes the forward pass of each tile again.
 
     The trainable weights are arguments, so that the autograd of the caller accumulates their
     gradients once, after the last tile. DeepSpeed reduces a gradient when it is accumulated.
@@ -82,38 +85,39 @@ class _TiledFunction(torch.autograd.Function):
         ctx.random_state = _random_state(hidden.device) if is_random else []
         ctx.save_for_backward(hidden)
         output = torch.empty_like(hidden)
-        for tile, part in zip(
-            hidden.tensor_split(num_tiles, 1), output.tensor_split(num_tiles, 1), strict=True
-        ):
-            part.copy_(function(tile))
+        tiles, output_tiles = hidden.tensor_split(num_tiles, 1), output.tensor_split(num_tiles, 1)
+        for tile, output_tile in zip(tiles, output_tiles, strict=True):
+            output_tile.copy_(function(tile))
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (hidden,), (gradient,) = ctx.saved_tensors, gradients
-        needs_hidden, weights = ctx.needs_input_grad[3], ctx.weights
-        of_hidden = torch.empty_like(hidden) if needs_hidden else None
+        needs_hidden_gradient, weights = ctx.needs_input_grad[3], ctx.weights
+        hidden_gradient = torch.empty_like(hidden) if needs_hidden_gradient else None
         sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
         devices = [hidden.device] if hidden.is_cuda else []
         is_random = bool(ctx.random_state)
         with torch.random.fork_rng(devices, enabled=is_random), torch.enable_grad():
             _set_random_state(hidden.device, ctx.random_state)
-            parts: Sequence[Any] = [None] * ctx.num_tiles
-            if of_hidden is not None:
-                parts = of_hidden.tensor_split(ctx.num_tiles, 1)
+            hidden_gradients: Sequence[Any] = [None] * ctx.num_tiles
+            if hidden_gradient is not None:
+                hidden_gradients = hidden_gradient.tensor_split(ctx.num_tiles, 1)
             tiles = hidden.tensor_split(ctx.num_tiles, 1)
-            of_tiles = gradient.tensor_split(ctx.num_tiles, 1)
-            for tile, of_tile, part in zip(tiles, of_tiles, parts, strict=True):
+            output_gradients = gradient.tensor_split(ctx.num_tiles, 1)
+            for tile, output_gradient, target in zip(
+                tiles, output_gradients, hidden_gradients, strict=True
+            ):
                 # ZeRO-3's hooks release an MLP's weights only if its input needs a gradient.
                 leaf = tile.detach().requires_grad_(True)
-                results = torch.autograd.grad(ctx.function(leaf), [leaf, *weights], of_tile)
-                if part is not None:
-                    part.copy_(results[0])
+                results = torch.autograd.grad(ctx.function(leaf), [leaf, *weights], output_gradient)
+                if target is not None:
+                    target.copy_(results[0])
                 for total, result in zip(sums, results[1:], strict=True):
                     total.add_(result)
                 del leaf, results
         typed = [total.to(weight.dtype) for total, weight in zip(sums, weights, strict=True)]
-        return None, None, None, of_hidden, *typed
+        return None, None, None, hidden_gradient, *typed
 
 
 def _random_state(device: torch.device) -> list[torch.Tensor]:
@@ -123,6 +127,7 @@ def _random_state(device: torch.device) -> list[torch.Tensor]:
 
 
 def _set_random_state(device: torch.device, states: list[torch.Tensor]) -> None:
+    """Set the result of `_random_state`; an empty list changes nothing."""
     if not states:
         return
     torch.set_rng_state(states[0])

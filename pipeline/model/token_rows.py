@@ -14,15 +14,15 @@ from pipeline.errors import UserError
 from pipeline.plan.given.new_tokens import TokenRows, token_rows
 from pipeline.plan.plan import Plan
 
-_NOISE = 0.1  # of the deviation of the base's rows
+_NOISE = 0.1  # standard deviation of the noise, relative to that of the base's rows
 
 
 @torch.no_grad()
 def set_token_rows(model: PreTrainedModel, plan: Plan) -> None:
     """Add rows for new tokens to a base, in place, and set the rows of all new tokens.
 
-    At ZeRO-3 embeddings and head are whole on each rank afterwards, until DeepSpeed shards them
-    together with the adapter: peft reads their rows. Collective.
+    At ZeRO-3 embeddings and head are whole on each rank afterwards, because peft reads their rows.
+    DeepSpeed shards them later together with the adapter. All ranks must call this function.
     """
     rows = token_rows(plan.shape, plan.settings)
     if rows is None:
@@ -45,7 +45,7 @@ def set_token_rows(model: PreTrainedModel, plan: Plan) -> None:
 
 
 def add_rows(model: PreTrainedModel, rows: TokenRows) -> None:
-    """Enlarge embeddings and head, without a defined value of the added rows."""
+    """Enlarge embeddings and head if necessary; the added rows have no defined values."""
     embeddings: Any = model.get_input_embeddings()
     if rows.vocab_size > embeddings.weight.shape[0]:
         model.resize_token_embeddings(rows.vocab_size, mean_resizing=False)
@@ -67,12 +67,15 @@ def _gather(modules: list[nn.Module], model: nn.Module) -> None:
 
 
 def _require_known_layers(model: nn.Module, rows: TokenRows, num_rows: int) -> None:
-    """Raise UserError if peft or transformers would handle a layer with token rows wrongly."""
+    """Raise UserError if peft or transformers would compute wrongly with trained rows.
+
+    `num_rows`: rows of the embeddings in the model's files.
+    """
     problem = ""
     for name in rows.modules:
         module = model.get_submodule(name)
         if isinstance(module, nn.Embedding):
-            # peft calls F.embedding in the place of the layer's own forward method.
+            # peft calls F.embedding instead of the layer's forward method. It knows `embed_scale`.
             is_known = type(module) is nn.Embedding or hasattr(module, "embed_scale")
         else:
             is_known = type(module) is nn.Linear
@@ -82,6 +85,8 @@ def _require_known_layers(model: nn.Module, rows: TokenRows, num_rows: int) -> N
     for name, parameter in model.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)
         if len(shape) == 2 and shape[0] == num_rows and id(parameter) not in whole:
-            problem = f"{name} has a row for each token, too, and would get none for new tokens"
+            problem = f"{name} also has a row for each token, but would get none for new tokens"
     if problem:
-        raise UserError(f"new_tokens: not possible with this model: {problem}; leave it out")
+        raise UserError(
+            f"new_tokens: not possible with this model: {problem}; leave new_tokens out"
+        )

@@ -22,37 +22,37 @@ def heads_of_whole_sequence(
     """All tokens of this rank's heads, from this rank's tokens of all heads.
 
     (B, H, t, D), (B, K, t, D), (B, K, t, V) -> (B, H/P, T, D), (B, K'/P, T, D), (B, K'/P, T, V).
-    P divides H. If P does not divide K, each key head is replicated until P divides their number
-    K', so that each rank has the key heads of its query heads.
+    P divides H. If P does not divide K, each key head is replicated so often that P divides the
+    number K' of key heads. Then each rank has the key heads that its query heads need.
     """
     copies = group.size // gcd(group.size, key.shape[1])
     if copies > 1:
         key, value = (tensor.repeat_interleave(copies, dim=1) for tensor in (key, value))
     # One exchange for all three tensors, because each all-to-all has a latency.
-    rows = [_rows_by_heads(group, tensor) for tensor in (query, key, value)]
-    received = group.all_to_all(torch.cat([row.flatten(1) for row in rows], dim=1))
-    widths = [row[0].numel() for row in rows]
-    parts = zip(torch.split(received, widths, dim=1), rows, strict=True)
-    query, key, value = (  # (P, B, h, t, D) -> (B, h, T, D)
-        part.view(row.shape).permute(1, 2, 0, 3, 4).flatten(2, 3) for part, row in parts
+    by_rank = [_heads_by_rank(group, tensor) for tensor in (query, key, value)]
+    received = group.all_to_all(torch.cat([tensor.flatten(1) for tensor in by_rank], dim=1))
+    sizes = [tensor[0].numel() for tensor in by_rank]
+    parts = zip(torch.split(received, sizes, dim=1), by_rank, strict=True)
+    query, key, value = (  # (P, B, H/P, t, D) -> (B, H/P, T, D)
+        part.view(tensor.shape).permute(1, 2, 0, 3, 4).flatten(2, 3) for part, tensor in parts
     )
     return query, key, value
 
 
-def _rows_by_heads(group: SequenceGroup, tensor: torch.Tensor) -> torch.Tensor:
-    """(B, H, t, D) -> (P, B, H/P, t, D): row p has the heads of place p."""
+def _heads_by_rank(group: SequenceGroup, tensor: torch.Tensor) -> torch.Tensor:
+    """(B, H, t, D) -> (P, B, H/P, t, D): index p has the heads of the group's rank p."""
     batch, heads, *others = tensor.shape
     return tensor.reshape(batch, group.size, heads // group.size, *others).transpose(0, 1)
 
 
 def tokens_of_all_heads(group: SequenceGroup, output: torch.Tensor) -> torch.Tensor:
-    """All heads of this rank's tokens, from all tokens of its heads: (B, T, h, V) -> (B, t, H, V).
+    """All heads of this rank's tokens, from all tokens of its heads.
 
-    It is the inverse of `heads_of_whole_sequence`.
+    (B, T, H/P, V) -> (B, t, H, V), the inverse of `heads_of_whole_sequence`.
     """
     batch, length, *others = output.shape
     parts = output.reshape(batch, group.size, length // group.size, *others).transpose(0, 1)
-    received = group.all_to_all(parts.flatten(1)).view(parts.shape)  # (P, B, t, h, V)
+    received = group.all_to_all(parts.flatten(1)).view(parts.shape)  # (P, B, t, H/P, V)
     return received.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 

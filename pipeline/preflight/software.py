@@ -121,9 +121,9 @@ def _probe_quantisation(context: RankContext) -> dict[str, Any]:
     settings = context.known_settings
     if not settings.load_in_4bit:
         return {"errors": [], "kind": settings.bnb_4bit_quant_type}
-    from pipeline.model.base import tile_error
+    from pipeline.model.base import quantisation_error
 
-    errors = [tile_error(settings, device) for device in devices_of(context)]
+    errors = [quantisation_error(settings, device) for device in devices_of(context)]
     return {"errors": errors, "kind": settings.bnb_4bit_quant_type}
 
 

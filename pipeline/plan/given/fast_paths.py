@@ -87,6 +87,7 @@ def _without_one_reduction(layout: Layout) -> str:
 
 
 def _without_fp32_kernels(layout: Layout, hardware: Hardware) -> str:
+    """The reason why FP32_KERNELS is off; empty if it is on."""
     if hardware.kind == "cuda":
         return "the ranks train on GPUs"
     if layout.training_dtype != "bfloat16":
