@@ -16,7 +16,7 @@ _MIN_WIDE_BLOCKS = 2  # least number of blocks of a copy with the widths of the 
 _WINDOW = 5  # tokens; shorter than the documents of the checks, so that windows have an effect
 # Standard deviation of random matrices: large enough for scales, soft caps and attention to matter.
 _STD = 0.12
-# Keys that a decoder's config may have -> reduced sizes. `_reduce_heads` also reduces the numbers of
+# Keys that a decoder's config may have -> reduced sizes. `_reduce_heads` reduces the numbers of
 # heads.
 _WIDTHS = {
     "hidden_size": 64, "intermediate_size": 128, "intermediate_size_mlp": 128, "head_dim": 16,

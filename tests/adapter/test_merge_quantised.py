@@ -92,7 +92,7 @@ def test_parts_of_a_weight_are_quantised_as_the_whole(base, monkeypatch):
     whole = torch.randn(160, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
     parts = whole.clone()
     quantisation.round_trip(whole)
-    monkeypatch.setattr("pipeline.model.base._VALUES_OF_PART", 640)
+    monkeypatch.setattr("pipeline.model.base._VALUES_PER_PART", 640)
     quantisation.round_trip(parts)
     assert torch.equal(parts, whole)
 

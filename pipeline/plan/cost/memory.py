@@ -255,7 +255,7 @@ def _moments(
     earlier_gradients = accumulated if layout.accumulation_steps > 1 else {}
     saved_gradients = saved_module_gradients(shape, settings, layout)
     accumulated = accumulated | {"head_gradient": saved_gradients.until_embeddings}
-    head, block, experts = _gathered_bytes(shape, settings, layout)
+    head, largest_block, kept_experts = _gathered_bytes(shape, settings, layout)
     # peft copies a whole embedding matrix to replace rows, in each forward pass, and autograd
     # computes the gradient of the copy (peft 0.21.2 tuners/trainable_tokens/layer.py, forward).
     embedding_bytes = layout.bytes_per_value * shape.vocab_size * shape.hidden_size
@@ -268,7 +268,7 @@ def _moments(
             "logits": acts.logits,
             "head_gradient": saved_gradients.of_earlier_chunks,
             "token_copies": embedding_copy,
-            "gathered_layers": head + block + experts,
+            "gathered_layers": head + largest_block + kept_experts,
         },
         "the backward pass of the head": earlier_gradients
         | {
@@ -276,7 +276,7 @@ def _moments(
             "logits": acts.logits // 4 if saved_gradients.of_head else 0,
             "head_gradient": saved_gradients.of_head,
             "token_copies": 2 * embedding_copy,
-            "gathered_layers": head + block + experts,
+            "gathered_layers": head + largest_block + kept_experts,
         },
         "the last norm's backward pass": earlier_gradients
         | filling_bucket
@@ -284,7 +284,7 @@ def _moments(
             "activations": saved,
             "working_set": acts.final_working,
             "head_gradient": saved_gradients.until_embeddings,
-            "gathered_layers": 2 * block + experts,
+            "gathered_layers": 2 * largest_block + kept_experts,
         },
         "a block's backward pass": accumulated
         | filling_bucket
@@ -293,7 +293,7 @@ def _moments(
         | {
             "activations": inputs + saved_in_backward,
             "working_set": max(block.working for block in acts.blocks),
-            "gathered_layers": 2 * block + experts,
+            "gathered_layers": 2 * largest_block + kept_experts,
             "dequantised_weight": dequantised if settings.is_quantised else 0,
         },
         "the backward pass of the embeddings": earlier_gradients
