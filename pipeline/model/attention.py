@@ -103,7 +103,7 @@ def arguments_for(
 
 
 def _copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host tensor on a device. For a GPU it is pinned, else the host waits for the copy."""
+    """Copy a host tensor to a device; for a GPU it is pinned, so that the host does not wait."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -83,7 +83,7 @@ def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
 
 
 def attention_name(plan: Plan) -> str:
-    """The attention of a run, as `attn_implementation`."""
+    """Name of the run's attention function, for transformers' `attn_implementation`."""
     if plan.settings.use_flash_attention is True:
         return FLASH
     return WITHIN_DOCUMENTS if plan.fast_paths[FP32_KERNELS] else WITHIN_DOCUMENTS_FP32

@@ -1,9 +1,9 @@
 """Matrix products and attention of bf16 tensors in fp32 kernels, for CPUs with slow bf16 kernels.
 
 Inputs are cast to fp32 and results are rounded to bf16, so all tensors between the kernels stay in
-bf16. Products of two bf16 values are exact in fp32, and bf16 kernels add them in fp32 too, so a
-matrix product differs only in the order of its sums. Attention is more exact, because the weights
-of the softmax are not rounded to bf16.
+bf16. A matrix product differs from that of a bf16 kernel only in the order of its sums: products of
+two bf16 values are exact in fp32, and bf16 kernels also add them in fp32. Attention is more exact
+than in bf16, because the weights of the softmax are not rounded to bf16.
 """
 
 from collections.abc import Iterable
@@ -60,7 +60,7 @@ class _Linear(torch.autograd.Function):
             end = start + len(part)
             if bias is None:
                 columns.copy_(inputs @ part.float().t())
-            else:  # added before the sum is rounded
+            else:  # the bias is added before the sum is rounded to bf16
                 columns.copy_(torch.addmm(bias[start:end].float(), inputs, part.float().t()))
             start = end
         return output.view(*x.shape[:-1], len(weight))
@@ -69,19 +69,19 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """The gradient of x, rounded to bf16."""
         (weight,), (gradient,) = ctx.saved_tensors, gradients
-        of_output = gradient.reshape(-1, len(weight))
-        of_input = torch.zeros(len(of_output), weight.shape[1])
-        for part, columns in _parts(weight, of_output):
-            of_input.addmm_(columns.float(), part.float())
-        return of_input.to(gradient.dtype).view(*gradient.shape[:-1], -1), None, None
+        output_gradient = gradient.reshape(-1, len(weight))
+        input_gradient = torch.zeros(len(output_gradient), weight.shape[1])
+        for part, columns in _parts(weight, output_gradient):
+            input_gradient.addmm_(columns.float(), part.float())
+        return input_gradient.to(gradient.dtype).view(*gradient.shape[:-1], -1), None, None
 
 
 def _parts(
     weight: torch.Tensor, outputs: torch.Tensor
 ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-    """Parts of the rows of a weight, each with the columns of the outputs that it yields.
+    """Parts of the rows of a weight (d_out, d_in), each with its columns of `outputs` (T, d_out).
 
-    A part stays in the cache after it has been cast.
+    A part is so small that it is still in the CPU's cache after it has been cast.
     """
     rows = max(1, FP32_PART_VALUES // weight.shape[1])
     return zip(torch.split(weight, rows), torch.split(outputs, rows, dim=1), strict=True)
@@ -90,7 +90,7 @@ def _parts(
 def attend_in_fp32(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
-    """Causal attention in bf16: (B, H, L, D), two tensors (B, K, L, D) -> (B, H, L, D)."""
+    """Causal attention in bf16: (B, H, L, D), (B, K, L, D), (B, K, L, D) -> (B, H, L, D)."""
     output: torch.Tensor = _Attention.apply(query, key, value, scaling)  # type: ignore[no-untyped-call]
     return output
 
