@@ -45,7 +45,7 @@ NUM_ROWS = 1000
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="base case only, one round")
+    parser.add_argument("--quick", action="store_true", help="small sizes, two cells, one round")
     parser.add_argument("--rows", type=Path, default=CACHE / "gsm8k.jsonl")
     parser.add_argument("--repeats", type=int, help="rounds; default 3, with --quick 1")
     parser.add_argument("--minutes", type=float, help="no run starts later; default 70 or 4.5")
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--tools", nargs="*", help="only tools with one of these names")
     parser.add_argument("--install", action="store_true", help="only install the environments")
     arguments = parser.parse_args()
-    cells = QUICK_CELLS if arguments.quick else CELLS
+    cells = QUICK_CELLS if arguments.quick and not arguments.cells else CELLS
     cells = [cell for cell in cells if not arguments.cells or cell.name in arguments.cells]
     tools = [tool for cell in cells for tool in cell.tools]
     tools = [tool for tool in tools if not arguments.tools or tool.name in arguments.tools]
