@@ -16,6 +16,7 @@ import yaml
 
 from tests import ROOT
 from tests.bench.speed_cells import PEERS, Tool
+from tests.commands import free_port
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankzero-bench"
 RANKS = 2
@@ -164,8 +165,8 @@ def _rankzero_command(case: dict[str, object], folder: Path) -> list[str]:
     }  # fmt: skip
     run_file = folder / "run.yaml"
     run_file.write_text(yaml.safe_dump(settings))
-    return ["deepspeed", "--quiet", "--num_accelerators", str(RANKS), "launch/train.py",
-        str(run_file)]  # fmt: skip
+    launcher = ["deepspeed", "--quiet", "--num_accelerators", str(RANKS)]
+    return [*launcher, "--master_port", str(free_port()), "launch/train.py", str(run_file)]
 
 
 def _rankzero_steps(folder: Path, first: int) -> dict[str, float]:
