@@ -108,12 +108,17 @@ def _last_words(log: Path) -> str:
 
 
 def _environment(name: str | None) -> dict[str, str]:
-    """One thread for each rank, no hub, and `bin` of this environment in PATH."""
+    """One thread for each rank, no hub, and `bin` of this environment in PATH.
+
+    The path of this environment is in the name of its folder of operators: with another path, as in
+    another checkout, the first run would compile the operator again.
+    """
     threads = max(1, len(os.sched_getaffinity(0)) // RANKS)
+    own = f"project-{hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]}"
     return os.environ | {
         "OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT),
-        "TORCH_EXTENSIONS_DIR": str(CACHE / f"extensions-{name or 'project'}"),
+        "TORCH_EXTENSIONS_DIR": str(CACHE / f"extensions-{name or own}"),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
 
