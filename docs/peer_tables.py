@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from pipeline.config.peers import ADVICE, VALUES, advice
-from pipeline.config.settings import RunSettings, settings_by
+from pipeline.config.settings import RunSettings, settings_by_trait
 
 _OPTIONS = Path(__file__).parent / "peer_options.json"
 
@@ -31,7 +31,7 @@ def tables() -> str:
 
 
 def _section(program: str, options: list[str]) -> str:
-    by_name = settings_by("peers")
+    by_name = settings_by_trait("peers")
     same = [option for option in options if option in RunSettings.model_fields]
     renamed = {option: by_name[option] for option in options if option in by_name}
     renamed = {option: name for option, name in renamed.items() if option != name}

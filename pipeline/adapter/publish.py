@@ -89,7 +89,7 @@ def publish_adapter(
 def _saved_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     """Keys and shapes of the tensors to save; PiSSA and OLoRA have twice the r of training."""
     shapes = expected_shapes(plan)
-    if not plan.settings.splits_base:
+    if not plan.settings.initialises_from_base:
         return shapes
     return {
         key: (2 * size[0], size[1])
@@ -124,7 +124,9 @@ def adapter_config(settings: RunSettings) -> dict[str, Any]:
         key: sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()  # type: ignore[no-untyped-call]
     }
-    if settings.splits_base:  # see split_base.py; alpha such that the scaling stays the same
+    if (
+        settings.initialises_from_base
+    ):  # see split_base.py; alpha such that the scaling stays the same
         factor = math.sqrt(2) if settings.use_rslora else 2
         plain["r"] *= 2
         plain["rank_pattern"] = {key: 2 * r for key, r in settings.rank_pattern.items()}
@@ -215,7 +217,7 @@ def model_card(
         f"{settings.max_length} tokens",
         "learning rate": f"{settings.lr:g}, {settings.lr_scheduler_type}",
         "LoRA": f"r {settings.lora_r}, alpha {settings.alpha:g}, dropout {settings.lora_dropout:g}"
-        + (f"; saved with r {2 * settings.lora_r}" if settings.splits_base else ""),
+        + (f"; saved with r {2 * settings.lora_r}" if settings.initialises_from_base else ""),
         **{f"`{name}`": f"`{value}`" for name, value in settings.adapter_options.items()},
         **({"new tokens": plan.why["new_tokens"]} if settings.new_tokens else {}),
         "base quantised in training": quantised,

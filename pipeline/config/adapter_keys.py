@@ -1,7 +1,8 @@
 """AdapterKeys: settings of LoRA variants, such as rsLoRA and DoRA, and exceptions for some layers.
 
 A run resumes only from a checkpoint with the same values of these settings. The adapter's README.md
-lists the settings that differ from their defaults.
+lists the settings that differ from their defaults. `traits(...)` adds facts about a setting, such
+as its names in other training programs (`peers`); traits.py explains them.
 """
 
 from typing import Annotated, Literal
@@ -11,8 +12,8 @@ from pydantic import BaseModel, BeforeValidator, Field, field_validator
 from pipeline.config.data_names import Positive
 from pipeline.config.traits import traits
 
-# Values of init_lora_weights in peft 0.21.2 that are not supported, with the reason.
-_OTHER_INITIAL_VALUES = {
+# Value of init_lora_weights in peft 0.21.2 that is not supported here -> the reason.
+_UNSUPPORTED_INITIAL_VALUES = {
     "corda": "it needs a forward pass over the data before ZeRO shards the model",
     "loftq": "its adapter corrects the 4-bit base, so it is wrong on the 16-bit base",
     "eva": "it needs a forward pass over the data before ZeRO shards the model",
@@ -20,9 +21,9 @@ _OTHER_INITIAL_VALUES = {
 
 
 def _supported_initial_values(value: object) -> object:
-    """Validate `init_lora_weights`. Raises ValueError for values of peft that do not work here."""
-    if isinstance(value, str) and value in _OTHER_INITIAL_VALUES:
-        reason = _OTHER_INITIAL_VALUES[value]
+    """Return a value of `init_lora_weights`, or raise ValueError if only peft supports it."""
+    if isinstance(value, str) and value in _UNSUPPORTED_INITIAL_VALUES:
+        reason = _UNSUPPORTED_INITIAL_VALUES[value]
         raise ValueError(f"{value} is not supported: {reason}; set true, gaussian, pissa or olora")
     return value
 
@@ -34,7 +35,7 @@ class AdapterKeys(BaseModel):
     @classmethod
     def _check_new_tokens(cls, value: list[str]) -> list[str]:
         if repeated := [token for token in value if value.count(token) > 1]:
-            raise ValueError(f"{repeated[0]!r} is there more than once")
+            raise ValueError(f"{repeated[0]!r} is in the list more than once; remove one of them")
         return value
 
     use_rslora: bool = Field(

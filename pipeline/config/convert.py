@@ -1,10 +1,13 @@
 """Convert the configuration of another training program to the text of a run file.
 
-Three tables convert an option. OPTIONS in peer_options.py has a function for each option whose
-value has another form in a run file. The Field of each setting lists its names in other programs
-(`peers` of traits.py). VALUES in peers.py lists other spellings of a setting's values. An option
-that is in none of these tables is listed in a comment of the run file; ADVICE in peers.py has the
-reasons.
+An option is a key of the other program, a setting is a key of a run file. Three tables are used:
+
+- OPTIONS in peer_options.py: a function for each option whose value has another form in a run file.
+- The trait `peers` of each setting (traits.py): options with the same meaning and form of value.
+- VALUES in peers.py: other spellings of a setting's values.
+
+An option that is in none of these tables is listed in a comment of the run file, with the reason
+that ADVICE in peers.py has for it.
 """
 
 from collections.abc import Mapping
@@ -17,9 +20,9 @@ from pydantic import ValidationError
 from pipeline.config.load import value_problem
 from pipeline.config.located import parse_value
 from pipeline.config.peer_files import PeerConfig, Program
-from pipeline.config.peer_options import OPTIONS, Outcome, micro_batches
+from pipeline.config.peer_options import OPTIONS, Outcome, batch_sizes
 from pipeline.config.peers import advice, value_advice
-from pipeline.config.settings import RunSettings, is_set, settings_by
+from pipeline.config.settings import RunSettings, is_set, settings_by_trait
 from pipeline.errors import UserError
 
 _TRANSFORMERS = {"epochs": 3, "weight_decay": 0.0, "lr_scheduler_type": "linear", "warmup_ratio": 0}
@@ -53,34 +56,48 @@ _NO_COUNTERPART = "no counterpart"
 _NO_WRAPPING = 10**9  # line width for PyYAML, so that no value is broken into lines
 
 
+@dataclass(frozen=True)
+class _LeftOut:
+    """An option that the run file has only in a comment, with the reason."""
+
+    option: str
+    value: Any
+    reason: str
+
+
 @dataclass
 class _Draft:
     """The settings of the run file, a comment for some of them, and the options left out."""
 
     values: dict[str, Any] = field(default_factory=dict)
     comments: dict[str, str] = field(default_factory=dict)
-    origins: dict[str, tuple[str, Any]] = field(default_factory=dict)  # setting -> option, value
-    left_out: list[tuple[str, Any, str]] = field(default_factory=list)  # option, value, reason
+    # setting -> the option from which it was converted, and that option's value
+    origins: dict[str, tuple[str, Any]] = field(default_factory=dict)
+    left_out: list[_LeftOut] = field(default_factory=list)
 
     def drop(self, setting: str, reason: str) -> None:
         """Remove a setting; its option is listed with the reason."""
         if setting in self.values:
             value = self.values.pop(setting)
-            self.left_out.append((*self.origins.get(setting, (setting, value)), reason))
+            option, option_value = self.origins.get(setting, (setting, value))
+            self.left_out.append(_LeftOut(option, option_value, reason))
 
     def add(self, option: str, value: Any, outcome: Outcome) -> None:
         """Add the settings of one option; a setting that an earlier option gave is not changed."""
         if not outcome.settings:
-            self.left_out.append((option, value, outcome.note or _NO_COUNTERPART))
+            self.left_out.append(_LeftOut(option, value, outcome.note or _NO_COUNTERPART))
         for setting, converted in outcome.settings.items():
             if problem := value_problem(setting, converted):
-                self.left_out.append((option, value, f"{setting}: {problem}"))
+                self.left_out.append(_LeftOut(option, value, f"{setting}: {problem}"))
             elif self.values.setdefault(setting, converted) != converted:
-                self.left_out.append((option, value, f"another option already sets {setting}"))
+                reason = f"another option already sets {setting}"
+                self.left_out.append(_LeftOut(option, value, reason))
             elif setting not in self.origins:
                 self.origins[setting] = (option, value)
-                is_same = setting == option and converted == value
-                origin = "" if is_same else option if converted == value else _short(option, value)
+                if converted != value:
+                    origin = _one_line(option, value)
+                else:
+                    origin = option if option != setting else ""
                 self.comments[setting] = "; ".join(filter(None, (origin, outcome.note)))
 
 
@@ -88,20 +105,21 @@ def run_file_text(config: PeerConfig, gpus: int) -> str:
     """The text of a run file that trains as the configuration of the other program does.
 
     `gpus`: number of GPUs that the configuration is written for; it determines the global batch.
-    Raises UserError if the configuration is not of a supervised fine-tuning run.
+    Raises UserError if the configuration is not one of supervised fine-tuning.
     """
     draft = _Draft()
     for option, value in config.options.items():
         if value not in (None, "", [], {}):  # these mean the program's default
-            draft.add(option, value, _outcome(option, value, config))
+            draft.add(option, value, _convert_option(option, value, config))
     if not {"model", "train_data", "lora_r", "lr"} & draft.values.keys():
         raise UserError(
             f"{config.path}: no option of a training run, such as a model, data or learning_rate"
         )
     _set_batches(draft, config, gpus)
     _resolve_conflicts(draft)
+    replaced_by = settings_by_trait("replaces")  # e.g. "epochs" -> "max_steps"
     for setting, value in _DEFAULTS[config.program].items():
-        if not {setting, settings_by("replaces").get(setting)} & draft.values.keys():
+        if setting not in draft.values and replaced_by.get(setting) not in draft.values:
             draft.values[setting] = value
             draft.comments[setting] = f"default of {config.program}"
     if draft.comments.get("packing", "").startswith("default of"):
@@ -109,11 +127,13 @@ def run_file_text(config: PeerConfig, gpus: int) -> str:
     return _render(draft, config)
 
 
-def _outcome(option: str, value: Any, config: PeerConfig) -> Outcome:
-    """The settings that an option gives, or the reason why it gives none."""
+def _convert_option(option: str, value: Any, config: PeerConfig) -> Outcome:
+    """Convert an option to settings, or to the reason why there are none."""
     if function := OPTIONS.get(option):
         return function(value, config)
-    setting = option if option in RunSettings.model_fields else settings_by("peers").get(option)
+    setting = (
+        option if option in RunSettings.model_fields else settings_by_trait("peers").get(option)
+    )
     if setting is None:
         return Outcome(note=advice(option) or _NO_COUNTERPART)
     value = {"yes": True, "on": True, "no": False, "off": False}.get(str(value), value)
@@ -122,45 +142,48 @@ def _outcome(option: str, value: Any, config: PeerConfig) -> Outcome:
     is_valid = not value_problem(setting, value)
     if hint := value_advice(setting, value, is_valid=is_valid):
         # Many hints begin with the value to use: "auto: as few layers as memory needs".
-        first_word, separator, rest = hint.replace(",", ":", 1).partition(":")
-        converted = parse_value(first_word.strip().split(" ")[0], hint)
+        start, _, explanation = hint.replace(",", ":", 1).partition(":")
+        converted = parse_value(start.strip().split(" ")[0], hint)
         if not value_problem(setting, converted):
-            return Outcome({setting: converted}, rest.strip() if separator else "")
+            return Outcome({setting: converted}, explanation.strip())
         return Outcome(note=hint)
     return Outcome({setting: value})
 
 
 def _set_batches(draft: _Draft, config: PeerConfig, gpus: int) -> None:
-    """Replace batch size and accumulation by `global_batch_size`, which holds for any GPU count."""
-    sizes = ("batch_size", "gradient_accumulation_steps")
-    given = {key: draft.values.pop(key, None) for key in sizes}
+    """Replace batch size and accumulation by `global_batch_size`, which fits any number of GPUs."""
+    batch_size = draft.values.pop("batch_size", None)
+    accumulation = draft.values.pop("gradient_accumulation_steps", None)
     if "global_batch_size" in draft.values:
         return
-    size = draft.values.get("sequence_parallel_size", 1)
-    groups = max(1, gpus // size) if isinstance(size, int) and size > 1 else gpus
-    micro, steps = micro_batches(given, config.program, groups)
-    draft.values["global_batch_size"] = micro * steps * groups
-    unit = f"{gpus} GPUs (--gpus)"
-    if groups != gpus:
-        unit = f"{groups} groups of {size} GPUs that share sequences (--gpus {gpus})"
+    group_size = draft.values.get("sequence_parallel_size", 1)
+    num_groups = gpus
+    if isinstance(group_size, int) and group_size > 1:
+        num_groups = max(1, gpus // group_size)
+    micro_batch, steps = batch_sizes(batch_size, accumulation, config.program, num_groups)
+    draft.values["global_batch_size"] = micro_batch * steps * num_groups
+    replicas = f"{gpus} GPUs (--gpus)"
+    if num_groups != gpus:
+        replicas = f"{num_groups} groups of {group_size} GPUs that share sequences (--gpus {gpus})"
     draft.comments["global_batch_size"] = (
-        f"micro-batches of {micro} x {steps} accumulation steps x {unit}"
+        f"micro-batches of {micro_batch} x {steps} accumulation steps x {replicas}"
     )
 
 
 def _resolve_conflicts(draft: _Draft) -> None:
     """Remove settings that other settings of the draft replace, such as `epochs` by `max_steps`.
 
-    The programs do the same. Flags are kept: if two exclude each other, such as bf16 and fp16, a
-    comment says so.
+    The other programs also ignore them. Flags are kept: if two flags exclude each other, such as
+    bf16 and fp16, `_combination_problem` adds a comment.
     """
     if draft.values.get("warmup_steps") == 0:
         draft.drop("warmup_steps", "0 steps: warmup_ratio applies")
         draft.values.setdefault("warmup_ratio", 0)
     strategies = {"evaluation_strategy": "evals_per_epoch", "save_strategy": "saves_per_epoch"}
-    for dropped, kept in {**settings_by("replaces"), **strategies}.items():
-        if is_set(kept, draft.values) and not isinstance(draft.values.get(dropped), bool):
-            draft.drop(dropped, f"{kept} replaces it")
+    for replaced, replacement in {**settings_by_trait("replaces"), **strategies}.items():
+        is_flag = isinstance(draft.values.get(replaced), bool)
+        if is_set(replacement, draft.values) and not is_flag:
+            draft.drop(replaced, f"{replacement} replaces it")
     if "eval_data" not in draft.values or draft.values.get("evaluation_strategy") == "no":
         for key in ("keep_best", "early_stopping_patience"):
             draft.drop(key, "needs eval_data and evaluations")
@@ -182,27 +205,31 @@ def _render(draft: _Draft, config: PeerConfig) -> str:
         ("Without a counterpart in RankZero:", False),
         ("Not taken over:", True),
     ):
-        entries = [e for e in draft.left_out if (e[2] != _NO_COUNTERPART) == has_reason]
+        entries = [
+            entry for entry in draft.left_out if (entry.reason != _NO_COUNTERPART) == has_reason
+        ]
         lines += ["", f"# {title}"] if entries else []
-        for option, value, reason in entries:
-            suffix = f"  ({reason.removesuffix('; remove it')})" if has_reason else ""
-            lines.append(f"#   {_short(option, value)}{suffix}")
+        for entry in entries:
+            suffix = f"  ({entry.reason.removesuffix('; remove it')})" if has_reason else ""
+            lines.append(f"#   {_one_line(entry.option, entry.value)}{suffix}")
     return "\n".join(lines) + "\n"
 
 
 def _setting_lines(setting: str, value: Any, comment: str) -> list[str]:
+    """The YAML lines of one setting; the comment is at the end of the first line."""
     if value is None:
         return [f"# {setting}: required, and not in the file"]
     has_mappings = isinstance(value, list) and any(isinstance(item, dict) for item in value)
-    is_flow = isinstance(value, list | dict) and not has_mappings
-    text = _yaml(value, is_flow=True) if is_flow else _yaml({setting: value})
-    text = f"{setting}: {text}" if is_flow else text
+    if isinstance(value, list | dict) and not has_mappings:
+        text = f"{setting}: {_yaml(value, is_flow=True)}"  # in brackets: `key: [a, b]`
+    else:
+        text = _yaml({setting: value})
     first, *others = text.rstrip().split("\n")
     return [f"{first:<40}  # {comment}" if comment else first, *others]
 
 
 def _combination_problem(values: Mapping[str, Any]) -> str:
-    """The first combination of settings that is refused; empty if there is none."""
+    """Message about the first combination of settings that is refused; empty if there is none."""
     try:
         RunSettings.model_validate({**dict.fromkeys(_REQUIRED, "unknown"), **values})
     except ValidationError as error:
@@ -211,7 +238,7 @@ def _combination_problem(values: Mapping[str, Any]) -> str:
     return ""
 
 
-def _short(option: str, value: Any) -> str:
+def _one_line(option: str, value: Any) -> str:
     """`option: value` in one line of limited length."""
     text = f"{option}: {_yaml(value, is_flow=True).removesuffix('...').strip()}"
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,6 +1,7 @@
 """DataKeys: settings of the base model, the data and the tokenisation.
 
-Each Field has the type, the default and the description of one setting.
+Each Field has the type, the default and the description of one setting. `traits(...)` adds facts
+such as its names in other training programs (`peers`); traits.py explains them.
 """
 
 from typing import Annotated, Any, Literal

@@ -1,4 +1,7 @@
-"""Types and validators of `train_data`, `eval_data`, `columns` and the chat template's settings."""
+"""Types and validators of `train_data`, `eval_data`, `columns` and the chat template's settings.
+
+A validator gets the value from the run file and returns it, or raises ValueError.
+"""
 
 import difflib
 import re
@@ -7,33 +10,20 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Positive = Annotated[int, Field(ge=1, le=10**9)]
-# With larger values, the list of all sequences of a step or an epoch does not fit in memory.
-MAX_SEQUENCES, MAX_PASSES = 10**6, 10**6
+# Largest batch size in sequences, and largest number of epochs. With larger values, the list of all
+# sequences of a step or an epoch does not fit in memory.
+MAX_SEQUENCES, MAX_EPOCHS = 10**6, 10**6
 DataFormat = Literal["messages", "sharegpt", "alpaca", "prompt-completion", "text", "pre-tokenised"]
 
-# Columns of the formats; the setting `columns` may map each to another name in the data.
+# Columns of all formats; the setting `columns` may map each to another name in the data.
 COLUMNS = (
-    "messages",
-    "conversations",
-    "tools",
-    "functions",
-    "system",
-    "instruction",
-    "input",
-    "output",
-    "prompt",
-    "completion",
-    "text",
-    "input_ids",
-    "labels",
-    "attention_mask",
-    "position_ids",
-)
-
+    "messages", "conversations", "tools", "functions", "system", "instruction", "input", "output",
+    "prompt", "completion", "text", "input_ids", "labels", "attention_mask", "position_ids",
+)  # fmt: skip
 
 _DETECTED = "remove it; the format of each row is detected"
 _SPLIT = "name the split in the path: ORG/NAME:train"
-# Key of a source in other programs -> advice for RankZero.
+# Key of a data source in other training programs -> advice for a run file.
 _SOURCE_KEY_ADVICE = {
     "type": _DETECTED, "ds_type": _DETECTED, "format": _DETECTED, "formatting": _DETECTED,
     "conversation": _DETECTED, "roles": _DETECTED, "chat_template": "set it for the whole run",
@@ -48,12 +38,16 @@ _SOURCE_KEY_ADVICE = {
 
 
 class DataSource(BaseModel):
-    """One source of rows: a file, folder, glob or hub split, with its weight and row limit."""
+    """One source of rows: a file, folder, glob or hub split.
+
+    `weight`: how often each row is used per epoch; fractions are allowed. `limit`: only this many
+    rows from the start are read.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     path: Annotated[str, Field(min_length=1)]
-    weight: Annotated[float, Field(gt=0, le=MAX_PASSES)] = 1.0
+    weight: Annotated[float, Field(gt=0, le=MAX_EPOCHS)] = 1.0
     limit: Positive | None = None
 
 
@@ -67,14 +61,12 @@ def parse_train_data(value: Any) -> Any:
 
 def parse_eval_data(value: Any) -> Any:
     """Validate `eval_data`: names, a share, or a number of rows. Raises ValueError."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    is_share = isinstance(value, float) and 0 < value < 1
     is_percentage = isinstance(value, str) and re.fullmatch(r"[\d.]+ *%", value)
-    if is_percentage or (is_number and not is_share and type(value) is not int):
+    if is_percentage or (isinstance(value, float) and not 0 < value < 1):
         raise ValueError("a share is a number above 0 and below 1, such as 0.05")
-    if is_number and not is_share and value < 1:
+    if type(value) is int and value < 1:
         raise ValueError("a number of rows is at least 1; a share is written as 0.05")
-    if value is None or is_number:
+    if value is None or type(value) is int or isinstance(value, float):
         return value
     return _parse_sources(value, "expected names as in train_data, a share (0.05) or rows (200)")
 
@@ -90,17 +82,20 @@ def check_columns(value: dict[str, str]) -> dict[str, str]:
 
 def sources(names: DataNames | None) -> list[DataSource]:
     """Convert the value of a data setting to a list of DataSource objects."""
-    listed = names if isinstance(names, list) else [] if names is None else [names]
-    return [DataSource(path=name) if isinstance(name, str) else name for name in listed]
+    if names is None:
+        return []
+    items = names if isinstance(names, list) else [names]
+    return [DataSource(path=item) if isinstance(item, str) else item for item in items]
 
 
 def _parse_sources(value: Any, expected: str) -> Any:
-    """Convert mappings to DataSource objects. Raises ValueError with a message of one line."""
+    """Convert mappings to DataSource objects. Raises ValueError with a message of one line.
+
+    `expected`: the message for a value that is neither text nor a mapping nor a list.
+    """
     if isinstance(value, list):
-        return [
-            _parse_source(name, "expected a list of names or {path, weight, limit}")
-            for name in value
-        ]
+        message = "expected a list of names or {path, weight, limit}"
+        return [_parse_source(item, message) for item in value]
     return _parse_source(value, expected)
 
 
@@ -112,9 +107,8 @@ def _parse_source(value: Any, expected: str) -> str | DataSource:
         raise ValueError(expected)
     known = list(DataSource.model_fields)
     unknown = [str(key) for key in value if key not in known]
-    if advice := [
-        f"{key} ({_SOURCE_KEY_ADVICE[key]})" for key in unknown if key in _SOURCE_KEY_ADVICE
-    ]:
+    advice = [f"{key} ({_SOURCE_KEY_ADVICE[key]})" for key in unknown if key in _SOURCE_KEY_ADVICE]
+    if advice:
         raise ValueError(f"unknown keys of a source: {', '.join(advice)}")
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=1)
@@ -139,5 +133,5 @@ def check_template_kwargs(value: dict[str, Any]) -> dict[str, Any]:
     """Validate `chat_template_kwargs`. Raises ValueError for variables that depend on the row."""
     set_per_row = {"messages", "tools", "documents", "add_generation_prompt"}
     if wrong := sorted(set_per_row & value.keys()):
-        raise ValueError(f"{wrong[0]} comes from each row, so it cannot be set here")
+        raise ValueError(f"{wrong[0]} comes from each row and cannot be set here; remove it")
     return value

@@ -8,7 +8,7 @@ Strategy = Literal["steps", "epoch", "no"]
 
 @dataclass(frozen=True)
 class Frequency:
-    """`times` evenly spaced events per `period`, a number of steps; None means one epoch."""
+    """`times` evenly spaced events in each `period` steps; a period of None is one epoch."""
 
     times: int
     period: int | None = None
@@ -16,13 +16,15 @@ class Frequency:
     def is_due(self, step: int, steps_per_epoch: int) -> bool:
         """Whether an evaluation or save is due after step number `step`; steps count from 1."""
         period = self.period or steps_per_epoch
-        return step * self.times // period > (step - 1) * self.times // period
+        num_due = step * self.times // period  # events up to this step
+        return num_due > (step - 1) * self.times // period
 
 
 def frequency(strategy: Strategy, steps: int | None, per_epoch: int | None) -> Frequency | None:
     """The Frequency of evaluations or checkpoints; None if the strategy is `no`.
 
-    `steps` and `per_epoch` are the values of, for example, `save_steps` and `saves_per_epoch`.
+    `steps` and `per_epoch` are the values of two settings, for example `save_steps` and
+    `saves_per_epoch`.
     """
     if strategy == "steps":
         return Frequency(1, steps)

@@ -1,6 +1,6 @@
 """Find the snapshot of a hub model or data set in the local cache; nothing is downloaded.
 
-Layout of the cache: documentation of huggingface_hub, "Understand caching".
+The documentation of huggingface_hub describes the folders of the cache ("Understand caching").
 """
 
 import os
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
-_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # org/name
+# org/name:split or org/name@revision:split; the groups are name, revision and split.
 _SPLIT = re.compile(rf"({_NAME.pattern})(?:@([\w.-]+))?:([\w.-]+)")
 
 
@@ -48,7 +49,10 @@ def lacks_split(text: str) -> bool:
 
 
 def settings_of_snapshot(snapshot: str) -> dict[str, str]:
-    """`model` and `model_revision` for a snapshot folder of a hub cache; empty for other paths."""
+    """The settings `model` and `model_revision` that name a snapshot folder of a hub cache.
+
+    Example of such a folder: .../models--ORG--NAME/snapshots/COMMIT. Empty for other paths.
+    """
     match = re.search(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]+)/?$", snapshot)
     if match is None:
         return {}

@@ -22,13 +22,13 @@ from pipeline.config.settings import (
     map_paths,
     path_settings,
     preset_values,
-    settings_by,
+    settings_by_trait,
 )
 from pipeline.errors import UserError
 
-_MAX_PROBLEMS = 60  # most lines of a message; enough for every key of another program's file
-_TRUNCATED = reprlib.Repr()
-_TRUNCATED.maxstring = _TRUNCATED.maxother = 200
+_MAX_PROBLEMS = 60  # lines of a message; enough for every key of another program's file
+_SHORT_REPR = reprlib.Repr()
+_SHORT_REPR.maxstring = _SHORT_REPR.maxother = 200  # characters
 
 
 def load_settings(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
@@ -44,7 +44,7 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
 
 
 def settings_without_file(values: Mapping[str, Any], overrides: Sequence[str]) -> RunSettings:
-    """Settings from `values` and `key=value` overrides, for a plan without a run file."""
+    """RunSettings from `values` and `key=value` overrides, for a plan without a run file."""
     locations = dict.fromkeys(values, "command line")
     return _build_settings(dict(values), locations, "command line", overrides)
 
@@ -52,7 +52,11 @@ def settings_without_file(values: Mapping[str, Any], overrides: Sequence[str]) -
 def _build_settings(
     values: dict[str, Any], locations: dict[str, str], source: str, overrides: Sequence[str]
 ) -> RunSettings:
-    """Settings from the values of a run file and overrides; hub names are pinned to commits."""
+    """RunSettings from the values of a run file and overrides; hub names are pinned to commits.
+
+    `locations`: where each value was set, such as "run.yaml:3"; the overrides are added to it.
+    `source`: the name of the run file, for messages about missing keys.
+    """
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -75,7 +79,7 @@ def _pin_model(settings: RunSettings, locations: Mapping[str, str]) -> RunSettin
             )
         return settings
     if (snapshot := settings.model_folder) == Path(settings.model):
-        return settings  # not in the cache: reported when the model is needed
+        return settings  # not in the cache: the message comes when the model is needed
     return settings.model_copy(update={"model_revision": snapshot.name})
 
 
@@ -103,18 +107,23 @@ def _pin_source(name: str | DataSource) -> str | DataSource:
 
 
 def _validate(values: Mapping[str, Any], locations: Mapping[str, str], source: str) -> RunSettings:
-    """Validate all values. Raises a UserError with one line for each wrong key."""
+    """Validate all values. Raises a UserError with one line for each wrong key.
+
+    `locations` and `source`: as in `_build_settings`.
+    """
     unknown = [key for key in values if key not in RunSettings.model_fields]
     problems = [
         f"{locations[key]}: {key}: unknown setting; {_key_advice(key, values[key])}"
         for key in unknown
     ]
-    # A required setting that the file has under another program's key is not reported as missing.
-    intended = {setting for key in unknown if (setting := settings_by("peers").get(key))}
+    # Settings that the file has under the key of another training program, such as
+    # `learning_rate`. They are not reported as missing, because the unknown key is reported.
+    by_peer_name = settings_by_trait("peers")
+    under_other_key = {by_peer_name[key] for key in unknown if key in by_peer_name}
     known = {key: value for key, value in values.items() if key in RunSettings.model_fields}
     for key, value in known.items():
         if hint := value_advice(key, value, is_valid=True):
-            problems.append(f"{locations[key]}: {key}: {_TRUNCATED.repr(value)}: {hint}")
+            problems.append(f"{locations[key]}: {key}: {_SHORT_REPR.repr(value)}: {hint}")
     known, unexpanded = _expand_paths(known, locations, problems)
     try:
         presets = preset_values(known)
@@ -124,13 +133,14 @@ def _validate(values: Mapping[str, Any], locations: Mapping[str, str], source: s
         for detail in error.errors():  # pydantic reports one error for each member of a union
             by_key.setdefault(str(detail["loc"][0]) if detail["loc"] else "", []).append(detail)
         for key, details in by_key.items():
-            is_reported = bool(value_advice(key, known.get(key), is_valid=True))
-            is_given = key in intended | values.keys() and details[0]["type"] == "missing"
-            if not (is_given or is_reported):
+            has_advice = bool(value_advice(key, known.get(key), is_valid=True))
+            is_missing = details[0]["type"] == "missing"
+            is_reported = is_missing and (key in under_other_key or key in values)
+            if not (has_advice or is_reported):
                 problems.append(_error_line(key, details, locations, source))
     if problems:
-        rest = len(problems) - _MAX_PROBLEMS
-        more = [f"{source}: {rest:,} more errors"] if rest > 0 else []
+        num_hidden = len(problems) - _MAX_PROBLEMS
+        more = [f"{source}: {num_hidden:,} more errors"] if num_hidden > 0 else []
         raise UserError("\n".join([*problems[:_MAX_PROBLEMS], *more]))
     return settings.with_unexpanded_paths(unexpanded)
 
@@ -141,18 +151,19 @@ def _expand_paths(
     """Expand `~` and `$NAME` in paths.
 
     Returns the values, and for each setting a mapping from expanded paths to their text in the run
-    file. A value that cannot be expanded is removed, and the reason is added to `problems`.
+    file: {"output_dir": {"/home/me/run": "~/run"}}. A value that cannot be expanded is removed, and
+    the reason is added to `problems`.
     """
     expanded, unexpanded = dict(values), {}
     for key in path_settings():
-        texts: dict[str, str] = {}
+        texts: dict[str, str] = {}  # expanded path -> text
         if key not in values:
             continue
         try:
             expanded[key] = map_paths(values[key], partial(_expand_path, texts))
         except ValueError as error:
             problems.append(
-                f"{locations[key]}: {key}: {error}; found {_TRUNCATED.repr(values[key])}"
+                f"{locations[key]}: {key}: {error}; found {_SHORT_REPR.repr(values[key])}"
             )
             del expanded[key]
         if texts:
@@ -169,27 +180,30 @@ def _expand_path(texts: dict[str, str], text: str) -> str:
 
 
 def _key_advice(key: str, value: Any) -> str:
-    """Advice for an unknown key: the equivalent setting, or the one with the most similar name.
+    """Advice for an unknown key: the setting of the same meaning, or the one of the nearest name.
 
-    If that setting would refuse the value, the advice also says which values it takes.
+    If the setting of the same meaning would refuse the value, the advice has the values it takes.
     """
     if text := advice(key):
-        setting = settings_by("peers").get(normalised(key))
+        setting = settings_by_trait("peers").get(normalised(key))
         problem = value_problem(setting, value) if setting else ""
         return f"{text}; {problem}" if problem else text
-    names = {name: name for name in RunSettings.model_fields} | settings_by("peers")
+    names = {name: name for name in RunSettings.model_fields} | settings_by_trait("peers")
     near = difflib.get_close_matches(normalised(key), names, n=1, cutoff=0.6)
     return f"did you mean {names[near[0]]!r}?" if near else "all settings: docs/configuration.md"
 
 
 def value_problem(setting: str, value: Any) -> str:
-    """The values that a setting takes, if it refuses this one; empty if it accepts this value."""
+    """Why a setting refuses a value, as a text about the values it takes; empty if it accepts it.
+
+    A value that other programs use with another meaning counts as refused.
+    """
     required = {"model": "m", "train_data": "t", "output_dir": "o"}
     try:
         RunSettings.model_validate(required | {setting: value})
     except ValidationError as error:
-        own = [detail for detail in error.errors() if detail["loc"][:1] == (setting,)]
-        return value_advice(setting, value) or " or ".join(dict.fromkeys(map(_expected, own)))
+        details = [detail for detail in error.errors() if detail["loc"][:1] == (setting,)]
+        return value_advice(setting, value) or _expected_values(details)
     return value_advice(setting, value, is_valid=True) or ""
 
 
@@ -199,21 +213,23 @@ def _error_line(
     """Error line: location, key, expected value, given value. `details`: pydantic's errors."""
     if details[0]["type"] == "missing":
         return f"{source}: {key}: this setting is required and missing"
-    expected = " or ".join(dict.fromkeys(_expected(detail) for detail in details))
+    expected = _expected_values(details)
     if not key:  # an error about a combination of keys, which its message names
         keys = [name for name in locations if re.search(rf"\b{re.escape(name)}\b", expected)]
-        places = ", ".join(dict.fromkeys(locations[name] for name in keys)) or source
-        return f"{places}: {expected}"
-    given = details[0]["input"]
-    if hint := value_advice(key, given):
+        lines = ", ".join(dict.fromkeys(locations[name] for name in keys)) or source
+        return f"{lines}: {expected}"
+    value = details[0]["input"]
+    if hint := value_advice(key, value):
         expected = hint
-    elif given is None:
+    elif value is None:
         expected += ", or leave it out for the default"
-    value = _TRUNCATED.repr(given)
-    return f"{locations.get(key, source)}: {key}: {expected}; found {value}"
+    return f"{locations.get(key, source)}: {key}: {expected}; found {_SHORT_REPR.repr(value)}"
 
 
-def _expected(detail: Mapping[str, Any]) -> str:
-    """The message of a pydantic error, without its prefix."""
-    message: str = detail["msg"]
-    return message.removeprefix("Value error, ").replace("Input should be", "must be")
+def _expected_values(details: Sequence[Mapping[str, Any]]) -> str:
+    """The different messages of pydantic's errors about one key, joined by "or"."""
+    messages = dict.fromkeys(
+        detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        for detail in details
+    )
+    return " or ".join(messages)

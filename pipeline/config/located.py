@@ -1,6 +1,6 @@
 """Parse YAML and JSON files into values and the line number of each key.
 
-PyYAML parses both formats into a tree of nodes with line numbers, in which duplicate keys and
+PyYAML parses both formats into a tree of nodes with line numbers. In this tree duplicate keys and
 excessive sizes are detected. Scalars follow YAML 1.2: `3e-4` is a number; `no` and `12:00:00` are
 strings.
 """
@@ -17,13 +17,13 @@ import yaml
 
 from pipeline.errors import UserError
 
-KeyPath = tuple[str, ...]
+KeyPath = tuple[str, ...]  # of a nested key, such as ("train_data", "0", "path")
 
 _MAX_BYTES = 2**20
 _MAX_DEPTH = 16
 _MAX_NODES = 20_000  # YAML nodes of a file after all aliases are expanded
-_MAX_DIGITS = 18  # of an integer, so that it is below 2**63
-_TAG = "tag:yaml.org,2002:"
+_MAX_DIGITS = 18  # integers of 18 digits are below 2**63
+_TAG = "tag:yaml.org,2002:"  # prefix of YAML's type names, such as tag:yaml.org,2002:int
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ def read_located(path: Path, kind: Literal["YAML", "JSON"], *, label: str = "") 
         raise UserError(f"{name}: cannot be read: {error.strerror}") from None
     except ValueError as error:  # not UTF-8, or NUL in the path
         if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            old, new = shlex.quote(str(path)), shlex.quote(f"{path}.utf8")
+            source, target = shlex.quote(str(path)), shlex.quote(f"{path}.utf8")
             raise UserError(
                 f"{name}: UTF-16 text, expected UTF-8; convert it: "
-                f"iconv -f UTF-16 -t UTF-8 {old} > {new}"
+                f"iconv -f UTF-16 -t UTF-8 {source} > {target}"
             ) from None
         raise UserError(f"{name}: not a text file in UTF-8: {error}") from None
     if len(content) > _MAX_BYTES:
-        raise UserError(f"{name}: larger than 1 MiB; a file of settings is smaller")
+        raise UserError(f"{name}: larger than 1 MiB; a file with settings is smaller")
     node, values = _parse(text, name, kind)
     if not isinstance(node, yaml.MappingNode) or not isinstance(values, dict):
         example = "`key: value`, such as `lora_r: 16`" if kind == "YAML" else "a block in braces"
@@ -74,9 +74,9 @@ def parse_value(text: str, name: str) -> Any:
 
 
 def _parse(text: str, name: str, kind: Literal["YAML", "JSON"]) -> tuple[yaml.Node | None, Any]:
-    """The root node of the text, which has the line numbers, and the parsed value."""
+    """The root node of the tree, whose nodes have line numbers, and the parsed value."""
     try:
-        # JSON allows tabs as indentation, which YAML refuses; JSON strings contain no raw tabs.
+        # JSON allows tabs as indentation, but YAML does not. JSON strings contain no raw tabs.
         loader = _Loader(text if kind == "YAML" else text.replace("\t", " "))
         node = loader.get_single_node()
         if kind == "JSON":
@@ -171,12 +171,14 @@ def _yaml_error(problem: str, event: yaml.Event) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
-_YAML_1_1 = (":float", ":int", ":bool", ":timestamp")
+# PyYAML's table for the types of plain scalars: first character -> [(type, pattern), ...]. Its
+# patterns are those of YAML 1.1 and are replaced by those of YAML 1.2.
+_REPLACED_TYPES = (":float", ":int", ":bool", ":timestamp")
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(_YAML_1_1)]
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(_REPLACED_TYPES)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-for _kind, _pattern, _first in (  # the first matching type applies, so `int` precedes `float`
+for _type, _pattern, _first_characters in (  # the first match applies: `int` precedes `float`
     ("int", r"^[-+]?(0|[1-9][0-9]*)$", "-+0123456789"),
     (
         "float",
@@ -185,4 +187,4 @@ for _kind, _pattern, _first in (  # the first matching type applies, so `int` pr
     ),
     ("bool", "^(true|false|True|False)$", "tTfF"),
 ):
-    _Loader.add_implicit_resolver(f"{_TAG}{_kind}", re.compile(_pattern), list(_first))
+    _Loader.add_implicit_resolver(f"{_TAG}{_type}", re.compile(_pattern), list(_first_characters))

@@ -1,12 +1,12 @@
 """Read the configuration of another training program as one flat mapping of options.
 
-Supported are YAML files, JSON files and shell scripts. Of a script, the command with the most
-options is read.
+Supported are YAML files, JSON files, and shell scripts, in which the command with the most options
+is read.
 """
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +17,8 @@ from pipeline.errors import UserError
 
 Program = Literal["axolotl", "LLaMA-Factory", "ms-swift", "torchtune", "TRL"]
 
-# Options that only this program has. TRL is not listed: all of its options exist in other programs
-# too, so TRL is what remains if no other program matches.
+# Program -> options that only this program has. A configuration without any of them is taken for
+# one of TRL, whose options all exist in other programs too.
 _TYPICAL_OPTIONS: Mapping[Program, frozenset[str]] = {
     "axolotl": frozenset({"base_model", "sequence_len", "micro_batch_size", "val_set_size"}),
     "LLaMA-Factory": frozenset({"finetuning_type", "cutoff_len", "dataset_dir", "stage"}),
@@ -54,20 +54,23 @@ _TORCHTUNE_DATA_SETS = {  # defaults of torchtune 0.6.1
     "samsum_dataset": "Samsung/samsum",
     "slimorca_dataset": "Open-Orca/SlimOrca-Dedup",
 }
-# Nested options of torchtune that need no line of their own: they are part of `dataset`, or name a
-# class that follows from the model.
-_TORCHTUNE_IMPLIED = (
+# Nested options of torchtune that are left out: `_torchtune_sources` reads those of the data set,
+# and the others name a class that follows from the model.
+_TORCHTUNE_SKIPPED = (
     *("dataset.source", "dataset.split", "dataset.data_files", "dataset._component_"),
     *("model._component_", "tokenizer._component_", "checkpointer._component_"),
 )
-_ASSIGNMENT = re.compile(r"(?:export )?([A-Za-z_]\w*)=(.*)")
-_VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)\}?")
-_REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*)\}")  # torchtune: ${output_dir}
+_ASSIGNMENT = re.compile(r"(?:export )?([A-Za-z_]\w*)=(.*)")  # shell: NAME=VALUE
+_VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)\}?")  # shell: $NAME or ${NAME}
+_REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*)\}")  # torchtune: ${output_dir}, another option's value
 
 
 @dataclass(frozen=True)
 class PeerConfig:
-    """The options of another program's configuration, with names such as `learning_rate`."""
+    """The options of another program's configuration.
+
+    `options`: name, such as `learning_rate`, -> value.
+    """
 
     path: Path
     program: Program
@@ -79,8 +82,9 @@ def read_peer_config(path: Path) -> PeerConfig:
     if path.suffix in (".sh", ".bash", ".sbatch", ".slurm"):
         command = _training_command(path)
         options = _command_options(command, path)
-        is_swift = any(Path(word).name in ("swift", "sft.py") for word in command[:2])
-        is_swift = is_swift and "swift" in " ".join(command[:2])
+        program = command[:2]  # such as `swift sft` or `python swift/cli/sft.py`
+        is_swift = any(Path(word).name in ("swift", "sft.py") for word in program)
+        is_swift = is_swift and "swift" in " ".join(program)
     else:
         kind: Literal["YAML", "JSON"] = "JSON" if path.suffix == ".json" else "YAML"
         options, is_swift = read_located(path, kind).values, False
@@ -89,9 +93,11 @@ def read_peer_config(path: Path) -> PeerConfig:
     options = {normalised(name): value for name, value in options.items()}
     if is_swift:
         return PeerConfig(path, "ms-swift", options)
-    matches = {name: len(typical & options.keys()) for name, typical in _TYPICAL_OPTIONS.items()}
-    best = max(matches, key=lambda name: matches[name])
-    return PeerConfig(path, best if matches[best] else "TRL", options)
+    num_typical = {
+        name: len(typical & options.keys()) for name, typical in _TYPICAL_OPTIONS.items()
+    }
+    best_match = max(num_typical, key=lambda name: num_typical[name])
+    return PeerConfig(path, best_match if num_typical[best_match] else "TRL", options)
 
 
 def _flat_torchtune_options(nested: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,42 +109,48 @@ def _flat_torchtune_options(nested: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in nested.items():
         if name in ("dataset", "datasets"):
             options["dataset"] = _torchtune_sources(value)
-        for dotted, item in _torchtune_leaves(name, value):
-            text = item if isinstance(item, str) else ""
-            reference = _REFERENCE.match(text)
-            start = nested.get(reference[1], "") if reference else ""
-            resolved = f"{start}{text[reference.end() :]}" if reference else item
-            if dotted == "model._component_" and "qlora" in text:
+        for dotted_name, option_value in _flatten_section(name, value):
+            text = option_value if isinstance(option_value, str) else ""
+            resolved = option_value
+            if reference := _REFERENCE.match(text):
+                resolved = f"{nested.get(reference[1], '')}{text[reference.end() :]}"
+            flat_name = _TORCHTUNE_OPTIONS.get(dotted_name)
+            if dotted_name == "model._component_" and "qlora" in text:
                 options["load_in_4bit"] = True
-            elif (flat := _TORCHTUNE_OPTIONS.get(dotted)) and flat not in options:
-                is_component = dotted.endswith("._component_")
-                options[flat] = text.rpartition(".")[2] if is_component else resolved
-            elif dotted not in _TORCHTUNE_IMPLIED:
-                options[dotted] = resolved
+            elif flat_name and flat_name not in options:
+                is_class = dotted_name.endswith("._component_")
+                options[flat_name] = text.rpartition(".")[2] if is_class else resolved
+            elif dotted_name not in _TORCHTUNE_SKIPPED:
+                options[dotted_name] = resolved
     return options
 
 
-def _torchtune_leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _flatten_section(name: str, value: Any) -> list[tuple[str, Any]]:
     """Dotted name and value of each option in a section of a torchtune file."""
     if name == "datasets":
-        return
+        return []
     if not isinstance(value, dict):
-        yield name, value
-        return
+        return [(name, value)]
+    options = []
     for key, item in value.items():
-        yield from _torchtune_leaves(f"{name}.{key}", item)
+        options += _flatten_section(f"{name}.{key}", item)
+    return options
 
 
 def _torchtune_sources(value: Any) -> list[dict[str, Any]]:
-    """The data sets of a torchtune file in the form of axolotl's `datasets`."""
+    """The data sets of a torchtune file in the form of axolotl's `datasets`.
+
+    torchtune names a function that builds the data set, such as torchtune.datasets.alpaca_dataset,
+    and perhaps its source.
+    """
     sources = []
     for item in value if isinstance(value, list) else [value]:
         if not isinstance(item, dict):
             continue
         builder = str(item.get("_component_", "")).rpartition(".")[2]
         path = item.get("source") or _TORCHTUNE_DATA_SETS.get(builder, builder)
-        kept = {key: item[key] for key in ("data_files", "split") if item.get(key)}
-        sources.append({"path": path, **kept})
+        options = {key: item[key] for key in ("data_files", "split") if item.get(key)}
+        sources.append({"path": path, **options})
     return sources
 
 
@@ -150,40 +162,44 @@ def _training_command(path: Path) -> list[str]:
         raise UserError(f"{path}: cannot be read as text: {error}") from None
     commands: list[list[str]] = []
     variables: dict[str, str] = {}
-    for line in re.sub(r"\\\r?\n", " ", text).splitlines():
+
+    def expand(match: re.Match[str]) -> str:
+        return variables.get(match[1], match[0])
+
+    for line in re.sub(r"\\\r?\n", " ", text).splitlines():  # joins lines that end with a backslash
         try:
             words = shlex.split(line, comments=True)
-        except ValueError:  # an open quote: not a training command
+        except ValueError:  # a quote that is not closed: not a training command
             continue
-        words = [_VARIABLE.sub(lambda match: variables.get(match[1], match[0]), w) for w in words]
+        words = [_VARIABLE.sub(expand, word) for word in words]
         if len(words) == 1 and (assignment := _ASSIGNMENT.match(words[0])):
             variables[assignment[1]] = assignment[2]
         commands.append(words)
-    command = max(commands, key=_option_count, default=[])
-    if not _option_count(command):
+    command = max(commands, key=_num_options, default=[])
+    if not _num_options(command):
         raise UserError(f"{path}: no command with options such as --learning_rate 1e-4")
     return [word for word in command if not _ASSIGNMENT.match(word)]
 
 
-def _option_count(command: list[str]) -> int:
+def _num_options(command: list[str]) -> int:
     return sum(word.startswith("--") for word in command)
 
 
 def _command_options(command: list[str], path: Path) -> dict[str, Any]:
     """Options of a command: one value, a list of values, or True if no value follows the name."""
-    words: dict[str, list[str]] = {}
-    name = ""
+    texts: dict[str, list[str]] = {}  # option -> the words that follow it
+    option = ""
     for word in command:
         if word.startswith("--"):
-            name, _, value = word.partition("=")
-            words[name] = [value] if value else []
-        elif name:
-            words[name].append(word)
-    values = {
-        option: [parse_value(text, f"{path}: {option}") for text in texts]
-        for option, texts in words.items()
-    }
-    return {
-        option: True if not items else items[0] if len(items) == 1 else items
-        for option, items in values.items()
-    }
+            option, _, value = word.partition("=")
+            texts[option] = [value] if value else []
+        elif option:
+            texts[option].append(word)
+    options: dict[str, Any] = {}
+    for option, words in texts.items():
+        values = [parse_value(word, f"{path}: {option}") for word in words]
+        if len(values) == 1:
+            options[option] = values[0]
+        else:
+            options[option] = values or True
+    return options

@@ -1,15 +1,16 @@
-"""Advice for options of other training programs that RankZero does not have.
+"""Advice for options and values of other training programs that a run file does not have.
 
-The options are those of axolotl, LLaMA-Factory, TRL and transformers, ms-swift, and torchtune.
-Options that have the meaning of a setting, such as `learning_rate` for `lr`, are in the trait
-`peers` of that setting instead.
+The programs are axolotl, LLaMA-Factory, TRL with transformers, ms-swift, and torchtune. ADVICE has
+the options without a setting of the same meaning; VALUES has other spellings of a setting's values.
+An option with the meaning of a setting, such as `learning_rate` for `lr`, is not listed here: it is
+in the trait `peers` of the setting (traits.py).
 """
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from pipeline.config.settings import settings_by
+from pipeline.config.settings import settings_by_trait
 
 _TRACKER = "trackers: a list of wandb, tensorboard, mlflow or trackio"
 _VARIABLES = "trackers: [wandb]; WANDB_* environment variables set its other options"
@@ -20,14 +21,14 @@ _ADAMW = (
     "paged ones would save little; remove it"
 )
 _BETAS = "set betas and eps in optimizer.params of a deepspeed_json; the defaults are AdamW's"
-_NOT_BUILT = "not supported; docs/adapters.md has the options of the LoRA adapter"
-_FLAT = "keys are not nested: lora_r, lora_alpha, lr and so on, each in a line of its own"
+_UNSUPPORTED = "not supported; docs/adapters.md has the options of the LoRA adapter"
+_NOT_NESTED = "keys are not nested: lora_r, lora_alpha, lr and so on, each in a line of its own"
 _NEW_TOKENS = (
     "new_tokens adds tokens, which are not special, and trains their rows of embeddings and head"
 )
 _ONLY_LORA = "LoRA is always trained; QLoRA is load_in_4bit: true"
 _NO_FSDP = "sharding is DeepSpeed's ZeRO: zero_stage, chosen by the plan"
-_BY_ROW = "the format of each row is detected; data_format and columns override that"
+_DETECTED_FORMAT = "the format of each row is detected; data_format and columns override that"
 _NO_EVAL_BATCH = "evaluation uses batch_size"
 _HOLD_OUT = "eval_data: 0.05 holds out 5 % of train_data, eval_data: 200 holds out 200 rows"
 _TEMPLATE = "the model's own chat template and end of turn are used; see chat_template"
@@ -127,7 +128,7 @@ ADVICE: Mapping[str, str] = {
     "preprocessing_num_workers": "not needed: rows are tokenised on every CPU; remove it",
     "dataset_num_proc": "not needed: rows are tokenised on every CPU; remove it",
     "dataset_processes": "not needed: rows are tokenised on every CPU; remove it",
-    "dataset_type": _BY_ROW,
+    "dataset_type": _DETECTED_FORMAT,
     "remove_unused_columns": "data/audit.json counts columns that are not read; remove it",
     "train_on_inputs": "train_on: assistant (false) or all (true)",
     "train_on_prompt": "train_on: assistant (false) or all (true)",
@@ -149,16 +150,16 @@ ADVICE: Mapping[str, str] = {
     "pissa_init": "init_lora_weights: pissa, or pissa_niter_16 for the approximate decomposition",
     "pissa_iter": "init_lora_weights: pissa_niter_16 has the number of iterations",
     "pissa_convert": "not needed: the saved adapter belongs to the unchanged base; remove it",
-    "loraplus_*": _NOT_BUILT,
-    "lorap_*": _NOT_BUILT,
-    "loftq_config": _NOT_BUILT,
-    "lora_bias": _NOT_BUILT,
-    "lora_config": _FLAT,
-    "peft_config": _FLAT,
-    "training_arguments": _FLAT,
-    "sft_config": _FLAT,
-    "bias": _NOT_BUILT,
-    "unfrozen_parameters": _NOT_BUILT,
+    "loraplus_*": _UNSUPPORTED,
+    "lorap_*": _UNSUPPORTED,
+    "loftq_config": _UNSUPPORTED,
+    "lora_bias": _UNSUPPORTED,
+    "lora_config": _NOT_NESTED,
+    "peft_config": _NOT_NESTED,
+    "training_arguments": _NOT_NESTED,
+    "sft_config": _NOT_NESTED,
+    "bias": _UNSUPPORTED,
+    "unfrozen_parameters": _UNSUPPORTED,
     "resize_token_embeddings*": _NEW_TOKENS,
     "added_tokens*": _NEW_TOKENS,
     "add_tokens": _NEW_TOKENS,
@@ -265,8 +266,8 @@ ADVICE: Mapping[str, str] = {
     "custom_dataset_info": "train_data takes paths; there is no folder of registered data sets",
     "response_template": "train_on: assistant",
     "instruction_template": "train_on: assistant",
-    "formatting_func": _BY_ROW,
-    "dataset_kwargs": _BY_ROW,
+    "formatting_func": _DETECTED_FORMAT,
+    "dataset_kwargs": _DETECTED_FORMAT,
     "system": "put the system prompt into each row, as a message with role system",
     "truncation_*": "over_length: truncate, drop, split or fail",
     "eval_max_new_tokens": "launch/score.py generates answers after training; remove it",
@@ -350,11 +351,11 @@ VALUES: Mapping[str, Mapping[str, str]] = {
 
 
 def value_advice(setting: str, value: Any, *, is_valid: bool = False) -> str | None:
-    """Advice for a value that other programs use for this setting; None if there is none.
+    """Advice for a value that other programs use for this setting; None if VALUES has none.
 
-    `is_valid`: whether the setting accepts the value. An accepted value gets advice only if the
-    table has exactly this text; patterns are not tried. For example, `lora_target_modules: all` is
-    accepted, because `all` is a valid regular expression, but it gets advice.
+    `is_valid`: whether the setting accepts the value. A value that is accepted gets advice only if
+    VALUES has exactly this text; patterns such as `0.*` are not tried. For example,
+    `lora_target_modules: all` is accepted as a regular expression, but probably means all layers.
     """
     if not isinstance(value, str | int | float):
         return None
@@ -366,14 +367,14 @@ def value_advice(setting: str, value: Any, *, is_valid: bool = False) -> str | N
 
 
 def normalised(key: str) -> str:
-    """The key in the spelling of the tables: `--learning-rate` becomes `learning_rate`."""
+    """An option in the spelling of the tables: `--learning-rate` becomes `learning_rate`."""
     return key.strip().lstrip("-").replace("-", "_").lower()
 
 
 def advice(key: str) -> str | None:
-    """Advice for a key of another training program; None for a key in none of the tables."""
+    """Advice for an option of another training program; None if it is in none of the tables."""
     name = normalised(key)
-    if setting := settings_by("peers").get(name):
+    if setting := settings_by_trait("peers").get(name):
         return f"here it is {setting}"
     matches = (text for pattern, text in ADVICE.items() if fnmatchcase(name, pattern))
     return next(matches, None)

@@ -1,6 +1,6 @@
 """Presets: named sets of values for settings, from the rules of thumb in docs/lora.md.
 
-If a rule of thumb is a range, the preset has the lower value, and `RANGES` has the range.
+If the rule of thumb is a range, the preset has its lower end, and RANGES has both ends.
 """
 
 from collections.abc import Mapping

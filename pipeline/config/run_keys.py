@@ -1,4 +1,8 @@
-"""RunKeys: settings of the run folder, LoRA, the training, the evaluation and the checkpoints."""
+"""RunKeys: settings of the run folder, LoRA, the training, the evaluation and the checkpoints.
+
+Each Field has the type, the default and the description of one setting. `traits(...)` adds facts
+such as its names in other training programs (`peers`); traits.py explains them.
+"""
 
 from typing import Annotated, Any, Literal
 
@@ -9,7 +13,7 @@ from pydantic import (
 )
 
 from pipeline.config.data_keys import Auto, Share
-from pipeline.config.data_names import MAX_PASSES, MAX_SEQUENCES, Positive
+from pipeline.config.data_names import MAX_EPOCHS, MAX_SEQUENCES, Positive
 from pipeline.config.frequency import Strategy
 from pipeline.config.presets import Preset
 from pipeline.config.traits import traits
@@ -40,8 +44,8 @@ class RunKeys(BaseModel):
         default="auto",
         description="`auto` resumes from the newest intact checkpoint if there is one; `must` "
         "refuses to start without one; `never` starts at step 0. Any other value is the folder of "
-        "a checkpoint, of this run or of another, from which the run starts. Once the run has "
-        "newer checkpoints of its own, it resumes from these.",
+        "a checkpoint of any run, from which this run starts. Once this run has written newer "
+        "checkpoints, it resumes from these.",
         json_schema_extra=traits(
             change="run", is_path=True, peers="resume_from_checkpoint auto_resume_from_checkpoints"
         ),
@@ -99,7 +103,7 @@ class RunKeys(BaseModel):
     init_adapter: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
         description="Adapter to start from: a PEFT LoRA folder, or the name of a hub adapter in "
-        "the local cache. Its optimizer state and schedule are not continued. Its base, layers, r "
+        "the local cache. Optimizer state and schedule start new. The adapter's base, layers, r "
         "and scaling must be those of this run.",
         json_schema_extra=traits(
             is_path=True,
@@ -151,7 +155,7 @@ class RunKeys(BaseModel):
 
     # Steps and batches
     epochs: Annotated[
-        Positive | Annotated[float, Field(gt=0, le=MAX_PASSES)] | Auto,
+        Positive | Annotated[float, Field(gt=0, le=MAX_EPOCHS)] | Auto,
         BeforeValidator(_float_to_int),
     ] = Field(
         default=1,

@@ -14,11 +14,12 @@ def run_file_schema() -> dict[str, Any]:
     It covers each setting by itself; combinations of settings are checked when the file is loaded.
     """
     schema = RunSettings.model_json_schema()
-    internal = {"title", *traits()}
-    for described in schema["properties"].values():
-        for name in internal & described.keys():
-            del described[name]
-    title = {"$schema": _DIALECT, "title": "RankZero run file"}
-    return title | {
+    # pydantic copies the traits of a setting (traits.py), which are no part of JSON schema.
+    removed_keys = {"title", *traits()}
+    for setting_schema in schema["properties"].values():
+        for key in removed_keys & setting_schema.keys():
+            del setting_schema[key]
+    header = {"$schema": _DIALECT, "title": "RankZero run file"}
+    return header | {
         key: value for key, value in schema.items() if key not in ("title", "description")
     }

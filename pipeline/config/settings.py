@@ -1,7 +1,8 @@
 """RunSettings: the validated settings of a run file, and the checks of combinations of keys.
 
-The keys are declared in data_keys.py, run_keys.py and adapter_keys.py. pipeline/plan applies the
-settings to a model and a machine.
+The keys are declared in data_keys.py, run_keys.py and adapter_keys.py. A setting may have traits,
+which are facts about it for other packages, such as its key in a DeepSpeed config (traits.py).
+pipeline/plan applies the settings to a model and a machine.
 """
 
 import math
@@ -24,9 +25,9 @@ from pipeline.config.presets import PRESETS, Preset
 from pipeline.config.run_keys import RunKeys
 from pipeline.config.traits import Change, traits
 
-# Values that turn a setting off, or leave it to the plan.
+# Values that turn a setting off, or leave the choice to the plan.
 _OFF: tuple[Any, ...] = (None, False, 0, "no", "none", [], {}, "auto")
-_TIME = re.compile("[0-9]{1,6}:[0-9]{1,6}:[0-9]{1,6}")
+_TIME = re.compile("[0-9]{1,6}:[0-9]{1,6}:[0-9]{1,6}")  # HH:MM:SS
 
 
 class RunSettings(AdapterKeys, RunKeys, DataKeys):
@@ -65,10 +66,14 @@ class RunSettings(AdapterKeys, RunKeys, DataKeys):
     @model_validator(mode="before")
     @classmethod
     def _apply_dependent_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Set the defaults that depend on other keys of the run file."""
+        """Set the defaults that depend on other keys of the run file.
+
+        Raises ValueError if keys of the run file contradict each other.
+        """
         values = dict(values)
         given = {key for key, value in values.items() if value is not None}
-        for replaced, key in settings_by("replaces").items():
+        # For example, `warmup_steps` sets the default of `warmup_ratio` to null.
+        for replaced, key in settings_by_trait("replaces").items():
             if key not in given or not _may_be_null(replaced):
                 continue
             if replaced in given:
@@ -108,13 +113,12 @@ class RunSettings(AdapterKeys, RunKeys, DataKeys):
                 "init_adapter and resume: a run starts from an adapter or from a checkpoint; "
                 "remove one of them"
             )
-        needs_eval = [
-            k for k in ("keep_best", "early_stopping_patience", "eval_generate") if getattr(self, k)
-        ]
-        if needs_eval and (self.eval_data is None or self.evaluation_strategy == "no"):
-            raise ValueError(
-                f"{needs_eval[0]}: needs eval_data and an evaluation_strategy of steps or epoch"
-            )
+        has_evaluations = self.eval_data is not None and self.evaluation_strategy != "no"
+        for key in ("keep_best", "early_stopping_patience", "eval_generate"):
+            if getattr(self, key) and not has_evaluations:
+                raise ValueError(
+                    f"{key}: needs eval_data and an evaluation_strategy of steps or epoch"
+                )
         return self
 
     def with_unexpanded_paths(self, unexpanded: dict[str, dict[str, str]]) -> Self:
@@ -123,7 +127,7 @@ class RunSettings(AdapterKeys, RunKeys, DataKeys):
         return self
 
     def dump_unexpanded(self) -> dict[str, Any]:
-        """All values as JSON data, with paths as in the run file (`~` and `$NAME` unexpanded)."""
+        """All values as JSON data, with paths as in the run file: `~` and `$NAME` are kept."""
         values = self.model_dump(mode="json")
         for key, texts in self._unexpanded_paths.items():
             values[key] = map_paths(values[key], partial(_unexpanded_path, texts))
@@ -133,7 +137,7 @@ class RunSettings(AdapterKeys, RunKeys, DataKeys):
     def model_folder(self) -> Path:
         """Folder of the base model; for a hub model, its snapshot in the local cache.
 
-        If neither exists, the value is `model` as a path.
+        If neither the folder nor the snapshot exists, the result is `model` as a path.
         """
         folder = Path(self.model)
         if folder.exists():
@@ -160,7 +164,10 @@ class RunSettings(AdapterKeys, RunKeys, DataKeys):
 
     @property
     def held_out(self) -> float | int | None:
-        """Share (float) or number (int) of training rows to hold out; None for held-out files."""
+        """Share (float) or number (int) of training rows to hold out.
+
+        None if `eval_data` names files or is not set.
+        """
         return self.eval_data if isinstance(self.eval_data, int | float) else None
 
     @property
@@ -180,8 +187,11 @@ class RunSettings(AdapterKeys, RunKeys, DataKeys):
         }
 
     @property
-    def splits_base(self) -> bool:
-        """Whether A and B start with a part of the base: PiSSA and OLoRA."""
+    def initialises_from_base(self) -> bool:
+        """Whether A and B start as the principal part of each base weight: PiSSA and OLoRA.
+
+        The base weight in memory then lacks this part.
+        """
         return self.init_lora_weights not in (True, "gaussian")
 
     @property
@@ -212,11 +222,16 @@ def _seconds(time: str) -> float:
 
 
 def _unexpanded_path(texts: dict[str, str], path: str) -> str:
+    """A path as in the run file. `texts`: expanded path -> its text in the run file."""
     return texts.get(path, path)
 
 
 def map_paths(value: Any, change: Callable[[str], str]) -> Any:
-    """Apply `change` to each path in a setting's value: text, {path: ...}, or a list of them."""
+    """Apply `change` to each path in the value of a setting.
+
+    The value is a path, a mapping with the key `path`, or a list of these. A value of another type
+    is returned unchanged.
+    """
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
@@ -231,10 +246,10 @@ def path_settings() -> list[str]:
     return [name for name in RunSettings.model_fields if _traits_of(name)["is_path"]]
 
 
-def settings_with(*changes: Change) -> frozenset[str]:
+def settings_with_change(*changes: Change) -> frozenset[str]:
     """Names of the settings whose trait `change` is one of `changes`.
 
-    The trait says what a changed value means for a run that is resumed (config/traits.py).
+    This trait is the effect of a changed value on a run that is resumed (traits.py).
     """
     names = RunSettings.model_fields
     return frozenset(name for name in names if _traits_of(name)["change"] in changes)
@@ -245,26 +260,34 @@ def settings_without_effect(
 ) -> dict[str, str]:
     """Settings that the run file sets and that have no effect -> the reason.
 
-    The conditions are the trait `needs`. Two kinds of values count as not set: one that turns
-    something off (unless it is `false` and the default is true), and the defaults in a run.yaml,
-    because that file has all settings.
-    `data_formats`: formats of the rows, once they have been read.
+    A setting has no effect if a condition of its trait `needs` is not met. A value that turns
+    something off counts as not set, except `false` for a setting whose default is true. In a
+    run.yaml, which has all settings, the default values count as not set, too. `data_formats`:
+    formats of the rows, if they have been read.
     """
     names = settings.model_fields_set
-    is_complete = names >= RunSettings.model_fields.keys()
+    has_all_settings = names >= RunSettings.model_fields.keys()
     without_effect = {}
     for name in sorted(names):
         field, value = RunSettings.model_fields[name], getattr(settings, name)
         is_default = value == field.get_default(call_default_factory=True)
         is_off = value in _OFF and (is_default or value is not False)
-        if is_off or (is_complete and is_default):
+        if is_off or (has_all_settings and is_default):
             continue
-        conditions: Any = _traits_of(name)["needs"]
-        if unmet := [each for each in conditions if not _is_met(each, settings, data_formats)]:
-            without_effect[name] = condition_text(unmet[0])
+        for condition in _conditions(name):
+            if not _is_met(condition, settings, data_formats):
+                without_effect[name] = condition_text(condition)
+                break
     if {"eval_steps", "evals_per_epoch"} & without_effect.keys():
-        without_effect.pop("evaluation_strategy", None)  # one of the two sets it
+        # Each of these keys sets evaluation_strategy, so the run file need not contain it.
+        without_effect.pop("evaluation_strategy", None)
     return without_effect
+
+
+def _conditions(name: str) -> list[str]:
+    """The trait `needs` of a setting."""
+    conditions: Any = _traits_of(name)["needs"]
+    return conditions
 
 
 def condition_text(condition: str) -> str:
@@ -277,22 +300,23 @@ def condition_text(condition: str) -> str:
 def _is_met(condition: str, settings: RunSettings, data_formats: Collection[str]) -> bool:
     """Whether settings meet a condition of the trait `needs`.
 
-    `KEY`: it has a value; `KEY=A|B`: one of these values. `!KEY` and `KEY!=A|B` are the opposite.
+    `KEY` is met if the key has a value that is not off, `KEY=A|B` if the key has one of these
+    values; `!KEY` and `KEY!=A|B` are met in the opposite case. If rows have been read, the values
+    of `data_format` are the formats of the rows.
     """
-    key, separator, allowed = condition.partition("=")
-    value = getattr(settings, key.strip("!"))
-    values = data_formats if data_formats and key.strip("!") == "data_format" else [value]
-    is_negated = "!" in condition
+    left_side, separator, allowed = condition.partition("=")
+    key, is_negated = left_side.strip("!"), "!" in left_side
     if not separator:
-        return (value not in _OFF) != is_negated
-    return any((str(each) in allowed.split("|")) != is_negated for each in values)
+        return (getattr(settings, key) not in _OFF) != is_negated
+    values = data_formats if key == "data_format" and data_formats else [getattr(settings, key)]
+    return any((str(value) in allowed.split("|")) != is_negated for value in values)
 
 
-def settings_by(trait: Literal["layout", "deepspeed", "peers", "replaces"]) -> dict[str, str]:
-    """Mapping from each value of a trait to the name of the setting that has it.
+def settings_by_trait(trait: Literal["layout", "deepspeed", "peers", "replaces"]) -> dict[str, str]:
+    """Mapping from each value of a trait to the name of the setting that has this value.
 
-    `layout`: a field of Layout that the setting fixes. `deepspeed`: its key in a DeepSpeed JSON.
-    `peers`: its names in other programs. `replaces`: the settings that it replaces.
+    For example, `settings_by_trait("peers")["learning_rate"]` is "lr", because `lr` has the name
+    `learning_rate` in other programs. traits.py explains the traits.
     """
     by_value: dict[str, str] = {}
     for name in RunSettings.model_fields:
@@ -307,35 +331,39 @@ def is_set(key: str, values: Mapping[str, Any]) -> bool:
 
 
 def preset_values(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The merged values of the presets in `given`; later presets override earlier ones.
+    """The merged values of the presets that a run file names; later presets override earlier ones.
 
-    A key is left out if another key of `given` replaces it. Unknown names are ignored here;
-    RunSettings refuses them.
+    `given`: the values of the run file. A key of a preset is left out if another key of the run
+    file replaces it. Unknown names are ignored here; RunSettings refuses them.
     """
     values: dict[str, Any] = {}
     names: Any = given.get("preset")
     for name in names if isinstance(names, list) else [names]:
         if name in get_args(Preset):
             values |= PRESETS[name]
-    replaced_by = settings_by("replaces")
-    return {k: v for k, v in values.items() if not is_set(replaced_by.get(k, ""), given)}
+    replaced_by = settings_by_trait("replaces")
+    return {
+        key: value for key, value in values.items() if not is_set(replaced_by.get(key, ""), given)
+    }
 
 
 def replaced_preset_values(settings: RunSettings) -> dict[str, str]:
     """Keys whose preset value is not used in a run -> the reason."""
-    given = vars(settings)
+    run_values = vars(settings)
     values = preset_values({"preset": settings.preset})
     return {
         key: f"{other} is set, which replaces the preset's {key}: {values[key]}"
-        for key, other in settings_by("replaces").items()
-        if key in values and given[key] != values[key] and is_set(other, given)
+        for key, other in settings_by_trait("replaces").items()
+        if key in values and run_values[key] != values[key] and is_set(other, run_values)
     }
 
 
 def _may_be_null(name: str) -> bool:
+    """Whether the type of a setting allows None."""
     return type(None) in get_args(RunSettings.model_fields[name].annotation)
 
 
 def _traits_of(name: str) -> JsonDict:
+    """All traits of a setting."""
     extra = RunSettings.model_fields[name].json_schema_extra
     return extra if isinstance(extra, dict) else traits()

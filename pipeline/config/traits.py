@@ -1,4 +1,7 @@
-"""Traits: facts about a setting for use by other packages, stored on the setting's Field."""
+"""Traits: facts about a setting for use by other packages, stored on the setting's pydantic Field.
+
+Example: lr: float = Field(..., json_schema_extra=traits(peers="learning_rate")).
+"""
 
 from typing import Literal, TypedDict, Unpack
 
@@ -6,27 +9,43 @@ from pydantic.config import JsonDict
 
 # Effect of a changed value when the run in `output_dir` is started again.
 Change = Literal[
-    "result",  # changes the trained adapter: the run is not resumed
-    "selection",  # "result" if the held-out loss selects the adapter or ends the run, else "run"
-    "run",  # changes only how the run is executed, monitored or saved: it is resumed
-    "base",  # another base model, detected by its fingerprint; accept_changes: [base] allows it
-    "files",  # other data, detected by its content; accept_changes: [data] allows it
-    "documents",  # other documents from the same data; accept_changes: [data] allows it
-    "total_steps",  # another end of the learning rate schedule; accept_changes: [total_steps]
+    # The value affects the trained adapter. The run is not resumed.
+    "result",
+    # The value affects how the run is executed, monitored or saved. The run is resumed.
+    "run",
+    # Like "result" if the held-out loss selects the adapter or ends the run, else like "run".
+    "selection",
+    # The base model is another, which its fingerprint shows. `accept_changes: [base]` allows it.
+    "base",
+    # The data is another, which its content shows. `accept_changes: [data]` allows it.
+    "files",
+    # The same data gives other documents. `accept_changes: [data]` allows it.
+    "documents",
+    # The schedule of the learning rate has another length. `accept_changes: [total_steps]`.
+    "total_steps",
 ]
 
 
 class Traits(TypedDict, total=False):
-    """Facts about a setting; a trait that is left out is empty, and `change` is then "result"."""
+    """Facts about a setting; the defaults are "result" for `change`, and empty for the others.
+
+    `layout`: field of the plan's Layout that the setting fixes. `deepspeed`: key of a DeepSpeed
+    config with the same meaning, e.g. "optimizer.params.lr". `peers`: names of the setting in other
+    training programs, separated by spaces; a run file with such a name gets a message with the name
+    used here. `replaces`: name of another setting whose default or preset value does not apply if
+    this setting is set, e.g. "epochs" for `max_steps`. `needs`: conditions, separated by spaces,
+    without which the setting has no effect: `KEY` (that setting has a value), `KEY=A|B` (it has one
+    of these values), and their opposites `!KEY` and `KEY!=A|B`. `is_path`: whether the value may be
+    a path, in which `~` and `$NAME` are expanded.
+    """
 
     change: Change
-    layout: str  # field of the plan's Layout that the setting fixes
-    deepspeed: str  # DeepSpeed config key with the same meaning, in dotted form
-    peers: str  # its names in other programs, separated by spaces, for the message on such a key
-    replaces: str  # setting whose default or preset value does not apply if this one is set
-    needs: str  # conditions without which the setting has no effect, separated by spaces: `KEY` (it
-    # has a value), `!KEY`, `KEY=A|B` (one of these values), `KEY!=A|B`
-    is_path: bool  # the value may be a path, in which `~` and `$NAME` are expanded
+    layout: str
+    deepspeed: str
+    peers: str
+    replaces: str
+    needs: str
+    is_path: bool
 
 
 def traits(**given: Unpack[Traits]) -> JsonDict:

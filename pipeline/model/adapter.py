@@ -34,7 +34,7 @@ def lora_config(settings: RunSettings) -> LoraConfig:
     rows = token_rows(shape, settings)
     # With pissa or olora, peft would change the base while it attaches the adapter. split_base.py
     # does this instead.
-    initial: Any = True if settings.splits_base else settings.init_lora_weights
+    initial: Any = True if settings.initialises_from_base else settings.init_lora_weights
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_r,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.config.settings import RunSettings, settings_by
+from pipeline.config.settings import RunSettings, settings_by_trait
 from pipeline.errors import UserError
 from pipeline.plan.choose import Candidate, Cluster, candidates, preference, training_dtype
 from pipeline.plan.cost.memory import memory
@@ -19,7 +19,9 @@ from pipeline.plan.given.shape import ModelShape
 # Field of Layout -> the setting that decides it, unless that setting is `auto`. The plan shows the
 # reasons in this order.
 _LAYOUT_SETTINGS = {
-    key: name for key in Layout.__dataclass_fields__ if (name := settings_by("layout").get(key))
+    key: name
+    for key in Layout.__dataclass_fields__
+    if (name := settings_by_trait("layout").get(key))
 }
 # Settings that the plan may use to save memory if they are `auto`. If a run does not fit, a change
 # of each to `auto` is tried in this order.

@@ -1,4 +1,4 @@
-"""The list of checks, in stages. docs/preflight.md explains them in this order."""
+"""The stages of a preflight and the checks of each, in the order of docs/preflight.md."""
 
 from dataclasses import dataclass
 
@@ -21,9 +21,10 @@ from pipeline.preflight.software import LIBRARIES, PROCESS_GROUP, QUANTISATION, 
 
 @dataclass(frozen=True)
 class Stage:
-    """Checks whose results are gathered together.
+    """Checks whose results rank 0 gathers in one collective.
 
-    The stage is skipped if a check of `requires` has failed, because the stage would fail or hang.
+    The stage is skipped if a check of `requires` has failed, because its probes would fail or hang.
+    It is also skipped if `needs_several_ranks` is true and there is one process.
     """
 
     checks: tuple[Check, ...]
@@ -31,25 +32,25 @@ class Stage:
     needs_several_ranks: bool = False
 
 
-# Training runs this stage too. It needs neither torch nor communication between ranks.
+# Training also runs this stage at its start. Its probes need neither torch nor other ranks.
 BEFORE_TORCH = Stage(
     (
         SETTINGS, RANKS, VERSIONS, PORT, NETWORK, GPUS, DRIVERS, PLAN, GPU_MEMORY, HOST_MEMORY,
         SHARED_MEMORY, MODEL, BASE, DISK,
     )
 )  # fmt: skip
-_PLANNED = (SETTINGS, PLAN)
-_CONNECTED = (*_PLANNED, VERSIONS, RANKS, GPUS, NETWORK, LIBRARIES)
+_FOR_ANY_PLAN = (SETTINGS, PLAN)
+_FOR_PROCESS_GROUP = (*_FOR_ANY_PLAN, VERSIONS, RANKS, GPUS, NETWORK, LIBRARIES)
 STAGES = [
     BEFORE_TORCH,
-    # The ranks communicate over the key-value store.
-    Stage((CLOCK, RUN_FOLDER, PREPARED_DATA), requires=_PLANNED),
-    Stage((TOKENIZER, ROWS), requires=(*_PLANNED, VERSIONS, MODEL)),
-    Stage((LIBRARIES, QUANTISATION, MATRIX_PRODUCT), requires=(*_PLANNED, VERSIONS, GPUS)),
-    Stage((PROCESS_GROUP,), requires=_CONNECTED, needs_several_ranks=True),
+    # The probes of this stage communicate over the TCP key-value store, without a process group.
+    Stage((CLOCK, RUN_FOLDER, PREPARED_DATA), requires=_FOR_ANY_PLAN),
+    Stage((TOKENIZER, ROWS), requires=(*_FOR_ANY_PLAN, VERSIONS, MODEL)),
+    Stage((LIBRARIES, QUANTISATION, MATRIX_PRODUCT), requires=(*_FOR_ANY_PLAN, VERSIONS, GPUS)),
+    Stage((PROCESS_GROUP,), requires=_FOR_PROCESS_GROUP, needs_several_ranks=True),
     Stage(
         (ALL_REDUCE, LINKS, ALL_TO_ALL),
-        requires=(*_CONNECTED, PROCESS_GROUP),
+        requires=(*_FOR_PROCESS_GROUP, PROCESS_GROUP),
         needs_several_ranks=True,
     ),
 ]

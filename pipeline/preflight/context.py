@@ -1,4 +1,7 @@
-"""RankContext: the input of a probe, with the settings, plan, devices and session of one rank."""
+"""`RankContext`: what the probe of a preflight check gets on one rank.
+
+It holds the rank's settings, plan, devices, and session, which is its connection to other ranks.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,11 +21,12 @@ from pipeline.plan.plan import Plan, plan_run
 class RankContext:
     """The input of a probe: the run to check, as read by one rank.
 
-    `problems`: error messages that explain why `settings` or `plan` is None. `beat`: called with
-    the name of the next phase, for the watchdog. `missing_gpus`: environment variable with its
-    value, such as `CUDA_VISIBLE_DEVICES=0`, that assigns GPUs to this process although the driver
-    detects none (devices.py). `is_training`: whether this is the check at the start of training.
-    Then a single process probes only its first GPU; launch/preflight.py probes all GPUs.
+    `problems`: the error message under "settings" or "plan" that explains why that field is None.
+    `beat`: called with the name of the next phase. It is the heartbeat that the watchdog observes.
+    `missing_gpus`: an environment variable with its value, such as `CUDA_VISIBLE_DEVICES=0`, that
+    assigns GPUs to this process although the driver detects none. `is_training`: whether this is
+    the check at the start of training. A single process then probes only its first GPU; in
+    launch/preflight.py it probes all GPUs.
     """
 
     placement: Placement
@@ -38,9 +42,9 @@ class RankContext:
     def with_run(self, run_file: Path, overrides: Sequence[str]) -> Self:
         """A copy with the settings and the plan of a run file.
 
-        An error is recorded in `problems` and not raised: ranks may read different files, and the
-        ranks without an error would wait for this one. Without a launcher, the plan is for all
-        devices of this node, as if `deepspeed` had started the run.
+        An error is recorded in `problems` instead of raised. If it were raised on one rank (each
+        node may have its own file), the other ranks would wait for that rank. Without a launcher,
+        the plan is for all devices of this node, as if `deepspeed` had started the run.
         """
         is_single = self.placement.world_size == 1
         ranks = self.hardware.devices_per_node if is_single else self.placement.local_size
@@ -72,10 +76,10 @@ class RankContext:
 
     @property
     def model_folder(self) -> Path:
-        """The folder of the base."""
+        """The folder of the base model."""
         return self.known_settings.model_folder
 
     @property
-    def folder(self) -> Path:
+    def run_folder(self) -> Path:
         """The run folder."""
         return Path(self.known_settings.output_dir)

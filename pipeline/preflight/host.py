@@ -1,4 +1,4 @@
-"""Checks of a node: memory, disk, clock, and the run folder that all nodes share. No torch."""
+"""Checks of a node, without torch: memory, disk, clock, and the run folder that all nodes share."""
 
 import os
 import shutil
@@ -13,17 +13,19 @@ from pipeline.cluster.host_memory import host_memory
 from pipeline.errors import UserError
 from pipeline.files import closest_existing, write_text
 from pipeline.plan.cost.memory import disk_bytes
-from pipeline.preflight.check import Check, Finding, ProbeResults, fail, in_units, ok, warn
+from pipeline.preflight.check import Check, Finding, ProbeResults, fail, format_bytes, ok, warn
 from pipeline.preflight.context import RankContext
 
 _MIB = 2**20
 _SHARED_MEMORY = Path("/dev/shm")  # used by NCCL and by DataLoader workers
 _MIN_SHARED_BYTES = 2**30  # a container's default of 64 MiB is too small for both
-# Seconds between the clocks of two nodes. A start considers the owner of a run folder dead if its
-# heartbeat is older than 60 s by the clock of this node (train/owner.py).
-_MAX_SKEW_S, _NOTABLE_SKEW_S = 30.0, 2.0
-# A network file system may cache the attributes of files for up to 60 s (nfs(5): acdirmax). But it
-# asks the server immediately for a name that was never requested before.
+# Limits for the difference of a node's clock to that of rank 0's node. The process that trains in a
+# run folder writes a heartbeat there; another start takes over the folder if the heartbeat is more
+# than 60 s old by the clock of its own node (train/owner.py). So clocks must be closer than that.
+_MAX_SKEW_S, _WARNING_SKEW_S = 30.0, 2.0
+# Time within which a new file must be visible on all nodes. NFS may cache the attributes of known
+# files for up to 60 s (nfs(5): acdirmax), but it asks the server at once for a name that it has
+# never looked up.
 _VISIBLE_WITHIN_S = 10.0
 
 
@@ -44,25 +46,28 @@ def _probe_host_memory(context: RankContext) -> dict[str, Any]:
 def slurm_memory(env: Mapping[str, str]) -> int | None:
     """Bytes of this node's memory that Slurm allocated to the job; None if there is no limit.
 
-    Slurm sets one of the three variables, in MiB (sbatch manual, output environment variables).
+    Slurm sets one of the three variables SLURM_MEM_PER_*, in MiB (sbatch manual, output environment
+    variables). The value 0 means all memory of the node.
     """
-    for name, count in (
+    for name, num_units in (
         ("SLURM_MEM_PER_NODE", "1"),
         ("SLURM_MEM_PER_CPU", env.get("SLURM_CPUS_ON_NODE", "")),
         ("SLURM_MEM_PER_GPU", env.get("SLURM_GPUS_ON_NODE", "")),
     ):
-        mebibytes = env.get(name, "")
-        # 0 means all memory of the node
-        if mebibytes.isdigit() and count.isdigit() and int(mebibytes) > 0:
-            return int(mebibytes) * int(count) * _MIB
+        mib_per_unit = env.get(name, "")
+        if mib_per_unit.isdigit() and num_units.isdigit() and int(mib_per_unit) > 0:
+            return int(mib_per_unit) * int(num_units) * _MIB
     return None
 
 
 def _assess_host_memory(results: ProbeResults) -> Iterable[Finding]:
-    """Too little free memory is only a warning, because part of the plan's number is assumed."""
+    """Fail if a node has less total memory than the plan needs; warn if it has less free memory.
+
+    Too little free memory is only a warning, because the plan's number contains assumptions.
+    """
     is_enough = True
     for rank, memory in results.by_rank.items():
-        need, free, total = (in_units(memory[name]) for name in ("need", "free", "total"))
+        need, free, total = (format_bytes(memory[name]) for name in ("need", "free", "total"))
         limit = f" (limit: {memory['limited_by']})" if memory["limited_by"] else ""
         text = f"{results.hosts[rank]}: {free} of {total} free{limit}, the plan needs {need}"
         if memory["total"] < memory["need"]:
@@ -73,44 +78,45 @@ def _assess_host_memory(results: ProbeResults) -> Iterable[Finding]:
             yield warn(text, "end other processes there, or request more memory (--mem)", [rank])
     if is_enough:
         least = min(results.by_rank.values(), key=lambda memory: memory["free"])
-        free, need = in_units(least["free"]), in_units(least["need"])
+        free, need = format_bytes(least["free"]), format_bytes(least["need"])
         yield ok(f"at least {free} free, the plan needs {need}")
 
 
 def _probe_shared_memory(context: RankContext) -> int | None:
-    """Free bytes of /dev/shm."""
+    """Free bytes of /dev/shm; None if this system has no such folder."""
     del context
     return shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else None
 
 
 def _assess_shared_memory(results: ProbeResults) -> Iterable[Finding]:
-    known = {rank: free for rank, free in results.by_rank.items() if free is not None}
-    short = {rank: free for rank, free in known.items() if free < _MIN_SHARED_BYTES}
-    for rank, free in short.items():
+    free_bytes = {rank: free for rank, free in results.by_rank.items() if free is not None}
+    low = {rank: free for rank, free in free_bytes.items() if free < _MIN_SHARED_BYTES}
+    for rank, free in low.items():
         yield warn(
-            f"{results.hosts[rank]}: /dev/shm has {in_units(free)} free; DataLoader workers or "
+            f"{results.hosts[rank]}: /dev/shm has {format_bytes(free)} free; DataLoader workers or "
             "NCCL may end with a bus error",
             "start the container with --shm-size=1g or more (or --ipc=host)",
             [rank],
         )
-    if known and not short:
-        yield ok(f"/dev/shm has at least {in_units(min(known.values()))} free")
+    if free_bytes and not low:
+        yield ok(f"/dev/shm has at least {format_bytes(min(free_bytes.values()))} free")
 
 
 def _probe_disk(context: RankContext) -> dict[str, int]:
-    """Free bytes on the disk of the run folder, and the bytes that the run will write.
+    """Bytes on the disk of the run folder: free, needed by the run, needed by a merged model.
 
     Raises UserError if the folder is not writable or the disk has too little free space.
     """
-    plan, folder = context.known_plan, context.folder
+    plan, folder = context.known_plan, context.run_folder
     require_writable(folder)
     parent = closest_existing(folder)
     predicted = disk_bytes(plan.shape, plan.settings)
     need = predicted["checkpoints"] + predicted["adapter"]
-    # Checkpoints of an earlier start are part of the prediction and already on the disk. Copies
-    # that a user made have other names; the run does not replace them.
-    for kind in ("step", "best"):
-        files = (folder / "checkpoints").glob(f"{kind}-{8 * '[0-9]'}/*")
+    # The prediction includes the checkpoints that an earlier start of this run has written, such as
+    # step-00000200. The run replaces them, so they need no more space. Copies of checkpoints that a
+    # user made have other names; the run does not replace those.
+    for prefix in ("step", "best"):
+        files = (folder / "checkpoints").glob(f"{prefix}-{8 * '[0-9]'}/*")
         need -= sum(path.stat().st_size for path in files)
     free = shutil.disk_usage(parent).free
     if free < need:
@@ -123,7 +129,7 @@ def _probe_disk(context: RankContext) -> dict[str, int]:
 
 def _assess_disk(results: ProbeResults) -> Iterable[Finding]:
     disk = results.first
-    free, need, merged = (in_units(disk[name]) for name in ("free", "need", "merged"))
+    free, need, merged = (format_bytes(disk[name]) for name in ("free", "need", "merged"))
     if disk["free"] < disk["need"] + disk["merged"]:
         yield warn(
             f"{free} free: enough for the run ({need}), but not for merging afterwards ({merged} "
@@ -143,27 +149,30 @@ def require_writable(folder: Path) -> None:
 
 
 def _probe_clock(context: RankContext) -> float:
-    """Seconds by which this clock is ahead of that of rank 0, plus the latency of a message."""
+    """Seconds by which this node's clock is ahead of rank 0's, plus the latency of a message."""
     session = context.session
-    session.gather_objects(None)  # a barrier, so that all ranks wait when rank 0 reads its clock
-    of_rank_0 = float(session.rank_zero_first(time.time))
-    return 0.0 if session.is_rank_zero else time.time() - of_rank_0
+    # The gather acts as a barrier, so that all ranks wait when rank 0 reads its clock.
+    session.gather_objects(None)
+    rank_zero_time = float(session.rank_zero_first(time.time))
+    return 0.0 if session.is_rank_zero else time.time() - rank_zero_time
 
 
 def _assess_clock(results: ProbeResults) -> Iterable[Finding]:
     skews = {rank: abs(ahead) for rank, ahead in results.by_rank.items()}
     largest = max(skews.values())
-    if largest < _NOTABLE_SKEW_S:
-        yield ok(f"less than {_NOTABLE_SKEW_S:.0f} s apart")
+    if largest < _WARNING_SKEW_S:
+        yield ok(f"less than {_WARNING_SKEW_S:.0f} s apart")
         return
-    ranks = [rank for rank, skew in skews.items() if skew >= _NOTABLE_SKEW_S]
-    text = f"{results.where(ranks)}: clocks differ from that of rank 0 by up to {largest:.0f} s"
+    ranks = [rank for rank, skew in skews.items() if skew >= _WARNING_SKEW_S]
+    text = (
+        f"{results.name_ranks(ranks)}: clocks differ from that of rank 0 by up to {largest:.0f} s"
+    )
     remedy = "synchronise the clocks (chronyd, or the administrator)"
     if largest < _MAX_SKEW_S:
         yield warn(text, remedy, ranks)
     else:
         yield fail(
-            f"{text}; a start would consider a running owner of the run folder dead", remedy, ranks
+            f"{text}; a second start in the run folder would consider this run dead", remedy, ranks
         )
 
 
@@ -174,11 +183,13 @@ def _probe_run_folder(context: RankContext) -> dict[str, Any]:
     on all ranks if rank 0 cannot write there.
     """
     session, token = context.session, uuid.uuid4().hex
-    written = session.rank_zero_first(lambda: _write_probe_file(context.folder, token))
+    # Every rank makes a token, but all get the path and the token of rank 0.
+    written = session.rank_zero_first(lambda: _write_probe_file(context.run_folder, token))
     path = Path(written["path"])
     is_visible = _is_visible(path, written["token"])
     context.beat("run folder, after reading")
-    session.gather_objects(None)  # a barrier, so that rank 0 removes the file after all have read
+    # The gather acts as a barrier, so that rank 0 removes the file after all ranks have read it.
+    session.gather_objects(None)
 
     def remove() -> None:
         with suppress(OSError):
@@ -193,8 +204,8 @@ def _assess_run_folder(results: ProbeResults) -> Iterable[Finding]:
     folder = results.first["folder"]
     if cannot_read:
         yield fail(
-            f"{results.where(cannot_read)}: a file that rank 0 wrote in {folder} was not visible "
-            f"within {_VISIBLE_WITHIN_S:.0f} s",
+            f"{results.name_ranks(cannot_read)}: a file that rank 0 wrote in {folder} was not "
+            f"visible within {_VISIBLE_WITHIN_S:.0f} s",
             "put output_dir on a file system that all nodes share",
             cannot_read,
         )
@@ -205,7 +216,7 @@ def _assess_run_folder(results: ProbeResults) -> Iterable[Finding]:
 
 
 def _write_probe_file(folder: Path, token: str) -> dict[str, str]:
-    """Write a file like a checkpoint: to a temporary sibling that is synced and renamed."""
+    """Write a file that contains the token, in the same way as a checkpoint: synced and renamed."""
     require_writable(folder)
     path = closest_existing(folder) / f".preflight-{token}"
     try:
@@ -218,6 +229,7 @@ def _write_probe_file(folder: Path, token: str) -> dict[str, str]:
 
 
 def _is_visible(path: Path, token: str) -> bool:
+    """Wait until the file contains the token; False if it does not within the time limit."""
     end = time.monotonic() + _VISIBLE_WITHIN_S
     while True:
         with suppress(OSError):
@@ -237,6 +249,6 @@ SHARED_MEMORY = Check(
     runs_on="node",
 )  # fmt: skip
 DISK = Check("disk", _probe_disk, _assess_disk, "set another output_dir", runs_on="rank 0")
-# The probes below are collective: every rank calls them, in the same order.
+# The two probes below use collectives, so every rank runs them, in this order.
 CLOCK = Check("clock", _probe_clock, _assess_clock, "check the node's clock")
 RUN_FOLDER = Check("run folder", _probe_run_folder, _assess_run_folder, "set another output_dir")

@@ -1,4 +1,4 @@
-"""Checks of a run's inputs: settings, plan, model, prepared data, tokenizer, rows."""
+"""Checks of a run's inputs: settings, plan, base model, tokenizer, rows and prepared data."""
 
 import json
 import tempfile
@@ -20,8 +20,8 @@ from pipeline.preflight.check import (
     Finding,
     ProbeResults,
     compare,
-    flat,
-    in_units,
+    flatten,
+    format_bytes,
     ok,
     warn,
 )
@@ -29,14 +29,14 @@ from pipeline.preflight.context import RankContext
 
 _SAMPLE_DOCUMENTS = 32
 # Limits on the size of the training data, so that a preflight ends within a minute. Rows are parsed
-# at tens of MB/s. Before prepare tokenises a sample it hashes all data files, at hundreds of MB/s.
+# at tens of MB/s. `prepare_data` hashes all data files at hundreds of MB/s, even for a sample.
 _MAX_PARSED_BYTES = 100 * 10**6
 _MAX_HASHED_BYTES = 2 * 10**9
 
 
 def _probe_settings(context: RankContext) -> dict[str, str]:
     """All settings after overrides and defaults."""
-    return flat(context.known_settings.model_dump(mode="json"))
+    return flatten(context.known_settings.model_dump(mode="json"))
 
 
 def _assess_settings(results: ProbeResults) -> Iterable[Finding]:
@@ -45,16 +45,16 @@ def _assess_settings(results: ProbeResults) -> Iterable[Finding]:
 
 
 def _probe_plan(context: RankContext) -> dict[str, str]:
-    """Layout and DeepSpeed config of the plan."""
+    """Layout (ZeRO stage, batch sizes, dtype and so on) and DeepSpeed config of the plan."""
     plan = context.known_plan
-    return flat({"layout": vars(plan.layout), "deepspeed": dict(plan.deepspeed)})
+    return flatten({"layout": vars(plan.layout), "deepspeed": dict(plan.deepspeed)})
 
 
 def _assess_plan(results: ProbeResults) -> Iterable[Finding]:
-    assert results.plan is not None, "rank 0 has a plan, or the check was skipped"
+    assert results.plan is not None, "the check is skipped if rank 0 has no plan"
     plan, layout = results.plan, results.plan.layout
-    need = in_units(plan.memory.device_need)
-    limit = in_units(plan.hardware.usable_bytes(layout.ranks_per_node))
+    need = format_bytes(plan.memory.device_need)
+    limit = format_bytes(plan.hardware.usable_bytes(layout.ranks_per_node))
     text = (
         f"ZeRO-{layout.zero_stage}, {layout.training_dtype}, global batch "
         f"{layout.global_batch_size} on {layout.nodes} x {layout.ranks_per_node} x "
@@ -77,7 +77,7 @@ def _probe_model(context: RankContext) -> dict[str, Any]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The weight files. Raises UserError if one is missing or incomplete."""
+    """The safetensors files of a model. Raises UserError if one is missing or incomplete."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -99,18 +99,18 @@ def _weight_files(folder: Path) -> list[Path]:
                 f"model: {folder} has no weights (*.safetensors); download the model again"
             )
     for path in files:
-        read_header(path)
+        read_header(path)  # raises UserError if the file is shorter than its header says
     return files
 
 
 def _assess_model(results: ProbeResults) -> Iterable[Finding]:
-    count, size = results.first["files"], in_units(results.first["bytes"])
+    count, size = results.first["files"], format_bytes(results.first["bytes"])
     each = " on each node" if len(results.by_rank) > 1 else ""
     yield ok(f"{count} weight file{'s' * (count > 1)}, {size}, and a tokenizer{each}")
 
 
 def _probe_base(context: RankContext) -> dict[str, str]:
-    """Fingerprint of samples of the weight files. Training computes one from all bytes."""
+    """Fingerprint of a few parts of the weight files. Training computes one from all bytes."""
     return {"base": sampled_fingerprint(context.model_folder)}
 
 
@@ -120,8 +120,11 @@ def _assess_base(results: ProbeResults) -> Iterable[Finding]:
 
 
 def _probe_prepared_data(context: RankContext) -> dict[str, str]:
-    """Key of each prepared split in the run folder; empty if no data is prepared yet."""
-    data = context.folder / "data"
+    """Key of each prepared split ("train", "eval") in the run folder; empty if none is prepared.
+
+    The key is a hash of everything that determines the documents, such as rows and tokenizer.
+    """
+    data = context.run_folder / "data"
     if not (data / INDEX).is_file():
         return {}
     return {name: split.key for name, split in DataIndex.load(data).splits.items()}
@@ -129,13 +132,19 @@ def _probe_prepared_data(context: RankContext) -> dict[str, str]:
 
 def _assess_prepared_data(results: ProbeResults) -> Iterable[Finding]:
     keys = ", ".join(f"{split} {key}" for split, key in results.first.items())
-    not_prepared = "not prepared yet: rank 0 prepares it at the start, or launch/prepare.py earlier"
+    not_prepared = (
+        "not prepared yet: rank 0 prepares the data when training starts, or launch/prepare.py "
+        "prepares it in advance"
+    )
     remedy = "put output_dir on a file system that all nodes share"
     return compare(results, keys or not_prepared, remedy)
 
 
 def _probe_tokenizer(context: RankContext) -> dict[str, Any]:
-    """Size of the tokenizer. Raises UserError if it has more tokens than the base embeddings."""
+    """Number of tokens of the tokenizer, and whether it has a chat template.
+
+    Raises UserError if the tokenizer has more tokens than the model has embeddings.
+    """
     settings, shape = context.known_settings, context.known_plan.shape
     tokenizer = run_tokenizer(settings)
     if len(tokenizer) > shape.vocab_size:
@@ -158,25 +167,31 @@ def _probe_rows(context: RankContext) -> dict[str, Any]:
     Raises UserError if prepare would refuse the rows or the chat template.
     """
     settings = context.known_settings
-    sizes = [_size_of(source.path) for source in settings.train_sources]
+    sizes = [_size_on_disk(source.path) for source in settings.train_sources]
+    # A hub data set is not a local path, so its size is unknown.
     total = None if None in sizes else sum(size for size in sizes if size)
-    is_complete = total is not None and total <= _MAX_PARSED_BYTES
-    if is_complete:
+    all_rows_parsed = total is not None and total <= _MAX_PARSED_BYTES
+    if all_rows_parsed:
         check_rows(settings)
     documents = tokens = 0
     if total is None or total <= _MAX_HASHED_BYTES:
         with tempfile.TemporaryDirectory(prefix="preflight-") as folder:
             index = prepare_data(settings, Path(folder), _SAMPLE_DOCUMENTS).train
             documents, tokens = index.documents, index.supervised_tokens
-    return {"is_complete": is_complete, "documents": documents, "supervised": tokens}
+    return {
+        "all_rows_parsed": all_rows_parsed,
+        "documents": documents,
+        "supervised_tokens": tokens,
+    }
 
 
 def _assess_rows(results: ProbeResults) -> Iterable[Finding]:
     rows = results.first
     sample = (
-        f"the first {rows['documents']} documents have {rows['supervised']:,} supervised tokens"
+        f"the first {rows['documents']} documents have {rows['supervised_tokens']:,} supervised "
+        "tokens"
     )
-    if rows["is_complete"]:
+    if rows["all_rows_parsed"]:
         yield ok(f"every row can be read; {sample}")
     else:
         tokenised = sample if rows["documents"] else "no document was tokenised"
@@ -186,12 +201,14 @@ def _assess_rows(results: ProbeResults) -> Iterable[Finding]:
         )
 
 
-def _size_of(name: str) -> int | None:
+def _size_on_disk(name: str) -> int | None:
     """Bytes of a file, a folder or the matches of a glob pattern; None if nothing matches."""
-    # Not Path.glob: a pattern may be absolute.
+    # Path.glob refuses absolute patterns.
     matches = [path for path in map(Path, glob(name)) if path.exists()]  # noqa: PTH207
+    if not matches:
+        return None
     files = [file for path in matches for file in (path.rglob("*") if path.is_dir() else [path])]
-    return sum(file.stat().st_size for file in files if file.is_file()) if matches else None
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 SETTINGS = Check(

@@ -1,4 +1,4 @@
-"""Checks of the network: placement of ranks, rendezvous port, interface, InfiniBand. No torch."""
+"""Checks of the network, without torch: ranks on hosts, rendezvous port, interface, InfiniBand."""
 
 import os
 import socket
@@ -13,46 +13,46 @@ from pipeline.errors import UserError
 from pipeline.preflight.check import Check, Finding, ProbeResults, fail, ok, warn
 from pipeline.preflight.context import RankContext
 
-_INTERFACE_NAMES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+_INTERFACE_VARIABLES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 _INFINIBAND = Path("/sys/class/infiniband")
-# Mb/s. On slower networks even the reduction of adapter gradients takes noticeable time
-# (docs/speed.md).
-_SLOW_MBIT = 10_000
+# On slower networks even the reduction of adapter gradients takes noticeable time (docs/speed.md).
+_MIN_MBIT_PER_S = 10_000
 
 
 def _probe_ranks(context: RankContext) -> dict[str, Any]:
-    """Launcher, node and local rank of this rank."""
-    place = context.placement
+    """Name of the launcher, and index of the node to which it assigned this rank."""
+    placement = context.placement
     return {
-        "launcher": place.launcher,
-        "node": place.rank // place.local_size,
-        "nodes": place.nodes,
-        "local_rank": place.local_rank,
+        "launcher": placement.launcher,
+        "node": placement.rank // placement.local_size,
     }
 
 
 def _assess_ranks(results: ProbeResults) -> Iterable[Finding]:
-    hosts: dict[int, set[str]] = {}
+    """Compare the nodes of the launcher's numbering with the host names of the ranks."""
+    hosts_by_node: dict[int, set[str]] = {}
     for rank, result in results.by_rank.items():
-        hosts.setdefault(result["node"], set()).add(results.hosts[rank])
-    for node, names in hosts.items():
-        if len(names) > 1:
+        hosts_by_node.setdefault(result["node"], set()).add(results.hosts[rank])
+    for node, hosts in hosts_by_node.items():
+        if len(hosts) > 1:
             yield fail(
                 f"the launcher assigned ranks of one node (number {node}) to several hosts: "
-                f"{', '.join(sorted(names))}",
+                f"{', '.join(sorted(hosts))}",
                 "start the same number of ranks on every node",
             )
             return
-    num_names = len({name for names in hosts.values() for name in names})
-    if num_names < len(hosts):
+    num_hosts = len(set[str]().union(*hosts_by_node.values()))
+    if num_hosts < len(hosts_by_node):
         yield warn(
-            f"the plan is for {len(hosts)} nodes, but the ranks run on {num_names} hosts",
-            "check the hostfile or the node list, unless you started several per host on purpose",
+            f"the plan is for {len(hosts_by_node)} nodes, but the ranks run on {num_hosts} hosts",
+            "check the hostfile or the node list, unless you started several nodes per host on "
+            "purpose",
         )
         return
-    count = len(results.hosts)
-    listed = ", ".join(dict.fromkeys(results.hosts))
-    yield ok(f"{count} rank{'s' * (count > 1)} on {listed} ({results.first['launcher']})")
+    num_ranks = len(results.hosts)
+    host_names = ", ".join(dict.fromkeys(results.hosts))
+    plural = "s" if num_ranks > 1 else ""
+    yield ok(f"{num_ranks} rank{plural} on {host_names} ({results.first['launcher']})")
 
 
 def _probe_port(context: RankContext) -> str:
@@ -85,13 +85,14 @@ def _assess_port(results: ProbeResults) -> Iterable[Finding]:
 
 
 def _probe_network(context: RankContext) -> dict[str, Any]:
-    """The interface that leads to rank 0's node, missing interfaces, and InfiniBand ports.
+    """The interface through which this node reaches rank 0's node, and its InfiniBand ports.
 
-    Raises UserError if this node cannot resolve MASTER_ADDR.
+    Also the interfaces that environment variables name and that do not exist. Raises UserError if
+    this node cannot resolve MASTER_ADDR.
     """
     address = context.placement.master_addr
     try:
-        socket.getaddrinfo(address or None, 9)
+        socket.getaddrinfo(address or None, 9)  # any port; only the address is resolved
     except OSError as error:
         raise UserError(
             f"MASTER_ADDR={address}: {error.strerror}; set it to a name or an address that "
@@ -110,54 +111,63 @@ def _probe_network(context: RankContext) -> dict[str, Any]:
 
 
 def missing_interfaces(env: Mapping[str, str], existing: list[str]) -> dict[str, str]:
-    """The environment variables, with values, that name only interfaces that do not exist.
+    """Environment variables that name only interfaces that do not exist, with their values.
 
-    NCCL's variable is a list of prefixes; after `=` it is a list of exact names, after `^` a list
-    of exclusions (NCCL documentation, environment variables). Gloo's is a list of exact names.
+    Gloo's variable is a list of interface names, separated by commas. NCCL's variable is a list of
+    prefixes, or, if it begins with `=`, of names, or, if it begins with `^`, of interfaces to avoid
+    (NCCL documentation, environment variables). `existing`: names of this node's interfaces.
     """
     missing = {}
-    for key in _INTERFACE_NAMES:
-        value = env.get(key, "")
+    for variable in _INTERFACE_VARIABLES:
+        value = env.get(variable, "")
         if not value or value.startswith("^"):
             continue
-        is_exact = value.startswith("=") or key.startswith("GLOO")
-        names = [name.strip() for name in value.lstrip("=").split(",") if name.strip()]
-        if not any(e == n if is_exact else e.startswith(n) for n in names for e in existing):
-            missing[key] = value
+        names = tuple(name.strip() for name in value.lstrip("=").split(",") if name.strip())
+        if value.startswith("=") or variable.startswith("GLOO"):
+            exists = any(interface in names for interface in existing)
+        else:
+            exists = any(interface.startswith(names) for interface in existing)
+        if not exists:
+            missing[variable] = value
     return missing
 
 
 def infiniband_ports(folder: Path) -> dict[str, str]:
-    """State of each port of each InfiniBand adapter as the kernel reports it, such as `ACTIVE`."""
-    return {
-        f"{path.parents[2].name}:{path.parent.name}": path.read_text().strip().partition(": ")[2]
-        for path in sorted(folder.glob("*/ports/*/state"))
-    }
+    """State of each port of each InfiniBand adapter, e.g. {"mlx5_0:1": "ACTIVE"}.
+
+    `folder`: /sys/class/infiniband, with files such as mlx5_0/ports/1/state: `4: ACTIVE`.
+    """
+    states = {}
+    for path in sorted(folder.glob("*/ports/*/state")):
+        adapter, port = path.parents[2].name, path.parent.name
+        states[f"{adapter}:{port}"] = path.read_text().strip().partition(": ")[2]
+    return states
 
 
 def _assess_network(results: ProbeResults) -> Iterable[Finding]:
-    findings = [f for rank in results.by_rank for f in _assess_node(results, rank)]
+    findings = [finding for rank in results.by_rank for finding in _assess_node(results, rank)]
     if findings:
         yield from findings
         return
     # Rank 0's node reaches itself through the loopback, so another node's interface is shown.
-    remote = [result for result in results.by_rank.values() if result["interface"]]
-    network = remote[0] if remote else results.first
-    active = sum(state == "ACTIVE" for state in network["infiniband"].values())
-    fabric = f", InfiniBand: {active} active ports" if active else ""
+    other_nodes = [result for result in results.by_rank.values() if result["interface"]]
+    network = other_nodes[0] if other_nodes else results.first
+    num_active = sum(state == "ACTIVE" for state in network["infiniband"].values())
+    infiniband = f", InfiniBand: {num_active} active ports" if num_active else ""
     if not network["master"]:
-        yield ok(f"the address of rank 0's node is known after the rendezvous{fabric}")
+        yield ok(f"the address of rank 0's node is known after the rendezvous{infiniband}")
         return
     speed = f" ({network['mbit']:,} Mb/s)" if network["mbit"] > 0 else ""
     interface = network["interface"] or "the loopback"
-    yield ok(f"{network['master']} is reached through {interface}{speed}{fabric}")
+    yield ok(f"{network['master']} is reached through {interface}{speed}{infiniband}")
 
 
 def _assess_node(results: ProbeResults, rank: int) -> Iterable[Finding]:
+    """Problems of the node on which this rank runs."""
     host, network = results.hosts[rank], results.by_rank[rank]
-    for key, value in network["missing"].items():
+    for variable, value in network["missing"].items():
         yield fail(
-            f"{host}: {key}={value}, but this interface does not exist",
+            f"{host}: {variable}={value}, but this interface does not exist",
             "name an interface that `ip link` lists, or unset the variable",
             [rank],
         )
@@ -165,14 +175,16 @@ def _assess_node(results: ProbeResults, rank: int) -> Iterable[Finding]:
         return
     address, ports = network["master"], network["infiniband"]
     is_loopback = address.startswith("127.") or address == "localhost"
-    is_other_host = address and host != results.hosts[0]
-    if is_loopback or (is_other_host and network["interface"] is None):
+    if address and host != results.hosts[0] and network["interface"] is None:
+        is_loopback = True  # the name resolves to this node, although rank 0 is on another
+    is_slow = network["is_cuda"] and 0 < network["mbit"] < _MIN_MBIT_PER_S
+    if is_loopback:
         yield fail(
             f"{host}: MASTER_ADDR={address} is this node's own loopback",
             "set it to the name or address of the first node",
             [rank],
         )
-    elif network["is_cuda"] and 0 < network["mbit"] < _SLOW_MBIT and "ACTIVE" not in ports.values():
+    elif is_slow and "ACTIVE" not in ports.values():
         yield warn(
             f"{host}: {network['interface']} has {network['mbit']:,} Mb/s and no InfiniBand port "
             "is active",

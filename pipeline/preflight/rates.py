@@ -1,9 +1,11 @@
-"""Checks that compare measured rates of devices and links with each other and with the plan.
+"""Checks of speed: matrix products on each device, and communication between ranks.
 
-The thresholds below are assumptions: these checks have not been measured on a GPU.
+Measured rates are compared with the plan's rates and with the median over devices or links. The
+thresholds below are assumptions: these checks have not been measured on a GPU.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from statistics import median
@@ -13,23 +15,24 @@ from pipeline.plan.cost.speed import reachable_rates
 from pipeline.plan.given.fast_paths import FP32_KERNELS
 from pipeline.preflight.check import Check, Finding, ProbeResults, ok, warn
 from pipeline.preflight.context import RankContext
-from pipeline.preflight.gpus import own_devices
+from pipeline.preflight.gpus import used_gpu_indices
 
 if TYPE_CHECKING:
     import torch
 
-# Warn below this fraction of the planned rate. Only for GPUs: the planned rate of a CPU is rough,
-# so CPU ranks are only compared with each other.
+# Fractions below which a rate causes a warning.
+# Of the planned rate. This applies only to GPUs, because the plan's rate for a CPU is rough.
 _MIN_OF_PLAN = 0.5
-# Warn below this fraction of the median over devices: GPUs of one kind differ by a few percent,
-# ranks that share CPU cores by more.
+# Of the median over devices. GPUs of one model differ by a few percent; ranks that share CPU cores
+# differ by more.
 _MIN_OF_MEDIAN = {"cuda": 0.85, "cpu": 0.4}
-# Warn below this fraction of the rate expected for a link.
-_MIN_OF_LINKS = 0.5
+# Of the expected rate of a link between two ranks.
+_MIN_OF_LINK = 0.5
 _TERA, _GIGA = 1e12, 1e9
 # A CPU is much faster in one dtype than in the other above this ratio of the rates.
 _MUCH_FASTER = 1.3
-# Matrix width and bytes sent: large enough to saturate a device or a link, small enough to be fast.
+# Matrix width and message size: large enough to saturate a device or a link, small enough for a
+# measurement of seconds.
 _WIDTH = {"cuda": 8192, "cpu": 768}
 _SENT_BYTES = {"cuda": 2**26, "cpu": 2**22}
 _NUM_WARM_UPS, _NUM_REPEATS = 2, 5
@@ -69,22 +72,23 @@ def _product_rate(device: "torch.device", dtype: "torch.dtype") -> float:
 
 def _assess_product(results: ProbeResults) -> Iterable[Finding]:
     kind, planned = results.first["kind"], results.first["planned"]
-    slowest = {rank: min(result["rates"]) for rank, result in results.by_rank.items()}
-    middle = median(rate for result in results.by_rank.values() for rate in result["rates"])
-    text = f"{middle / _TERA:.3g} TFLOPS, planned {planned / _TERA:.3g}"
-    slow = [rank for rank, rate in slowest.items() if rate < _MIN_OF_MEDIAN[kind] * middle]
-    if slow:
-        worst = min(slowest.values())
+    slowest_by_rank = {rank: min(result["rates"]) for rank, result in results.by_rank.items()}
+    median_rate = median(rate for result in results.by_rank.values() for rate in result["rates"])
+    text = f"{median_rate / _TERA:.3g} TFLOPS, planned {planned / _TERA:.3g}"
+    threshold = _MIN_OF_MEDIAN[kind] * median_rate
+    slow_ranks = [rank for rank, rate in slowest_by_rank.items() if rate < threshold]
+    if slow_ranks:
+        lowest = min(slowest_by_rank.values())
         yield warn(
-            f"{results.where(slow)}: only {worst / _TERA:.3g} TFLOPS, but the median is "
-            f"{middle / _TERA:.3g} TFLOPS; every step waits for the slowest device",
+            f"{results.name_ranks(slow_ranks)}: only {lowest / _TERA:.3g} TFLOPS, but the median "
+            f"is {median_rate / _TERA:.3g} TFLOPS; every step waits for the slowest device",
             "check temperature, power limits and other processes (nvidia-smi -q -d PERFORMANCE; "
             "top)",
-            slow,
+            slow_ranks,
         )
-    if kind == "cuda" and middle < _MIN_OF_PLAN * planned:
+    if kind == "cuda" and median_rate < _MIN_OF_PLAN * planned:
         yield warn(text, "check power limits (nvidia-smi -q); steps will be slower than planned")
-    elif not slow:
+    elif not slow_ranks:
         yield _slower_dtype(results) or ok(text)
 
 
@@ -109,11 +113,14 @@ def _slower_dtype(results: ProbeResults) -> Finding | None:
 
 
 def _probe_all_reduce(context: RankContext) -> dict[str, Any]:
-    """Bytes/s over each link in an all-reduce over all ranks, if it is a ring. Collective."""
+    """Bytes/s over each link in an all-reduce over all ranks. Collective.
+
+    NCCL and gloo choose the algorithm; the rate is computed as if they had chosen a ring.
+    """
     import torch
 
     plan, kind, device = context.known_plan, context.hardware.kind, context.session.device
-    values = torch.zeros(_SENT_BYTES[kind] // 4, device=device)
+    values = torch.zeros(_SENT_BYTES[kind] // 4, device=device)  # fp32, 4 bytes each
     seconds = _median_seconds(lambda: context.session.add_over_ranks(values), device)
     return {
         "kind": kind,
@@ -123,9 +130,9 @@ def _probe_all_reduce(context: RankContext) -> dict[str, Any]:
 
 
 def ring_rate(ranks: int, num_bytes: int, seconds: float) -> float:
-    """Bytes/s over each link of a ring all-reduce.
+    """Bytes/s over each link of a ring all-reduce of `num_bytes` bytes.
 
-    With W ranks, each link carries 2 (W - 1) / W of the bytes.
+    With W ranks, each link carries 2 (W - 1) / W times `num_bytes`.
     """
     return 2 * (ranks - 1) / ranks * num_bytes / seconds
 
@@ -133,7 +140,8 @@ def ring_rate(ranks: int, num_bytes: int, seconds: float) -> float:
 def _probe_all_to_all(context: RankContext) -> dict[str, Any]:
     """Bytes/s that this rank sends in an all-to-all of its sequence-parallel group. Collective.
 
-    Raises RuntimeError if the ranks receive other values than were sent.
+    The result has only "size" if the run uses no sequence parallelism. Raises RuntimeError if the
+    ranks receive other values than were sent.
     """
     import torch
 
@@ -141,6 +149,7 @@ def _probe_all_to_all(context: RankContext) -> dict[str, Any]:
     group = context.session.sequence_group(plan.layout.sequence_parallel_size)
     if group is None:
         return {"size": 1}
+    # Row i goes to rank i of the group; all values are the sender's index in the group.
     sent = torch.full(
         (group.size, _SENT_BYTES[kind] // 4 // group.size), float(group.place), device=device
     )
@@ -166,7 +175,7 @@ def _assess_all_to_all(results: ProbeResults) -> Iterable[Finding]:
 
 
 def _assess_rate(results: ProbeResults) -> Iterable[Finding]:
-    """Compare the lowest rate of a rank with the planned rate."""
+    """Compare the rate of the slowest rank with the planned rate."""
     planned = results.first["planned"]
     rate = min(result["rate"] for result in results.by_rank.values())
     text = f"{rate / _GIGA:.3g} GB/s in each direction, planned {planned / _GIGA:.3g}"
@@ -184,19 +193,21 @@ def _probe_links(context: RankContext) -> dict[str, Any]:
     """Bytes/s in each direction between this rank and each of its neighbours. Collective."""
     import torch
 
-    place, kind, device = context.placement, context.hardware.kind, context.session.device
+    placement, kind, device = context.placement, context.hardware.kind, context.session.device
+    rank, local_size = placement.rank, placement.local_size
     sent = torch.zeros(_SENT_BYTES[kind] // 4, device=device)
     received, links = torch.empty_like(sent), {}
     plan = context.known_plan
-    ring = reachable_rates(plan.layout, plan.hardware).ring
-    for other in neighbours(place.rank, place.world_size, place.local_size):
+    planned_rate = reachable_rates(plan.layout, plan.hardware).ring
+    for other in neighbours(rank, placement.world_size, local_size):
 
         def swap(other: int = other) -> None:
             context.session.swap_with(other, sent, received)
 
         rate = _SENT_BYTES[kind] / _median_seconds(swap, device)
-        is_local = other // place.local_size == place.rank // place.local_size
-        planned = None if is_local or kind == "cpu" else ring
+        is_local = other // local_size == rank // local_size
+        # The planned rate is that of the network between nodes.
+        planned = None if is_local or kind == "cpu" else planned_rate
         links[str(other)] = {"rate": rate, "is_local": is_local, "planned": planned}
     return links
 
@@ -204,23 +215,27 @@ def _probe_links(context: RankContext) -> dict[str, Any]:
 def neighbours(rank: int, world_size: int, local_size: int) -> list[int]:
     """The ranks with which a rank exchanges data, in the order of the exchanges.
 
-    All ranks exchange at the same time, in up to four passes. Within a node the pairs are 0-1, 2-3,
-    ..., then 1-2, 3-4, ... The nodes are paired in the same way, and each rank exchanges with the
-    same local rank of the other node, so that all network cards are used.
+    All ranks exchange at the same time, in up to four passes. The first two passes pair the local
+    ranks of each node: 0-1, 2-3, ..., then 1-2, 3-4, ... The last two passes pair the nodes in the
+    same way. There each rank exchanges with the same local rank of the other node, so that all
+    network cards are used.
     """
-    node, local = divmod(rank, local_size)
-    in_node = [node * local_size + other for other in _partners(local, local_size)]
-    on_others = [other * local_size + local for other in _partners(node, world_size // local_size)]
-    return in_node + on_others
+    node, local_rank = divmod(rank, local_size)
+    num_nodes = world_size // local_size
+    same_node = [node * local_size + other for other in _partners(local_rank, local_size)]
+    other_nodes = [other * local_size + local_rank for other in _partners(node, num_nodes)]
+    return same_node + other_nodes
 
 
-def _partners(number: int, count: int) -> list[int]:
-    pairs = (number ^ 1, number - 1 if number % 2 == 0 else number + 1)
+def _partners(index: int, count: int) -> list[int]:
+    """Up to two neighbours of an index below `count`: first in 0-1, 2-3, ..., then in 1-2, ..."""
+    is_even = index % 2 == 0
+    pairs = (index + 1, index - 1) if is_even else (index - 1, index + 1)
     return [other for other in pairs if 0 <= other < count]
 
 
 def _assess_links(results: ProbeResults) -> Iterable[Finding]:
-    """Compare each link with the median of its kind and with the plan.
+    """Compare each link with the plan and with the median of the links within or between nodes.
 
     If a rank has two slow links, the finding names only this rank: it is the likely cause.
     """
@@ -228,28 +243,28 @@ def _assess_links(results: ProbeResults) -> Iterable[Finding]:
         (rank, int(other)): link
         for rank, result in results.by_rank.items()
         for other, link in result.items()
-        if rank < int(other)
+        if rank < int(other)  # both ranks of a pair have measured the link
     }
     medians, slow = [], dict[tuple[int, int], str]()
     for is_local, name in ((True, "within nodes"), (False, "between nodes")):
-        same_kind = {pair: link for pair, link in links.items() if link["is_local"] is is_local}
-        if not same_kind:
+        group = {pair: link for pair, link in links.items() if link["is_local"] is is_local}
+        if not group:
             continue
-        middle = median(link["rate"] for link in same_kind.values())
-        medians.append(f"{name} {middle / _GIGA:.3g} GB/s")
-        for (rank, other), link in same_kind.items():
-            rate, expected = link["rate"], max(middle, link["planned"] or 0.0)
-            if rate < _MIN_OF_LINKS * expected:
+        median_rate = median(link["rate"] for link in group.values())
+        medians.append(f"{name} {median_rate / _GIGA:.3g} GB/s")
+        for (rank, other), link in group.items():
+            rate, expected = link["rate"], max(median_rate, link["planned"] or 0.0)
+            if rate < _MIN_OF_LINK * expected:
                 text = f"{rank}-{other} {rate / _GIGA:.3g} of {expected / _GIGA:.3g} GB/s"
                 slow[rank, other] = text
     if not slow:
         yield ok(", ".join(medians))
         return
-    ends = [rank for pair in slow for rank in pair]
-    with_two_slow_links = sorted({rank for rank in ends if ends.count(rank) > 1})
-    ranks = with_two_slow_links or sorted(set(ends))
+    num_slow_links = Counter(rank for pair in slow for rank in pair)
+    with_two = [rank for rank, num_slow in num_slow_links.items() if num_slow > 1]
+    ranks = sorted(with_two or num_slow_links)
     yield warn(
-        f"{results.where(ranks)}: slow links {', '.join(slow.values())}",
+        f"{results.name_ranks(ranks)}: slow links {', '.join(slow.values())}",
         "check the card, cable and slot (nvidia-smi topo -m, ibstat), or exclude the node",
         ranks,
     )
@@ -261,15 +276,15 @@ def devices_of(context: RankContext) -> "list[torch.device]":
 
     if context.hardware.kind == "cpu":
         return [torch.device("cpu")]
-    return [torch.device("cuda", i) for i in own_devices(context, torch.cuda.device_count())]
+    return [torch.device("cuda", i) for i in used_gpu_indices(context, torch.cuda.device_count())]
 
 
-def _median_seconds(work: Callable[[], object], device: "torch.device") -> float:
+def _median_seconds(function: Callable[[], object], device: "torch.device") -> float:
     """Median time of several calls, each synchronised with the device, after warm-up calls."""
     seconds = []
     for _ in range(_NUM_WARM_UPS + _NUM_REPEATS):
         start = time.perf_counter()
-        work()
+        function()
         if device.type == "cuda":
             import torch
 

@@ -1,4 +1,4 @@
-"""The report of a preflight, as text and as JSON. Pure."""
+"""The report of a preflight: findings of the checks by name, as text and as JSON."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,7 +25,8 @@ _REQUIRED = ("settings", "plan")  # checks on which most other checks depend
 class Report:
     """The report of a preflight.
 
-    `findings`: by name of the check. `skipped`: why a check has no findings, by its name.
+    `findings`: name of a check -> its findings. `skipped`: name of a check -> reason why it has no
+    findings.
     """
 
     findings: dict[str, list[Finding]] = field(default_factory=dict)
@@ -41,7 +42,9 @@ class Report:
         """Assess the results of all ranks, `results[rank][check name]`, and add the findings."""
         for check in checks:
             by_rank = {
-                r: named[check.name] for r, named in enumerate(results) if check.name in named
+                rank: rank_results[check.name]
+                for rank, rank_results in enumerate(results)
+                if check.name in rank_results
             }
             if not by_rank:  # no rank could run the probe: it needs settings or a plan
                 failed = [name for name in _REQUIRED if self.level_of(name) == "fail"]
@@ -69,22 +72,25 @@ class Report:
 
     def text(self) -> str:
         """The report as text: findings with remedies, skipped checks, and a summary."""
-        lines = [line for name, values in self.findings.items() for line in _lines(name, values)]
-        reasons: dict[str, list[str]] = {}
+        lines = [
+            line for name, findings in self.findings.items() for line in _lines(name, findings)
+        ]
+        skipped_by_reason: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
-            reasons.setdefault(reason, []).append(name)
-        lines += [f"not checked  {', '.join(names)}: {why}" for why, names in reasons.items()]
+            skipped_by_reason.setdefault(reason, []).append(name)
+        for reason, names in skipped_by_reason.items():
+            lines.append(f"not checked  {', '.join(names)}: {reason}")
         total = len(self.findings)
         if failed := self.failed():
             lines.append(f"{len(failed)} of {total} checks failed: {', '.join(failed)}")
         else:
             warned = [name for name in self.findings if self.level_of(name) == "warn"]
-            rest = f", {len(warned)} with a warning: {', '.join(warned)}" if warned else ""
-            lines.append(f"{total} checks passed{rest}")
+            warnings = f", {len(warned)} with a warning: {', '.join(warned)}" if warned else ""
+            lines.append(f"{total} checks passed{warnings}")
         return "\n".join(lines)
 
     def as_json(self, hosts: Sequence[str]) -> dict[str, Any]:
-        """The report as JSON; a finding without ranks concerns all ranks."""
+        """The report as JSON data; a finding without ranks concerns all ranks."""
         return {
             "level": self.level,
             "hosts": list(hosts),
@@ -98,11 +104,10 @@ class Report:
 
     def warnings(self) -> list[str]:
         """The lines of findings with level warn or fail."""
-        return [
-            line
-            for name, findings in self.findings.items()
-            for line in _lines(name, [finding for finding in findings if finding.level != "ok"])
-        ]
+        lines = []
+        for name, findings in self.findings.items():
+            lines += _lines(name, [finding for finding in findings if finding.level != "ok"])
+        return lines
 
 
 def _findings_of(check: Check, results: ProbeResults) -> list[Finding]:
@@ -117,20 +122,24 @@ def _findings_of(check: Check, results: ProbeResults) -> list[Finding]:
     findings = []
     for message, ranks in ranks_by_value(errors).items():
         text, remedy = _split_remedy(message)
-        location = "" if len(ranks) == len(results.hosts) else f"{results.where(ranks)}: "
+        location = "" if len(ranks) == len(results.hosts) else f"{results.name_ranks(ranks)}: "
         findings.append(fail(f"{location}{text}", remedy or check.remedy, ranks))
     return findings
 
 
 def _split_remedy(message: str) -> tuple[str, str]:
-    """Fact and remedy of a UserError's message; the remedy is empty if the message has none."""
+    """Fact and remedy of a UserError's message; the remedy is empty if the message has none.
+
+    The remedy is the text after the last semicolon. A message of several lines has a remedy in each
+    line, so it is not split. Errors about settings end with `; found VALUE` instead of a remedy.
+    """
     text, _, remedy = message.rpartition("; ")
-    # Errors about settings end with `; found VALUE` instead of a remedy (config/load.py).
     is_remedy = text and not remedy.startswith("found ") and "\n" not in message
     return (text, remedy) if is_remedy else (message, "")
 
 
 def _lines(name: str, findings: Iterable[Finding]) -> Iterable[str]:
+    """The findings of one check as lines: level, name and text, then the remedy after an arrow."""
     for finding in findings:
         first, *more = finding.text.splitlines()
         yield f"{finding.level:<5} {name:<15} {first}"

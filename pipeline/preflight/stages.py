@@ -1,4 +1,8 @@
-"""Execution of a preflight, stage by stage, and of its first stage at the start of training."""
+"""Execution of a preflight, stage by stage, and of its first stage at the start of training.
+
+In a stage each rank runs the probes of some checks, and rank 0 assesses the gathered results. The
+result of a rank in a stage is a dictionary: check name -> result of the probe.
+"""
 
 import logging
 import os
@@ -18,20 +22,23 @@ from pipeline.cluster.session import Session
 from pipeline.cluster.watchdog import Watchdog
 from pipeline.errors import RankZeroError, UserError
 from pipeline.files import dump_json
-from pipeline.preflight.check import UNKNOWN_HOST, Check, fail, spans
+from pipeline.preflight.check import UNKNOWN_HOST, Check, fail, format_ranges
 from pipeline.preflight.checks import BEFORE_TORCH, STAGES, Stage
 from pipeline.preflight.context import RankContext
 from pipeline.preflight.report import ERROR, Report
 
 logger = logging.getLogger(__name__)
 
-# Longest time of a check. Checks take seconds, but a broken disk, driver or link may never answer.
+# Time limit of one check. Checks take seconds, but a broken disk, driver or link may never answer.
 _LIMIT_S = 60.0
-# Factor of the limit for the time before the rendezvous, when all ranks import torch, perhaps from
-# one slow shared disk.
+# The rendezvous must be complete after this many time limits. Before it all ranks import torch,
+# perhaps from one slow shared disk.
 _START_FACTOR = 3
-_LATER_S = 15.0  # the other ranks end this much later than rank 0, which shows the report first
-_RENDEZVOUS, _HOST = "rendezvous", "host"
+# Rank 0 shows the report and ends first. The other ranks end this much later, because a launcher
+# may kill all ranks when the first one ends.
+_LATER_S = 15.0
+_RENDEZVOUS = "rendezvous"  # name of a phase of the heartbeat, and of a line of the report
+_HOST = "host"  # key of the host name in a rank's results
 
 
 def check_run(
@@ -39,11 +46,12 @@ def check_run(
 ) -> None:
     """Check a run on all ranks that a launcher has started; without a launcher, on this node.
 
-    Rank 0 shows the report. Raises UserError on all ranks if a check fails.
+    Rank 0 shows the report. `limit_s`: time limit of one check. Raises UserError on all ranks if a
+    check fails.
     """
     stdout, heartbeat = sys.stdout, Heartbeat()
     placement, hardware, missing = place_rank(os.environ, may_be_alone=True)
-    # Libraries print to standard output, which is for the report.
+    # Libraries print to standard output. It is redirected, so that it has only the report.
     with redirect_stdout(sys.stderr), Session(placement, hardware) as session:
         context = RankContext(
             placement=placement, hardware=hardware, session=session, beat=heartbeat.beat,
@@ -74,9 +82,8 @@ class _Preflight:
         self.context, self._stdout, self._as_json = context, stdout, as_json
         self._report = Report()
         self._hosts = [UNKNOWN_HOST] * context.placement.world_size
-        # Checks of the stage in progress, and the results of this rank in it.
-        self._checks: Sequence[Check] = ()
-        self._results: dict[str, Any] = {}
+        self._current_checks: Sequence[Check] = ()  # checks of the stage in progress
+        self._current_results: dict[str, Any] = {}  # this rank's results in that stage
 
     def run_first_stage(self) -> None:
         """Run the first stage. Gathering its results is the rendezvous of the ranks.
@@ -86,14 +93,14 @@ class _Preflight:
         try:
             self._run_stage(BEFORE_TORCH)
         except (RuntimeError, RankZeroError) as error:  # port taken, or host unreachable
-            place = self.context.placement
-            text = f"no rendezvous at {place.master_addr}:{place.master_port}"
+            placement = self.context.placement
+            text = f"no rendezvous at {placement.master_addr}:{placement.master_port}"
             remedy = "see the findings above, and check firewalls between the nodes"
-            self._assess_so_far()
+            self._assess_arrived_results()
             self._report.findings[_RENDEZVOUS] = [fail(f"{text}: {_first_line(error)}", remedy)]
             self.show()
             raise UserError(
-                f"rank {place.rank} on {socket.gethostname()}: {text}; {remedy}"
+                f"rank {placement.rank} on {socket.gethostname()}: {text}; {remedy}"
             ) from None
 
     def run_other_stages(self) -> list[str]:
@@ -111,38 +118,38 @@ class _Preflight:
     def show(self) -> None:
         """Show the report on rank 0."""
         if self.context.session.is_rank_zero:
-            report = self._report
-            text = (
-                dump_json(report.as_json(self._hosts)).rstrip() if self._as_json else report.text()
-            )
+            if self._as_json:
+                text = dump_json(self._report.as_json(self._hosts)).rstrip()
+            else:
+                text = self._report.text()
             with redirect_stdout(self._stdout):
                 logger.info("%s", text)
 
     def end_by_watchdog(self, reason: str, exit_code: int) -> None:
-        """Show the report so far on rank 0, before the watchdog ends this process."""
+        """Show the incomplete report on rank 0, before the watchdog ends this process."""
         del exit_code
         if self.context.session.is_rank_zero:
             remedy = "check the disk, driver and links of this node (NCCL_DEBUG=INFO; dmesg)"
             try:
-                self._assess_so_far()
+                self._assess_arrived_results()
             finally:
                 self._report.findings["watchdog"] = [fail(reason, remedy)]
                 self.show()
 
     def end_before_rendezvous(self, heartbeat: Heartbeat, seconds: float) -> None:
         """End this process, because the rendezvous was not complete after `seconds` seconds."""
-        place, phase, text = self.context.placement, heartbeat.phase, ""
+        placement, phase = self.context.placement, heartbeat.phase
         try:
-            present = self._assess_so_far() if place.rank == 0 else []
+            arrived = self._assess_arrived_results() if placement.rank == 0 else []
             if phase == _RENDEZVOUS:
                 text = f"not all ranks arrived within {seconds:.0f} s"
-                text += f"; this report covers ranks {spans(present)}" if present else ""
+                text += f"; this report covers ranks {format_ranges(arrived)}" if arrived else ""
                 remedy = (
                     "check the output of each node: did it start its ranks, and can they reach "
-                    f"MASTER_ADDR={place.master_addr} (firewall, interface)?"
+                    f"MASTER_ADDR={placement.master_addr} (firewall, interface)?"
                 )
             else:
-                text = f"rank {place.rank} on {socket.gethostname()} hangs in {phase!r}"
+                text = f"rank {placement.rank} on {socket.gethostname()} hangs in {phase!r}"
                 remedy = "check the disk and driver of this node (dmesg)"
             self._report.findings[_RENDEZVOUS] = [fail(text, remedy)]
             self.show()
@@ -153,20 +160,21 @@ class _Preflight:
     def _run_stage(self, stage: Stage) -> None:
         """Run the probes of a stage, gather the results on rank 0 and assess them. Collective."""
         session, results = self.context.session, dict[str, Any]()
-        self._checks, self._results = stage.checks, results
+        self._current_checks, self._current_results = stage.checks, results
         probe_all(self.context, stage.checks, results)
         self.context.beat(
             _RENDEZVOUS if stage is BEFORE_TORCH else f"after {stage.checks[-1].name}"
         )
         gathered = session.gather_objects(results)
         if gathered is not None:
-            self._hosts = [named[_HOST] for named in gathered]
+            self._hosts = [rank_results[_HOST] for rank_results in gathered]
             self._report.add(stage.checks, gathered, self._hosts, self.context.plan)
 
     def _reason_to_skip(self, stage: Stage) -> str:
-        """Why this stage is skipped, empty if it is not; the report shows the reason."""
-        levels = {check.name: self._report.level_of(check.name) for check in stage.requires}
-        failed = [name for name, level in levels.items() if level == "fail"]
+        """Return why this stage is skipped, and add it to the report; empty if it is to run."""
+        failed = [
+            check.name for check in stage.requires if self._report.level_of(check.name) == "fail"
+        ]
         reason = f"{' and '.join(failed)} failed" if failed else ""
         if stage.needs_several_ranks and self.context.placement.world_size == 1:
             reason = "there is only one process; start it with `deepspeed`, torchrun or srun"
@@ -174,34 +182,35 @@ class _Preflight:
             self._report.skipped |= {check.name: reason for check in stage.checks}
         return reason
 
-    def _assess_so_far(self) -> list[int]:
+    def _assess_arrived_results(self) -> list[int]:
         """Assess the stage in progress with the results that have arrived, and return their ranks.
 
         If rank 0 has gathered nothing yet, its own results are used.
         """
         gathered = self.context.session.gathered_so_far()
-        # The values are None if the gather in progress is that of a probe, such as the clock's.
+        # A probe may itself gather, as the clock's does; the gathered values are then None.
         by_rank = [gathered.get(rank) or {} for rank in range(self.context.placement.world_size)]
-        by_rank[0] = by_rank[0] or self._results
-        self._hosts = [
-            named.get(_HOST, host) for named, host in zip(by_rank, self._hosts, strict=True)
-        ]
-        for check in self._checks:
-            if any(check.name in named for named in by_rank):
-                # An assessment may need the result of a missing rank.
+        by_rank[0] = by_rank[0] or self._current_results
+        for rank, rank_results in enumerate(by_rank):
+            self._hosts[rank] = rank_results.get(_HOST, self._hosts[rank])
+        for check in self._current_checks:
+            if any(check.name in rank_results for rank_results in by_rank):
+                # An assessment that needs the result of a missing rank raises one of these errors.
                 with suppress(KeyError, TypeError, AttributeError, ValueError):
                     self._report.add([check], by_rank, self._hosts, self.context.plan)
-        return [rank for rank, named in enumerate(by_rank) if named]
+        return [rank for rank, rank_results in enumerate(by_rank) if rank_results]
 
 
 def probe_all(context: RankContext, checks: Sequence[Check], results: dict[str, Any]) -> None:
     """Run the probes of this rank, and add its host name and their results to `results`.
 
-    The result of a probe that raised is {ERROR: message}.
+    The results are added one by one, so that the report has them even if a probe hangs. The result
+    of a probe that raised is {ERROR: message}.
     """
     results[_HOST] = socket.gethostname()
     for check in checks:
-        # Skipped checks count too, so that all ranks in the same phase have as many heartbeats.
+        # A check that does not run here also counts as a heartbeat. The watchdog compares the
+        # numbers of heartbeats of the ranks, which must be equal in the same phase.
         context.beat(check.name)
         if not check.applies_to(context):
             continue
@@ -216,7 +225,7 @@ def probe_all(context: RankContext, checks: Sequence[Check], results: dict[str, 
 def probe_first_stage(context: RankContext) -> dict[str, Any]:
     """This rank's results of the first stage, for `assess_first_stage` after the rendezvous.
 
-    Raises UserError if the port prevents a rendezvous. Rank 0 reports other errors later.
+    Raises UserError if the rendezvous port is in use. `assess_first_stage` reports other errors.
     """
     results = dict[str, Any]()
     probe_all(context, BEFORE_TORCH.checks, results)
@@ -234,7 +243,7 @@ def assess_first_stage(context: RankContext, results: Mapping[str, Any]) -> None
 
     def assess() -> list[str]:
         assert gathered is not None, "rank 0 has the results"
-        report, hosts = Report(), [named[_HOST] for named in gathered]
+        report, hosts = Report(), [rank_results[_HOST] for rank_results in gathered]
         report.add(BEFORE_TORCH.checks, gathered, hosts, context.plan)
         if failed := report.failed():
             lines = "\n".join(report.warnings())

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pipeline.config.settings import RunSettings, settings_by
+from pipeline.config.settings import RunSettings, settings_by_trait
 from pipeline.plan.given.class_proof import LIMIT
 from pipeline.report import data_audit, text
 from pipeline.report.curves import charts_of, held_out_chart, is_thinned, page_data
@@ -206,7 +206,7 @@ def _choices(run: RunRecords) -> list[tuple[str, Any, str]]:
     why = dict(mapping(choice.pop("why", {})))
     why.pop("proof", None)
     others = {**run.settings, **mapping(run.plan.get("model"))}
-    setting_of = settings_by("layout")
+    setting_of = settings_by_trait("layout")
     rows = []
     for key, value in choice.items():
         name = setting_of.get(key, key)

@@ -113,7 +113,7 @@ def build_model(
     `checkpoint`: the checkpoint that the run resumes from. Collective.
     """
     model = attach_adapter(load_base(plan, session.device), plan)
-    if not plan.settings.splits_base:
+    if not plan.settings.initialises_from_base:
         return model, {}
     stored = None if checkpoint is None else read_initial(checkpoint)
     return model, split_base(model, plan, session, stored)

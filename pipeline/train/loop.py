@@ -202,7 +202,7 @@ def _require_trained(run: TrainingState) -> None:
     """
     parameters, keep = run.engine.parameters, run.session.is_rank_zero
     weights = gather_weights(parameters, keep=keep)
-    checks_lora_moments = run.plan.settings.splits_base  # PiSSA or OLoRA
+    checks_lora_moments = run.plan.settings.initialises_from_base  # PiSSA or OLoRA
     checked_by_moments = {
         key: parameter
         for key, parameter in parameters.items()

@@ -13,7 +13,7 @@ import yaml
 
 from pipeline import __version__
 from pipeline.config.hub import settings_of_snapshot
-from pipeline.config.settings import RunSettings, settings_with
+from pipeline.config.settings import RunSettings, settings_with_change
 from pipeline.data.dataset.reader import DataIndex
 from pipeline.data.prepare.prepare import data_keys, train_key
 from pipeline.errors import UserError
@@ -46,9 +46,9 @@ STARTS: Mapping[FolderState, Mapping[Change, Start | None]] = {
 
 # Word of the setting `accept_changes` -> settings whose differences it accepts.
 _ACCEPTED_BY = {
-    "base": settings_with("base"),
-    "data": settings_with("files", "documents"),
-    "total_steps": settings_with("total_steps"),
+    "base": settings_with_change("base"),
+    "data": settings_with_change("files", "documents"),
+    "total_steps": settings_with_change("total_steps"),
 }
 # Assumed for a plan.json without the field `version`, which RankZero has written since 0.2.0.
 _FIRST_VERSION = "0.1.0"
@@ -261,7 +261,9 @@ def _differences(folder: Path, plan: Plan, state: FolderState) -> dict[str, str]
     if "eval_data" in changed and _has_same_held_out_rows(folder, plan.settings):
         del changed["eval_data"]
     if "model" in changed and _has_same_base(folder, plan.settings):
-        changed = {key: text for key, text in changed.items() if key not in settings_with("base")}
+        changed = {
+            key: text for key, text in changed.items() if key not in settings_with_change("base")
+        }
     if has_same_documents is False and "train_data" not in changed:
         version = written_by(folder)
         changed["train_data"] = (
@@ -288,7 +290,9 @@ def _result_settings(plan: Plan) -> dict[str, Any]:
     # Each setting has a trait `change`. "run": it changes only how the run is executed.
     # "selection": it also changes the result if the held-out loss selects the published step.
     selects_step = settings.keep_best or settings.early_stopping_patience is not None
-    without_effect = settings_with("run") if selects_step else settings_with("run", "selection")
+    without_effect = (
+        settings_with_change("run") if selects_step else settings_with_change("run", "selection")
+    )
     values = resolved_settings(plan).dump_unexpanded()
     return {key: value for key, value in values.items() if key not in without_effect}
 

@@ -12,7 +12,7 @@ from pipeline.config.convert import run_file_text
 from pipeline.config.load import load_settings
 from pipeline.config.peer_files import PeerConfig, read_peer_config
 from pipeline.config.peers import ADVICE
-from pipeline.config.settings import RunSettings, settings_by
+from pipeline.config.settings import RunSettings, settings_by_trait
 from tests.messages import assert_mentions, refused
 
 pytestmark = pytest.mark.unit
@@ -239,7 +239,7 @@ def test_gpus_that_share_sequences_count_once_in_the_global_batch(tmp_path: Path
 
 
 OPTIONS = sorted(
-    {*settings_by("peers"), *RunSettings.model_fields, "unheard_of"}
+    {*settings_by_trait("peers"), *RunSettings.model_fields, "unheard_of"}
     | {name.replace("*", "x").replace("?", "x") for name in ADVICE}
 )
 VALUES = st.one_of(
@@ -257,7 +257,7 @@ def test_any_options_give_a_run_file_that_names_them_all(options: dict[str, Any]
     assert isinstance(yaml.safe_load(text), dict)
     sizes = ("batch_size", "gradient_accumulation_steps")  # they are in global_batch_size
     for option, value in options.items():
-        is_size = settings_by("peers").get(option, option) in sizes
+        is_size = settings_by_trait("peers").get(option, option) in sizes
         assert is_size or value in ("", [], {}) or option in text
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.config.load import load_settings
 from pipeline.config.peers import ADVICE, VALUES, advice, value_advice
-from pipeline.config.settings import RunSettings, settings_by
+from pipeline.config.settings import RunSettings, settings_by_trait
 from pipeline.errors import UserError
 from tests.messages import assert_mentions
 
@@ -53,9 +53,9 @@ def test_a_run_file_of_axolotl_gets_one_message_with_a_line_for_each_option(tmp_
         assert_mentions(line, f"RUN.yaml:{keys.index(key) + 1}: {key}:", expected)
 
 
-@pytest.mark.parametrize("name", settings_by("peers"))
+@pytest.mark.parametrize("name", settings_by_trait("peers"))
 def test_a_name_of_another_program_is_answered_with_the_setting(name):
-    assert_mentions(advice(name), settings_by("peers")[name])
+    assert_mentions(advice(name), settings_by_trait("peers")[name])
 
 
 @pytest.mark.parametrize("key", ["--learning-rate", "Learning_Rate", "learning-rate"])
@@ -83,7 +83,7 @@ def test_an_option_without_a_setting_is_answered_with_what_replaces_it(key, reas
 
 
 def test_no_advice_hides_a_setting_or_its_names_in_other_programs():
-    for name in [*RunSettings.model_fields, *settings_by("peers")]:
+    for name in [*RunSettings.model_fields, *settings_by_trait("peers")]:
         assert name not in ADVICE
     assert all("\n" not in text and len(text) < 130 for text in ADVICE.values())
 

@@ -8,8 +8,8 @@ import pytest
 from pipeline.config.load import dump_settings, load_settings
 from pipeline.config.settings import (
     RunSettings,
-    settings_by,
-    settings_with,
+    settings_by_trait,
+    settings_with_change,
     settings_without_effect,
 )
 from pipeline.config.traits import Change
@@ -23,7 +23,7 @@ NAMES = set(RunSettings.model_fields)
 
 def test_each_setting_has_exactly_one_kind_of_change():
     """The kind says what a changed value means for a run that is started again."""
-    groups = [settings_with(change) for change in get_args(Change)]
+    groups = [settings_with_change(change) for change in get_args(Change)]
     assert all(groups), "a kind of change without a setting"
     assert sorted(name for group in groups for name in group) == sorted(NAMES)
 
@@ -33,9 +33,9 @@ def test_a_changed_path_alone_does_not_make_another_run():
 
     Settings with the change "base" or "files" are compared by content; those with "run" may differ.
     """
-    assert settings_with("base") == {"model", "model_revision"}
-    assert settings_with("files") == {"train_data", "eval_data"}
-    assert "output_dir" in settings_with("run")
+    assert settings_with_change("base") == {"model", "model_revision"}
+    assert settings_with_change("files") == {"train_data", "eval_data"}
+    assert "output_dir" in settings_with_change("run")
 
 
 def test_settings_that_affect_the_adapter_have_the_change_result():
@@ -49,12 +49,12 @@ def test_settings_that_affect_the_adapter_have_the_change_result():
         "weight_decay",
         "load_in_4bit",
     }
-    assert names <= settings_with("result")
+    assert names <= settings_with_change("result")
 
 
 def test_layout_fields_and_deepspeed_keys_of_traits_exist():
-    assert settings_by("layout").keys() <= Layout.__dataclass_fields__.keys()
-    for key in settings_by("deepspeed"):
+    assert settings_by_trait("layout").keys() <= Layout.__dataclass_fields__.keys()
+    for key in settings_by_trait("deepspeed"):
         block, _, inner = key.partition(".")
         assert block in TOP_LEVEL, key
         assert block != "zero_optimization" or inner.split(".")[0] in ZERO_OPTIMIZATION, key
@@ -63,7 +63,7 @@ def test_layout_fields_and_deepspeed_keys_of_traits_exist():
 def test_each_peer_name_belongs_to_one_setting_and_is_not_a_setting_here():
     """Peers: names of a setting in other training programs."""
     peers = [name for field in RunSettings.model_fields.values() for name in _peers(field)]
-    assert len(peers) == len(set(peers)) == len(settings_by("peers"))
+    assert len(peers) == len(set(peers)) == len(settings_by_trait("peers"))
     assert not NAMES & set(peers)
 
 

@@ -42,7 +42,7 @@ def network(**changes) -> dict:
 
 def ranked(node: int) -> dict:
     """Result of a rank on a node."""
-    return {"launcher": "torchrun", "node": node, "nodes": 2, "local_rank": 0}
+    return {"launcher": "torchrun", "node": node}
 
 
 def memory(need: int, free: int, total: int, limited_by: str = "") -> dict:
@@ -114,10 +114,10 @@ GOOD = [
     ("prepared data", {0: {}, 1: {}}, ["not prepared yet"]),
     ("prepared data", {0: {"train": "ab"}, 1: {"train": "ab"}}, ["train ab"]),
     ("tokenizer", {0: {"tokens": 128256, "has_template": True}}, ["128,256 tokens, with"]),
-    ("rows", {0: {"is_complete": True, "documents": 9, "supervised": 99}}, ["every row"]),
+    ("rows", {0: {"all_rows_parsed": True, "documents": 9, "supervised_tokens": 9}}, ["every row"]),
     ("libraries", {0: _TORCH}, ["NCCL 2.28"]),
-    ("4 bits", {0: {"errors": [0.0728], "kind": "nf4"}}, ["0.0728"]),
-    ("4 bits", {0: {"errors": [0.0966], "kind": "fp4"}}, ["0.0966"]),
+    ("4 bits", {0: {"errors": [0.0728], "data_type": "nf4"}}, ["0.0728"]),
+    ("4 bits", {0: {"errors": [0.0966], "data_type": "fp4"}}, ["0.0966"]),
     ("matrix product", {0: product(650), 1: product(640)}, ["645 TFLOPS", "690"]),
     ("matrix product", {0: product(0.02, kind="cpu"), 1: product(0.03, kind="cpu")}, ["690"]),
     ("matrix product", {0: cpu_product(0.1, 0.2, has_fp32_kernels=True)}, ["0.1 TFLOPS"]),
@@ -163,12 +163,13 @@ BAD = [
     ("run folder", {0: _VISIBLE, 1: _INVISIBLE}, "fail", ["rank 1 (node2)", "/r"]),
     ("prepared data", {0: {"train": "ab"}, 1: {"train": "cd"}}, "fail", ["cd", "node2"]),
     ("prepared data", {0: {"train": "ab"}, 1: {}}, "fail", ["train", "node2"]),
-    ("rows", {0: {"is_complete": False, "documents": 0, "supervised": 0}}, "warn",
+    ("rows", {0: {"all_rows_parsed": False, "documents": 0, "supervised_tokens": 0}}, "warn",
         ["too many rows"]),
     ("libraries", {0: _TORCH, 1: _TORCH | {"nccl": "2.27"}}, "fail", ["2.27", "rank 1"]),
-    ("4 bits", {0: {"errors": [0.0728], "kind": "nf4"}, 1: {"errors": [0.8], "kind": "nf4"}},
+    ("4 bits",
+        {0: {"errors": [0.0728], "data_type": "nf4"}, 1: {"errors": [0.8], "data_type": "nf4"}},
         "fail", ["rank 1", "0.8"]),
-    ("4 bits", {0: {"errors": [0.0728, float("nan")], "kind": "nf4"}}, "fail", ["nan"]),
+    ("4 bits", {0: {"errors": [0.0728, float("nan")], "data_type": "nf4"}}, "fail", ["nan"]),
     ("matrix product", {0: product(650), 1: product(640, 300), 2: product(650)}, "warn",
         ["rank 1 (node2)", "300", "645"]),
     ("matrix product", {0: product(100), 1: product(100)}, "warn", ["100 TFLOPS", "690"]),

@@ -14,10 +14,10 @@ from pipeline.cluster.session import Session
 from pipeline.config.settings import RunSettings
 from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import make_plan
-from pipeline.preflight.check import ProbeResults, compare, flat, ranks_by_value, spans
+from pipeline.preflight.check import ProbeResults, compare, flatten, format_ranges, ranks_by_value
 from pipeline.preflight.checks import STAGES
 from pipeline.preflight.context import RankContext
-from pipeline.preflight.gpus import indices_of, requests_no_gpu, unallocated_gpus
+from pipeline.preflight.gpus import parse_gpu_indices, requests_no_gpu, unallocated_gpus
 from pipeline.preflight.host import slurm_memory
 from pipeline.preflight.network import infiniband_ports, missing_interfaces
 from pipeline.preflight.rates import neighbours, ring_rate
@@ -97,7 +97,7 @@ def test_the_page_explains_every_check_in_order():
 def test_a_difference_among_64_ranks_is_one_finding_that_names_the_minority():
     hosts = [f"node{rank // 8}" for rank in range(64)]
     minority = {*range(16, 24), 40}
-    by_rank = {rank: flat({"a": {"b": rank in minority}, "c": 1}) for rank in range(64)}
+    by_rank = {rank: flatten({"a": {"b": rank in minority}, "c": 1}) for rank in range(64)}
     (finding,) = compare(ProbeResults(by_rank=by_rank, hosts=hosts), "same", "make them equal")
     assert set(finding.ranks) == minority
     assert_mentions(finding.text, "a.b", "ranks 16-23, 40 (node2, node5)")
@@ -113,8 +113,8 @@ def test_differences_beyond_a_dozen_are_counted():
 
 
 def test_ranks_are_grouped_into_spans():
-    assert spans([]) == ""
-    assert spans([0, 1, 2, 4, 6, 7]) == "0-2, 4, 6-7"
+    assert format_ranges([]) == ""
+    assert format_ranges([0, 1, 2, 4, 6, 7]) == "0-2, 4, 6-7"
     assert ranks_by_value({3: "x", 1: "y", 2: "x"}) == {"x": [2, 3], "y": [1]}
 
 
@@ -215,9 +215,9 @@ def test_a_slurm_job_without_gpus_is_detected():
 
 
 def test_granted_gpus_may_be_listed_as_ranges():
-    assert indices_of("0-3") == {0, 1, 2, 3}
-    assert indices_of("0,2-3, 7") == {0, 2, 3, 7}
-    assert not any(map(indices_of, ("", "a,b", "0,?")))
+    assert parse_gpu_indices("0-3") == {0, 1, 2, 3}
+    assert parse_gpu_indices("0,2-3, 7") == {0, 2, 3, 7}
+    assert not any(map(parse_gpu_indices, ("", "a,b", "0,?")))
     assert unallocated_gpus([3], 8, {"SLURM_JOB_GPUS": "0-3"}) is None
     assert unallocated_gpus([4], 8, {"SLURM_JOB_GPUS": "0-3"}) is not None
     assert unallocated_gpus([4], 8, {"SLURM_JOB_GPUS": "gres:?"}) is None  # has no indices

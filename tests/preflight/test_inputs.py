@@ -37,12 +37,16 @@ def test_a_tokenizer_of_another_model_is_refused(context):
 
 def test_rows_are_parsed_up_to_a_limit_of_bytes(context, monkeypatch):
     result = inputs.ROWS.probe(context)
-    assert (result["is_complete"], result["documents"]) == (True, 32)
-    assert result["supervised"] > 32
+    assert (result["all_rows_parsed"], result["documents"]) == (True, 32)
+    assert result["supervised_tokens"] > 32
     monkeypatch.setattr(inputs, "_MAX_PARSED_BYTES", 100)
-    assert not inputs.ROWS.probe(context)["is_complete"]
+    assert not inputs.ROWS.probe(context)["all_rows_parsed"]
     monkeypatch.setattr(inputs, "_MAX_HASHED_BYTES", 100)
-    assert inputs.ROWS.probe(context) == {"is_complete": False, "documents": 0, "supervised": 0}
+    assert inputs.ROWS.probe(context) == {
+        "all_rows_parsed": False,
+        "documents": 0,
+        "supervised_tokens": 0,
+    }
 
 
 def test_bad_rows_at_the_end_of_the_data_are_refused(context, tmp_path):

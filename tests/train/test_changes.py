@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.settings import RunSettings, settings_with
+from pipeline.config.settings import RunSettings, settings_with_change
 from pipeline.data.prepare.prepare import prepare_data, train_key
 from pipeline.model.fingerprint import record_base_of_run
 from pipeline.train.context import requeued_settings
@@ -71,7 +71,7 @@ def test_settings_of_the_documents_are_accepted_as_data(begin, key):
 
 
 def test_every_setting_of_the_documents_is_tried_here():
-    assert OTHER_DOCUMENTS.keys() == settings_with("documents")
+    assert OTHER_DOCUMENTS.keys() == settings_with_change("documents")
 
 
 def test_limits_on_bad_rows_may_change_after_the_run(begin):

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.settings import RunSettings, settings_with
+from pipeline.config.settings import RunSettings, settings_with_change
 from pipeline.data.chat.template import read_template
 from pipeline.errors import UserError
 from pipeline.files import dump_json, file_sha256, read_json_or_empty, write_text
@@ -98,7 +98,7 @@ def split_keys(
     model = settings.model_folder
     patterns = (*_TOKENIZER_FILES, *(["*.py"] if settings.trust_remote_code else []))
     tokenizer = {path for pattern in patterns for path in model.glob(pattern) if path.is_file()}
-    values = settings.model_dump(mode="json", include=set(settings_with("documents")))
+    values = settings.model_dump(mode="json", include=set(settings_with_change("documents")))
     if settings.chat_template not in ("model", "chatml"):  # a file: its content, not its path
         read_template(settings.chat_template)  # raises UserError if it cannot be read
         values["chat_template"] = fingerprints.sha256(Path(settings.chat_template))

@@ -154,7 +154,7 @@ def disk_bytes(shape: ModelShape, settings: RunSettings) -> dict[str, int]:
     trainable = trainable_parameters(shape, settings)
     is_evaluated = settings.eval_data is not None and settings.evaluation_strategy != "no"
     # With PiSSA and OLoRA, checkpoints and adapter file also contain the initial A and B.
-    initial = 4 * trainable if settings.splits_base else 0
+    initial = 4 * trainable if settings.initialises_from_base else 0
     checkpoint = checkpoint_bytes(trainable) + initial
     # Checkpoints on disk: save_total_limit, the one with the lowest held-out loss, and one that is
     # being written.
@@ -399,7 +399,9 @@ def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_c
     constants = quantisation_constants(shape, settings)
     # Trained copies of modules in `modules_to_save`, before DeepSpeed shards them.
     copies = b * saved_parameters(shape, settings)
-    if settings.splits_base:  # PiSSA, OLoRA: a weight in fp32, two factors of it, and its remainder
+    if (
+        settings.initialises_from_base
+    ):  # PiSSA, OLoRA: a weight in fp32, two factors of it, and its remainder
         copies += 4 * 4 * shape.largest_linear
     if (rows := token_rows(shape, settings)) is not None:
         # Embeddings and head with new rows are whole on each rank until DeepSpeed shards them.

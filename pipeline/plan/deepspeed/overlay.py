@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.config.located import KeyPath, Located, read_located
-from pipeline.config.settings import RunSettings, settings_by
+from pipeline.config.settings import RunSettings, settings_by_trait
 from pipeline.errors import UserError
 from pipeline.plan.deepspeed.keys import (
     BLOCKS,
@@ -38,7 +38,7 @@ def with_json_constraints(path: str, settings: RunSettings) -> RunSettings:
     """
     user_json = _read_json_config(path)
     constraints: dict[str, Any] = {}
-    for dotted_path, name in settings_by("deepspeed").items():
+    for dotted_path, name in settings_by_trait("deepspeed").items():
         key = tuple(dotted_path.split("."))
         value, setting = _value_at(user_json, key), getattr(settings, name)
         if value is None or value == "nvme":  # the rule nvme-not-yet refuses nvme

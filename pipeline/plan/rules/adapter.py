@@ -68,7 +68,7 @@ def _unsupported_by_split_base(run: PlanInput) -> str:
     With these, A and B start with a part of the base, which is subtracted from the base.
     """
     settings = run.settings
-    if not settings.splits_base:
+    if not settings.initialises_from_base:
         return ""
     if settings.is_quantised:
         return "a quantised base cannot represent its weights minus the initial product of B and A"

@@ -30,7 +30,7 @@ _UNKNOWN_TO_LLAMA_CPP = frozenset(
 def saved_rank(settings: RunSettings) -> int:
     """The largest r of a layer in the saved adapter, which is doubled with PiSSA and OLoRA."""
     r = max((settings.lora_r, *settings.rank_pattern.values()))
-    return 2 * r if settings.splits_base else r
+    return 2 * r if settings.initialises_from_base else r
 
 
 def vllm_rank(rank: int) -> int | None:

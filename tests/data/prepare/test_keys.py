@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.settings import settings_with
+from pipeline.config.settings import settings_with_change
 from pipeline.data.dataset import writer
 from pipeline.data.dataset.reader import DataIndex
 from pipeline.data.prepare import job, keys
@@ -142,7 +142,7 @@ def test_the_content_of_a_template_file_is_in_the_key(run, monkeypatch):
 
 
 def test_every_setting_of_the_documents_is_tested_here():
-    assert settings_with("documents") <= set(CHANGES)
+    assert settings_with_change("documents") <= set(CHANGES)
 
 
 def texts(run):
