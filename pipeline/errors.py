@@ -5,26 +5,27 @@
     +-- Stopped              exit 75: the run stopped with a checkpoint; start it again to resume
     +-- SingleRankError      exit 1: the run failed on one rank only
 
-Each message says what is wrong, where (file, line, key) and what would work.
+Each message has the problem, its location (file, line, key) and an input or action that would work.
 """
 
 from collections.abc import Sequence
 
 _MAX_LINES, _MAX_LINE_LENGTH = 200, 1200
-# Characters kept of a longer line: its start has the place, its end the remedy.
+# Numbers of characters that are kept at the start and at the end of a longer line: the start has
+# the location, and the end has the remedy.
 _HEAD, _TAIL = 700, 400
 
 
 class RankZeroError(Exception):
     """A failure with a known cause; its message is shown without a traceback.
 
-    Messages quote values from the user's files, which may be long, so they are shortened.
+    A long message is shortened, because messages quote values from the user's files.
     """
 
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(bounded(message))
+        super().__init__(shorten(message))
 
 
 class UserError(RankZeroError):
@@ -40,19 +41,19 @@ class Stopped(RankZeroError):
 
 
 class SingleRankError(RankZeroError):
-    """A failure on one rank only, so this rank must inform the others.
+    """A failure on one rank only, so the watchdog of this rank informs the others.
 
     Every other RankZeroError is raised on all ranks.
     """
 
 
 def first_few(items: Sequence[str], separator: str = ", ") -> str:
-    """The first three items as text, and the number of the others."""
+    """The first three items as text, and the number of further items."""
     more = f"{separator.strip(', ')} and {len(items) - 3} more" if len(items) > 3 else ""
     return separator.join(items[:3]) + more
 
 
-def bounded(message: str) -> str:
+def shorten(message: str) -> str:
     """Shorten a message: leave out the middle of long lines, and lines beyond _MAX_LINES."""
     lines = message.split("\n")
     for i, line in enumerate(lines[:_MAX_LINES]):

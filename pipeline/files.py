@@ -20,7 +20,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 
-_TEMPORARY = re.compile(r"\..+\..+-(?P<pid>\d+)\.tmp")
+_TEMPORARY = re.compile(r"\..+\..+-(?P<pid>\d+)\.tmp")  # names made by `temporary_sibling`
 _ABANDONED_AFTER_S = 24 * 3600
 
 
@@ -38,6 +38,7 @@ def dump_json(data: Any, *, indent: int | None = 2) -> str:
 
 
 def _with_null_for_nan(data: Any) -> Any:
+    """JSON data in which NaN and infinity are replaced by None."""
     if isinstance(data, dict):
         return {key: _with_null_for_nan(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
@@ -64,12 +65,15 @@ def read_json_or_empty(path: Path) -> dict[str, Any]:
         return {}
 
 
-def require_json(path: Path, place: str = "") -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError with `place` before the path if it is damaged."""
+def require_json(path: Path, label: str = "") -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError if the file is missing or damaged.
+
+    `label`: text before the path in the message.
+    """
     try:
         return read_json(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{place}{path}: not readable as a JSON object: {error}") from None
+        raise UserError(f"{label}{path}: not readable as a JSON object: {error}") from None
 
 
 def file_sha256(path: Path) -> str:
@@ -98,7 +102,7 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
 
 @contextmanager
 def atomic_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling for the caller to write; rename it to `path` afterwards.
+    """Yield the path of a temporary sibling, which the body writes; then rename it to `path`.
 
     If the body raises, `path` is unchanged and the temporary file is removed.
     """
@@ -120,16 +124,17 @@ def atomic_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
 def atomic_folder(
     folder: Path, check: Callable[[Path], None], *, is_resumable: bool = False
 ) -> Iterator[Path]:
-    """Yield an empty temporary folder for the caller to fill; it then replaces `folder`.
+    """Yield an empty temporary folder, which the body fills; it then replaces `folder`.
 
-    Before that it is synced to the disk and passed to `check`. If the body or the check raises,
-    `folder` is unchanged. There is no portable atomic swap of two folders: a process that is
-    killed between the two renames leaves no `folder`, and `recover_folder` restores the old one.
+    Before the replacement the temporary folder is synced to the disk and passed to `check`, which
+    may raise. If the body or the check raises, `folder` is unchanged. There is no portable atomic
+    swap of two folders: if the process is killed between the two renames, `folder` is missing, and
+    `recover_folder` restores the old one.
 
     `is_resumable`: if the body or the check raises, the temporary folder stays, and the next call
     yields it with its files.
     """
-    folder = folder.resolve()  # a rename needs both folders on one disk, also if this is a link
+    folder = folder.resolve()  # if it is a link, the temporary folder must be on the target's disk
     recover_folder(folder)
     new, old = _new_sibling(folder), _old_sibling(folder)
     if not is_resumable:
@@ -164,9 +169,9 @@ def recover_folder(folder: Path) -> None:
 
 
 def remove_unfinished_folders(parent: Path) -> None:
-    """Remove temporary folders that killed `atomic_folder` calls left in `parent`.
+    """Remove temporary folders of `atomic_folder` calls in `parent` whose process was killed.
 
-    No such call may be active there.
+    No call of `atomic_folder` may be active in `parent`.
     """
     for path in parent.glob(".*.new"):
         shutil.rmtree(path, ignore_errors=True)
@@ -197,7 +202,7 @@ def is_abandoned(path: Path) -> bool:
         children = path.iterdir() if path.is_dir() else ()
         newest = max(file.stat().st_mtime for file in (path, *children))
     except OSError:
-        return False  # a file was removed meanwhile, so the process is active
+        return False  # a file was removed during this check, so the process is active
     return bool(time.time() - newest > _ABANDONED_AFTER_S)
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.cli.arguments import Parser, count
-from pipeline.cluster.devices import place_rank
+from pipeline.cluster.devices import set_up_rank
 from pipeline.cluster.exits import run_main
 from pipeline.cluster.placement import from_environment
 from pipeline.cluster.progress import show_progress
@@ -48,12 +48,12 @@ def score() -> None:
         raise UserError("run_folder: name a run folder or a model; --help lists the arguments")
     pattern = None if args.regex is None else parse_pattern(args.regex)
     if args.tasks is not None:
-        if from_environment(os.environ, may_be_alone=True).world_size > 1:
+        if from_environment(os.environ, allow_single_process=True).world_size > 1:
             raise UserError("--tasks: lm-evaluation-harness runs in one process; use python")
         run_harness(subjects_of(names, overrides, args.data), args.tasks, _output(args, names))
         return
     use_waiting_threads()
-    placement, hardware, _ = place_rank(os.environ, may_be_alone=True)
+    placement, hardware, _ = set_up_rank(os.environ, allow_single_process=True)
     subjects = subjects_of(names, overrides, args.data)
     out, settings = _output(args, names), subjects[0].settings
     if args.data is None and not subjects[0].adapter:

@@ -1,4 +1,4 @@
-"""Detection of this node's accelerators, and environment variables for libraries. No torch."""
+"""Detection of this node's accelerators without torch, and environment variables for libraries."""
 
 import ctypes
 import logging
@@ -21,16 +21,16 @@ from pipeline.plan.given.torch_process import package_version
 logger = logging.getLogger(__name__)
 
 # CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED (cuda.h)
-_VIRTUAL_MEMORY = 102
+_VIRTUAL_MEMORY_ATTRIBUTE = 102
 
 
 @dataclass(frozen=True)
-class _Unsupported:
-    """An accelerator that is not supported, and how it is detected without torch.
+class _UnsupportedAccelerator:
+    """An accelerator that is not supported, and the signs by which it is detected without torch.
 
-    `files`: glob patterns of device files, relative to the root folder. `torch_label`: part of the
-    local label of torch's version, such as rocm in 2.9.0+rocm6.4. `package`: its plugin for torch.
-    `variables`: its environment variables.
+    `files`: glob patterns of its device files, relative to the root folder. `torch_label`: part of
+    the local label of torch's version, such as rocm in 2.9.0+rocm6.4. `package`: name of its plugin
+    for torch. `variables`: environment variables that assign its devices.
     """
 
     name: str
@@ -41,34 +41,34 @@ class _Unsupported:
 
 
 _UNSUPPORTED = (
-    _Unsupported(
+    _UnsupportedAccelerator(
         "AMD GPUs (ROCm)", ("dev/kfd",), "rocm",
         variables=("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"),
     ),
-    _Unsupported(
+    _UnsupportedAccelerator(
         "Intel Gaudi", ("sys/bus/pci/drivers/habanalabs/*:*", "dev/hl[0-9]*"),
         package="habana-torch-plugin",
         variables=("HABANA_VISIBLE_DEVICES", "HABANA_VISIBLE_MODULES"),
     ),
-    _Unsupported(
+    _UnsupportedAccelerator(
         "Huawei Ascend", ("dev/davinci[0-9]*",), package="torch-npu",
         variables=("ASCEND_RT_VISIBLE_DEVICES", "ASCEND_VISIBLE_DEVICES"),
     ),
-    # GPUs integrated in a CPU are ignored; they are on PCI bus 00.
-    _Unsupported(
+    # GPUs integrated in a CPU are on PCI bus 00. The patterns match all other buses.
+    _UnsupportedAccelerator(
         "Intel GPUs (XPU)",
-        tuple(
-            f"sys/bus/pci/drivers/{driver}/*:{bus}:*"
-            for driver in ("i915", "xe") for bus in ("[!0]?", "?[!0]")
+        (
+            "sys/bus/pci/drivers/i915/*:[!0]?:*", "sys/bus/pci/drivers/i915/*:?[!0]:*",
+            "sys/bus/pci/drivers/xe/*:[!0]?:*", "sys/bus/pci/drivers/xe/*:?[!0]:*",
         ),
         "xpu",
         variables=("ZE_AFFINITY_MASK",),
     ),
-    _Unsupported(
+    _UnsupportedAccelerator(
         "Cambricon MLU", ("dev/cambricon_dev[0-9]*",), package="torch-mlu",
         variables=("MLU_VISIBLE_DEVICES",),
     ),
-    _Unsupported(
+    _UnsupportedAccelerator(
         "AWS Neuron", ("dev/neuron[0-9]*",), package="torch-neuronx",
         variables=("NEURON_RT_VISIBLE_CORES",),
     ),
@@ -81,14 +81,17 @@ def detect_hardware() -> Hardware:
     Raises UserError if the node has accelerators of another vendor and DS_ACCELERATOR=cpu is not
     set.
     """
-    chosen = os.environ.get("DS_ACCELERATOR", "")
-    if chosen != "cpu":
-        if (gpus := _nvidia_gpus()) is not None and chosen in ("", "cuda"):
+    requested = os.environ.get("DS_ACCELERATOR", "")
+    if requested != "cpu":
+        if (gpus := _nvidia_gpus()) is not None and requested in ("", "cuda"):
             return gpus
-        other = f"DS_ACCELERATOR={chosen}" if chosen else unsupported(os.environ, Path("/"))
-        if other is not None:
+        if requested:
+            found: str | None = f"DS_ACCELERATOR={requested}"
+        else:
+            found = unsupported_accelerator(os.environ, Path("/"))
+        if found is not None:
             raise UserError(
-                f"accelerator: {other}, but the NVIDIA driver detects no GPU, and only NVIDIA GPUs "
+                f"accelerator: {found}, but the NVIDIA driver detects no GPU, and only NVIDIA GPUs "
                 "and CPUs are supported; use a node with NVIDIA GPUs, or set DS_ACCELERATOR=cpu to "
                 "train on the CPU"
             )
@@ -113,25 +116,28 @@ def is_slow_in_bf16(cpuinfo: str) -> bool:
     return "avx512_bf16" not in flags or fields.get("vendor_id") == "GenuineIntel"
 
 
-def unsupported(env: Mapping[str, str], root: Path) -> str | None:
-    """Name of an accelerator of another vendor, and how it was detected; None if there is none."""
-    for kind in _UNSUPPORTED:
-        signs = [str(path) for pattern in kind.files for path in root.glob(pattern)]
-        torch = package_version("torch") or ""
-        if kind.torch_label and kind.torch_label in torch.partition("+")[2]:
+def unsupported_accelerator(env: Mapping[str, str], root: Path) -> str | None:
+    """An accelerator of another vendor with the sign that shows it; None if there is none.
+
+    Example: `Huawei Ascend (torch-npu 2.9.0)`.
+    """
+    torch = package_version("torch") or ""
+    for accelerator in _UNSUPPORTED:
+        signs = [str(path) for pattern in accelerator.files for path in root.glob(pattern)]
+        if accelerator.torch_label and accelerator.torch_label in torch.partition("+")[2]:
             signs.append(f"torch {torch}")
-        if kind.package and (plugin := package_version(kind.package)):
-            signs.append(f"{kind.package} {plugin}")
-        signs += [f"{name}={env[name]}" for name in kind.variables if env.get(name)]
+        if accelerator.package and (plugin := package_version(accelerator.package)):
+            signs.append(f"{accelerator.package} {plugin}")
+        signs += [f"{name}={env[name]}" for name in accelerator.variables if env.get(name)]
         if signs:
-            return f"{kind.name} ({signs[0]})"
+            return f"{accelerator.name} ({signs[0]})"
     return None
 
 
 def hardware_from_options(gpu: str | None, gib: float | None, tflops: float | None) -> Hardware:
-    """Hardware described by --gpu, --gpu-memory-gib and --gpu-tflops, else that of this node.
+    """The hardware that --gpu, or --gpu-memory-gib and --gpu-tflops, describe; else this node's.
 
-    Raises UserError for a name that is not in the catalogue and for contradictory options.
+    Raises UserError for a name that is not in the catalogue of GPUs and for contradictory options.
     """
     if gpu is not None and (gib is not None or tflops is not None):
         raise UserError("--gpu already names a GPU; leave --gpu-memory-gib and --gpu-tflops out")
@@ -144,14 +150,15 @@ def hardware_from_options(gpu: str | None, gib: float | None, tflops: float | No
     return detect_hardware() if gib is None else gpu_like(gib, tflops)
 
 
-def place_rank(
-    env: Mapping[str, str], *, may_be_alone: bool = False
+def set_up_rank(
+    env: Mapping[str, str], *, allow_single_process: bool = False
 ) -> tuple[Placement, Hardware, str | None]:
-    """Detect placement, hardware and `missing_gpus` of this rank, then call `set_environment`.
+    """Detect this rank's placement and hardware, and set environment variables for libraries.
 
-    `may_be_alone`: see `from_environment`. Call this function before torch is imported.
+    The third result is that of `missing_gpus`. `allow_single_process`: see `from_environment`. Call
+    this function before torch is imported.
     """
-    placement = from_environment(env, may_be_alone=may_be_alone)
+    placement = from_environment(env, allow_single_process=allow_single_process)
     if placement.world_size > 1:  # the launcher has taken seconds without a message
         logger.info("starting %d ranks ...", placement.world_size)
     hardware = detect_hardware()
@@ -169,7 +176,8 @@ def set_environment(placement: Placement, hardware: Hardware) -> None:
     if hardware.kind == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Expandable segments reduce fragmentation with varying sequence lengths (PyTorch docs,
-    # "Optimizing memory usage with PYTORCH_CUDA_ALLOC_CONF"; torch 2.13 prefers the older name).
+    # "Optimizing memory usage with PYTORCH_CUDA_ALLOC_CONF"). torch 2.13 reads both names, and
+    # prefers PYTORCH_CUDA_ALLOC_CONF.
     elif "PYTORCH_ALLOC_CONF" not in os.environ and has_virtual_memory():
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
@@ -177,7 +185,7 @@ def set_environment(placement: Placement, hardware: Hardware) -> None:
 def has_virtual_memory() -> bool:
     """Whether every visible GPU supports CUDA's virtual memory management; some vGPUs do not.
 
-    Expandable segments need it. The driver is asked without creating a CUDA context.
+    Expandable segments need this feature. These calls of the driver create no CUDA context.
     """
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
@@ -186,18 +194,18 @@ def has_virtual_memory() -> bool:
     count, value = ctypes.c_int(), ctypes.c_int()
     if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
         return False
-    return count.value > 0 and all(
-        cuda.cuDeviceGetAttribute(ctypes.byref(value), _VIRTUAL_MEMORY, device) == 0
-        and value.value == 1
-        for device in range(count.value)
-    )
+    for device in range(count.value):
+        error = cuda.cuDeviceGetAttribute(ctypes.byref(value), _VIRTUAL_MEMORY_ATTRIBUTE, device)
+        if error or value.value != 1:
+            return False
+    return count.value > 0
 
 
 def missing_gpus(placement: Placement, hardware: Hardware) -> str | None:
     """The variable that assigns GPUs to this process, if the driver detects none; else None.
 
-    Call this function before `set_environment`, which may set DS_ACCELERATOR=cpu itself. Only the
-    user's own value means that training on the CPU is intended.
+    A user who sets DS_ACCELERATOR=cpu wants to train on the CPU, so the result is then None. Call
+    this function before `set_environment`, which may set that variable itself.
     """
     if hardware.kind == "cuda" or os.environ.get("DS_ACCELERATOR") == "cpu":
         return None
@@ -220,6 +228,7 @@ def _num_threads(placement: Placement) -> int:
 
 
 def _nvidia_gpus() -> Hardware | None:
+    """The visible NVIDIA GPUs of this node; None if there is no driver or no GPU is visible."""
     import pynvml
 
     try:
@@ -253,13 +262,13 @@ def compute_capability(pynvml: Any, handle: Any) -> tuple[int, int]:
 
 
 def visible_handles(pynvml: Any, visible: str | None) -> list[Any]:
-    """NVML handles of the devices that are visible to CUDA.
+    """NVML handles of the devices that are visible to CUDA: GPUs, or one MIG instance.
 
-    `visible`: value of CUDA_VISIBLE_DEVICES. An entry is an index, or a unique prefix of the UUID
-    of a GPU or MIG instance. The first invalid entry and all later ones are ignored. The index of a
-    GPU with MIG selects its first instance, and a process sees at most one instance. CUDA has the
-    same rules (CUDA Programming Guide, environment variables; NVIDIA MIG User Guide, device
-    enumeration).
+    A MIG instance is a part of a GPU that acts as a separate device. `visible`: value of
+    CUDA_VISIBLE_DEVICES. An entry is an index, or a unique prefix of the UUID of a GPU or MIG
+    instance. The first invalid entry and all later entries are ignored. The index of a GPU with MIG
+    selects its first instance, and a process sees at most one instance. CUDA has the same rules
+    (CUDA Programming Guide, environment variables; NVIDIA MIG User Guide, device enumeration).
     """
     gpus = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
     entries = map(str, range(len(gpus))) if visible is None else map(str.strip, visible.split(","))
@@ -267,13 +276,13 @@ def visible_handles(pynvml: Any, visible: str | None) -> list[Any]:
     for entry in entries:
         if entry.isdigit() and int(entry) < len(gpus):
             gpu = gpus[int(entry)]
-            instances = _mig_instances(pynvml, gpu)
-            handle = instances[0] if instances else gpu
-        elif (named := _device_named(pynvml, gpus, entry)) is None:
-            break
+            handle = next(iter(_mig_instances(pynvml, gpu)), gpu)
         else:
-            handle = named
-        if handle not in gpus:
+            handle = _device_with_uuid(pynvml, gpus, entry)
+        if handle is None:
+            break
+        is_mig_instance = handle not in gpus
+        if is_mig_instance:
             return handles or [handle]
         handles.append(handle)
     return handles
@@ -290,21 +299,30 @@ def _mig_instances(pynvml: Any, gpu: Any) -> list[Any]:
     return instances
 
 
-def _device_named(pynvml: Any, gpus: list[Any], entry: str) -> Any | None:
-    """The device whose UUID begins with `entry`; None if there is none or more than one.
+def _device_with_uuid(pynvml: Any, gpus: list[Any], entry: str) -> Any | None:
+    """The GPU or MIG instance that an entry of CUDA_VISIBLE_DEVICES names by its UUID.
 
-    MIG names of old drivers are accepted too: MIG-GPU-<UUID>/<GPU instance>/<compute instance>.
+    None if no device or more than one matches.
     """
-    gpu_uuid, *ids = entry.removeprefix("MIG-").split("/")
     matches = []
     for gpu in gpus:
         for handle in (gpu, *_mig_instances(pynvml, gpu)):
-            is_match = entry and str(pynvml.nvmlDeviceGetUUID(handle)).startswith(entry)
-            if not is_match and len(ids) == 2 and handle != gpu:
-                is_match = str(pynvml.nvmlDeviceGetUUID(gpu)).startswith(gpu_uuid) and ids == [
-                    str(pynvml.nvmlDeviceGetGpuInstanceId(handle)),
-                    str(pynvml.nvmlDeviceGetComputeInstanceId(handle)),
-                ]
-            if is_match:
+            has_uuid = entry and str(pynvml.nvmlDeviceGetUUID(handle)).startswith(entry)
+            is_instance = handle != gpu
+            if has_uuid or (is_instance and _has_old_name(pynvml, gpu, handle, entry)):
                 matches.append(handle)
     return matches[0] if len(matches) == 1 else None
+
+
+def _has_old_name(pynvml: Any, gpu: Any, instance: Any, entry: str) -> bool:
+    """Whether an entry names a MIG instance as old drivers do: MIG-GPU-<UUID>/<id>/<id>.
+
+    The two ids are those of the GPU instance and of the compute instance.
+    """
+    gpu_uuid, *ids = entry.removeprefix("MIG-").split("/")
+    if len(ids) != 2 or not str(pynvml.nvmlDeviceGetUUID(gpu)).startswith(gpu_uuid):
+        return False
+    return ids == [
+        str(pynvml.nvmlDeviceGetGpuInstanceId(instance)),
+        str(pynvml.nvmlDeviceGetComputeInstanceId(instance)),
+    ]

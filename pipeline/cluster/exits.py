@@ -1,4 +1,4 @@
-"""End of a process: its message, its exit code, and output that cannot be written."""
+"""End of a process: error message, exit code, and output that could not be written."""
 
 import errno
 import os
@@ -13,12 +13,12 @@ from tempfile import gettempdir
 from typing import Any, NoReturn, TextIO
 
 from pipeline.cluster.logs import configure_logging, current_local_rank, current_rank
-from pipeline.errors import RankZeroError, SingleRankError, Stopped, bounded
+from pipeline.errors import RankZeroError, SingleRankError, Stopped, shorten
 
-# Time for a launcher to end this rank: DeepSpeed's node launcher checks once a second whether a
-# rank has ended, and then terminates the others.
+# Time that a rank waits to be ended by its launcher. DeepSpeed's node launcher checks once a second
+# whether a rank has ended, and then terminates the others.
 _GRACE_S = 10.0
-# Texts in errors of gloo, NCCL and the key-value store about a peer that has ended.
+# Texts in errors of gloo, NCCL and the key-value store if another rank has ended.
 _CONNECTION_ERRORS = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe",
     "remote process exited", "communicator was aborted",
@@ -28,13 +28,13 @@ _CONNECTION_ERRORS = (
 def run_main(
     body: Callable[[], None], *, tracebacks: bool = False, needs_output: bool = True
 ) -> NoReturn:
-    """Run a command and end the process with the exit code of its outcome.
+    """Run a command and end the process with the matching exit code.
 
-    A RankZeroError is raised on all ranks, so only local rank 0 prints its message, and the other
+    A RankZeroError is raised on all ranks. So only local rank 0 prints its message, and the other
     ranks wait until their launcher ends them. An error of the file system becomes a message that
     names the file. Any other exception is a bug of this project or of a library, and is shown with
-    its traceback. `needs_output`: if output is lost, for example on a full disk, the exit code is
-    1.
+    its traceback. `tracebacks`: also show the tracebacks of the other errors. `needs_output`: end
+    with exit code 1 if output is lost, for example on a full disk.
     """
     out = _guard_output()
     configure_logging()
@@ -46,13 +46,14 @@ def run_main(
     except RankZeroError as error:
         if not isinstance(error, Stopped) or current_local_rank() == 0:
             is_failure = error.exit_code == 1  # neither wrong input nor a stop
-            _report(str(error), tracebacks=tracebacks and is_failure, is_common=True)
+            _report(str(error), tracebacks=tracebacks and is_failure, is_on_all_ranks=True)
         _flush_and_end(error.exit_code)
     except KeyboardInterrupt:
         _flush_and_end(128 + signal.SIGINT)
     except Exception as error:  # noqa: BLE001 - the outermost handler of a process
         if is_lost_connection(error) and not tracebacks:
-            time.sleep(_GRACE_S)  # the watchdog ends this process when it knows the dead rank
+            # In this time the watchdog may find the dead rank, and end this process.
+            time.sleep(_GRACE_S)
             _report(f"rank {current_rank()}: lost its connection to another rank: {error}")
         elif (text := _file_error(error)) and not tracebacks:
             _report(f"rank {current_rank()}: {text}")
@@ -78,8 +79,8 @@ def end_process(code: int) -> NoReturn:
 class _GuardedStream:
     """Output stream that ignores errors of a closed terminal, a closed pipe or a full disk.
 
-    `lost`: the error that lost output. It stays None if the reader has closed the pipe or the
-    terminal.
+    `lost`: the error because of which output is lost, such as a full disk. It stays None if the
+    reader has closed the pipe or the terminal.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -87,19 +88,19 @@ class _GuardedStream:
         self.lost: OSError | None = None
 
     def write(self, text: str) -> int:
-        with self._lost_output_recorded():
+        with self._record_lost_output():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._lost_output_recorded():
+        with self._record_lost_output():
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     @contextmanager
-    def _lost_output_recorded(self) -> Iterator[None]:
+    def _record_lost_output(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -115,7 +116,8 @@ def _guard_output() -> _GuardedStream:
     """
     guarded = []
     for stream in (sys.stdout, sys.stderr):
-        if stream is None:  # closed by the caller; opened so that no other file gets its descriptor
+        if stream is None:  # closed by the program that started this one
+            # Opened, because otherwise the next file would get the number of the closed stream.
             stream = open(os.devnull, "w", encoding="utf-8")  # noqa: PLW2901, PTH123, SIM115
         elif isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -129,7 +131,7 @@ def _file_error(error: Exception) -> str | None:
     if not isinstance(error, OSError) or error.strerror is None:
         return None
     if error.filename is not None:
-        return bounded(f"{os.fsdecode(error.filename)}: {error.strerror}")
+        return shorten(f"{os.fsdecode(error.filename)}: {error.strerror}")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"a file could not be written: {error.strerror} (TMPDIR is {gettempdir()})"
     return None
@@ -139,13 +141,16 @@ def is_lost_connection(error: BaseException) -> bool:
     """Whether an error of gloo, NCCL or the store means that another rank has ended."""
     if isinstance(error, OSError):  # raised by Python for a terminal or a file
         return False
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return "DistNetworkError" in names or any(text in str(error) for text in _CONNECTION_ERRORS)
+    class_names = {cls.__name__ for cls in type(error).__mro__}  # without an import of torch
+    has_text = any(text in str(error) for text in _CONNECTION_ERRORS)
+    return has_text or "DistNetworkError" in class_names
 
 
-def _report(message: str, *, tracebacks: bool = False, is_common: bool = False) -> None:
-    if is_common and current_local_rank() > 0:
-        # If this rank ended first, the launcher would kill local rank 0 before it prints.
+def _report(message: str, *, tracebacks: bool = False, is_on_all_ranks: bool = False) -> None:
+    """Print an error; if all ranks have it, only local rank 0 usually lives until it prints."""
+    if is_on_all_ranks and current_local_rank() > 0:
+        # If this rank ended first, the launcher would kill local rank 0 before it prints. So this
+        # rank waits for the launcher's SIGTERM, which its default handler obeys at once.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_GRACE_S)
     if tracebacks:

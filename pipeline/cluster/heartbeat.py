@@ -4,22 +4,22 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-LOADING = ("loading the base", "creating the engine", "restoring the checkpoint")
+LOADING_PHASES = ("loading the base", "creating the engine", "restoring the checkpoint")
 # Phases without a time limit. During start-up the other ranks may wait for a day until rank 0 has
 # prepared the data, and the time to load a base is not known.
-UNWATCHED = ("start-up", LOADING[0], "publishing")
-# Time limit of the other phases in LOADING. Ranks that have finished loading wait in a collective,
-# which times out after 30 minutes without naming the slow rank.
-LOADING_S = 25 * 60.0
+UNWATCHED_PHASES = ("start-up", "loading the base", "publishing")
+# Time limit of the other phases in LOADING_PHASES. Ranks that have finished loading wait in a
+# collective, which times out after 30 minutes without naming the slow rank. So this is shorter.
+LOADING_LIMIT_S = 25 * 60.0
 
 
 @dataclass
 class Heartbeat:
-    """The present phase of this rank's main thread.
+    """The present phase of this rank's main thread, such as "the forward pass".
 
-    `step`: finished steps; None before the training loop, and in a process that does not train.
-    `beats`: number of phases so far; slow ranks have fewer. `since`: start of the phase
-    (time.monotonic).
+    `step`: number of finished steps; None before the training loop, and in a process that does not
+    train. `beats`: number of phases that this rank has entered; a rank that blocks the others has
+    the fewest. `since`: start of the phase (time.monotonic).
     """
 
     step: int | None = None
@@ -28,7 +28,10 @@ class Heartbeat:
     since: float = field(default_factory=time.monotonic)
 
     def renew(self) -> None:
-        """Restart the time of the present phase, without a beat: ranks may do so at any rate."""
+        """Restart the time of the present phase, for a rank that makes progress in a long phase.
+
+        This is no beat, because `beats` must not depend on how often a rank calls this method.
+        """
         self.since = time.monotonic()
 
     def beat(self, phase: str, step: int | None = None) -> None:
@@ -44,12 +47,12 @@ class Heartbeat:
 
 
 def position(step: int | None, phase: str) -> str:
-    """Text for a step and a phase: `at step 3 in the forward pass`."""
+    """Step and phase as text, e.g. `at step 3 in the forward pass`."""
     return f"in {phase}" if step is None else f"at step {step} in {phase}"
 
 
 def checkpoint_note(step: int | None) -> str:
-    """Note for a message about a hang, if training has begun: no checkpoint is half written."""
+    """A note for a message about a hang: if training has begun, the last checkpoint is intact."""
     return "" if step is None else "; the last checkpoint is unchanged"
 
 
@@ -57,16 +60,21 @@ def hang_message(heartbeats: dict[int, dict[str, Any]], frozen: list[int], timeo
     """Message that names the ranks which block the others.
 
     These are the frozen ranks; if there are none, the ranks with the fewest heartbeats.
+    `heartbeats`: rank -> heartbeat as published by the watchdog. `frozen`: ranks whose process
+    publishes no heartbeats any more.
     """
     fewest = min(heartbeat["beats"] for heartbeat in heartbeats.values())
-    blocking = frozen or [r for r, heartbeat in heartbeats.items() if heartbeat["beats"] == fewest]
+    blocking = frozen or [
+        rank for rank, heartbeat in heartbeats.items() if heartbeat["beats"] == fewest
+    ]
     scope = "all ranks hang" if len(blocking) == len(heartbeats) > 1 else "the others wait"
-    names = "; ".join(
-        f"rank {rank} on {heartbeats[rank]['host']} hangs "
-        f"{position(heartbeats[rank]['step'], heartbeats[rank]['phase'])} "
-        f"({heartbeats[rank]['where']}"
-        f"{', stopped or disconnected' if rank in frozen else ''})"
-        for rank in blocking
-    )
+    descriptions = []
+    for rank in blocking:
+        heartbeat = heartbeats[rank]
+        state = ", stopped or disconnected" if rank in frozen else ""
+        descriptions.append(
+            f"rank {rank} on {heartbeat['host']} hangs "
+            f"{position(heartbeat['step'], heartbeat['phase'])} ({heartbeat['where']}{state})"
+        )
     note = checkpoint_note(heartbeats[blocking[0]]["step"])
-    return f"no progress for {timeout_s:.0f} s ({scope}): {names}{note}"
+    return f"no progress for {timeout_s:.0f} s ({scope}): {'; '.join(descriptions)}{note}"

@@ -5,18 +5,34 @@ from pathlib import Path
 
 import psutil
 
-# Control groups of version 2 and 1: folder, file with the limit, file with the usage, and the entry
-# of memory.stat for page cache that the kernel can reclaim (Linux, admin-guide/cgroup-v2 and
-# cgroup-v1/memory).
-_V2 = ("", "memory.max", "memory.current", "inactive_file")
-_V1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+@dataclass(frozen=True)
+class _GroupVersion:
+    """Names of files in one version of Linux control groups (cgroups).
+
+    `folder`: below /sys/fs/cgroup. `reclaimable_entry`: line of memory.stat with the page cache
+    that the kernel can reclaim, in bytes.
+    """
+
+    folder: str
+    limit_file: str
+    usage_file: str
+    reclaimable_entry: str
+
+
+# Linux documentation, admin-guide/cgroup-v2 and admin-guide/cgroup-v1/memory.
+_V2 = _GroupVersion("", "memory.max", "memory.current", "inactive_file")
+_V1 = _GroupVersion(
+    "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostMemory:
     """Host memory in bytes.
 
-    `limited_by`: the control group that limits it; empty if the node's memory is the limit.
+    `limited_by`: folder of the control group that limits the memory; empty if no group has a limit
+    below the node's memory.
     """
 
     total: int
@@ -27,52 +43,57 @@ class HostMemory:
 def host_memory(root: Path = Path("/")) -> HostMemory:
     """The memory of the node, or the smallest limit of a control group of this process.
 
-    All groups are read, from the group of this process up to the mounted root: the limit of a Slurm
-    job is set on a group below the root, the limit of a container on the root.
+    Control groups form a tree. All groups from that of this process up to the root are read,
+    because Slurm sets the limit of a job on a group below the root, and a container's limit is set
+    on the root.
     """
     node = psutil.virtual_memory()
     total, free, limited_by = int(node.total), int(node.available), ""
-    for folder, kind in _groups(root):
-        limit, used = _limit_and_use(folder, kind)
+    for folder, version in _control_groups(root):
+        limit = _limit(folder, version)
         if limit is None:
             continue
-        free = min(free, max(0, limit - used))
+        free = min(free, max(0, limit - _usage(folder, version)))
         if limit < total:
             total, limited_by = limit, str(folder)
     return HostMemory(total=total, free=free, limited_by=limited_by)
 
 
-def _groups(root: Path) -> list[tuple[Path, tuple[str, str, str, str]]]:
-    """Folder and file names of each control group of this process, up to the root."""
+def _control_groups(root: Path) -> list[tuple[Path, _GroupVersion]]:
+    """Folder and version of each control group of this process, from its own up to the root."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
     groups = []
-    for line in lines:
+    for line in lines:  # such as `0::/user.slice` (version 2) or `4:memory:/slurm/job_1`
         number, controllers, path = line.split(":", 2)
         if number == "0":
-            kind = _V2
+            version = _V2
         elif "memory" in controllers.split(","):
-            kind = _V1
+            version = _V1
         else:
             continue
-        mount = root / "sys/fs/cgroup" / kind[0]
-        own = mount / path.strip("/")
-        groups += [(group, kind) for group in (own, *own.parents) if group.is_relative_to(mount)]
+        mount = root / "sys/fs/cgroup" / version.folder
+        group = mount / path.strip("/")
+        while group.is_relative_to(mount):
+            groups.append((group, version))
+            group = group.parent
     return groups
 
 
-def _limit_and_use(folder: Path, kind: tuple[str, str, str, str]) -> tuple[int | None, int]:
-    _, limit_file, use_file, reclaimed = kind
-    limit = _content_or_empty(folder / limit_file).strip()
-    if not limit.isdigit():  # "max", or the file does not exist
-        return None, 0
-    used = _content_or_empty(folder / use_file).strip()
-    statistics = dict(
-        line.split() for line in _content_or_empty(folder / "memory.stat").splitlines()
-    )
-    return int(limit), max(0, int(used or 0) - int(statistics.get(reclaimed, 0)))
+def _limit(folder: Path, version: _GroupVersion) -> int | None:
+    """The group's memory limit in bytes; None if there is no limit or no such file."""
+    limit = _content_or_empty(folder / version.limit_file).strip()
+    return int(limit) if limit.isdigit() else None  # the text is "max" for no limit
+
+
+def _usage(folder: Path, version: _GroupVersion) -> int:
+    """Bytes in use by the group, without page cache that the kernel can reclaim."""
+    usage = int(_content_or_empty(folder / version.usage_file).strip() or 0)
+    lines = _content_or_empty(folder / "memory.stat").splitlines()
+    statistics = dict(line.split() for line in lines)
+    return max(0, usage - int(statistics.get(version.reclaimable_entry, 0)))
 
 
 def _content_or_empty(path: Path) -> str:

@@ -1,9 +1,9 @@
 """Watch on DeepSpeed's launchers: a rank stops if one of its launchers has died.
 
-DeepSpeed's `deepspeed` command starts a node launcher on each machine, which starts the ranks. If a
-signal kills the command or a node launcher, its children continue unnoticed (DeepSpeed 0.19.8: any
-signal kills the command; SIGUSR1, SIGUSR2 and SIGKILL kill the node launcher). So each rank watches
-both processes, its parent and its grandparent.
+The `deepspeed` command starts a node launcher on each machine, and the node launcher starts the
+ranks. If a signal kills the command or a node launcher, the ranks continue unnoticed. In DeepSpeed
+0.19.8 any signal kills the command; SIGUSR1, SIGUSR2 and SIGKILL kill the node launcher. So each
+rank watches its node launcher and, on a single machine, the command.
 """
 
 import os
@@ -15,8 +15,9 @@ import psutil
 
 _POLL_S = 0.5
 _NODE_LAUNCHER = "deepspeed.launcher.launch"
-_SET_BY_COMMAND = "--log_level="  # argument of node launchers that the deepspeed command started
-_LEVELS = 4  # number of ancestors to search: shell scripts may be between a launcher and its ranks
+# Argument that the deepspeed command passes to the node launchers that it starts.
+_ARGUMENT_OF_COMMAND = "--log_level="
+_MAX_ANCESTORS = 4  # to search, because shell scripts may be between a launcher and its ranks
 
 
 def watch_launchers(env: Mapping[str, str], request_stop: Callable[[str], None]) -> None:
@@ -36,6 +37,7 @@ def watch_launchers(env: Mapping[str, str], request_stop: Callable[[str], None])
 
 
 def _watch(launchers: list[psutil.Process], request_stop: Callable[[str], None]) -> None:
+    """Wait until a launcher has ended, then request a stop; at once if the list is empty."""
     while launchers and not any(has_ended(process) for process in launchers):
         time.sleep(_POLL_S)
     request_stop("its launcher has ended")
@@ -44,17 +46,18 @@ def _watch(launchers: list[psutil.Process], request_stop: Callable[[str], None])
 def _launchers(*, is_one_machine: bool) -> list[psutil.Process]:
     """The node launcher, and the deepspeed command if it is the parent of the node launcher.
 
-    Empty if either has ended. On a single machine the parent of the node launcher is the command;
-    with several machines it may be a remote shell.
+    Empty if one of them has ended already. On a single machine the parent of the node launcher is
+    the command. With several machines the parent may be a remote shell instead.
     """
-    ancestors = psutil.Process(os.getpid()).parents()[:_LEVELS]
+    ancestors = psutil.Process(os.getpid()).parents()[:_MAX_ANCESTORS]
     for i, process in enumerate(ancestors):
-        if _NODE_LAUNCHER in _command_line(process):
-            parent = [p for p in ancestors[i + 1 : i + 2] if "deepspeed" in _command_line(p)]
-            command_has_ended = (
-                is_one_machine and not parent and _SET_BY_COMMAND in _command_line(process)
-            )
-            return [] if command_has_ended else [process, *parent]
+        command_line = _command_line(process)
+        if _NODE_LAUNCHER in command_line:
+            parent = ancestors[i + 1 : i + 2]
+            if parent and "deepspeed" in _command_line(parent[0]):
+                return [process, *parent]
+            was_started_by_command = is_one_machine and _ARGUMENT_OF_COMMAND in command_line
+            return [] if was_started_by_command else [process]
     return []
 
 
@@ -69,7 +72,7 @@ def has_ended(process: psutil.Process) -> bool:
     """Whether a process has ended, even if its parent has not yet read its exit code."""
     try:  # is_running() is False if the process id now belongs to a later process
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.AccessDenied:  # it exists, and its state is hidden from this user
+    except psutil.AccessDenied:  # the process exists, but this user may not read its state
         return False
     except psutil.NoSuchProcess:
         return True

@@ -1,7 +1,8 @@
-"""Logging of the commands to the console.
+"""Console output of this project's log messages.
 
-Modules log to `logging.getLogger(__name__)`. Rank 0 shows messages from level INFO, other ranks
-from WARNING. If the calling program has configured logging, its handlers are used instead.
+Modules log to `logging.getLogger(__name__)`. Rank 0 shows messages of level INFO and above, other
+ranks those of level WARNING and above. If a program that imports this package has configured
+logging, that program's handlers are used instead.
 """
 
 import logging
@@ -26,22 +27,17 @@ _LOCAL_RANKS = (
 def configure_logging() -> None:
     """Install the console handler, unless logging has been configured already.
 
-    Warnings of libraries, which every rank would print, are hidden.
+    Warnings of libraries are hidden, because every rank would print them.
     """
-    _silence_library_warnings()
-    logger = logging.getLogger(_PROJECT)
-    if not logger.hasHandlers():
-        logger.addHandler(_Console())
-        logger.setLevel(logging.INFO)
-
-
-def _silence_library_warnings() -> None:
-    """Hide warnings of libraries, which every rank would print."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     libraries = r"(torch|transformers|peft|deepspeed|bitsandbytes)\b"
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category, module=libraries)
+    logger = logging.getLogger(_PROJECT)
+    if not logger.hasHandlers():
+        logger.addHandler(_ConsoleHandler())
+        logger.setLevel(logging.INFO)
 
 
 def show_details() -> None:
@@ -64,31 +60,32 @@ def _first_number(names: Sequence[str]) -> int:
     return next((int(value) for value in values if value.isdigit()), 0)
 
 
-class _Console(logging.Handler):
-    """Handler that writes to the present `sys.stdout`, which may change during a run."""
+class _ConsoleHandler(logging.Handler):
+    """Handler that writes to `sys.stdout`, which may be redirected during a run."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record. Other ranks than 0 print only warnings and errors, with their rank."""
         rank = current_rank()
         if rank == 0:
             text = self.format(record)
-            text = wrapped(text, shutil.get_terminal_size().columns) if _is_terminal() else text
-            print(text, flush=True)  # noqa: T201 - the terminal of the run
+            if sys.stdout is not None and sys.stdout.isatty():
+                text = wrap_lines(text, shutil.get_terminal_size().columns)
+            print(text, flush=True)  # noqa: T201 - this handler is the console output
         elif record.levelno >= logging.WARNING:
-            print(f"rank {rank}: {self.format(record)}", flush=True)  # noqa: T201 - the same
+            print(f"rank {rank}: {self.format(record)}", flush=True)  # noqa: T201
 
 
-def wrapped(text: str, width: int) -> str:
-    """Text with long lines broken between words, and aligned behind the first column of a line."""
+def wrap_lines(text: str, width: int) -> str:
+    """Break lines of more than `width` characters between words.
+
+    If a line begins with a word and two or more spaces, as in a table, its continuation lines are
+    indented as far as the text after these spaces. Otherwise they are indented by 2.
+    """
     lines: list[str] = []
     for line in text.split("\n"):
-        column = re.match(r"\S* {2,}", line)
-        indent = " " * (min(column.end(), width // 2) if column else 2)
+        first_column = re.match(r"\S* {2,}", line)
+        indent = " " * (min(first_column.end(), width // 2) if first_column else 2)
         lines += textwrap.wrap(
             line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
         ) or [""]
     return "\n".join(lines)
-
-
-def _is_terminal() -> bool:
-    return sys.stdout is not None and sys.stdout.isatty()

@@ -1,14 +1,14 @@
-"""Placement: rank and world size of this process, from the environment. Pure, no torch."""
+"""Placement: rank and world size of this process, from the variables of its launcher."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.cluster.tasks import Task, first_host, port_of, task_of, whole_number
+from pipeline.cluster.tasks import Task, detect_task, first_host, rendezvous_port, whole_number
 from pipeline.errors import UserError
 
 # DeepSpeed's launcher and torchrun set all of these variables for every rank. If some are missing,
-# DeepSpeed falls back to MPI discovery (DeepSpeed 0.19.8, comm/comm.py:844).
+# DeepSpeed asks MPI for the rank (DeepSpeed 0.19.8, comm/comm.py:844).
 _RANK_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 _MASTER_NAMES = ("MASTER_ADDR", "MASTER_PORT")
 # Variables with the number of ranks on this node, in order of precedence.
@@ -27,9 +27,11 @@ Launcher = Literal["one process", "deepspeed", "torchrun", "srun", "mpirun", "po
 class Placement:
     """Rank, world size and rendezvous address of this process.
 
-    Under mpirun, address and port are empty until the rendezvous (session.py). `rendezvous_id` is
-    not empty if `master_port` was derived from the job and not reserved. Then rank 0 may have to
-    use another port, and the other ranks recognise rank 0 by this id.
+    `local_rank` and `local_size`: rank among, and number of, the ranks on this node. `master_addr`
+    and `master_port`: address of rank 0's node, where all ranks meet; empty and 0 under mpirun
+    until the rendezvous (session.py). `rendezvous_id`: set if the port was computed from the number
+    of the Slurm job. Such a port may be in use. Rank 0 then uses another one, and the other ranks
+    recognise rank 0 by this id (rendezvous.py).
     """
 
     launcher: Launcher = "one process"
@@ -47,7 +49,10 @@ class Placement:
         return self.world_size // self.local_size
 
     def variables(self) -> dict[str, str]:
-        """All rank variables that DeepSpeed reads; if all are set, it runs no MPI discovery."""
+        """All environment variables from which DeepSpeed learns rank and address.
+
+        If all are set, DeepSpeed does not ask MPI.
+        """
         return {
             "RANK": str(self.rank),
             "LOCAL_RANK": str(self.local_rank),
@@ -60,23 +65,23 @@ class Placement:
         }
 
 
-def from_environment(env: Mapping[str, str], *, may_be_alone: bool = False) -> Placement:
+def from_environment(env: Mapping[str, str], *, allow_single_process: bool = False) -> Placement:
     """The placement from the variables of a launcher; without a launcher, a single process.
 
-    `may_be_alone`: whether a single process is allowed in a job of several nodes or tasks. Raises
-    UserError if variables contradict each other, or if each process would train on its own.
+    `allow_single_process`: whether a single process is allowed in a job of several nodes or tasks.
+    Raises UserError if variables contradict each other, or if each process would train alone.
     """
     _refuse_accelerate_options(env)
-    task = task_of(env)
-    is_numbered = any(name in env for name in _RANK_NAMES)
-    if is_numbered and (task is None or not _agrees(env, task)):
+    task = detect_task(env)
+    has_rank_variables = any(name in env for name in _RANK_NAMES)
+    if has_rank_variables and (task is None or not _agrees(env, task)):
         placement = _from_rank_variables(env)
         _require_one_launcher(placement, task)
     elif task is None or task.size == 1:
         placement = Placement()
     else:
         placement = _from_task(env, task)
-    if not (may_be_alone and placement.world_size == 1):
+    if not (allow_single_process and placement.world_size == 1):
         _require_all_started(env, placement, task)
     _require_order(placement)
     _require_devices(env, placement)
@@ -98,12 +103,12 @@ def device_index(placement: Placement, num_visible: int) -> int:
 
 
 def _agrees(env: Mapping[str, str], task: Task) -> bool:
-    """Whether RANK and similar variables equal the task's values and come from no second launcher.
+    """Whether RANK and similar variables only repeat the numbers of a task of srun or mpirun.
 
     Container hooks and user scripts set such variables. torchrun and DeepSpeed inside a task are a
-    second launcher, even with one rank per task.
+    second launcher, whose variables are used even if each task has one rank.
     """
-    if "TORCHELASTIC_RUN_ID" in env or "CROSS_RANK" in env:
+    if "TORCHELASTIC_RUN_ID" in env or "CROSS_RANK" in env:  # set by torchrun and by DeepSpeed
         return False
     expected = {
         "RANK": task.rank, "WORLD_SIZE": task.size, "LOCAL_RANK": task.local_rank,
@@ -113,8 +118,12 @@ def _agrees(env: Mapping[str, str], task: Task) -> bool:
 
 
 def _from_rank_variables(env: Mapping[str, str]) -> Placement:
-    is_torchrun, is_pod = "TORCHELASTIC_RUN_ID" in env, _is_pod(env)
-    if is_pod:
+    """The placement from RANK, WORLD_SIZE and so on, which DeepSpeed, torchrun or a pod has set."""
+    launcher: Launcher = "deepspeed"
+    if "TORCHELASTIC_RUN_ID" in env:
+        launcher = "torchrun"
+    elif _is_pod(env):
+        launcher = "pods"
         env = {**env, "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
     names = (*_RANK_NAMES, *_MASTER_NAMES)
     if missing := [name for name in names if name not in env]:
@@ -123,14 +132,15 @@ def _from_rank_variables(env: Mapping[str, str]) -> Placement:
             f"environment: {', '.join(present)} set, but not {', '.join(missing)}; start with "
             "`deepspeed launch/train.py RUN.yaml`, or unset all of them to start a single process"
         )
-    # Under torchrun LOCAL_SIZE is not read: users set it for DeepSpeed on CPU machines.
-    sizes = ["LOCAL_WORLD_SIZE", "WORLD_SIZE"] if is_torchrun else _LOCAL_SIZES
+    local_sizes = _LOCAL_SIZES
+    if launcher == "torchrun":  # does not set LOCAL_SIZE, which users set for DeepSpeed on CPUs
+        local_sizes = ["LOCAL_WORLD_SIZE", "WORLD_SIZE"]
     return Placement(
-        launcher="torchrun" if is_torchrun else "pods" if is_pod else "deepspeed",
+        launcher=launcher,
         rank=whole_number(env, "RANK"),
         local_rank=whole_number(env, "LOCAL_RANK"),
         world_size=whole_number(env, "WORLD_SIZE"),
-        local_size=whole_number(env, next(name for name in sizes if name in env)),
+        local_size=whole_number(env, next(name for name in local_sizes if name in env)),
         master_addr=env["MASTER_ADDR"],
         master_port=_master_port(env),
     )
@@ -143,7 +153,8 @@ def _is_pod(env: Mapping[str, str]) -> bool:
     pkg/controller.v1/pytorch/envvar.go at 5fa872f). It also sets PET_* variables, which are meant
     for torchrun.
     """
-    in_kubernetes = "KUBERNETES_SERVICE_HOST" in env or any(n.startswith("PET_") for n in env)
+    has_torchrun_options = any(name.startswith("PET_") for name in env)
+    in_kubernetes = "KUBERNETES_SERVICE_HOST" in env or has_torchrun_options
     return in_kubernetes and "LOCAL_RANK" not in env and {"RANK", "WORLD_SIZE"} <= env.keys()
 
 
@@ -161,7 +172,7 @@ def _from_task(env: Mapping[str, str], task: Task) -> Placement:
                 "environment: SLURM_JOB_NODELIST is not set in this Slurm step; pass it to the task"
             )
         job, step = whole_number(env, "SLURM_JOB_ID"), whole_number(env, "SLURM_STEP_ID")
-        port = port_of(job, step)
+        port = rendezvous_port(job, step)
         rendezvous_id = f"Slurm step {job}.{step}, start {env.get('SLURM_RESTART_COUNT', '0')}"
     if "MASTER_PORT" in env:
         port, rendezvous_id = _master_port(env), ""
@@ -209,18 +220,18 @@ def _refuse_accelerate_options(env: Mapping[str, str]) -> None:
 
 
 def _require_one_launcher(placement: Placement, task: Task | None) -> None:
-    """Raise UserError if a launcher inside srun or mpirun contradicts it.
+    """Raise UserError if torchrun or deepspeed runs inside srun or mpirun with other numbers.
 
-    Allowed are one torchrun or deepspeed per node, and equal ranks in both sets of variables.
+    Two cases are allowed: one torchrun or deepspeed per node, and equal numbers in the variables of
+    both launchers.
     """
     if task is None or task.size == 1:
         return
-    numbers = (task.rank, task.size, task.local_rank, task.local_size)
-    is_same = numbers == (
-        placement.rank, placement.world_size, placement.local_rank, placement.local_size
-    )  # fmt: skip
-    is_one_per_node = numbers == (placement.rank // placement.local_size, placement.nodes, 0, 1)
-    if not is_same and not is_one_per_node:
+    task_numbers = (task.rank, task.size, task.local_rank, task.local_size)
+    numbers = (placement.rank, placement.world_size, placement.local_rank, placement.local_size)
+    node = placement.rank // placement.local_size
+    is_one_per_node = task_numbers == (node, placement.nodes, 0, 1)
+    if task_numbers != numbers and not is_one_per_node:
         raise UserError(
             f"environment: two launchers at once: RANK={placement.rank} "
             f"WORLD_SIZE={placement.world_size} LOCAL_RANK={placement.local_rank} with "
@@ -233,28 +244,32 @@ def _require_one_launcher(placement: Placement, task: Task | None) -> None:
 
 def _require_all_started(env: Mapping[str, str], placement: Placement, task: Task | None) -> None:
     """Raise UserError if other tasks, nodes or pods of this job would be idle."""
+    if task is not None:
+        return
+    # A Kubernetes PyTorchJob sets these variables for torchrun; PET_NNODES may be "min:max".
     processes = env.get("PET_NPROC_PER_NODE", "")
     pods = env.get("PET_NNODES", "").rpartition(":")[2]
-    is_multiple = processes not in ("", "1", "auto", "gpu", "cpu") and placement.local_size == 1
-    is_alone = pods not in ("", "1") and placement.world_size == 1
-    if task is None and "TORCHELASTIC_RUN_ID" not in env and (is_multiple or is_alone):
+    expects_processes = processes not in ("", "1", "auto", "gpu", "cpu")
+    lacks_processes = expects_processes and placement.local_size == 1
+    lacks_pods = pods not in ("", "1") and placement.world_size == 1
+    if "TORCHELASTIC_RUN_ID" not in env and (lacks_processes or lacks_pods):
         raise UserError(
             f"environment: PET_NNODES={pods or 1} PET_NPROC_PER_NODE={processes or 1} are meant "
             "for torchrun, but the pod started python; set the pod's command to `torchrun "
             "launch/train.py RUN.yaml`"
         )
     nodes = env.get("SLURM_JOB_NUM_NODES", env.get("SLURM_NNODES", ""))
-    if task is None and nodes.isdigit() and placement.nodes < int(nodes):
+    if nodes.isdigit() and placement.nodes < int(nodes):
         raise UserError(
             f"environment: this Slurm job has {nodes} nodes, but ranks were started on "
             f"{placement.nodes}, without srun, so the other nodes would be idle; use `sbatch "
             "slurm/train.sbatch RUN.yaml`, `srun python launch/train.py RUN.yaml`, `deepspeed` "
             "with a hostfile, or `srun --nodes=1 --ntasks=1` for one process"
         )
-    number = env.get("SLURM_NTASKS", "1")
-    if placement.world_size == 1 and task is None and number not in ("", "1"):
+    num_tasks = env.get("SLURM_NTASKS", "1")
+    if placement.world_size == 1 and num_tasks not in ("", "1"):
         raise UserError(
-            f"environment: SLURM_NTASKS={number}, but one rank was started without srun, so the "
+            f"environment: SLURM_NTASKS={num_tasks}, but one rank was started without srun, so the "
             "other tasks of the job would be idle or train the same model; use `srun python "
             "launch/train.py RUN.yaml`, one `torchrun` or `deepspeed` per node, or `srun "
             "--ntasks=1` for one process"
@@ -284,25 +299,24 @@ def _require_order(placement: Placement) -> None:
 
 
 def _require_devices(env: Mapping[str, str], placement: Placement) -> None:
-    """Raise UserError if the environment shows fewer GPUs than ranks on this node.
+    """Raise UserError if CUDA_VISIBLE_DEVICES has fewer GPUs than there are ranks on this node.
 
-    srun and mpirun may make only one GPU visible to each task. Under srun this is accepted if Slurm
-    allocated enough GPUs on the node. Under mpirun it is accepted, and preflight checks that the
-    GPUs of the ranks differ.
+    srun and mpirun may make a single, different GPU visible to each task. Under srun this is
+    accepted if Slurm allocated enough GPUs on the node. Under mpirun it is always accepted; the
+    preflight check `gpus` compares the GPUs of the ranks.
     """
     visible = env.get("CUDA_VISIBLE_DEVICES", "")
     if not visible or visible.startswith("-") or env.get("DS_ACCELERATOR") == "cpu":
         return  # no restriction, or CPU ranks
-    entries, ranks = len(visible.split(",")), placement.local_size
+    num_visible, num_ranks = len(visible.split(",")), placement.local_size
     allocated = env.get("SLURM_GPUS_ON_NODE", "")
-    has_own_gpu = entries == 1 and (
-        placement.launcher == "mpirun"
-        or (placement.launcher == "srun" and allocated.isdigit() and int(allocated) >= ranks)
-    )
-    if entries < ranks and not has_own_gpu:
+    may_differ_by_rank = placement.launcher == "mpirun"
+    if placement.launcher == "srun" and allocated.isdigit():
+        may_differ_by_rank = int(allocated) >= num_ranks
+    if num_visible < num_ranks and not (num_visible == 1 and may_differ_by_rank):
         slurm = f", SLURM_GPUS_ON_NODE={allocated}" if allocated else ""
         raise UserError(
-            f"environment: {ranks} ranks on this node, but "
+            f"environment: {num_ranks} ranks on this node, but "
             f"CUDA_VISIBLE_DEVICES={visible}{slurm}: each rank needs its own GPU; start one rank "
             "per GPU, or set DS_ACCELERATOR=cpu"
         )

@@ -1,9 +1,9 @@
 """Progress of work that takes longer than a few seconds, shown by rank 0.
 
-In a terminal it is a bar (or a spinner, if the amount of work is unknown) that disappears when the
-work is done. Elsewhere it is log lines: one when the work has lasted a second, and then one every
-four seconds, also while the work does not advance. So a user sees a line at least every five
-seconds.
+In a terminal the progress is a bar that disappears when the work is done, or a spinner if the
+amount of work is unknown. Otherwise the progress is shown in log lines: one after a second, and
+then one every four seconds, even if the work does not advance. So a user sees a line at least
+every five seconds.
 """
 
 import logging
@@ -29,13 +29,17 @@ from pipeline.cluster.logs import current_rank
 
 logger = logging.getLogger(__name__)
 
-_QUIET_S = 1.0  # shorter work is not reported
+_FIRST_LINE_S = 1.0  # work that takes less time is not reported
 _LINE_INTERVAL_S = 4.0
-_LEAST_SHARE = 0.05  # of the work must be done before the remaining time is estimated
+_MIN_SHARE_FOR_ESTIMATE = 0.05  # of the work, before the remaining time is estimated from it
 
 
 class Work:
-    """A piece of work in progress. `advance` may be called from the thread that does the work."""
+    """Work in progress, shown in log lines. `advance` may be called from another thread.
+
+    `text`: description of the work. `total`: its amount in any unit; None if it is unknown.
+    `in_bytes`: whether the unit is bytes, so that MB/s are shown too.
+    """
 
     def __init__(self, text: str, total: int | None, *, in_bytes: bool = False) -> None:
         self.done = 0
@@ -59,19 +63,21 @@ class Work:
             thread.join()
 
     def as_line(self) -> str:
-        """One log line: the work, and how far it is."""
+        """The log line: description of the work, and its progress."""
         seconds = max(time.monotonic() - self._start, 1e-3)
         if not self._total or not self.done:
             count = f"{self.done:,}, " if self.done else ""
             return f"{self._text}: {count}{duration(seconds)} elapsed"
-        left = seconds * (self._total - self.done) / self.done
-        rate = f"{self.done / seconds / 1e6:,.0f} MB/s, " if self._in_bytes else ""
         share = self.done / self._total
-        end = f", {rate}{duration(left)} left" if share >= _LEAST_SHARE else ""
-        return f"{self._text}: {100 * share:.0f} %{end}"
+        line = f"{self._text}: {100 * share:.0f} %"
+        if share < _MIN_SHARE_FOR_ESTIMATE:
+            return line
+        remaining_s = seconds * (self._total - self.done) / self.done
+        rate = f"{self.done / seconds / 1e6:,.0f} MB/s, " if self._in_bytes else ""
+        return f"{line}, {rate}{duration(remaining_s)} left"
 
     def _log_lines(self, is_over: threading.Event) -> None:
-        if is_over.wait(_QUIET_S):
+        if is_over.wait(_FIRST_LINE_S):
             return
         logger.info("%s ...", self._text)
         while not is_over.wait(_LINE_INTERVAL_S):
@@ -79,7 +85,7 @@ class Work:
 
 
 class _TerminalWork(Work):
-    """Work with a bar in the terminal instead of log lines."""
+    """Work that is shown by a bar in the terminal instead of log lines."""
 
     def __init__(
         self, text: str, total: int | None, console: Console, *, in_bytes: bool = False
@@ -88,9 +94,9 @@ class _TerminalWork(Work):
         description = TextColumn("{task.description}")
         columns: tuple[ProgressColumn, ...] = (SpinnerColumn(), description, TimeElapsedColumn())
         if total:
-            share = TextColumn("{task.percentage:.0f} %")
+            percentage = TextColumn("{task.percentage:.0f} %")
             rate = (TransferSpeedColumn(),) if in_bytes else ()
-            columns = (description, BarColumn(), share, *rate, TimeRemainingColumn())
+            columns = (description, BarColumn(), percentage, *rate, TimeRemainingColumn())
         self._bar = Progress(*columns, console=console, transient=True)
         self._task = self._bar.add_task(text, total=total)
 
@@ -108,8 +114,8 @@ class _TerminalWork(Work):
 def show_progress(text: str, total: int | None = None, *, in_bytes: bool = False) -> Iterator[Work]:
     """Show on rank 0 the progress of the work in the body of the `with` statement.
 
-    `text`: the work, such as "loading the model". `total`: its amount in any unit, for `advance`.
-    `in_bytes`: the unit is bytes, and the rate is shown too.
+    The body calls `advance` of the yielded `Work`. `text`: the work, such as "loading the model".
+    `total` and `in_bytes`: see `Work`.
     """
     work = Work(text, total, in_bytes=in_bytes)
     if current_rank() != 0 or not logger.isEnabledFor(logging.INFO):
@@ -123,11 +129,11 @@ def show_progress(text: str, total: int | None = None, *, in_bytes: bool = False
 
 
 def terminal() -> Console:
-    """A console for the present standard output."""
+    """A rich console for standard output."""
     return Console(file=sys.stdout, highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
     """Seconds as `H:MM:SS`."""
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+    minutes, seconds_of_minute = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds_of_minute:02d}"

@@ -1,8 +1,9 @@
 """Sequence-parallel groups: consecutive ranks that share each sequence.
 
-A group of P ranks splits the tokens of a sequence into P equal parts; the rank at place p holds
-part p. In attention the group exchanges tokens for heads with all-to-alls (model/ulysses.py).
-DeepSpeed is not told of the groups: to DeepSpeed all ranks of the run are data-parallel.
+A group of P ranks splits the tokens of a sequence into P equal parts; rank p of the group holds
+part p. In attention the ranks exchange data with all-to-alls, so that each has all tokens of some
+heads (model/ulysses.py). DeepSpeed does not know the groups: for DeepSpeed all ranks of the run are
+data-parallel.
 """
 
 from dataclasses import dataclass
@@ -15,24 +16,28 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class SequenceGroup:
-    """The group of this rank. `place`: index of this rank in the group."""
+    """The sequence-parallel group of this rank.
+
+    `size`: number of ranks in the group. `rank`: index of this rank in the group.
+    """
 
     size: int
-    place: int
+    rank: int
     process_group: dist.ProcessGroup
 
-    def part(self, tensor: torch.Tensor, padding: float) -> torch.Tensor:
-        """This rank's part of a tensor (B, T, ...), whose T is padded to a multiple of the size.
+    def local_part(self, tensor: torch.Tensor, padding: float) -> torch.Tensor:
+        """This rank's part of a tensor (B, T, ...): B sequences of T tokens.
 
-        The parts are equally long, because an all-to-all exchanges equal numbers of tokens.
+        Dimension T is padded to a multiple of the group's size with the value `padding`, because an
+        all-to-all needs equal numbers of tokens.
         """
-        missing = -tensor.shape[1] % self.size
-        if missing:
-            tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, missing), value=padding)
-        return tensor.chunk(self.size, dim=1)[self.place]
+        num_missing = -tensor.shape[1] % self.size
+        if num_missing:
+            tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, num_missing), value=padding)
+        return tensor.chunk(self.size, dim=1)[self.rank]
 
     def all_to_all(self, sent: torch.Tensor) -> torch.Tensor:
-        """Send row p of a tensor (P, N) to place p; row p of the result comes from place p."""
+        """Send row p of a tensor (P, N) to rank p of the group; row p of the result is from it."""
         received: torch.Tensor = _AllToAll.apply(sent, self.process_group)  # type: ignore[no-untyped-call]
         return received
 

@@ -1,7 +1,7 @@
-"""Communication between the ranks of a run, through a key-value store and a process group.
+"""Session: communication between the ranks of a run.
 
-torch is imported only if several ranks communicate; in a single process `rank_zero_first` works
-without it.
+It uses torch's key-value store, which rank 0 serves, and later a process group. torch is imported
+only if several ranks communicate: in a single process `rank_zero_first` works without torch.
 """
 
 import json
@@ -26,12 +26,16 @@ if TYPE_CHECKING:
 
 # Time limit of a collective; long, because ranks load the model at different speeds.
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-# Time limit of one wait on the store, which is repeated. Ranks wait on the store and not in a
-# collective while rank 0 tokenises, which may take days. If rank 0 ends, the wait fails at once.
-_ONE_WAIT = timedelta(hours=24)
-_READING_TIMEOUT = timedelta(seconds=15)  # for all ranks to read a result of rank 0
-_CHANNEL_TIMEOUT = timedelta(seconds=10)  # of one call to the store from another thread
-_GATHER_TIMEOUT = timedelta(hours=24)  # the watchdog ends a run in which a rank does not arrive
+# Time limit of one wait on the store; after it `_wait_for` waits again. While rank 0 tokenises,
+# which may take days, the other ranks wait on the store, because a collective would time out. If
+# rank 0 ends, the wait fails at once.
+_ONE_WAIT_TIMEOUT = timedelta(hours=24)
+# Time limits: for all ranks to read a result of rank 0, and for one call to the store from another
+# thread.
+_READING_TIMEOUT = timedelta(seconds=15)
+_CHANNEL_TIMEOUT = timedelta(seconds=10)
+# Time limit of `gather_objects`; long, because the watchdog ends a run if a rank does not arrive.
+_GATHER_TIMEOUT = timedelta(hours=24)
 
 
 class Session:
@@ -46,8 +50,9 @@ class Session:
         self._is_cuda = hardware.kind == "cuda"
         self._store: Any = None
         self._host_group: Any = None  # process group for host tensors; None: the default group
-        self._num_waits = 0
-        self._gathering: str | None = None  # key of the gather in progress
+        # Number of calls that used the store. It is equal on all ranks and makes keys unique.
+        self._num_store_calls = 0
+        self._current_gather: str | None = None  # key of the gather in progress
 
     def __enter__(self) -> Self:
         return self
@@ -58,7 +63,7 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Not after an error: other ranks may be in another collective, and a barrier would hang.
+        # After an error, other ranks may be in another collective, so a barrier would hang.
         if kind is None and self._store is not None:
             import torch.distributed as dist
 
@@ -88,8 +93,8 @@ class Session:
         """
         if self.placement.world_size == 1:
             return work()
-        key = f"rank-zero-first/{self._num_waits}"
-        self._num_waits += 1
+        key = f"rank-zero-first/{self._num_store_calls}"
+        self._num_store_calls += 1
         store = self._open_store()
         if self.is_rank_zero:
             try:
@@ -128,14 +133,14 @@ class Session:
             device_id=self.device if self._is_cuda else None,
         )
         if self._is_cuda and self.placement.world_size > 1:
-            # Host numbers are summed in each step. gloo does this without synchronising
-            # the device, whose queue of kernels therefore stays full.
+            # Numbers in host memory are summed in each step. gloo sums them without a
+            # synchronisation of the device, so that the GPU always has kernels in its queue.
             self._host_group = dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT)
         _import_without_compiler()
         import deepspeed
 
-        # Disables an op for inference that DeepSpeed 0.19 would compile with g++ on every new CPU
-        # machine (comm/torch.py:47).
+        # DeepSpeed 0.19 would compile this op with g++ on every new CPU machine
+        # (comm/torch.py:47). It is only for inference.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
@@ -153,13 +158,14 @@ class Session:
             dist.new_group(range(first, first + size), timeout=_COLLECTIVE_TIMEOUT)
             for first in firsts
         ]
-        group, place = divmod(self.placement.rank, size)
-        return SequenceGroup(size, place, groups[group])
+        group_index, rank_in_group = divmod(self.placement.rank, size)
+        return SequenceGroup(size, rank_in_group, groups[group_index])
 
     def open_channel(self) -> Any:
         """A connection to the key-value store for another thread; None for a single process.
 
-        Not a collective. Its methods raise RuntimeError after rank 0, which serves it, has ended.
+        Not a collective. Its methods raise RuntimeError if rank 0, which serves the store, has
+        ended.
         """
         if self.placement.world_size == 1:
             return None
@@ -167,7 +173,7 @@ class Session:
         channel.set_timeout(_CHANNEL_TIMEOUT)
         return channel
 
-    def agree_any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. All ranks get the same result."""
         return self.sum_over_ranks([float(flag)])[0] > 0
 
@@ -189,33 +195,34 @@ class Session:
         """
         if self.placement.world_size == 1:
             return [json.loads(json.dumps(value))]
-        key = f"gather/{self._num_waits}"
-        self._num_waits += 1
+        key = f"gather/{self._num_store_calls}"
+        self._num_store_calls += 1
         store = self._open_store()
         store.set(f"{key}/{self.placement.rank}", json.dumps(value))
         if not self.is_rank_zero:
             return None
         keys = [f"{key}/{rank}" for rank in range(self.placement.world_size)]
-        self._gathering = key
+        self._current_gather = key
         store.wait(keys, _GATHER_TIMEOUT)
-        self._gathering = None
+        self._current_gather = None
         return [json.loads(store.get(key)) for key in keys]
 
     def gathered_so_far(self) -> dict[int, Any]:
-        """The values of a gather that have arrived so far, as rank -> value.
+        """The values of `gather_objects` that have arrived on rank 0 so far, as rank -> value.
 
-        The gather is the one in progress or, if there is none, the next one. Not a collective; for
-        other threads of rank 0.
+        If no gather is in progress on rank 0, these are values of the next one, which other ranks
+        may already have sent. Not a collective; for other threads of rank 0.
         """
         if self._store is None or self.placement.world_size == 1:
             return {}
         channel = self.open_channel()
-        key = self._gathering or f"gather/{self._num_waits}"
-        arrived = [r for r in range(self.placement.world_size) if channel.check([f"{key}/{r}"])]
-        return {rank: json.loads(channel.get(f"{key}/{rank}")) for rank in arrived}
+        gather = self._current_gather or f"gather/{self._num_store_calls}"
+        keys = {rank: f"{gather}/{rank}" for rank in range(self.placement.world_size)}
+        arrived = {rank: key for rank, key in keys.items() if channel.check([key])}
+        return {rank: json.loads(channel.get(key)) for rank, key in arrived.items()}
 
-    def add_over_ranks(self, tensor: "torch.Tensor") -> None:
-        """All-reduce a device tensor in place (NCCL, or gloo on CPUs)."""
+    def all_reduce_sum(self, tensor: "torch.Tensor") -> None:
+        """Sum a tensor on this rank's device over all ranks, in place."""
         import torch.distributed as dist
 
         dist.all_reduce(tensor)
@@ -223,17 +230,17 @@ class Session:
     def swap_with(self, other: int, sent: "torch.Tensor", received: "torch.Tensor") -> None:
         """Exchange tensors with another rank. Not a collective: only the two ranks call it.
 
-        There must have been an all-reduce before, because all ranks must take part in the first
+        Call it only after an all-reduce, because all ranks must take part in the first
         communication of an NCCL group.
         """
         import torch.distributed as dist
 
-        both = [dist.P2POp(dist.irecv, received, other), dist.P2POp(dist.isend, sent, other)]
-        for work in dist.batch_isend_irecv(both):
+        operations = [dist.P2POp(dist.irecv, received, other), dist.P2POp(dist.isend, sent, other)]
+        for work in dist.batch_isend_irecv(operations):
             work.wait()
 
     def _await_readers(self, store: Any, key: str) -> None:
-        """Wait until every rank has read the key, because the store ends together with rank 0."""
+        """Wait until every rank has read the key, because the store ends when rank 0 ends."""
         import torch.distributed as dist
 
         readers = [f"{key}/read-by-{rank}" for rank in range(1, self.placement.world_size)]
@@ -243,6 +250,7 @@ class Session:
             return  # a rank has ended
 
     def _open_store(self) -> Any:
+        """The key-value store; the first call is the rendezvous of the ranks."""
         if self._store is None:
             import torch.distributed as dist
 
@@ -256,7 +264,7 @@ class Session:
         return self._store
 
     def _set_address(self, address: str, port: int) -> None:
-        """Set the address of the store, in the environment too, where DeepSpeed reads it."""
+        """Set the address of the store in the placement, and in the environment for DeepSpeed."""
         self.placement = replace(self.placement, master_addr=address, master_port=port)
         os.environ.update(self.placement.variables())
 
@@ -266,20 +274,20 @@ def _import_without_compiler() -> None:
 
     torch.compile would import inductor, which takes 1.1 of the 4.6 CPU seconds of all imports of a
     rank (bitsandbytes 0.50.2, deepspeed 0.19.8, torch 2.13.0; 2026-11-29). No run needs the
-    compiled functions: they are fallbacks for devices of other vendors, and an optimizer that is
-    not used. They also work uncompiled.
+    compiled functions: they are for devices of other vendors and for an optimizer that is not used
+    here. They also work uncompiled.
     """
-    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    original_value = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     try:
         for module in ("bitsandbytes", "deepspeed.runtime.zero.muon.original_muon"):
             with suppress(ImportError):  # a later import of the same module reports the error
                 import_module(module)
     finally:
-        if before is None:
+        if original_value is None:
             del os.environ["TORCHDYNAMO_DISABLE"]
         else:
-            os.environ["TORCHDYNAMO_DISABLE"] = before
+            os.environ["TORCHDYNAMO_DISABLE"] = original_value
 
 
 def _wait_for(store: Any, key: str) -> None:
@@ -288,8 +296,8 @@ def _wait_for(store: Any, key: str) -> None:
 
     while True:
         try:
-            store.wait([key], _ONE_WAIT)
-        except dist.DistStoreError:  # a time-out; if the store has ended, check() raises
+            store.wait([key], _ONE_WAIT_TIMEOUT)
+        except dist.DistStoreError:  # a time-out; if the store has ended, `check` raises
             if not store.check([key]):
                 continue
         return

@@ -1,6 +1,6 @@
-"""Stop requests: signals, the stop file, the time limit, a launcher that has ended.
+"""Requests to stop a run: a signal, the file `stop`, the time limit, or the end of the launcher.
 
-A rank only records a request. In the training loop the ranks compare their requests at the start
+A rank only records a request. In the training loop the ranks exchange their requests at the start
 of each step, and in long steps several times, so that all ranks stop before the same micro-batch.
 """
 
@@ -19,7 +19,8 @@ import psutil
 from pipeline.cluster.exits import end_process
 from pipeline.errors import Stopped
 
-_POLL_S, _FINAL_STATUS_S = 0.5, 1.0
+_POLL_S = 0.5
+_FINAL_STATUS_S = 1.0  # time to write the run's status after a second Ctrl-C
 STOP_SIGNALS = (
     signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2,
     signal.SIGHUP,  # the terminal has closed
@@ -46,15 +47,18 @@ class _StopRequested(BaseException):
 class StopRequests:
     """The stop requests of this rank. A second Ctrl-C ends the process at once.
 
-    `is_first`: whether this is the rank that checks the stop file. `is_in_loop`: set when the
-    training loop has started; from then on the ranks agree on stops in each step.
+    `reads_stop_file`: whether this rank checks for the file `stop` in the run folder; one rank
+    does. `is_in_loop`: set when the training loop has started; from then on the ranks agree on
+    stops in each step.
     """
 
-    def __init__(self, run_folder: Path, time_limit_s: float | None, *, is_first: bool) -> None:
-        self._file, self._is_first = run_folder / "stop", is_first
-        started = psutil.Process().create_time()  # the time limit counts from the process's start
-        self._deadline = None if time_limit_s is None else started + time_limit_s
-        self._request: str | None = None
+    def __init__(
+        self, run_folder: Path, time_limit_s: float | None, *, reads_stop_file: bool
+    ) -> None:
+        self._file, self._reads_stop_file = run_folder / "stop", reads_stop_file
+        process_start = psutil.Process().create_time()
+        self._deadline = None if time_limit_s is None else process_start + time_limit_s
+        self._request: str | None = None  # the reason of the first request
         self._num_interrupts = 0
         self._on_second_interrupt: Callable[[], None] = lambda: None
         self._is_interrupting = False
@@ -64,8 +68,9 @@ class StopRequests:
         """Handle STOP_SIGNALS in the main thread and in a helper thread.
 
         Python runs no signal handler while the main thread is in a library call, which may take
-        minutes. The helper thread reads the signal numbers from a pipe without delay. After a
-        second Ctrl-C it calls `on_second_interrupt` and ends the process within a second.
+        minutes. So Python also writes the signal numbers to a pipe (signal.set_wakeup_fd), from
+        which the helper thread reads them at once. After a second Ctrl-C the helper thread calls
+        `on_second_interrupt` and ends the process within a second.
         """
         self._on_second_interrupt = on_second_interrupt
         readable, writable = os.pipe()
@@ -88,7 +93,7 @@ class StopRequests:
         """Why this rank should stop; None if there is no request."""
         if self._request is not None:
             return self._request
-        if self._is_first and self._file.exists():
+        if self._reads_stop_file and self._file.exists():
             return f"the file {self._file}"
         if self._deadline is not None and time.time() > self._deadline:
             return "time_limit"
@@ -116,12 +121,12 @@ class StopRequests:
                     target=self._poll, args=(is_over,), name="stops", daemon=True
                 ).start()
                 yield
-            finally:  # a signal may still arrive here and raise
+            finally:  # a signal may still arrive here, and its handler raises
                 self._is_interrupting = False
                 is_over.set()
-        except _StopRequested as requested:
+        except _StopRequested as request:
             self.remove_stop_file()
-            raise Stopped(stopped_early(str(requested))) from None
+            raise Stopped(stopped_early(str(request))) from None
 
     def remove_stop_file(self) -> None:
         """Remove the stop file, so that the next start does not stop at once."""
@@ -129,7 +134,10 @@ class StopRequests:
             self._file.unlink(missing_ok=True)
 
     def _poll(self, is_over: threading.Event) -> None:
-        """Check the stop file and the time limit, as the training loop does later."""
+        """Request a stop if the stop file appears or the time limit has passed.
+
+        In the training loop, the loop itself checks for these.
+        """
         while not is_over.wait(_POLL_S):
             if self._request is None and (reason := self.reason()) is not None:
                 self.request(reason)
@@ -141,6 +149,7 @@ class StopRequests:
             raise _StopRequested(self._request)
 
     def _read_signals(self, readable: int) -> None:
+        """Read signal numbers from a pipe, one byte each. Runs in the helper thread."""
         while numbers := os.read(readable, 64):
             for number in numbers:
                 if number in STOP_SIGNALS:
@@ -163,13 +172,15 @@ class StopRequests:
         end_process(code)
 
     def _record(self, number: int) -> None:
+        """Record the request of a signal, and print that the run stops."""
         if self._request is not None:
             return
         self._request = f"signal {signal.Signals(number).name}"
         if os.environ.get("LOCAL_RANK", "0") == "0":
             with_checkpoint = b" with a checkpoint" if self.is_in_loop else b""
             with suppress(OSError):  # the terminal or the pipe may be closed
-                os.write(2, b"\nstopping" + with_checkpoint + b" ...\n")  # allowed in a handler
+                # print would raise an error if the signal has interrupted another print.
+                os.write(2, b"\nstopping" + with_checkpoint + b" ...\n")
 
 
 def stopped_early(reason: str) -> str:

@@ -89,7 +89,7 @@ def arguments_for(
     lengths = list(chain.from_iterable(_with_padding(row, length) for row in documents))
     positions = torch.cat([torch.arange(tokens) for tokens in lengths]).view(-1, length)
     if group is not None:
-        positions = group.part(positions, 0)
+        positions = group.local_part(positions, 0)
     arguments: dict[str, Any] = {"position_ids": _copied(positions, device)}
     if implementation in (WITHIN_DOCUMENTS, WITHIN_DOCUMENTS_FP32):
         return arguments | {"documents": PackedDocuments(documents, group)}

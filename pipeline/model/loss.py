@@ -81,7 +81,7 @@ class SummedLoss(nn.Module):
         # part is the first token of the next part.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if (group := self._group) is not None:
-            input_ids, targets = group.part(input_ids, 0), group.part(targets, IGNORED)
+            input_ids, targets = group.local_part(input_ids, 0), group.local_part(targets, IGNORED)
         packed = arguments_for(causal.config._attn_implementation, documents, input_ids, group)
         hidden = text_decoder(causal)(
             input_ids=input_ids, use_cache=False, **packed

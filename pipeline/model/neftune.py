@@ -43,6 +43,6 @@ class EmbeddingNoise:
             per_token = torch.tensor(scales).repeat_interleave(torch.tensor(lengths))
             scale[row, : sum(lengths)] = per_token
         if self._group is not None:
-            scale = self._group.part(scale, 0)
+            scale = self._group.local_part(scale, 0)
         noise = torch.empty_like(output).uniform_(-1, 1)
         return output + noise * scale[..., None].to(output)

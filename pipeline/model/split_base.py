@@ -93,5 +93,5 @@ def _set_matrices(
         a, b = computed.lora_A["default"], computed.lora_B["default"]
         full = [a.weight.data.float(), b.weight.data.float()]
     for matrix, values in zip(matrices, full, strict=True):
-        session.add_over_ranks(values)  # the sum is the value of rank 0
+        session.all_reduce_sum(values)  # the sum is the value of rank 0
         matrix.copy_(values)

@@ -58,4 +58,4 @@ def tokens_of_all_heads(group: SequenceGroup, output: torch.Tensor) -> torch.Ten
 
 def of_own_heads(group: SequenceGroup, per_head: torch.Tensor) -> torch.Tensor:
     """The values of this rank's heads, from a tensor (H,) with one value per head."""
-    return per_head.chunk(group.size)[group.place]
+    return per_head.chunk(group.size)[group.rank]

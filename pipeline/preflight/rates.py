@@ -121,7 +121,7 @@ def _probe_all_reduce(context: RankContext) -> dict[str, Any]:
 
     plan, kind, device = context.known_plan, context.hardware.kind, context.session.device
     values = torch.zeros(_SENT_BYTES[kind] // 4, device=device)  # fp32, 4 bytes each
-    seconds = _median_seconds(lambda: context.session.add_over_ranks(values), device)
+    seconds = _median_seconds(lambda: context.session.all_reduce_sum(values), device)
     return {
         "kind": kind,
         "rate": ring_rate(context.placement.world_size, _SENT_BYTES[kind], seconds),
@@ -151,7 +151,7 @@ def _probe_all_to_all(context: RankContext) -> dict[str, Any]:
         return {"size": 1}
     # Row i goes to rank i of the group; all values are the sender's index in the group.
     sent = torch.full(
-        (group.size, _SENT_BYTES[kind] // 4 // group.size), float(group.place), device=device
+        (group.size, _SENT_BYTES[kind] // 4 // group.size), float(group.rank), device=device
     )
     seconds = _median_seconds(lambda: group.all_to_all(sent), device)
     received = group.all_to_all(sent)

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipeline.cluster.devices import place_rank
+from pipeline.cluster.devices import set_up_rank
 from pipeline.cluster.exits import end_process
 from pipeline.cluster.heartbeat import Heartbeat
 from pipeline.cluster.session import Session
@@ -50,7 +50,7 @@ def check_run(
     check fails.
     """
     stdout, heartbeat = sys.stdout, Heartbeat()
-    placement, hardware, missing = place_rank(os.environ, may_be_alone=True)
+    placement, hardware, missing = set_up_rank(os.environ, allow_single_process=True)
     # Libraries print to standard output. It is redirected, so that it has only the report.
     with redirect_stdout(sys.stderr), Session(placement, hardware) as session:
         context = RankContext(

@@ -1,4 +1,4 @@
-"""RunFacts: the data about a run that a tracker gets besides metrics, without secrets and paths."""
+"""RunFacts: data about a run, other than metrics, for a tracker; without secrets and full paths."""
 
 import re
 from dataclasses import dataclass
@@ -21,7 +21,11 @@ _SECRETS = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """Name, group, project and configuration of a run, and the folder of local tracker files."""
+    """Name, group, project and configuration of a run in a tracker.
+
+    `folder`: the run folder. `uploads`: "adapter", "answers" or both, the files to be sent.
+    `config`: the settings, and the plan's values under names such as `plan.zero_stage`.
+    """
 
     folder: Path
     project: str
@@ -31,7 +35,7 @@ class RunFacts:
     config: dict[str, str | float | bool]
 
     @classmethod
-    def of(cls, folder: Path) -> "RunFacts":
+    def load(cls, folder: Path) -> "RunFacts":
         """Read run.yaml and plan.json. Raises UserError or OSError if they cannot be read."""
         settings = load_settings(folder / "run.yaml")
         return cls(
@@ -44,7 +48,7 @@ class RunFacts:
         )
 
     @property
-    def local(self) -> Path:
+    def local_folder(self) -> Path:
         """Folder of the files that trackers keep on this machine."""
         return self.folder / "tracking"
 
@@ -55,26 +59,26 @@ def _config(settings: RunSettings, plan: dict[str, Any]) -> dict[str, str | floa
     values: dict[str, Any] = {}
     for name, value in settings.model_dump(mode="json").items():
         if name not in _FREE_TEXT and value not in (None, []):
-            values[name] = _last_part(value) if name in paths else value
-    for block in ("choice", "model", "hardware"):
-        values |= {f"plan.{name}": value for name, value in plan[block].items()}
+            values[name] = _remove_folders(value) if name in paths else value
+    for section in ("choice", "model", "hardware"):
+        values |= {f"plan.{name}": value for name, value in plan[section].items()}
     values["plan.peak_bytes"] = plan["memory"]["peak_bytes"]
     values["plan.seconds_per_step"] = plan["speed"]["seconds_per_step"]
     for name in ("plan.why", "plan.folder", "plan.source"):
         values.pop(name, None)
-    return {name: _redacted(value) for name, value in values.items() if value is not None}
+    return {name: _redact(value) for name, value in values.items() if value is not None}
 
 
-def _redacted(value: Any) -> str | float | bool:
-    """The value as a number or as text, in which secrets are replaced by `***`."""
+def _redact(value: Any) -> str | float | bool:
+    """A number unchanged, or another value as text in which secrets are replaced by `***`."""
     return value if isinstance(value, bool | int | float) else _SECRETS.sub("***", str(value))
 
 
-def _last_part(value: Any) -> Any:
-    """A path without its folders; a hub name such as org/name stays."""
+def _remove_folders(value: Any) -> Any:
+    """The value of a setting with only the last part of each path; hub names (org/name) stay."""
     if isinstance(value, list):
-        return [_last_part(item) for item in value]
+        return [_remove_folders(item) for item in value]
     if isinstance(value, dict):
-        return value | {"path": _last_part(value["path"])}
+        return value | {"path": _remove_folders(value["path"])}
     is_path = isinstance(value, str) and (value.count("/") > 1 or value[:1] in "/.~$")
     return value.rstrip("/").rpartition("/")[2] if is_path else value

@@ -1,4 +1,4 @@
-"""Send a run to one tracker: once, or while it is training."""
+"""Send a run's metrics and results to one tracker, during training or afterwards."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.files import dump_json, file_sha256, read_json, write_text
 from pipeline.track.facts import RunFacts
-from pipeline.track.lines import LineReader, metrics_of
+from pipeline.track.lines import LineReader, parse_metrics
 from pipeline.track.trackers import TRACKERS, Tracker
 
 logger = logging.getLogger(__name__)
@@ -23,8 +23,10 @@ class SentRecord:
 
     path: Path
     run_id: str | None = None
-    steps: dict[str, int] = field(default_factory=dict)  # kind of line -> last step
-    digests: dict[str, str] = field(default_factory=dict)  # score.json and adapter -> SHA-256
+    # "train" or "eval", the two kinds of lines in metrics.jsonl -> last step that was sent
+    steps: dict[str, int] = field(default_factory=dict)
+    # "score" or "adapter" -> SHA-256 of the file that was sent
+    digests: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path) -> "SentRecord":
@@ -48,15 +50,15 @@ def sent_path(folder: Path, tracker: str) -> Path:
 
 
 def follow(folder: Path, name: str, wait: Callable[[float], bool]) -> None:
-    """Send a run's metrics to a tracker until `wait` returns True, and then its results.
+    """Send a run's metrics to the tracker `name` until the run has ended, and then its results.
 
-    `wait`: waits for at most this many seconds, and returns whether the run has ended. Lines that
-    an earlier call has sent are not sent again. Raises the exceptions of the tracker's library.
+    `wait`: waits for at most the given number of seconds, and returns whether the run has ended.
+    Lines that an earlier call has sent are not sent again. Raises the exceptions of the tracker's
+    library.
     """
     sent, reader = SentRecord.load(sent_path(folder, name)), LineReader(folder / "metrics.jsonl")
-    facts = RunFacts.of(folder)
-    is_segment = name == "wandb" and sent.run_id and os.environ.get("WANDB_MODE") == "offline"
-    if is_segment:
+    facts = RunFacts.load(folder)
+    if name == "wandb" and sent.run_id and os.environ.get("WANDB_MODE") == "offline":
         logger.info("wandb: offline, so this start adds a segment to the run %s", sent.run_id)
     tracker = TRACKERS[name](facts, sent.run_id)
     sent.run_id = tracker.run_id
@@ -76,7 +78,8 @@ def follow(folder: Path, name: str, wait: Callable[[float], bool]) -> None:
 
 
 def _send_line(tracker: Tracker, line: dict[str, Any], sent: SentRecord) -> None:
-    kind, metrics = metrics_of(line)
+    """Send a line of metrics.jsonl, unless its step was sent before."""
+    kind, metrics = parse_metrics(line)
     if line["step"] > sent.steps.get(kind, 0):
         tracker.log(metrics, line["step"])
         sent.steps[kind] = line["step"]
@@ -85,7 +88,7 @@ def _send_line(tracker: Tracker, line: dict[str, Any], sent: SentRecord) -> None
 def _send_results(tracker: Tracker, facts: RunFacts, sent: SentRecord) -> None:
     """Send score.json and the adapter, each if it exists and has changed since it was sent."""
     path = facts.folder / "score.json"
-    if path.is_file() and _is_new(sent, "score", path):
+    if path.is_file() and _record_if_changed(sent, "score", path):
         scores = read_json(path)
         metrics = {
             f"score/{model}/{name}": float(value)
@@ -95,18 +98,23 @@ def _send_results(tracker: Tracker, facts: RunFacts, sent: SentRecord) -> None:
         }
         tracker.log(metrics, max(sent.steps.values(), default=0))
         if "answers" in facts.uploads and scores["answers"]:
-            rows = [{key: str(v) for key, v in answer.items()} for answer in scores["answers"]]
+            rows = [
+                {column: str(value) for column, value in answer.items()}
+                for answer in scores["answers"]
+            ]
             tracker.table("answers", rows)
     weights = facts.folder / "adapter/adapter_model.safetensors"
-    if "adapter" in facts.uploads and weights.is_file() and _is_new(sent, "adapter", weights):
+    has_adapter = "adapter" in facts.uploads and weights.is_file()
+    if has_adapter and _record_if_changed(sent, "adapter", weights):
         tracker.artifact("adapter", weights.parent)
 
 
-def _is_new(sent: SentRecord, name: str, path: Path) -> bool:
-    """Whether a file differs from the one that was sent last. Records its digest as sent."""
+def _record_if_changed(sent: SentRecord, name: str, path: Path) -> bool:
+    """Record the digest of a file; True if it differs from the digest that was recorded before."""
     digest = file_sha256(path)
-    is_new, sent.digests[name] = sent.digests.get(name) != digest, digest
-    return is_new
+    has_changed = sent.digests.get(name) != digest
+    sent.digests[name] = digest
+    return has_changed
 
 
 def call_later(seconds: float, function: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""Reader of a metrics.jsonl that is still being written."""
+"""Reader of a metrics.jsonl that may still be written: one JSON object in each line, for a step."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,10 @@ from typing import Any
 
 
 class LineReader:
-    """Returns each complete line once. A replaced or shortened file is read from its start."""
+    """Reader that returns each complete line once.
+
+    If the file was replaced or shortened since the last call, it is read from its start.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path, self._inode, self._offset = path, 0, 0
@@ -35,7 +38,7 @@ class LineReader:
         return lines
 
 
-def metrics_of(line: dict[str, Any]) -> tuple[str, dict[str, float]]:
+def parse_metrics(line: dict[str, Any]) -> tuple[str, dict[str, float]]:
     """The kind of a line, `train` or `eval`, and its numbers with names such as `train/loss`."""
     kind = "eval" if "eval_loss" in line else "train"
     numbers = {

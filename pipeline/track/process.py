@@ -13,11 +13,12 @@ from types import TracebackType
 from typing import Self
 
 from pipeline.track.follow import SentRecord, sent_path
-from pipeline.track.lines import LineReader, metrics_of
+from pipeline.track.lines import LineReader, parse_metrics
 
 logger = logging.getLogger(__name__)
 LAST_WAIT_S = 30.0  # time to send the remaining data at the end of a run
-# A tracker process gets only these variables and those with a prefix of its own settings.
+# Environment variables that every tracker process gets. It also gets the variables of its tracker,
+# which have one of the prefixes below. All others may be secrets of other programs.
 _VARIABLES = {
     "PATH", "HOME", "USER", "TMPDIR", "LANG", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR",
     "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY",
@@ -33,7 +34,10 @@ _PREFIXES = {
 
 
 class TrackerProcesses:
-    """The tracker processes of a run; used on rank 0. Leaving the context waits at most 30 s."""
+    """The tracker processes of a run, as a context manager for rank 0.
+
+    At its end the context waits at most 30 s, until the processes have sent the remaining data.
+    """
 
     def __init__(self) -> None:
         self._folder = Path()
@@ -49,9 +53,9 @@ class TrackerProcesses:
             command = [sys.executable, "-P", "-m", "pipeline.cli.track", str(folder)]
             self._processes[name] = subprocess.Popen(
                 [*command, "--tracker", name, "--follow"],
-                stdin=subprocess.PIPE,  # the process ends after training has closed it
+                stdin=subprocess.PIPE,  # the process ends after training has closed this pipe
                 env=tracker_environment(name, os.environ),
-                start_new_session=True,  # so that Ctrl-C reaches only training
+                start_new_session=True,  # so that Ctrl-C is not sent to the tracker process
             )
 
     def __exit__(
@@ -78,11 +82,14 @@ class TrackerProcesses:
 
     def _unsent_message(self, name: str) -> str:
         """Message about the steps that a tracker has not received, and how to send them."""
-        sent, last = SentRecord.load(sent_path(self._folder, name)), {"train": 0, "eval": 0}
+        sent = SentRecord.load(sent_path(self._folder, name))
+        last_steps = {"train": 0, "eval": 0}
         for line in LineReader(self._folder / "metrics.jsonl").new_lines():
-            last[metrics_of(line)[0]] = line["step"]
+            kind, _ = parse_metrics(line)
+            last_steps[kind] = line["step"]
         received = ", ".join(
-            f"{kind} up to step {sent.steps.get(kind, 0)} of {step}" for kind, step in last.items()
+            f"{kind} up to step {sent.steps.get(kind, 0)} of {step}"
+            for kind, step in last_steps.items()
         )
         return (
             f"tracker {name} has not received all data ({received}); the run is not affected; "

@@ -1,4 +1,7 @@
-"""The trackers. Each uses its own library, which is imported when the tracker is created."""
+"""Tracker: the interface of experiment trackers, with a subclass for each supported tracker.
+
+A subclass uses the library of its tracker, which is imported when the tracker is created.
+"""
 
 import os
 import time
@@ -11,9 +14,9 @@ from pipeline.track.facts import RunFacts
 
 Metrics = Mapping[str, float]
 Table = Sequence[Mapping[str, str]]
-# Metric that W&B's charts use as x axis. W&B's own step counter is no alternative: it drops points
+# Metric that W&B's charts use as x axis. W&B's own step counter cannot be used: it drops points
 # with a step below the last one, and a resumed run sends such points.
-AXIS = "train/step"
+STEP_METRIC = "train/step"
 _MLFLOW_BATCH = 100  # parameters; MLflow refuses more in one call
 
 
@@ -53,7 +56,7 @@ class Wandb(Tracker):
         import wandb
 
         self._wandb = wandb
-        facts.local.mkdir(parents=True, exist_ok=True)
+        facts.local_folder.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
             project=facts.project,
             name=facts.name,
@@ -61,7 +64,7 @@ class Wandb(Tracker):
             id=run_id,
             resume="allow" if run_id else None,
             config=dict(facts.config),
-            dir=str(facts.local),
+            dir=str(facts.local_folder),
             settings=wandb.Settings(
                 console="off", silent=True, save_code=False, disable_code=True, disable_git=True,
                 disable_job_creation=True, x_disable_meta=True, x_disable_stats=True,
@@ -70,15 +73,15 @@ class Wandb(Tracker):
                 email="-", x_executable="-",
             ),
         )  # fmt: skip
-        self._run.define_metric(AXIS)
-        self._run.define_metric("*", step_metric=AXIS)
+        self._run.define_metric(STEP_METRIC)
+        self._run.define_metric("*", step_metric=STEP_METRIC)
 
     @property
     def run_id(self) -> str:
         return str(self._run.id)
 
     def log(self, metrics: Metrics, step: int) -> None:
-        self._run.log({**metrics, AXIS: step})
+        self._run.log({**metrics, STEP_METRIC: step})
 
     def table(self, name: str, rows: Table) -> None:
         columns = list(rows[0])
@@ -100,7 +103,7 @@ class TensorBoard(Tracker):
     def __init__(self, facts: RunFacts, run_id: str | None) -> None:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        folder = facts.local / "tensorboard"
+        folder = facts.local_folder / "tensorboard"
         folder.mkdir(parents=True, exist_ok=True)
         self._writer: Any = EventFileWriter(str(folder))
         if run_id is None:
@@ -121,9 +124,9 @@ class TensorBoard(Tracker):
         from tensorboard.plugins.text.summary_v2 import text_pb
 
         columns = list(rows[0])
-        lines = [columns, ["---"] * len(columns), *([row[c] for c in columns] for row in rows)]
-        cells = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines)
-        self._add(text_pb(name, "\n".join(f"| {line} |" for line in cells)), 0)
+        lines = [columns, ["---"] * len(columns)]  # of a Markdown table
+        lines += [[row[column].replace("|", "\\|") for column in columns] for row in rows]
+        self._add(text_pb(name, "\n".join(f"| {' | '.join(cells)} |" for cells in lines)), 0)
 
     def _add(self, summary: Any, step: int) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -144,21 +147,21 @@ class Mlflow(Tracker):
         from mlflow.entities import Metric, Param, RunTag
         from mlflow.tracking import MlflowClient
 
-        facts.local.mkdir(parents=True, exist_ok=True)
-        local = facts.local.resolve()
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{local / 'mlflow.db'}"
+        facts.local_folder.mkdir(parents=True, exist_ok=True)
+        local_folder = facts.local_folder.resolve()
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{local_folder / 'mlflow.db'}"
         self._client, self._metric = MlflowClient(uri), Metric
         if run_id is not None:
             self._client.update_run(run_id, status="RUNNING")
             self._id = run_id
             return
         experiment = self._client.get_experiment_by_name(facts.project)
-        artifacts_uri = None if uri.startswith("http") else (local / "mlflow-artifacts").as_uri()
-        experiment_id = (
-            self._client.create_experiment(facts.project, artifacts_uri)
-            if experiment is None
-            else experiment.experiment_id
-        )
+        if experiment is not None:
+            experiment_id = experiment.experiment_id
+        else:
+            is_server = uri.startswith("http")  # which stores artifacts itself
+            artifacts_uri = None if is_server else (local_folder / "mlflow-artifacts").as_uri()
+            experiment_id = self._client.create_experiment(facts.project, artifacts_uri)
         tags = [RunTag("group", facts.group)] if facts.group else []
         run = self._client.create_run(experiment_id, run_name=facts.name)
         self._id = run.info.run_id
@@ -178,7 +181,8 @@ class Mlflow(Tracker):
         self._client.log_batch(self._id, metrics=values)
 
     def table(self, name: str, rows: Table) -> None:
-        self._client.log_table(self._id, {c: [r[c] for r in rows] for c in rows[0]}, f"{name}.json")
+        data = {column: [row[column] for row in rows] for column in rows[0]}
+        self._client.log_table(self._id, data, f"{name}.json")
 
     def artifact(self, name: str, folder: Path) -> None:
         self._client.log_artifacts(self._id, str(folder), name)
@@ -191,7 +195,7 @@ class Trackio(Tracker):
     """Trackio's local database (TRACKIO_DIR, else RUN/tracking/trackio), or a Space on the hub."""
 
     def __init__(self, facts: RunFacts, run_id: str | None) -> None:
-        os.environ.setdefault("TRACKIO_DIR", str(facts.local / "trackio"))
+        os.environ.setdefault("TRACKIO_DIR", str(facts.local_folder / "trackio"))
         import trackio
 
         self._trackio = trackio

@@ -10,7 +10,7 @@ from peft import PeftModel
 from pipeline.adapter.gather import MOMENTS, OptimizerState, gather_weights, restore
 from pipeline.adapter.initial import read_initial_adapter
 from pipeline.adapter.initial_weights import initial_weights
-from pipeline.cluster.heartbeat import LOADING
+from pipeline.cluster.heartbeat import LOADING_PHASES
 from pipeline.cluster.progress import show_progress
 from pipeline.cluster.session import Session
 from pipeline.data.dataset.reader import DataIndex, open_split
@@ -57,7 +57,7 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
         if checkpoint is not None:
             _log_changes(checkpoint, folder.checkpoints)
     peak = PeakBytes(session.device, is_watched=session.is_rank_zero)
-    loading, creating, restoring = LOADING  # names of phases
+    loading, creating, restoring = LOADING_PHASES  # names of phases
     heartbeat.beat(loading)
     with show_progress("loading the model"):
         model, initial = build_model(plan, session, checkpoint)

@@ -196,7 +196,7 @@ class Engine:
                 self._on_phase("the backward pass")
                 self.deepspeed.backward(scaled, scale_wrt_gas=False)
                 loss_sum += loss.detach().double()
-                if self._group is None or self._group.place == 0:
+                if self._group is None or self._group.rank == 0:
                     tokens += seeded.batch.tokens
                 del loss, scaled  # frees the graph, in which 8-bit layers keep tensors
             self._on_phase("the optimizer's step")
@@ -214,7 +214,7 @@ class Engine:
             self._max_tokens = batch.input_ids.numel()
             labels = batch.labels
             if self._group is not None:
-                labels = self._group.part(labels, IGNORED)
+                labels = self._group.local_part(labels, IGNORED)
             share = float((labels != IGNORED).double().mean())
             tokens = batch.input_ids.shape[1]
             self.largest_batch = SequenceProfile(

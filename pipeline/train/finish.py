@@ -76,7 +76,7 @@ def _require_saved(run: TrainingState) -> None:
 
 def _require_frozen_base(run: TrainingState) -> None:
     has_changed = frozen_checksum(run.engine.deepspeed.module) != run.frozen_checksum
-    if run.session.agree_any(has_changed):
+    if run.session.any_rank(has_changed):
         raise RankZeroError("debug: a frozen weight of the base changed; this is a bug")
 
 

@@ -92,7 +92,7 @@ def _agree_on_stop(run: TrainingState) -> None:
     """Raise StopAgreed on every rank if one of them has a stop request. Collective."""
     run.heartbeat.beat("agreeing on stops", run.progress.step)
     reason = run.stops.reason()
-    is_requested = run.session.agree_any(reason is not None)
+    is_requested = run.session.any_rank(reason is not None)
     run.stops.is_in_loop = True
     if is_requested:
         raise StopAgreed(reason or "another rank has a stop request")

@@ -5,7 +5,7 @@ import os
 from contextlib import ExitStack
 from pathlib import Path
 
-from pipeline.cluster.devices import place_rank
+from pipeline.cluster.devices import set_up_rank
 from pipeline.cluster.launcher import watch_launchers
 from pipeline.cluster.progress import show_progress
 from pipeline.cluster.session import Session
@@ -30,14 +30,14 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
     Raises UserError for wrong input, Stopped after an agreed stop, RankZeroError for a failed run.
     """
     end_at_interrupt()  # until `stops` handles signals
-    env = dict(os.environ)  # a copy, because `place_rank` adds variables of DeepSpeed's launcher
+    env = dict(os.environ)  # a copy, because `set_up_rank` adds variables of DeepSpeed's launcher
     settings = requeued_settings(settings, env)
     with ExitStack() as stack:
-        placement, hardware, missing_gpus = place_rank(env)
+        placement, hardware, missing_gpus = set_up_rank(env)
         if is_debug:
             settings = debug_settings(settings, placement.world_size)
         stops = StopRequests(
-            Path(settings.output_dir), settings.time_limit_s, is_first=placement.rank == 0
+            Path(settings.output_dir), settings.time_limit_s, reads_stop_file=placement.rank == 0
         )
         watch_launchers(env, stops.request)
 

@@ -27,7 +27,7 @@ from unittest.mock import patch
 
 import torch
 
-from pipeline.cluster.devices import place_rank
+from pipeline.cluster.devices import set_up_rank
 from pipeline.cluster.session import Session
 from pipeline.files import write_text
 from pipeline.plan.given.fast_paths import JOINT_LORA, LOSS_GRADIENT, fast_paths
@@ -246,7 +246,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     start = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
-    placement, hardware, _ = place_rank(os.environ)
+    placement, hardware, _ = set_up_rank(os.environ)
     with tempfile.TemporaryDirectory() as tmp, Session(placement, hardware) as session:
         session.start()
         bench = Bench(session, hardware, Path(tmp), is_tiny=options.tiny)

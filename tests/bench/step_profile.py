@@ -144,7 +144,7 @@ def main():
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     arguments = parser.parse_args()
-    from pipeline.cluster.devices import place_rank
+    from pipeline.cluster.devices import set_up_rank
     from pipeline.cluster.session import Session
     from tests.bench.memory import Case, FullSequences, plan_case
     from tests.bench.random_base import random_base
@@ -154,7 +154,7 @@ def main():
         "bf16": True, "lora_r": 16, "max_length": 512, "batch_size": 2, "global_batch_size": 4,
         "gradient_checkpointing": False, "zero_stage": 2,
     }  # fmt: skip
-    placement, hardware, _ = place_rank(os.environ)
+    placement, hardware, _ = set_up_rank(os.environ)
     with tempfile.TemporaryDirectory() as tmp, Session(placement, hardware) as session:
         session.start()
         folder = Path(tmp)

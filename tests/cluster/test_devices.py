@@ -16,7 +16,7 @@ from pipeline.cluster.devices import (
     is_slow_in_bf16,
     missing_gpus,
     set_environment,
-    unsupported,
+    unsupported_accelerator,
     visible_handles,
 )
 from pipeline.cluster.host_memory import host_memory
@@ -147,14 +147,14 @@ def test_a_mig_instance_is_planned_for_with_its_own_memory(unset):
     ],
 )
 def test_devices_of_other_vendors_are_detected(tmp_path, path, kind):
-    assert unsupported({}, tmp_path) is None
+    assert unsupported_accelerator({}, tmp_path) is None
     (tmp_path / path).mkdir(parents=True)
-    assert kind in unsupported({}, tmp_path)
+    assert kind in unsupported_accelerator({}, tmp_path)
 
 
 def test_integrated_graphics_are_not_an_accelerator(tmp_path):
     (tmp_path / "sys/bus/pci/drivers/i915/0000:00:02.0").mkdir(parents=True)
-    assert unsupported({}, tmp_path) is None
+    assert unsupported_accelerator({}, tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_libraries_and_variables_of_other_vendors_are_detected(
     monkeypatch, tmp_path, versions, env, kind
 ):
     monkeypatch.setattr(devices, "package_version", versions.get)
-    assert kind in unsupported(env, tmp_path)
+    assert kind in unsupported_accelerator(env, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_libraries_and_variables_of_other_vendors_are_detected(
 )
 def test_torch_for_cuda_is_no_sign_of_another_vendor(monkeypatch, tmp_path, version, env):
     monkeypatch.setattr(devices, "package_version", {"torch": version}.get)
-    assert unsupported(env, tmp_path) is None
+    assert unsupported_accelerator(env, tmp_path) is None
 
 
 def without_gpus(patch) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.cluster.logs import wrapped
+from pipeline.cluster.logs import wrap_lines
 
 pytestmark = pytest.mark.unit
 
@@ -48,11 +48,11 @@ def test_a_library_user_keeps_the_handlers_that_were_configured():
 
 def test_a_long_line_is_broken_between_words_and_aligned_behind_its_label():
     text = "data       400 of 400 rows, 0 rejected\nshort"
-    assert wrapped(text, 30) == "data       400 of 400 rows, 0\n           rejected\nshort"
+    assert wrap_lines(text, 30) == "data       400 of 400 rows, 0\n           rejected\nshort"
 
 
 @given(st.text("ab /:-\n", max_size=120), st.integers(10, 60))
 def test_wrapping_keeps_every_word_and_the_width(text, width):
-    result = wrapped(text, width)
+    result = wrap_lines(text, width)
     assert result.split() == text.split()
     assert all(len(line) <= width or len(line.split()) == 1 for line in result.split("\n"))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline.cluster.placement import Placement, from_environment
-from pipeline.cluster.tasks import first_host, port_of, ports_after
+from pipeline.cluster.tasks import first_host, ports_after, rendezvous_port
 from tests.messages import refused
 
 pytestmark = pytest.mark.unit
@@ -395,9 +395,9 @@ def test_the_first_host_of_a_list(nodes, first):
 
 
 def test_ports_of_jobs_differ_and_are_below_the_ephemeral_range():
-    jobs = [port_of(job, 0) for job in range(90_000, 91_000)]
+    jobs = [rendezvous_port(job, 0) for job in range(90_000, 91_000)]
     assert len(set(jobs)) == len(jobs)
-    for port in (port_of(0, 0), port_of(14_999, 0), port_of(2**31, 40)):
+    for port in (rendezvous_port(0, 0), rendezvous_port(14_999, 0), rendezvous_port(2**31, 40)):
         tried = ports_after(port, 8)
         assert tried[0] == port
         assert len(set(tried)) == 8
@@ -405,8 +405,8 @@ def test_ports_of_jobs_differ_and_are_below_the_ephemeral_range():
 
 
 def test_preflight_may_check_one_node_of_a_job():
-    assert from_environment({"SLURM_JOB_NUM_NODES": "2"}, may_be_alone=True) == Placement()
-    assert from_environment(BATCH, may_be_alone=True) == Placement()
+    assert from_environment({"SLURM_JOB_NUM_NODES": "2"}, allow_single_process=True) == Placement()
+    assert from_environment(BATCH, allow_single_process=True) == Placement()
 
 
 @pytest.mark.parametrize("env", [DEEPSPEED, TORCHRUN, SRUN])

@@ -28,7 +28,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
     caplog.set_level(logging.INFO, logger="pipeline")
     clock = Clock()
     monkeypatch.setattr(progress, "time", clock)
-    monkeypatch.setattr(progress, "_QUIET_S", 0.0)
+    monkeypatch.setattr(progress, "_FIRST_LINE_S", 0.0)
     monkeypatch.setattr(progress, "_LINE_INTERVAL_S", 0.001)
     return clock
 

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.group
 def agree(session):
     rank = session.placement.rank
     return (
-        session.agree_any(rank == 1),
-        session.agree_any(False),
+        session.any_rank(rank == 1),
+        session.any_rank(False),
         session.sum_over_ranks([rank, 0.5]),
     )
 
@@ -43,7 +43,7 @@ def test_the_result_of_rank_zero_s_work_is_returned_on_all_ranks(tmp_path):
 
 
 def work_longer_than_one_wait(session):
-    session_module._ONE_WAIT = timedelta(milliseconds=50)
+    session_module._ONE_WAIT_TIMEOUT = timedelta(milliseconds=50)
     return work_on_rank_zero(session)
 
 
@@ -58,7 +58,7 @@ def fail(session):
 
     with refused("line 3"):
         session.rank_zero_first(work)
-    return session.agree_any(True)  # the group still works
+    return session.any_rank(True)  # the group still works
 
 
 def test_an_error_of_rank_zero_is_raised_on_every_rank(tmp_path):

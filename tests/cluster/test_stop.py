@@ -24,7 +24,7 @@ pytestmark = pytest.mark.unit
 @pytest.fixture
 def stops(tmp_path):
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    stops = StopRequests(tmp_path, None, is_first=True)
+    stops = StopRequests(tmp_path, None, reads_stop_file=True)
     stops.install_handlers(lambda: None)
     yield stops
     for number, handler in before.items():
@@ -43,7 +43,7 @@ def test_a_hang_up_is_still_ignored_under_nohup(tmp_path):
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        stops = StopRequests(tmp_path, None, is_first=True)
+        stops = StopRequests(tmp_path, None, reads_stop_file=True)
         stops.install_handlers(lambda: None)
         os.kill(os.getpid(), signal.SIGHUP)
         assert stops.reason() is None
@@ -53,7 +53,7 @@ def test_a_hang_up_is_still_ignored_under_nohup(tmp_path):
 
 
 def test_one_rank_checks_the_stop_file_and_removes_it(stops, tmp_path):
-    other = StopRequests(tmp_path, None, is_first=False)
+    other = StopRequests(tmp_path, None, reads_stop_file=False)
     (tmp_path / "stop").touch()
     assert stops.reason() == f"the file {tmp_path / 'stop'}"
     assert other.reason() is None
@@ -62,8 +62,8 @@ def test_one_rank_checks_the_stop_file_and_removes_it(stops, tmp_path):
 
 
 def test_the_time_limit_counts_from_the_start_of_the_process(tmp_path):
-    assert StopRequests(tmp_path, 0.0, is_first=False).reason() == "time_limit"
-    assert StopRequests(tmp_path, 9e6, is_first=False).reason() is None
+    assert StopRequests(tmp_path, 0.0, reads_stop_file=False).reason() == "time_limit"
+    assert StopRequests(tmp_path, 9e6, reads_stop_file=False).reason() is None
 
 
 def test_long_work_before_the_first_step_is_interrupted(stops):
@@ -99,7 +99,7 @@ def test_the_stop_file_interrupts_work_before_the_first_step(stops, tmp_path):
 
 
 def test_the_time_limit_interrupts_work_before_the_first_step(tmp_path):
-    stops = StopRequests(tmp_path, 0.0, is_first=True)
+    stops = StopRequests(tmp_path, 0.0, reads_stop_file=True)
     stops.install_handlers(lambda: None)
     with refused("time_limit", error=Stopped), stops.interrupting():
         time.sleep(30)
@@ -122,7 +122,7 @@ CODE = """
 import os, signal, sys, time
 from pathlib import Path
 from pipeline.cluster.stop import StopRequests
-stops = StopRequests(Path("nowhere"), None, is_first=True)
+stops = StopRequests(Path("nowhere"), None, reads_stop_file=True)
 stops.install_handlers(lambda: os.write(1, b"the final status\\n"))
 for number in sys.argv[1:]:
     os.kill(os.getpid(), int(number))
@@ -161,7 +161,7 @@ from pathlib import Path
 from hashlib import pbkdf2_hmac
 from pipeline.cluster.stop import StopRequests
 from tests.messages import assert_mentions
-stops = StopRequests(Path("nowhere"), None, is_first=True)
+stops = StopRequests(Path("nowhere"), None, reads_stop_file=True)
 stops.install_handlers(lambda: None)
 def send():
     time.sleep(1)  # until the main thread is in the C function

@@ -187,9 +187,10 @@ def test_a_rank_that_hangs_is_named_with_its_phase(tmp_path):
 
 def test_a_rank_that_never_loads_its_model_is_named(tmp_path):
     loads = (
-        "import pipeline.cluster.heartbeat as h; h.LOADING_S = 3; heartbeat.beat(h.LOADING[0]); "
+        "import pipeline.cluster.heartbeat as h; h.LOADING_LIMIT_S = 3; "
+        "heartbeat.beat(h.LOADING_PHASES[0]); "
     )
-    act = f"{loads}rank or heartbeat.beat(h.LOADING[1]); {WAIT}"
+    act = f"{loads}rank or heartbeat.beat(h.LOADING_PHASES[1]); {WAIT}"
     codes, output = Ranks(act, tmp_path, 1).end()
     assert codes == [1, 1]
     assert last_line(output).startswith("no progress for 3 s (the others wait): rank 1 on ")

@@ -146,6 +146,6 @@ def test_each_place_has_the_key_heads_of_its_query_heads(size, heads, key_heads)
 
 def test_the_parts_of_a_sequence_are_equally_long_and_padded_at_the_end():
     tensor = torch.arange(2 * 7).view(2, 7)
-    parts = [SequenceGroup(4, place, None).part(tensor, -1) for place in range(4)]
+    parts = [SequenceGroup(4, place, None).local_part(tensor, -1) for place in range(4)]
     assert {part.shape for part in parts} == {(2, 2)}
     assert torch.equal(torch.cat(parts, dim=1), torch.nn.functional.pad(tensor, (0, 1), value=-1))

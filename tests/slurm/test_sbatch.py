@@ -228,7 +228,7 @@ def test_a_job_stopped_by_the_stop_file_is_not_requeued(job):
     folder = job.submit / "run"
     folder.mkdir()
     (folder / "stop").touch()
-    stop_reason = StopRequests(folder, None, is_first=True).reason()
+    stop_reason = StopRequests(folder, None, reads_stop_file=True).reason()
     reason = f"stopped at step 4 of 9 ({stop_reason}); start again to resume"
     code, output = job.train(ranks_script(status("stopped", reason=reason), 75))
     assert (code, job.requeued()) == (75, []), output

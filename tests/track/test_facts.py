@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pipeline.track.facts import _last_part
-from pipeline.track.lines import LineReader, metrics_of
+from pipeline.track.lines import LineReader, parse_metrics
 from pipeline.track.process import tracker_environment
 
 pytestmark = pytest.mark.unit
@@ -49,5 +49,5 @@ def test_each_complete_line_is_read_once_and_a_replaced_file_from_its_start(tmp_
 
 def test_names_of_metrics_start_with_their_kind_and_null_values_are_left_out():
     line = {"step": 3, "loss": 1.0, "grad_norm": None, "was_applied": True}
-    assert metrics_of(line) == ("train", {"train/loss": 1.0, "train/was_applied": 1.0})
-    assert metrics_of({"step": 3, "eval_loss": 2.0}) == ("eval", {"eval/loss": 2.0})
+    assert parse_metrics(line) == ("train", {"train/loss": 1.0, "train/was_applied": 1.0})
+    assert parse_metrics({"step": 3, "eval_loss": 2.0}) == ("eval", {"eval/loss": 2.0})

@@ -119,7 +119,7 @@ def test_every_setting_and_choice_of_the_plan_is_sent(run, name):
     assert track(run, name).returncode == 0
     files = [path for path in (run / "tracking").rglob("*") if path.is_file()]
     data = b"".join(path.read_bytes() for path in files)
-    config = RunFacts.of(run).config
+    config = RunFacts.load(run).config
     assert len(config) > 100  # more than one call of MLflow takes
     assert [key for key in config if key.encode() not in data] == []
 

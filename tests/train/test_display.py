@@ -76,7 +76,7 @@ def test_the_curve_of_any_values_has_limited_width(values: list[float]) -> None:
 
 
 def test_the_wait_for_the_first_step_is_shown_until_it_is_done(monkeypatch, caplog) -> None:
-    monkeypatch.setattr(progress, "_QUIET_S", 0.0)
+    monkeypatch.setattr(progress, "_FIRST_LINE_S", 0.0)
     monkeypatch.setattr(progress, "_LINE_INTERVAL_S", 0.001)
     plan: Any = SimpleNamespace(
         steps=SimpleNamespace(total_steps=5), settings=SimpleNamespace(logging_steps=1),

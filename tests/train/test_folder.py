@@ -31,7 +31,7 @@ class SingleProcess:
 def folder(tmp_path, tiny_model):
     """A run folder that this process owns."""
     plan = make_plan(tiny_model, documents=8, output_dir=str(tmp_path))
-    stops = StopRequests(tmp_path, None, is_first=True)
+    stops = StopRequests(tmp_path, None, reads_stop_file=True)
     folder = RunFolder(RunContext(plan=plan, session=SingleProcess(), stops=stops))
     folder.status.take_ownership()
     yield folder
@@ -210,7 +210,7 @@ def test_a_base_without_all_tensors_is_refused_before_the_ranks_load_it(
     monkeypatch.setattr(complete, "run_module", lambda *_, **__: {"missing": [missing]})
     rows = make_rows(tmp_path / "rows.jsonl")
     plan = make_plan(base, train_data=str(rows), output_dir=str(tmp_path / "run"))
-    stops = StopRequests(tmp_path / "run", None, is_first=True)
+    stops = StopRequests(tmp_path / "run", None, reads_stop_file=True)
     run = RunFolder(RunContext(plan=plan, session=SingleProcess(), stops=stops))
     with refused(base, missing):
         run.begin()

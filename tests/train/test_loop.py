@@ -87,7 +87,7 @@ def run_with_batches(heartbeat, agreements, batches_per_agreement=1):
         progress=Progress(step=4),
         input_wait=InputWait(),
         stops=SimpleNamespace(reason=lambda: None),
-        session=SimpleNamespace(agree_any=agreements.append),
+        session=SimpleNamespace(any_rank=agreements.append),
         batches_per_agreement=batches_per_agreement,
     )
 

@@ -72,7 +72,7 @@ def test_a_new_token_that_no_document_has_is_counted_and_logged(run):
 
 def test_progress_is_logged(run, monkeypatch, caplog):
     monkeypatch.setattr(lines, "CHUNK_ROWS", 10)
-    monkeypatch.setattr(progress, "_QUIET_S", 0.0)
+    monkeypatch.setattr(progress, "_FIRST_LINE_S", 0.0)
     monkeypatch.setattr(progress, "_LINE_INTERVAL_S", 0.001)
     with caplog.at_level("INFO", "pipeline"):
         run.prepare()
