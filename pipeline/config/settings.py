@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import regex
 from pydantic import ConfigDict, PrivateAttr, field_validator, model_validator
@@ -286,8 +286,7 @@ def settings_without_effect(
 
 def _conditions(name: str) -> list[str]:
     """The trait `needs` of a setting."""
-    conditions: Any = _traits_of(name)["needs"]
-    return conditions
+    return cast("list[str]", _traits_of(name)["needs"])
 
 
 def condition_text(condition: str) -> str:

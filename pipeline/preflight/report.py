@@ -104,7 +104,7 @@ class Report:
 
     def warnings(self) -> list[str]:
         """The lines of findings with level warn or fail."""
-        lines = []
+        lines: list[str] = []
         for name, findings in self.findings.items():
             lines += _lines(name, [finding for finding in findings if finding.level != "ok"])
         return lines

@@ -212,7 +212,7 @@ def test_a_requested_accelerator_that_is_missing_is_refused(unset, name):
 
 def test_a_node_without_accelerators_trains_on_its_cpu(unset, monkeypatch):
     without_gpus(unset)
-    monkeypatch.setattr(devices, "unsupported", lambda env, root: None)
+    monkeypatch.setattr(devices, "unsupported_accelerator", lambda env, root: None)
     assert detect_hardware().kind == "cpu"
 
 

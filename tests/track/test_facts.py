@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pipeline.track.facts import _last_part
+from pipeline.track.facts import _remove_folders
 from pipeline.track.lines import LineReader, parse_metrics
 from pipeline.track.process import tracker_environment
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.unit
     ],
 )  # fmt: skip
 def test_only_the_last_part_of_a_path_is_sent_and_hub_names_are_kept(value, shown):
-    assert _last_part(value) == shown
+    assert _remove_folders(value) == shown
 
 
 def test_only_the_variables_of_the_tracker_reach_its_process():
