@@ -1,6 +1,7 @@
-"""PEFT folders of LoRA adapters: configuration, and how each tensor changes the base. No torch.
+"""Adapter: the content of a PEFT folder, and how each of its tensors changes the base.
 
-Only the header of adapter_model.safetensors is read, so that a wrong folder is refused quickly.
+Only adapter_config.json and the header of adapter_model.safetensors are read, without torch, so
+that a wrong folder is refused quickly.
 """
 
 from collections.abc import Mapping
@@ -18,14 +19,15 @@ from pipeline.plan.given.shape import is_or_ends_with
 if TYPE_CHECKING:
     from pipeline.model.expert_slices import ExpertSlice
 
+# End of a message about an adapter that this project cannot merge.
 WITH_PEFT = (
     "merge it with peft: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "
     "ADAPTER).merge_and_unload().save_pretrained(FOLDER)"
 )
 CONFIG = "adapter_config.json"
-_PREFIX = "base_model.model."
-# Suffixes of peft's keys -> the part of a LoRA layer that has this key.
-_LORA_PARTS = {
+_PREFIX = "base_model.model."  # of all keys in a PEFT file, before the name in the base
+# Suffix of a key in a PEFT file -> name of the LoRA tensor.
+_LORA_TENSORS = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
     ".lora_magnitude_vector": "magnitude",
@@ -36,15 +38,16 @@ _LORA_PARTS = {
 _LORA_BIAS = ".lora_B.bias"
 # Values of init_lora_weights that do not change the base before training.
 _PLAIN_INITIAL_VALUES = (True, False, "gaussian", "orthogonal", "eva")
-# Keys of adapter_config.json without influence on the merged weights. All other keys must be empty,
-# except those that `read_adapter` reads.
-_WITHOUT_EFFECT = {
+# Keys of adapter_config.json without influence on the merged weights.
+_KEYS_WITHOUT_EFFECT = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "target_modules", "exclude_modules", "lora_dropout", "layers_to_transform",
     "layers_pattern", "megatron_core", "qalora_group_size", "eva_config", "modules_to_save",
     "runtime_config",
 }  # fmt: skip
-_READ = {  # keys that influence the merged weights
+# Keys that influence the merged weights and that `read_adapter` takes into account. An adapter with
+# a value for any further key is refused.
+_KEYS_WITH_EFFECT = {
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
     "bias", "lora_bias", "init_lora_weights", "target_parameters", "fan_in_fan_out",
     "trainable_token_indices", "ensure_weight_tying",
@@ -53,43 +56,47 @@ _READ = {  # keys that influence the merged weights
 
 @dataclass(frozen=True, kw_only=True)
 class LayerUpdate:
-    """The LoRA layer that changes one tensor of the base.
+    """The LoRA layer that changes one tensor of the base: W + scaling * B A.
 
-    `parts`: header entries of A, B and, for DoRA, the magnitude, by these names. `is_transposed`:
-    the weight is stored as (d_in, d_out), as in GPT-2 (peft's `fan_in_fan_out`).
+    `tensors`: "A", "B" and, for DoRA, "magnitude" -> its entry in the header of the adapter file.
+    `is_transposed`: whether the base stores the weight as (d_in, d_out), as in GPT-2 (peft's
+    `fan_in_fan_out`). `experts`: if this is a LoRA layer of fused experts (one 3-D parameter with
+    the weights of all experts), the part of that parameter which the tensor of the base has.
     """
 
-    parts: Mapping[str, Entry]
+    tensors: Mapping[str, Entry]
     r: int
     alpha: float
     use_rslora: bool
     is_embedding: bool = False
     is_transposed: bool = False
-    experts: "ExpertSlice | None" = None  # slice of a fused tensor that the base's tensor stores
+    experts: "ExpertSlice | None" = None
 
     @property
     def scaling(self) -> float:
-        """The factor of the product of B and A."""
+        """The factor of the product B A."""
         return lora_scaling(self.r, self.alpha, use_rslora=self.use_rslora)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the tensor of the base."""
-        whole = self.parts["B"].shape[0], self.parts["A"].shape[1]
+        product_shape = self.tensors["B"].shape[0], self.tensors["A"].shape[1]
         if self.experts is not None:
-            return self.experts.stored_shape(whole)
-        return whole[::-1] if self.is_embedding or self.is_transposed else whole
+            return self.experts.stored_shape(product_shape)
+        return product_shape[::-1] if self.is_embedding or self.is_transposed else product_shape
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValueUpdate:
     """Values of the adapter for one tensor of the base, without a product of matrices.
 
-    They replace the tensor (`modules_to_save`, trained biases), or the rows with these indices (new
-    tokens), or are added with the factor `scaling` (the bias of a B matrix).
+    `values`: their entry in the header of the adapter file. There are three kinds. If `rows` is
+    set, the values replace the rows of the tensor with these indices (new tokens). If `scaling` is
+    set, they are added to the tensor with this factor (the bias of a B matrix). Otherwise they
+    replace the whole tensor (`modules_to_save`, trained biases).
     """
 
-    part: Entry
+    values: Entry
     rows: tuple[int, ...] | None = None
     scaling: float | None = None
 
@@ -98,26 +105,27 @@ class ValueUpdate:
 class Adapter:
     """A LoRA adapter.
 
-    `updates`: name of an adapted tensor of the base -> its LoRA layer. `values`: name of another
-    tensor that the adapter changes -> its values. `fused`: name of peft's LoRA layer of fused
-    experts -> its tensors; `with_stored_names` replaces it by updates of the stored tensors.
+    `config`: adapter_config.json. `layer_updates`: name of a tensor of the base -> its LoRA layer.
+    `value_updates`: name of a tensor of the base -> other changes of it. `fused_experts`: name of
+    peft's LoRA layer for fused experts -> its tensors, as in LayerUpdate. Such a layer may change
+    several tensors of the base; merge_inputs.py replaces it by one LayerUpdate for each of them.
     """
 
     file: TensorFile
     config: Mapping[str, Any]
-    updates: Mapping[str, LayerUpdate]
-    fused: Mapping[str, Mapping[str, Entry]]
-    values: Mapping[str, tuple[ValueUpdate, ...]] = field(default_factory=dict)
+    layer_updates: Mapping[str, LayerUpdate]
+    fused_experts: Mapping[str, Mapping[str, Entry]]
+    value_updates: Mapping[str, tuple[ValueUpdate, ...]] = field(default_factory=dict)
 
     @property
-    def names(self) -> set[str]:
+    def changed_names(self) -> set[str]:
         """Names of all tensors of the base that it changes, without those of fused experts."""
-        return {*self.updates, *self.values}
+        return {*self.layer_updates, *self.value_updates}
 
     @property
     def has_token_rows(self) -> bool:
-        """Whether it has trained rows of tokens."""
-        return any(each.rows for values in self.values.values() for each in values)
+        """Whether it has trained rows for single tokens in embeddings or head."""
+        return any(update.rows for updates in self.value_updates.values() for update in updates)
 
     @property
     def folder(self) -> Path:
@@ -140,8 +148,8 @@ def read_adapter(folder: Path) -> Adapter:
     if not path.is_file():
         raise UserError(f"adapter: {folder} has no {path.name}, the only format that is supported")
     file = read_header(path)
-    layers: dict[str, dict[str, Entry]] = {}
-    values: dict[str, tuple[ValueUpdate, ...]] = {}
+    layers: dict[str, dict[str, Entry]] = {}  # name of a LoRA layer -> its tensors
+    value_updates: dict[str, tuple[ValueUpdate, ...]] = {}
     for key, entry in file.entries.items():
         if not key.startswith(_PREFIX):
             raise UserError(f"adapter: {path}: {key} does not begin with {_PREFIX}")
@@ -150,57 +158,70 @@ def read_adapter(folder: Path) -> Adapter:
                 f"adapter: {path}: {key} has dtype {entry.dtype}; expected {', '.join(VALUE_BYTES)}"
             )
         name = key.removeprefix(_PREFIX)
-        if suffix := next((suffix for suffix in _LORA_PARTS if name.endswith(suffix)), ""):
-            part = _LORA_PARTS[suffix]
-            layers.setdefault(name.removesuffix(suffix), {})[part] = entry
+        if suffix := next((suffix for suffix in _LORA_TENSORS if name.endswith(suffix)), ""):
+            layer = name.removesuffix(suffix)
+            layers.setdefault(layer, {})[_LORA_TENSORS[suffix]] = entry
         else:
-            tensor, update = _value_update(path, name, entry, config)
-            values[tensor] = (*values.get(tensor, ()), update)
-    if not layers and not values:
+            base_name, update = _value_update(path, name, entry, config)
+            value_updates[base_name] = (*value_updates.get(base_name, ()), update)
+    if not layers and not value_updates:
         raise UserError(f"adapter: {path} is empty")
-    fused = {}
-    if config.get("target_parameters"):  # the A of n fused experts has n x r rows
-        fused = {n: parts for n, parts in layers.items() if _rows_of_a(parts) != _r_of(n, config)}
-        layers = {name: parts for name, parts in layers.items() if name not in fused}
-    updates = {
-        f"{name}.weight": layer_update(path, name, parts, config) for name, parts in layers.items()
+    fused_experts = {}
+    if config.get("target_parameters"):
+        fused_experts = {
+            name: tensors for name, tensors in layers.items() if _is_fused(name, tensors, config)
+        }
+    layer_updates = {
+        f"{name}.weight": layer_update(path, name, tensors, config)
+        for name, tensors in layers.items()
+        if name not in fused_experts
     }
-    return Adapter(file, config, updates, fused, values)
+    return Adapter(file, config, layer_updates, fused_experts, value_updates)
 
 
-def _rows_of_a(parts: Mapping[str, Entry]) -> int:
-    return parts["A"].shape[0] if "A" in parts else 0
+def _is_fused(name: str, tensors: Mapping[str, Entry], config: Mapping[str, Any]) -> bool:
+    """Whether a LoRA layer is that of n fused experts, whose A has n r rows instead of r."""
+    rows = tensors["A"].shape[0] if "A" in tensors else 0
+    return rows != _layer_r(name, config)
 
 
-def _r_of(name: str, config: Mapping[str, Any]) -> int:
+def _layer_r(name: str, config: Mapping[str, Any]) -> int:
+    """LoRA's r of a layer, with peft's `rank_pattern`."""
     return int(pattern_value(config.get("rank_pattern"), name, config["r"]))
 
 
 def layer_update(
-    path: Path, name: str, parts: Mapping[str, Entry], config: Mapping[str, Any], experts: int = 1
+    path: Path,
+    name: str,
+    tensors: Mapping[str, Entry],
+    config: Mapping[str, Any],
+    num_experts: int = 1,
 ) -> LayerUpdate:
     """The LoRA layer of this name. Raises UserError if a tensor is missing or does not match r.
 
-    `experts`: number of experts of a fused tensor, each of which has r columns of its own.
+    `path`: the adapter file, for messages. `num_experts`: of a LoRA layer for fused experts, which
+    has r rows of A and r columns of B for each expert.
     """
-    is_embedding = "embedding_A" in parts
-    parts = {part.removeprefix("embedding_"): entry for part, entry in parts.items()}
-    wanted = {"A", "B", "magnitude"} if config.get("use_dora") else {"A", "B"}
-    if parts.keys() != wanted:
+    is_embedding = "embedding_A" in tensors
+    tensors = {key.removeprefix("embedding_"): entry for key, entry in tensors.items()}
+    expected = {"A", "B", "magnitude"} if config.get("use_dora") else {"A", "B"}
+    if tensors.keys() != expected:
         raise UserError(
-            f"adapter: {path}: {name} has {', '.join(sorted(parts))} instead of "
-            f"{', '.join(sorted(wanted))}"
+            f"adapter: {path}: {name} has {', '.join(sorted(tensors))} instead of "
+            f"{', '.join(sorted(expected))}"
         )
-    r = _r_of(name, config)
-    a, b = parts["A"], parts["B"]
-    width = r * experts
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != width or b.shape[1] != width:
+    r = _layer_r(name, config)
+    a, b = tensors["A"], tensors["B"]
+    width = r * num_experts
+    are_matrices = len(a.shape) == len(b.shape) == 2
+    if not are_matrices or a.shape[0] != width or b.shape[1] != width:
+        note = f", for each of {num_experts} experts" if num_experts > 1 else ""
         raise UserError(
             f"adapter: {path}: {name} has A {a.shape} and B {b.shape}, but r is {r} in "
-            f"adapter_config.json{f', for each of {experts} experts' if experts > 1 else ''}"
+            f"adapter_config.json{note}"
         )
     return LayerUpdate(
-        parts=parts,
+        tensors=tensors,
         r=r,
         alpha=pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"]),
         use_rslora=bool(config.get("use_rslora")),
@@ -211,13 +232,16 @@ def layer_update(
 def _value_update(
     path: Path, name: str, entry: Entry, config: Mapping[str, Any]
 ) -> tuple[str, ValueUpdate]:
-    """Name of a tensor of the base, and the values that the adapter has for it."""
+    """Name of a tensor of the base, and the values that the adapter has for it.
+
+    `name`: key of the adapter file without the prefix. `entry`: its entry in the header.
+    """
     if name.endswith(_LORA_BIAS):
         layer = name.removesuffix(_LORA_BIAS)
         alpha = pattern_value(config.get("alpha_pattern"), layer, config["lora_alpha"])
         use_rslora = bool(config.get("use_rslora"))
-        scaling = lora_scaling(_r_of(layer, config), alpha, use_rslora=use_rslora)
-        return f"{layer}.bias", ValueUpdate(part=entry, scaling=scaling)
+        scaling = lora_scaling(_layer_r(layer, config), alpha, use_rslora=use_rslora)
+        return f"{layer}.bias", ValueUpdate(values=entry, scaling=scaling)
     if name.endswith(TOKEN_ROWS):
         module = name.removesuffix(TOKEN_ROWS)
         rows = _token_rows(module, config.get("trainable_token_indices"))
@@ -226,11 +250,15 @@ def _value_update(
                 f"adapter: {path}: {name} has {entry.shape[0]} rows, but trainable_token_indices "
                 f"names {len(rows)} tokens"
             )
-        return f"{module}.weight", ValueUpdate(part=entry, rows=rows)
-    return name.replace(".base_layer.", "."), ValueUpdate(part=entry)
+        return f"{module}.weight", ValueUpdate(values=entry, rows=rows)
+    return name.replace(".base_layer.", "."), ValueUpdate(values=entry)
 
 
 def _token_rows(module: str, indices: Any) -> tuple[int, ...]:
+    """Indices of a module's trained rows, from peft's `trainable_token_indices`.
+
+    Its value is a list of indices, or a mapping from the end of a module's name to such a list.
+    """
     if isinstance(indices, Mapping):
         names = [name for name in indices if is_or_ends_with(module, name)]
         indices = indices[names[0]] if names else []
@@ -238,27 +266,31 @@ def _token_rows(module: str, indices: Any) -> tuple[int, ...]:
 
 
 def _require_mergeable(folder: Path, config: Mapping[str, Any]) -> None:
-    place = f"adapter: {folder}"
-    if (kind := config.get("peft_type")) and kind != "LORA":
-        raise UserError(f"{place}: peft_type is {kind!r}, which is not LoRA; {WITH_PEFT}")
+    """Raise UserError unless adapter_config.json describes a LoRA adapter that can be merged."""
+    location = f"adapter: {folder}"
+    if (peft_type := config.get("peft_type")) and peft_type != "LORA":
+        raise UserError(f"{location}: peft_type is {peft_type!r}, which is not LoRA; {WITH_PEFT}")
     r, alpha = config.get("r"), config.get("lora_alpha")
     is_lora = config.get("peft_type") == "LORA" and isinstance(r, int) and r > 0
     if not is_lora or not isinstance(alpha, int | float):
-        raise UserError(f"{place}: adapter_config.json does not describe a LoRA adapter")
+        raise UserError(f"{location}: adapter_config.json does not describe a LoRA adapter")
     if config.get("init_lora_weights", True) not in _PLAIN_INITIAL_VALUES:
         raise UserError(
-            f"{place}: init_lora_weights is {config['init_lora_weights']!r}, which changed the "
+            f"{location}: init_lora_weights is {config['init_lora_weights']!r}, which changed the "
             f"base before training; {WITH_PEFT}"
         )
-    for key in sorted(config.keys() - _WITHOUT_EFFECT - _READ):
+    for key in sorted(config.keys() - _KEYS_WITHOUT_EFFECT - _KEYS_WITH_EFFECT):
         if config[key]:
             raise UserError(
-                f"{place}: merging does not support {key}: {config[key]!r}; {WITH_PEFT}"
+                f"{location}: merging does not support {key}: {config[key]!r}; {WITH_PEFT}"
             )
 
 
 def read_config(path: Path, setting: str) -> dict[str, Any]:
-    """The content of a config file. Raises UserError, which names `setting`, if there is none."""
+    """The content of a JSON config file. Raises UserError if the file is missing or damaged.
+
+    `setting`: the setting or input that gave the folder, for the message.
+    """
     if not path.exists():
         raise UserError(f"{setting}: {path.parent} has no {path.name}")
     return require_json(path, f"{setting}: ")

@@ -1,4 +1,4 @@
-"""Export of an adapter and of its merged model as GGUF files, with llama.cpp's own programs."""
+"""Export of an adapter and its merged model as GGUF files, by the converters of llama.cpp."""
 
 import importlib.util
 import logging
@@ -20,22 +20,22 @@ logger = logging.getLogger(__name__)
 LLAMA_CPP = "LLAMA_CPP_DIR"  # environment variable with the source folder of llama.cpp
 QUANTISATIONS = ("q8_0", "q4_k_m")
 _ADAPTER, _MODELFILE = "adapter.gguf", "Modelfile"
-_WRITTEN = re.compile(r"adapter\.gguf|model(-q8_0|-q4_k_m)?\.gguf|Modelfile")
-_GET = (
+_EXPORTED_FILE = re.compile(r"adapter\.gguf|model(-q8_0|-q4_k_m)?\.gguf|Modelfile")
+_HOW_TO_GET_IT = (  # end of a message about missing programs
     "get llama.cpp with `git clone https://github.com/ggml-org/llama.cpp`, or from the source of "
     "llama-cpp-python (`pip download --no-deps --no-binary :all: llama-cpp-python`, folder "
     f"vendor/llama.cpp), and name its folder with --llama-cpp or {LLAMA_CPP}"
 )
-_SHOWN_LINES = 8  # of a failed program's output
+_SHOWN_LINES = 8  # last lines of a failed program's output
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaCpp:
-    """llama.cpp's programs. `quantise`: None if no quantisation is asked for."""
+    """Paths of llama.cpp's programs. `quantiser`: None if no quantisation was requested."""
 
-    convert_model: Path
-    convert_adapter: Path
-    quantise: str | None
+    model_converter: Path
+    adapter_converter: Path
+    quantiser: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,34 +48,34 @@ class GgufSources:
     trust_remote_code: bool = False
 
 
-def find_llama_cpp(folder: Path | None, quantise: str | None) -> LlamaCpp:
+def find_llama_cpp(folder: Path | None, quantisation: str | None) -> LlamaCpp:
     """Find llama.cpp's programs in `folder`, by default $LLAMA_CPP_DIR.
 
-    The quantiser may also be in build/bin of the folder or in PATH. Raises UserError for a program
-    or library that is missing, with the command that gets it.
+    `quantisation`: the requested quantisation, such as q8_0, which needs llama-quantize. This
+    program may also be in build/bin of the folder or in PATH. Raises UserError for a program or
+    library that is missing, with the command that installs it.
     """
-    named = folder or (Path(value) if (value := os.environ.get(LLAMA_CPP)) else None)
-    if named is None:
-        raise UserError(f"--gguf needs llama.cpp's converters: {_GET}")
-    scripts = [named / name for name in ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py")]
+    if folder is None and os.environ.get(LLAMA_CPP):
+        folder = Path(os.environ[LLAMA_CPP])
+    if folder is None:
+        raise UserError(f"--gguf needs llama.cpp's converters: {_HOW_TO_GET_IT}")
+    scripts = [folder / name for name in ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py")]
     for script in scripts:
         if not script.is_file():
-            raise UserError(f"{named} has no {script.name}: {_GET}")
+            raise UserError(f"{folder} has no {script.name}: {_HOW_TO_GET_IT}")
     if importlib.util.find_spec("sentencepiece") is None:
         raise UserError("llama.cpp's converters need sentencepiece: pip install 'rankzero[gguf]'")
-    program = None
-    if quantise is not None:
-        name = "llama-quantize"
-        program = shutil.which(name, path=f"{named}:{named / 'build' / 'bin'}") or shutil.which(
-            name
-        )
-        if program is None:
+    quantiser = None
+    if quantisation is not None:
+        name, build = "llama-quantize", folder / "build"
+        quantiser = shutil.which(name, path=f"{folder}:{build / 'bin'}") or shutil.which(name)
+        if quantiser is None:
             raise UserError(
-                f"--quantize needs {name}, which is neither in {named}, nor in its build/bin, nor "
-                f"in PATH; build it: cmake -S {named} -B {named / 'build'} && cmake --build "
-                f"{named / 'build'} --target {name}"
+                f"--quantize needs {name}, which is neither in {folder}, nor in its build/bin, nor "
+                f"in PATH; build it: cmake -S {folder} -B {build} && cmake --build {build} "
+                f"--target {name}"
             )
-    return LlamaCpp(convert_model=scripts[0], convert_adapter=scripts[1], quantise=program)
+    return LlamaCpp(model_converter=scripts[0], adapter_converter=scripts[1], quantiser=quantiser)
 
 
 def export_gguf(
@@ -83,87 +83,92 @@ def export_gguf(
 ) -> list[Path]:
     """Write the GGUF files and the Modelfile into `out`, which replaces an earlier export.
 
-    `modelfile`: its content, in which {model} stands for the model's file name. An adapter that
-    llama.cpp cannot represent is left out with a warning; the merged model has its weights.
+    `modelfile`: content of the Modelfile, in which {model} stands for the file name of the model.
+    An adapter that llama.cpp cannot represent is left out with a warning; the merged model contains
+    its weights. Returns the paths of all files.
     """
-    _require_own(out)
+    _require_only_exported_files(out)
     adapter = read_adapter(sources.adapter)
-    reason = reason_against_lora(adapter)
-    model = "model.gguf" if quantisation is None else f"model-{quantisation}.gguf"
+    reason = why_not_in_gguf(adapter)
+    model_name = "model.gguf" if quantisation is None else f"model-{quantisation}.gguf"
     try:
         with atomic_folder(out, lambda _: None) as fresh:
             if reason:
                 logger.warning("%s is not written: %s", _ADAPTER, reason)
             else:
                 _convert_adapter(tools, sources, adapter, fresh)
-            extra = ["--trust-remote-code"] if sources.trust_remote_code else []
-            script = [sys.executable, str(tools.convert_model), str(sources.merged), *extra]
-            _run([*script, "--outfile", str(fresh / "model.gguf"), "--outtype", "auto"])
+            options = ["--trust-remote-code"] if sources.trust_remote_code else []
+            command = [sys.executable, str(tools.model_converter), str(sources.merged), *options]
+            _run([*command, "--outfile", str(fresh / "model.gguf"), "--outtype", "auto"])
             if quantisation is not None:
-                assert tools.quantise is not None
-                names = [str(fresh / "model.gguf"), str(fresh / model), quantisation.upper()]
-                _run([tools.quantise, *names])
+                assert tools.quantiser is not None
+                files = [str(fresh / "model.gguf"), str(fresh / model_name)]
+                _run([tools.quantiser, *files, quantisation.upper()])
                 (fresh / "model.gguf").unlink()
-            text = modelfile.replace("{model}", model, 1)  # the template may have it too
+            # Only the first {model} is replaced, because the chat template may contain this text.
+            text = modelfile.replace("{model}", model_name, 1)
             (fresh / _MODELFILE).write_text(text, encoding="utf-8")
     except OSError as error:
         raise RankZeroError(f"{out}: the export cannot be written: {error}") from error
     return sorted(out.iterdir())
 
 
-def reason_against_lora(adapter: Adapter) -> str:
+def why_not_in_gguf(adapter: Adapter) -> str:
     """Why llama.cpp cannot represent this adapter as a LoRA file; empty if it can."""
-    if any("magnitude" in update.parts for update in adapter.updates.values()):
-        return "llama.cpp has no DoRA"
-    if adapter.values:
-        return f"llama.cpp has no place for trained values of {next(iter(adapter.values))}"
-    return "llama.cpp's converter does not read adapters of fused experts" if adapter.fused else ""
+    if any("magnitude" in update.tensors for update in adapter.layer_updates.values()):
+        return "llama.cpp does not support DoRA"
+    if adapter.value_updates:
+        name = next(iter(adapter.value_updates))
+        return f"a LoRA file of llama.cpp cannot have trained values of {name}"
+    if adapter.fused_experts:
+        return "llama.cpp's converter does not read adapters of fused experts"
+    return ""
 
 
 def _convert_adapter(tools: LlamaCpp, sources: GgufSources, adapter: Adapter, out: Path) -> None:
     """Convert a copy of the adapter in which each layer's scaling is alpha / r."""
-    plain = out / "plain"
-    plain.mkdir()
-    write_plain_adapter(adapter, plain)
-    base = ["--base", str(sources.base), "--outfile", str(out / _ADAPTER), "--outtype", "f32"]
-    extra = ["--trust-remote-code"] if sources.trust_remote_code else []
-    _run([sys.executable, str(tools.convert_adapter), *base, *extra, str(plain)])
-    shutil.rmtree(plain)
+    copy = out / "plain"
+    copy.mkdir()
+    write_with_plain_scaling(adapter, copy)
+    options = ["--base", str(sources.base), "--outfile", str(out / _ADAPTER), "--outtype", "f32"]
+    options += ["--trust-remote-code"] if sources.trust_remote_code else []
+    _run([sys.executable, str(tools.adapter_converter), *options, str(copy)])
+    shutil.rmtree(copy)
 
 
-def write_plain_adapter(adapter: Adapter, folder: Path) -> None:
+def write_with_plain_scaling(adapter: Adapter, folder: Path) -> None:
     """Write the adapter with one lora_alpha and without options that change the scaling.
 
-    llama.cpp scales a layer by lora_alpha / r. For a layer that peft scales otherwise (rsLoRA,
-    alpha_pattern), B is multiplied by the quotient of both scalings.
+    llama.cpp scales a layer by lora_alpha / r. If peft scales a layer by another factor (rsLoRA,
+    alpha_pattern), its B is multiplied by the quotient of peft's factor and that of llama.cpp.
     """
     from safetensors.torch import load_file, save_file  # imports torch
 
     alpha = float(adapter.config["lora_alpha"])
     tensors = load_file(adapter.file.path)
-    keys = {entry.start: key for key, entry in adapter.file.entries.items()}
-    for update in adapter.updates.values():
+    key_by_offset = {entry.start: key for key, entry in adapter.file.entries.items()}
+    for update in adapter.layer_updates.values():
         factor = update.scaling / (alpha / update.r)
         if factor != 1:
-            name = keys[update.parts["B"].start]
-            tensors[name] = tensors[name].float() * factor
+            key = key_by_offset[update.tensors["B"].start]
+            tensors[key] = tensors[key].float() * factor
     save_file(tensors, folder / adapter.file.path.name, metadata={"format": "pt"})
     config = read_json(adapter.folder / "adapter_config.json")
     config |= {"use_rslora": False, "alpha_pattern": {}, "lora_alpha": alpha}
     (folder / "adapter_config.json").write_text(dump_json(config), encoding="utf-8")
 
 
-def _require_own(out: Path) -> None:
+def _require_only_exported_files(out: Path) -> None:
     """Raise UserError if `out` has files that no export wrote; an export would remove them."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; move it")
-    others = [path.name for path in out.glob("*") if not _WRITTEN.fullmatch(path.name)]
+    others = [path.name for path in out.glob("*") if not _EXPORTED_FILE.fullmatch(path.name)]
     if others:
         raise UserError(f"{out} has a file that no export wrote, {others[0]}; move it")
 
 
 def _run(command: Sequence[str]) -> None:
-    """Run a program of llama.cpp; RankZeroError with the end of its output if it fails."""
+    """Run a program of llama.cpp. Raises RankZeroError with the end of its output if it fails."""
     logger.info("%s", " ".join(Path(word).name if "/" in word else word for word in command))
     try:
         result = subprocess.run(
@@ -174,5 +179,5 @@ def _run(command: Sequence[str]) -> None:
         raise RankZeroError(f"{command[0]} cannot be started: {error}") from error
     if result.returncode != 0:
         end = "\n".join(result.stdout.strip().splitlines()[-_SHOWN_LINES:])
-        script = next(word for word in command if "python" not in Path(word).name)
-        raise RankZeroError(f"{script} failed with exit code {result.returncode}:\n{end}")
+        program = next(word for word in command if "python" not in Path(word).name)
+        raise RankZeroError(f"{program} failed with exit code {result.returncode}:\n{end}")

@@ -1,9 +1,8 @@
-"""Gathering of adapter weights and Adam moments from a ZeRO engine to rank 0, and restoring them.
+"""Gather adapter weights and Adam moments from a ZeRO engine to rank 0, and restore them.
 
-Private attributes of DeepSpeed's ZeRO optimizers are used only in this file;
-tests/adapter/test_gather.py and tests/train/test_scaler.py detect when they change. Only trainable
-parameters are gathered, so at ZeRO-3 the base stays sharded. Facts about DeepSpeed hold for version
-0.19.8.
+Only trainable parameters are gathered, so at ZeRO-3 the base stays sharded. Only this file uses
+private attributes of DeepSpeed's ZeRO optimizers (version 0.19.8). tests/adapter/test_gather.py and
+tests/train/test_scaler.py fail if DeepSpeed changes these attributes.
 """
 
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from deepspeed.utils import (
 )
 from torch import nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's names for the moments of a parameter
 Tensors = dict[str, torch.Tensor]
 
 # Attributes with the state of DeepSpeed's DynamicLossScaler (runtime/fp16/loss_scaler.py).
@@ -29,32 +28,39 @@ _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"
 
 
 def gather_weights(parameters: Mapping[str, nn.Parameter], *, keep: bool) -> Tensors:
-    """The fp32 master weights on the CPU; empty on ranks without `keep`. Collective."""
+    """The fp32 master weights of all parameters, on the CPU. Collective.
+
+    `parameters`: key in peft's adapter file -> parameter. `keep`: whether this rank wants the
+    result, which is otherwise empty.
+    """
     weights: Tensors = {}
     for key, parameter in parameters.items():
-        full = safe_get_full_fp32_param(parameter)
+        full_tensor = safe_get_full_fp32_param(parameter)
         if keep:
-            weights[key] = _to_host(full, parameter)
+            weights[key] = _to_host(full_tensor, parameter)
     return weights
 
 
 def gather_moments(parameters: Mapping[str, nn.Parameter], *, keep: bool) -> Tensors:
     """Adam's moments on the CPU, under `KEY/exp_avg` and `KEY/exp_avg_sq`. Collective.
 
-    Empty on ranks without `keep`. Adam has moments only after its first step.
+    The parameters are those of `gather_weights`. Adam has moments only after its first step.
     """
     moments: Tensors = {}
     for key, parameter in parameters.items():
         for moment in MOMENTS:
-            full = safe_get_full_optimizer_state(parameter, moment)
+            full_tensor = safe_get_full_optimizer_state(parameter, moment)
             if keep:
-                moments[f"{key}/{moment}"] = _to_host(full, parameter)
+                moments[f"{key}/{moment}"] = _to_host(full_tensor, parameter)
     return moments
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerState:
-    """Adam's moments and number of steps, and the state of the loss scaler (fp16)."""
+    """Adam's moments and number of steps, and the state of the loss scaler (fp16).
+
+    `moments`: as returned by `gather_moments`. `loss_scaler`: as returned by `loss_scaler_state`.
+    """
 
     moments: Mapping[str, torch.Tensor]
     step: int
@@ -67,31 +73,32 @@ def restore(
     weights: Mapping[str, torch.Tensor],
     state: OptimizerState,
 ) -> None:
-    """Load full tensors into a new engine of any ZeRO stage and world size.
+    """Load master weights and optimizer state into a new engine of any ZeRO stage and world size.
 
-    Collective: every rank passes the full tensors.
+    `parameters`, `weights`: as in `gather_weights`. Collective: every rank passes the full tensors.
     """
-    zero = engine.optimizer
+    zero_optimizer = engine.optimizer
     is_sharded = engine.zero_optimization_stage() == 3
-    masters = _masters(engine)
     _create_optimizer_state(engine, state.step)
-    if is_sharded and zero.persistent_parameters:
-        zero.persistent_parameters[0].partition(zero.persistent_parameters)
+    # Small parameters that ZeRO-3 keeps gathered (stage3_param_persistence_threshold).
+    persistent = zero_optimizer.persistent_parameters if is_sharded else []
+    if persistent:
+        persistent[0].partition(persistent)
     for key, parameter in parameters.items():
         _set_full(parameter, weights[key], None, is_sharded=is_sharded)
         for moment in MOMENTS:
             _set_full(parameter, state.moments[f"{key}/{moment}"], moment, is_sharded=is_sharded)
-    # Update the weights in the training dtype, which still have their initial values.
+    # Copy the masters to the weights in the training dtype, which have their initial values.
     if is_sharded:
-        for group in range(len(masters)):
-            zero._reassign_or_swap_out_partitioned_parameters(group)
-        if zero.persistent_parameters:
-            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        for group in range(len(_masters(engine))):
+            zero_optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if persistent:
+            persistent[0].all_gather(persistent)
     else:
-        zero.update_lp_params()
+        zero_optimizer.update_lp_params()
     if is_scaled(engine):
         for name, value in state.loss_scaler.items():
-            setattr(zero.loss_scaler, name, value)
+            setattr(zero_optimizer.loss_scaler, name, value)
 
 
 def is_scaled(engine: Any) -> bool:
@@ -113,7 +120,7 @@ def is_at_smallest_scale(engine: Any) -> bool:
 
 
 def disable_scale_error(engine: Any) -> None:
-    """Stop DeepSpeed from raising at the smallest loss scale; the loop counts overflows itself."""
+    """Stop DeepSpeed from raising at the smallest loss scale; train/loop.py counts overflows."""
     if is_scaled(engine):
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
 
@@ -130,20 +137,21 @@ def create_state_of_groups(engine: Any) -> None:
 
 def _masters(engine: Any) -> list[torch.Tensor]:
     """This rank's fp32 master weights, one flat tensor for each parameter group."""
-    zero = engine.optimizer
-    is_sharded = engine.zero_optimization_stage() == 3
-    masters: list[torch.Tensor] = (
-        zero.fp32_partitioned_groups_flat if is_sharded else zero.single_partition_of_fp32_groups
-    )
+    masters: list[torch.Tensor]
+    if engine.zero_optimization_stage() == 3:
+        masters = engine.optimizer.fp32_partitioned_groups_flat
+    else:
+        masters = engine.optimizer.single_partition_of_fp32_groups
     return masters
 
 
 def _create_optimizer_state(engine: Any, step: int) -> None:
-    zero = engine.optimizer
-    _create_adam_state(zero.optimizer, _masters(engine), step)
+    """Create Adam's state, all zero, after `step` steps; at ZeRO-1 and 2 link it to parameters."""
+    zero_optimizer = engine.optimizer
+    _create_adam_state(zero_optimizer.optimizer, _masters(engine), step)
     if engine.zero_optimization_stage() < 3:
-        zero._hp_optimizer_states_linked = False
-        zero._lazy_init_hp_params_optimizer_state()
+        zero_optimizer._hp_optimizer_states_linked = False
+        zero_optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _create_adam_state(adam: torch.optim.Optimizer, masters: list[torch.Tensor], step: int) -> None:
@@ -168,21 +176,21 @@ def _set_full(
         else:
             safe_set_full_optimizer_state(parameter, value, moment)
         return
-    # The tensor is sliced here, because DeepSpeed's setter for full tensors fails if a shard is
-    # padded (stage3.py:3196).
-    size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-    rank = torch.distributed.get_rank()
-    flat = value.flatten()
-    shard = torch.zeros(size, dtype=flat.dtype, device=flat.device)
-    own = flat[size * rank : size * (rank + 1)]
-    shard[: len(own)] = own
+    # This rank's shard is cut out here, because DeepSpeed's setter for full tensors fails if the
+    # last shard is padded (stage3.py:3196).
+    shard_size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+    first = shard_size * torch.distributed.get_rank()
+    values = value.flatten()[first : first + shard_size]
+    shard = torch.zeros(shard_size, dtype=value.dtype, device=value.device)
+    shard[: len(values)] = values
     if moment is None:
         safe_set_local_fp32_param(parameter, shard)
     else:
         safe_set_local_optimizer_state(parameter, shard, moment)
 
 
-def _to_host(full: torch.Tensor | None, parameter: nn.Parameter) -> torch.Tensor:
-    assert full is not None, "not a parameter of a ZeRO optimizer"
+def _to_host(full_tensor: torch.Tensor | None, parameter: nn.Parameter) -> torch.Tensor:
+    """A copy on the CPU in fp32, with the shape of the unsharded parameter."""
+    assert full_tensor is not None, "not a parameter of a ZeRO optimizer"
     shape = getattr(parameter, "ds_shape", parameter.shape)
-    return full.detach().to("cpu", torch.float32, copy=True).reshape(shape)
+    return full_tensor.detach().to("cpu", torch.float32, copy=True).reshape(shape)

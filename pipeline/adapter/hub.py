@@ -1,13 +1,13 @@
-"""Publishing of a run's adapter or merged model on the Hugging Face hub.
+"""Publish a run's adapter or merged model on the Hugging Face hub.
 
-The files are gathered in a folder and checked for secrets before anything is sent. No text of a row
-is among them: scores without answers, and the audit of the data as counts.
+The files are copied to a folder and checked for secrets before anything is sent. They contain no
+text of the training rows: scores are sent without answers, and of the data audit only counts.
 """
 
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from glob import escape
@@ -24,16 +24,17 @@ from pipeline.model.packed_files import dequantising_config
 from pipeline.plan.rules.serving import SERVING_RULES
 
 _CARD = "README.md"
-_TAG = "rankzero"  # in the metadata of a card
-_LEFT_OUT = {"trained_on.json", "rankzero_merge.json", _CARD}  # have paths of this machine
-# Files of earlier publications, which a new one replaces as a whole. Other files stay.
-_PUBLISHED = (
+_TAG = "rankzero"  # in the metadata of a model card; marks a repository as published from here
+_NOT_PUBLISHED = {"trained_on.json", "rankzero_merge.json", _CARD}  # contain paths of this machine
+# Patterns of files that a publication writes. Such files of an earlier publication are deleted from
+# the repository if the new one lacks them. Other files stay.
+_PUBLISHED_FILES = (
     "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json",
     "generation_config.json", "score.json", "plan.json", "audit.json",
     *(f"{name}/*" if "." not in name else name for name in TOKENIZER_FILES),
 )  # fmt: skip
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Forms of access tokens and private keys.
+# Forms of access tokens and private keys: name for the message -> pattern.
 _SECRETS = {
     "Hugging Face": re.compile(rb"\b(?:hf_|api_org_)[A-Za-z0-9]{30,}"),
     "Weights & Biases": re.compile(rb"(?i)wandb[^\n]{0,40}?\b[0-9a-f]{40}\b|\bwandb_v\d_\w{20,}"),
@@ -46,9 +47,9 @@ _SECRET_VARIABLES = (
     "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY",
     "GITHUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_TOKEN",
 )  # fmt: skip
-_SHORTEST_SECRET = 8
-# Counts of the audit that are published. Its reasons and examples may quote rows.
-_COUNTS = (
+_MIN_SECRET_LENGTH = 8  # shorter values would occur in a file by chance
+# Counts of the data audit that are published. The audit's reasons and examples may quote rows.
+_AUDIT_COUNTS = (
     "rows_read", "rows_used", "rows_dropped", "duplicate_rows", "documents", "tokens",
     "supervised_tokens", "supervised_share", "truncated_rows", "split_rows", "tokens_lost",
 )  # fmt: skip
@@ -62,7 +63,7 @@ _HYPERPARAMETERS = (
 class Publication:
     """The adapter or the merged model of a run, to be published.
 
-    `name`: of the repository on the hub. `base_model`: the name of the base on the hub.
+    `name`: name of the repository on the hub. `base_model`: name of the base on the hub.
     """
 
     name: str
@@ -77,10 +78,13 @@ class Publication:
         return self.run_folder / ("merged" if self.is_merged else "adapter")
 
 
-def base_model_name(settings: RunSettings, named: str | None) -> str:
-    """The hub name of the base. UserError if the run has a local folder and none is named."""
-    name = named or settings.model
-    if named is None and (Path(name).exists() or not _HUB_NAME.fullmatch(name)):
+def base_model_name(settings: RunSettings, option: str | None) -> str:
+    """The hub name of the base: the value of the option --base-model, or the setting `model`.
+
+    Raises UserError if there is no option and `model` is a local folder.
+    """
+    name = option or settings.model
+    if option is None and (Path(name).exists() or not _HUB_NAME.fullmatch(name)):
         raise UserError(
             f"model: {name} is a folder of this machine; name the base on the hub with "
             "--base-model ORG/NAME"
@@ -89,7 +93,10 @@ def base_model_name(settings: RunSettings, named: str | None) -> str:
 
 
 def require_hub_name(option: str, name: str) -> str:
-    """The name, if it is ORG/NAME; else UserError."""
+    """Return a name of the form ORG/NAME; raise UserError for another name.
+
+    `option`: command-line option with the name, for the message.
+    """
     if not _HUB_NAME.fullmatch(name):
         raise UserError(f"{option}: {name!r} is not a name on the hub; expected ORG/NAME")
     return name
@@ -98,11 +105,11 @@ def require_hub_name(option: str, name: str) -> str:
 def gather_files(publication: Publication, folder: Path) -> None:
     """Copy the files to publish into an empty folder, and write the card, scores, plan and audit.
 
-    Raises UserError if one has a secret or a path of the user's home.
+    Raises UserError if a file contains a secret or a path of the user's home folder.
     """
     for path in sorted(publication.source.rglob("*")):
         name = path.relative_to(publication.source)
-        if path.is_dir() or name.name in _LEFT_OUT or name.name.startswith("."):
+        if path.is_dir() or name.name in _NOT_PUBLISHED or name.name.startswith("."):
             continue
         if path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}:
             raise UserError(f"{path}: only safetensors are published; remove this file")
@@ -110,35 +117,44 @@ def gather_files(publication: Publication, folder: Path) -> None:
         shutil.copyfile(path, folder / name)
     config = folder / "adapter_config.json"
     if config.is_file():
-        named = {"base_model_name_or_path": publication.base_model}
-        config.write_text(dump_json(read_config(config, "adapter") | named), encoding="utf-8")
-    run = publication.run_folder
-    scores = _scores(run / "score.json")
-    records = {"score.json": scores, "plan.json": _plan(run), "audit.json": _audit(run)}
-    for name_of_record, record in records.items():
+        values = read_config(config, "adapter")
+        values["base_model_name_or_path"] = publication.base_model
+        config.write_text(dump_json(values), encoding="utf-8")
+    run_folder = publication.run_folder
+    scores = _public_scores(run_folder)
+    records = {
+        "score.json": scores,
+        "plan.json": _public_plan(run_folder),
+        "audit.json": _public_audit(run_folder),
+    }
+    for file_name, record in records.items():
         if record:
-            (folder / name_of_record).write_text(dump_json(record), encoding="utf-8")
-    (folder / _CARD).write_text(card(publication, scores), encoding="utf-8")
+            (folder / file_name).write_text(dump_json(record), encoding="utf-8")
+    (folder / _CARD).write_text(model_card(publication, scores), encoding="utf-8")
     require_no_secrets(folder)
 
 
-def _scores(path: Path) -> dict[str, Any]:
-    """The scores of each model, without the answers, which are texts of rows."""
-    record = read_json_or_empty(path)
+def _public_scores(run_folder: Path) -> dict[str, Any]:
+    """The scores of each model, without the answers, which quote rows; empty if outdated."""
+    record = read_json_or_empty(run_folder / "score.json")
     models = record.get("models")
     if not isinstance(models, dict) or "outdated" in record:
         return {}
     numbers = {
-        str(name): {key: value for key, value in each.items() if isinstance(value, int | float)}
-        for name, each in models.items()
-        if isinstance(each, dict)
+        str(model): {name: value for name, value in scores.items() if _is_number(value)}
+        for model, scores in models.items()
+        if isinstance(scores, dict)
     }
     return {"rows": record.get("rows"), "models": numbers}
 
 
-def _plan(run: Path) -> dict[str, Any]:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _public_plan(run_folder: Path) -> dict[str, Any]:
     """The plan without paths: hyperparameters, layout, memory and speed."""
-    plan = read_json_or_empty(run / "plan.json")
+    plan = read_json_or_empty(run_folder / "plan.json")
     settings = plan.get("settings") or {}
     record: dict[str, Any] = {
         "settings": {key: settings[key] for key in _HYPERPARAMETERS if key in settings}
@@ -146,18 +162,21 @@ def _plan(run: Path) -> dict[str, Any]:
     return record | {key: plan[key] for key in ("choice", "memory", "speed") if key in plan}
 
 
-def _audit(run: Path) -> dict[str, Any]:
-    """Counts of the data audit by split."""
-    audit = read_json_or_empty(run / "data" / "audit.json")
+def _public_audit(run_folder: Path) -> dict[str, Any]:
+    """Counts of the data audit: split -> name of the count -> number."""
+    audit = read_json_or_empty(run_folder / "data" / "audit.json")
     return {
-        split: {key: counts[key] for key in _COUNTS if isinstance(counts.get(key), int | float)}
+        split: {name: counts[name] for name in _AUDIT_COUNTS if _is_number(counts.get(name))}
         for split, counts in audit.items()
         if split in ("train", "eval") and isinstance(counts, dict)
     }
 
 
-def card(publication: Publication, scores: Mapping[str, Any]) -> str:
-    """The model card, with metadata that huggingface_hub accepts."""
+def model_card(publication: Publication, scores: Mapping[str, Any]) -> str:
+    """The model card, with metadata that huggingface_hub accepts.
+
+    `scores`: content of the published score.json.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
     settings = publication.settings
@@ -189,10 +208,11 @@ def base_license(base: Path) -> str | None:
 
 
 def _card_body(publication: Publication, scores: Mapping[str, Any]) -> str:
+    """The model card without metadata: title, hyperparameters, scores, and how to load it."""
     settings, base = publication.settings, publication.base_model
-    kind = "Merged model" if publication.is_merged else "LoRA adapter"
+    title = "Merged model" if publication.is_merged else "LoRA adapter"
     lines = [
-        f"# {kind} of `{base}`",
+        f"# {title} of `{base}`",
         "",
         f"Trained with RankZero: r {settings.lora_r}, alpha {settings.alpha:g}, learning rate "
         f"{settings.lr:g}, at most {settings.max_length} tokens a sequence, seed {settings.seed}.",
@@ -212,7 +232,10 @@ def _card_body(publication: Publication, scores: Mapping[str, Any]) -> str:
 
 
 def _loading_lines(publication: Publication) -> list[str]:
-    """The lines of Python that load the adapter with its base, dequantised if it is packed."""
+    """The lines of Python that load the adapter with its base.
+
+    If the base is stored in 4 or 8 bits, they dequantise it.
+    """
     config_class = dequantising_config(publication.settings.model_folder)
     if not config_class:
         return [
@@ -232,30 +255,30 @@ def _loading_lines(publication: Publication) -> list[str]:
 
 
 def _serving_notes(run: Path) -> list[str]:
-    """Messages of the run's plan about servers that refuse or ignore a part of the adapter."""
+    """Messages of the run's plan about inference servers that refuse or ignore adapter options."""
     ids = {rule.id for rule in SERVING_RULES}
     rules = read_json_or_empty(run / "plan.json").get("rules") or []
     return [str(rule.get("message")) for rule in rules if rule.get("id") in ids]
 
 
 def require_no_secrets(folder: Path) -> None:
-    """Raise UserError if a file has an access token, or a path in the user's home.
+    """Raise UserError if a file contains an access token, or a path in the user's home folder.
 
-    Of safetensors only the header can hold text. The message never shows the secret.
+    Of a safetensors file only the header is searched. The message never shows the secret.
     """
     home = Path.home()
-    homes = {os.fsencode(str(path).rstrip("/") + "/") for path in (home, home.resolve())}
-    known = {name: os.fsencode(os.environ.get(name, "")) for name in _SECRET_VARIABLES}
-    known["token of huggingface_hub"] = os.fsencode(_saved_token())
-    for path, content in _contents(folder):
+    home_paths = {os.fsencode(str(path).rstrip("/") + "/") for path in (home, home.resolve())}
+    known_secrets = {name: os.fsencode(os.environ.get(name, "")) for name in _SECRET_VARIABLES}
+    known_secrets["token of huggingface_hub"] = os.fsencode(_saved_token())
+    for path, content in _searched_contents(folder):
         name = path.relative_to(folder)
         for kind, pattern in _SECRETS.items():
             if pattern.search(content):
                 raise UserError(f"{name} has what looks like a secret ({kind}); nothing was sent")
-        for source, value in known.items():
-            if len(value) >= _SHORTEST_SECRET and value in content:
+        for source, value in known_secrets.items():
+            if len(value) >= _MIN_SECRET_LENGTH and value in content:
                 raise UserError(f"{name} has the value of {source}; nothing was sent")
-        if any(len(path) > 1 and path in content for path in homes):
+        if any(len(home_path) > 1 and home_path in content for home_path in home_paths):
             raise UserError(
                 f"{name} has a path in the home folder {home}; nothing was sent; use paths "
                 "relative to the run file, and merge or train again"
@@ -268,7 +291,8 @@ def _saved_token() -> str:
     return get_token() or ""
 
 
-def _contents(folder: Path) -> Iterator[tuple[Path, bytes]]:
+def _searched_contents(folder: Path) -> Iterator[tuple[Path, bytes]]:
+    """Path and content of each file; only the header of a safetensors file."""
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
             continue
@@ -279,24 +303,20 @@ def _contents(folder: Path) -> Iterator[tuple[Path, bytes]]:
                 yield path, file.read()
 
 
-def _published_in(files: Iterable[str]) -> list[str]:
-    """The files of a repository that a publication would replace; `*` matches no slash."""
-    return [
-        path
-        for path in files
-        if any(
-            fnmatchcase(path, each) and path.count("/") == each.count("/") for each in _PUBLISHED
-        )
-    ]
+def _is_published_file(path: str) -> bool:
+    """Whether a publication writes files of this name; `*` in a pattern matches no slash."""
+    return any(
+        fnmatchcase(path, pattern) and path.count("/") == pattern.count("/")
+        for pattern in _PUBLISHED_FILES
+    )
 
 
 def upload(folder: Path, name: str, *, is_private: bool) -> str:
-    """Create the repository if it is missing, send the folder in one commit; return its address.
+    """Create the repository if it is missing, and send the folder; return the commit's address.
 
-    The commit also deletes files of an earlier publication that are not in the folder.
-
-    Raises UserError if the repository exists and is public although a private one is asked for, or
-    if it has a model that was not published with RankZero.
+    The commit also deletes files of an earlier publication that are not in the folder. Raises
+    UserError if a private repository is requested and the existing one is public, or if the
+    repository has a model that was not published with RankZero.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import LocalTokenNotFoundError
@@ -305,17 +325,22 @@ def upload(folder: Path, name: str, *, is_private: bool) -> str:
         api = HfApi()
         api.create_repo(name, private=is_private, exist_ok=True)
         info = api.model_info(name)
-        if is_private and not info.private:  # create_repo left an existing one
-            raise UserError(f"--private: {name} exists and is public; nothing was sent")
-        earlier = _published_in(each.rfilename for each in info.siblings or ())
-        if earlier and _TAG not in (info.tags or ()):
+        if is_private and not info.private:  # create_repo does not change an existing repository
             raise UserError(
-                f"--to: {name} has a model that was not published with RankZero ({earlier[0]}); "
-                "nothing was sent; name another repository, or remove its files"
+                f"--private: {name} exists and is public; nothing was sent; name another "
+                "repository, or make this one private on the hub"
+            )
+        names = [file.rfilename for file in info.siblings or ()]
+        earlier_files = [file for file in names if _is_published_file(file)]
+        if earlier_files and _TAG not in (info.tags or ()):
+            raise UserError(
+                f"--to: {name} has a model that was not published with RankZero "
+                f"({earlier_files[0]}); nothing was sent; name another repository, or remove its "
+                "files"
             )
         commit = api.upload_folder(
             repo_id=name, folder_path=folder, commit_message="Published with RankZero",
-            delete_patterns=[escape(path) for path in earlier],
+            delete_patterns=[escape(file) for file in earlier_files],
         )  # fmt: skip
     except UserError:
         raise

@@ -1,6 +1,7 @@
-"""Initial adapter: the PEFT folder that a new run starts from, checked and recorded. No torch.
+"""Initial adapter: the PEFT folder from which a new run starts (setting `init_adapter`).
 
-Only headers, adapter_config.json and trained_on.json are read; initial_weights.py loads tensors.
+This file checks that the adapter fits the run, and records it, without torch. It reads only the
+header of the weights, adapter_config.json and trained_on.json; initial_weights.py loads tensors.
 """
 
 from collections.abc import Mapping
@@ -17,9 +18,10 @@ from pipeline.plan.given.adapter_counts import AdaptedLayer, adapted_layers
 from pipeline.plan.given.saved_modules import saved_modules
 from pipeline.plan.plan import Plan
 
-RECORD = "init_adapter.json"  # in a run folder
+RECORD = "init_adapter.json"  # file in a run folder
+# Ends of messages with a remedy.
 _RESIZE = "or set init_adapter_resize: true, which keeps the outputs"
-_TO_START = (
+_OTHER_BASE_REMEDY = (
     "set model to the one that the adapter was trained on, or accept this one with "
     "accept_changes: [base]"
 )
@@ -37,13 +39,16 @@ def require_startable(plan: Plan) -> None:
     if "base" in settings.accept_changes:
         return
     try:
-        require_same_base(settings.model_folder, folder, _TO_START)
+        require_same_base(settings.model_folder, folder, _OTHER_BASE_REMEDY)
     except UserError as error:
         raise UserError(f"init_adapter: {folder}: {error}") from None
 
 
 def read_initial_adapter(plan: Plan) -> Adapter:
-    """The header of `init_adapter`. Raises UserError unless it has the layers of this run."""
+    """The header of `init_adapter`. Raises UserError unless it has the layers of this run.
+
+    Layers that are trained in full (`modules_to_save`) must be the same, too.
+    """
     settings, folder = plan.settings, plan.settings.init_adapter_folder
     assert folder is not None
     if not folder.is_dir():
@@ -56,7 +61,7 @@ def read_initial_adapter(plan: Plan) -> Adapter:
         adapter = read_adapter(folder)
     except UserError as error:
         raise UserError(f"init_adapter: {error}") from None
-    _require_same_values(plan, adapter)
+    _require_same_saved_modules(plan, adapter)
     layers = {f"{layer.name}.weight": layer for layer in adapted_layers(plan.shape, settings)}
     _require_same_layers(folder, adapter, layers)
     for key, layer in layers.items():
@@ -64,32 +69,37 @@ def read_initial_adapter(plan: Plan) -> Adapter:
     return adapter
 
 
-def _require_same_values(plan: Plan, adapter: Adapter) -> None:
+def _require_same_saved_modules(plan: Plan, adapter: Adapter) -> None:
     """Raise UserError unless the adapter has values for exactly the modules of modules_to_save."""
-    place = f"init_adapter: {adapter.folder}"
+    location = f"init_adapter: {adapter.folder}"
     modules = saved_modules(plan.shape, plan.settings)
-    shapes = {f"{m.name}.{name}": shape for m in modules for name, shape in m.shapes.items()}
+    shapes: dict[str, tuple[int, ...]] = {}  # parameter of a trained module -> its shape
+    for module in modules:
+        shapes |= {f"{module.name}.{name}": shape for name, shape in module.shapes.items()}
     tied = {f"{module.tied_name}.weight" for module in modules if module.tied_name}
-    names = adapter.values.keys() - tied
-    if others := [n for n in names if any(v.rows or v.scaling for v in adapter.values[n])]:
-        raise UserError(
-            f"{place} has new tokens or a trained bias: {min(others)}; a run cannot start from it"
-        )
+    names = adapter.value_updates.keys() - tied
+    for name in sorted(names):
+        if any(update.rows or update.scaling for update in adapter.value_updates[name]):
+            raise UserError(
+                f"{location} has new tokens or a trained bias: {name}; a run cannot start from "
+                "it; merge it, and start from the merged model"
+            )
     if differences := shapes.keys() ^ names:
-        values = sorted({name.rpartition(".")[0] for name in names})
+        module_names = sorted({name.rpartition(".")[0] for name in names})
         raise UserError(
-            f"{place} and this run train other modules in full, such as {min(differences)}; set "
-            f"modules_to_save: [{', '.join(values)}]"
+            f"{location} and this run train other modules in full, such as {min(differences)}; set "
+            f"modules_to_save: [{', '.join(module_names)}]"
         )
     if tied and not adapter.config.get("ensure_weight_tying"):
         raise UserError(
-            f"{place} was trained without ensure_weight_tying, so its embeddings and head differ, "
-            f"but {plan.settings.model} ties them; merge it, and start from the merged model"
+            f"{location} was trained without ensure_weight_tying, so its embeddings and head "
+            f"differ, but {plan.settings.model} ties them; merge it, and start from the merged "
+            "model"
         )
     for name, shape in shapes.items():
-        if (present := adapter.values[name][0].part.shape) != shape:
+        if (adapter_shape := adapter.value_updates[name][0].values.shape) != shape:
             raise UserError(
-                f"{place}: {name} has shape {present} in the adapter and {shape} in "
+                f"{location}: {name} has shape {adapter_shape} in the adapter and {shape} in "
                 f"{plan.settings.model}: it was trained on another model, or with a larger "
                 "vocabulary"
             )
@@ -98,50 +108,60 @@ def _require_same_values(plan: Plan, adapter: Adapter) -> None:
 def _require_same_layers(
     folder: Path, adapter: Adapter, layers: Mapping[str, AdaptedLayer]
 ) -> None:
-    differences = [
-        f"{len(keys)} {where}, such as {min(keys).removesuffix('.weight')}"
-        for where, keys in (
-            ("only in the adapter", adapter.updates.keys() - layers.keys()),
-            ("only in this run", layers.keys() - adapter.updates.keys()),
-        )
-        if keys
-    ]
+    """Raise UserError unless the adapter has a LoRA layer for exactly the layers of the run."""
+    differences = []
+    for where, keys in (
+        ("only in the adapter", adapter.layer_updates.keys() - layers.keys()),
+        ("only in this run", layers.keys() - adapter.layer_updates.keys()),
+    ):
+        if keys:
+            differences.append(f"{len(keys)} {where}, such as {min(keys).removesuffix('.weight')}")
     if differences:
-        ends = sorted({key.split(".")[-2] for key in adapter.updates})
+        # From "model.layers.0.self_attn.q_proj.weight" the name q_proj.
+        layer_names = sorted({key.split(".")[-2] for key in adapter.layer_updates})
         raise UserError(
             f"init_adapter: {folder} adapts other layers than this run: {'; '.join(differences)}; "
-            f"the adapter has {', '.join(ends)}: set lora_target_modules, layers_to_transform and "
-            "exclude_modules to select its layers, or set model to its base"
+            f"the adapter has {', '.join(layer_names)}: set lora_target_modules, "
+            "layers_to_transform and exclude_modules to select its layers, or set model to its base"
         )
 
 
 def _require_same_sizes(
     settings: RunSettings, adapter: Adapter, key: str, layer: AdaptedLayer
 ) -> None:
-    update, where = adapter.updates[key], f"init_adapter: {settings.init_adapter}: {layer.name}"
-    if update.shape != (layer.linear.d_out, layer.linear.d_in):
+    """Raise UserError unless a layer has the shape, the r and the scaling of the run's layer.
+
+    With `init_adapter_resize` a smaller r and another scaling are allowed.
+    """
+    update = adapter.layer_updates[key]
+    location = f"init_adapter: {settings.init_adapter}: {layer.name}"
+    shape = (layer.linear.d_out, layer.linear.d_in)
+    if update.shape != shape:
         raise UserError(
-            f"{where} is {update.shape} in its base and {(layer.linear.d_out, layer.linear.d_in)} "
-            f"in {settings.model}: it was trained on another model"
+            f"{location} is {update.shape} in its base and {shape} in {settings.model}: it was "
+            "trained on another model"
         )
-    if "magnitude" in update.parts:
-        raise UserError(f"{where}: a DoRA adapter, which a run cannot start from")
+    if "magnitude" in update.tensors:
+        raise UserError(
+            f"{location}: a DoRA adapter, from which a run cannot start; merge it, and start from "
+            "the merged model"
+        )
     if update.r > layer.r:
         raise UserError(
-            f"{where} has r {update.r} in the adapter and r {layer.r} in this run, and r cannot be "
-            f"reduced; set lora_r: {update.r} or more"
+            f"{location} has r {update.r} in the adapter and r {layer.r} in this run, and r cannot "
+            f"be reduced; set lora_r: {update.r} or more"
         )
     if settings.init_adapter_resize:
         return
     if update.r != layer.r:
         raise UserError(
-            f"{where} has r {update.r} in the adapter and r {layer.r} in this run; set "
+            f"{location} has r {update.r} in the adapter and r {layer.r} in this run; set "
             f"lora_r: {update.r}, {_RESIZE}"
         )
     if update.scaling != layer.scaling:
         raise UserError(
-            f"{where} is scaled by {update.scaling:g} in the adapter and by {layer.scaling:g} in "
-            f"this run; set lora_alpha: {update.alpha:g} and use_rslora: "
+            f"{location} is scaled by {update.scaling:g} in the adapter and by {layer.scaling:g} "
+            f"in this run; set lora_alpha: {update.alpha:g} and use_rslora: "
             f"{str(update.use_rslora).lower()}, {_RESIZE}"
         )
 
@@ -154,7 +174,10 @@ def record_initial_adapter(run_folder: Path, settings: RunSettings) -> None:
 
 
 def initial_adapter_of(run_folder: Path, settings: RunSettings) -> dict[str, Any] | None:
-    """The record of the run's initial adapter, which contains the records of its predecessors."""
+    """The record of the run's initial adapter; None without one.
+
+    If that adapter was itself trained from an adapter, its record is under "started_from".
+    """
     if settings.init_adapter is None:
         return None
     # The run folder may have been removed during the run.
@@ -162,12 +185,15 @@ def initial_adapter_of(run_folder: Path, settings: RunSettings) -> dict[str, Any
 
 
 def _initial_record(settings: RunSettings) -> dict[str, Any] | None:
-    """Path, SHA-256 and base of the initial adapter, and its own `started_from` if it has one."""
+    """Path, SHA-256 and base of the initial adapter; None if the run has none.
+
+    If that adapter was itself trained from an adapter, also the record of the latter.
+    """
     folder = settings.init_adapter_folder
     if folder is None:
         return None
     record: dict[str, Any] = {"adapter": settings.dump_unexpanded()["init_adapter"]}
-    with suppress(OSError):  # its folder may be gone by the end of the run
+    with suppress(OSError):  # the adapter's folder may have been removed during the run
         record["sha256"] = adapter_sha256(folder)
     trained_on = read_json_or_empty(folder / TRAINED_ON)
     record |= {key: trained_on[key] for key in ("base", "revision") if trained_on.get(key)}
@@ -177,7 +203,7 @@ def _initial_record(settings: RunSettings) -> dict[str, Any] | None:
 
 
 def lineage_texts(record: Mapping[str, Any] | None) -> list[str]:
-    """A text for the adapter of a record and for each predecessor, the latest first."""
+    """Path and hash of the adapter of a record, and of each adapter before it, the latest first."""
     texts = []
     while record is not None:
         digest = f" (SHA-256 `{record['sha256'][:12]}`)" if record.get("sha256") else ""

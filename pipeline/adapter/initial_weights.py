@@ -16,16 +16,17 @@ def initial_weights(
     """The fp32 weights for a run that starts from an adapter, by key.
 
     `fresh`: the weights that the run would have without an initial adapter. If r is larger in the
-    run, the additional rows of A are fresh and the additional columns of B are zero. If the scaling
-    differs, B is rescaled.
-    Modules that are trained in full have the values of the adapter.
+    run, the additional rows of A are those of `fresh`, and the additional columns of B are zero. If
+    the scaling differs, B is rescaled. Modules that are trained in full get the adapter's values.
     """
     loaded = load_file(adapter.file.path)
     weights: dict[str, torch.Tensor] = {}
     for layer in adapted_layers(plan.shape, plan.settings):
-        update, prefix = adapter.updates[f"{layer.name}.weight"], f"base_model.model.{layer.name}"
+        update = adapter.layer_updates[f"{layer.name}.weight"]
+        prefix = f"base_model.model.{layer.name}"
         key_a, key_b = f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
-        a, b = fresh[key_a].float().clone(), torch.zeros_like(fresh[key_b], dtype=torch.float32)
+        a = fresh[key_a].float().clone()
+        b = torch.zeros_like(fresh[key_b], dtype=torch.float32)
         a[: update.r] = loaded[key_a]
         b[:, : update.r] = loaded[key_b].float() * (update.scaling / layer.scaling)
         weights |= {key_a: a, key_b: b}

@@ -1,7 +1,7 @@
-"""Merging of adapters into a base, shard by shard. An interrupted merge continues.
+"""Merge adapters into a base, shard by shard. If a merge is interrupted, the next call resumes it.
 
-Tensors that are not changed are copied byte by byte, in the order of the source, so that index,
-tied embeddings and metadata stay valid.
+A shard is one of the safetensors files of a model. Tensors that are not changed are copied byte by
+byte, in the order of the source, so that index, tied embeddings and metadata stay valid.
 """
 
 import fcntl
@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -34,16 +34,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FINISHED = "finished_shards.json"  # in the folder of an interrupted merge
+_FINISHED_SHARDS = "finished_shards.json"  # file in the temporary folder of a merge
 _MAX_THREADS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeReport:
-    """Result of a merge.
+    """Result of a merge, for the user and for the record of the merge.
 
-    `largest_change`: largest |W' - W| / |W| in Frobenius norms, of the weight `most_changed`.
-    `resumed_shards`: number of shards that an interrupted merge had written.
+    `most_changed`: name of the weight with the largest relative change, and `largest_change` this
+    change: |W' - W| / |W| in Frobenius norms. `resumed_shards`: number of shards that an
+    interrupted merge had written.
     """
 
     shards: int
@@ -58,34 +59,36 @@ class MergeReport:
 def merge_adapters(
     base: Path, adapters: Sequence[WeightedAdapter], out: Path, options: MergeOptions
 ) -> MergeReport:
-    """Write the sum of a base and adapters as a model folder.
+    """Write the sum of a base and adapters as a model folder `out`.
 
-    The numbers are those of peft's `merge_and_unload` for a base in the dtype of the result.
-    Raises UserError if base and adapters are not compatible, before anything is written. Raises
-    RankZeroError if a merged weight is not finite or the disk is full. An earlier folder `out` then
-    stays unchanged.
+    The merged weights are equal to those of peft's `merge_and_unload` for a base in the dtype of
+    the result. Raises UserError if base and adapters are not compatible, before anything is
+    written. Raises RankZeroError if a merged weight is not finite or the disk is full. After an
+    error, an earlier folder `out` is unchanged.
     """
     start = time.perf_counter()
-    require_replaceable(out, [base, *(each.folder for each in adapters)])
+    require_replaceable(out, [base, *(adapter.folder for adapter in adapters)])
     with show_progress("planning the merge"):
         plan = plan_merge(base, adapters, options)
     with _resumable_folder(plan, out) as fresh:
         finished = _finished_shards(plan, fresh)
-        resumed = len(finished)
+        num_resumed = len(finished)
         _merge_shards(plan, fresh, finished)
         copy_other_files(plan, fresh)
-        changes = {name: value for each in finished.values() for name, value in each.items()}
+        changes: dict[str, float] = {}  # name of a tensor -> its relative change
+        for changes_of_shard in finished.values():
+            changes |= changes_of_shard
         most_changed = max(changes, key=changes.__getitem__)
         report = MergeReport(
             shards=len(plan.shards),
-            resumed_shards=resumed,
+            resumed_shards=num_resumed,
             tensors_merged=len(changes),
             num_bytes=sum(shard.num_bytes for shard in plan.shards),
             largest_change=changes[most_changed],
             most_changed=most_changed,
             seconds=time.perf_counter() - start,
         )
-        (fresh / _FINISHED).unlink()
+        (fresh / _FINISHED_SHARDS).unlink()
         write_marker(plan, fresh, report)
     return report
 
@@ -95,29 +98,35 @@ def _resumable_folder(plan: MergePlan, out: Path) -> Iterator[Path]:
     """The temporary folder that replaces `out` at the end of the merge.
 
     After an interruption its finished shards are kept. If a merged value is not finite, the folder
-    is emptied, because a continued merge would have the same value.
+    is emptied, because a resumed merge would give the same value.
     """
+
+    def check(folder: Path) -> None:
+        check_output(plan, folder)
+
     try:
-        with atomic_folder(out, lambda f: check_output(plan, f), is_resumable=True) as fresh:
-            folder = os.open(fresh, os.O_RDONLY)
+        with atomic_folder(out, check, is_resumable=True) as fresh:
+            descriptor = os.open(fresh, os.O_RDONLY)
             try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 yield fresh
             except UserError:
-                with suppress(OSError):
-                    fresh.rmdir()  # if it is empty
+                with suppress(OSError):  # raised if the folder is not empty
+                    fresh.rmdir()
                 raise
             except BlockingIOError:
-                raise UserError(f"{out}: another merge is writing it; wait for its end") from None
+                raise UserError(
+                    f"{out}: another merge is writing this folder; wait until it has ended"
+                ) from None
             except RankZeroError:
                 _empty(fresh)
                 raise
             finally:
-                os.close(folder)
+                os.close(descriptor)
     except OSError as error:
         raise RankZeroError(
-            f"{out}: the merged model cannot be written: {error}. Finished shards are kept; make "
-            "room, and the same command continues with the others"
+            f"{out}: the merged model cannot be written: {error}. Finished shards are kept; free "
+            "some space and run the same command again, which writes the other shards"
         ) from error
 
 
@@ -126,25 +135,25 @@ def _finished_shards(plan: MergePlan, folder: Path) -> dict[str, dict[str, float
 
     Files of a merge with other inputs or options are removed.
     """
-    try:
-        record = read_json(folder / _FINISHED)
-        finished: dict[str, dict[str, float]] = dict(record["shards"])
-        is_same = record["identity"] == plan.identity
-    except (OSError, ValueError, KeyError, TypeError):
-        finished, is_same = {}, False
+    recorded: dict[str, dict[str, float]] = {}
+    with suppress(OSError, ValueError, KeyError, TypeError):  # no such file, or damaged
+        record = read_json(folder / _FINISHED_SHARDS)
+        if record["identity"] == plan.identity:
+            recorded = dict(record["shards"])
     sizes = {shard.source.path.name: shard.num_bytes for shard in plan.shards}
-    finished = {
-        name: changes
-        for name, changes in finished.items()
-        if is_same and (folder / name).is_file() and (folder / name).stat().st_size == sizes[name]
-    }
-    _empty(folder, kept={*finished, _FINISHED})
+    finished = {}
+    for name, changes in recorded.items():
+        path = folder / name
+        if path.is_file() and path.stat().st_size == sizes[name]:
+            finished[name] = changes
+    _empty(folder, kept={*finished, _FINISHED_SHARDS})
     if finished:
-        logger.info("continuing a merge: %d of %d shards are done", len(finished), len(sizes))
+        logger.info("resuming a merge: %d of %d shards are written", len(finished), len(sizes))
     return finished
 
 
-def _empty(folder: Path, kept: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+def _empty(folder: Path, kept: Collection[str] = ()) -> None:
+    """Remove all files and folders in a folder, except files with the names in `kept`."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -153,7 +162,10 @@ def _empty(folder: Path, kept: set[str] = frozenset()) -> None:  # type: ignore[
 
 
 def _merge_shards(plan: MergePlan, folder: Path, finished: dict[str, dict[str, float]]) -> None:
-    """Write the shards that are not finished, and record each."""
+    """Write the shards that are not in `finished`, and add each with its changes.
+
+    `finished` is also written to a file after each shard, for a resumed merge.
+    """
     shards = [shard for shard in plan.shards if shard.source.path.name not in finished]
     num_bytes = sum(shard.num_bytes for shard in shards)
     others = other_files(plan.base.folder)
@@ -162,30 +174,33 @@ def _merge_shards(plan: MergePlan, folder: Path, finished: dict[str, dict[str, f
         return
     with (
         show_progress("merging", num_bytes, in_bytes=True) as work,
-        _stream(plan, work) as stream,
+        _open_stream(plan, work) as stream,
     ):
         for shard in shards:
             name = shard.source.path.name
             finished[name] = stream.merge_shard(shard, folder / name)
             record = {"identity": plan.identity, "shards": finished}
-            write_text(folder / _FINISHED, dump_json(record), durable=True)
+            write_text(folder / _FINISHED_SHARDS, dump_json(record), durable=True)
 
 
 @contextmanager
-def _stream(plan: MergePlan, work: Work) -> "Iterator[MergeStream]":
+def _open_stream(plan: MergePlan, work: Work) -> "Iterator[MergeStream]":
+    """A MergeStream with a pool of threads, each of which runs torch with one thread."""
     import torch
 
     from pipeline.adapter.merge_layer import Arithmetic
     from pipeline.adapter.merge_stream import MergeStream
 
-    threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+    num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
     device = torch.device(plan.options.device)
-    largest = max(task.num_bytes for shard in plan.shards for task in shard.tensors.values())
-    earlier = torch.get_num_threads()
-    torch.set_num_threads(1)  # in this thread too, not only in those of the pool
+    largest_bytes = max(task.num_bytes for shard in plan.shards for task in shard.tensors.values())
+    original_num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for this thread; the initializer does it for those of the pool
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(
+            num_threads, initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
             arithmetic = Arithmetic(pool, device, plan.options.is_undone)
-            yield MergeStream(arithmetic, largest, work, plan.quantisation)
+            yield MergeStream(arithmetic, largest_bytes, work, plan.quantisation)
     finally:
-        torch.set_num_threads(earlier)
+        torch.set_num_threads(original_num_threads)

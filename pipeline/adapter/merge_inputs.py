@@ -1,7 +1,7 @@
-"""Inputs of a merge: the shards of the base, its model without weights, and fitting adapters.
+"""Inputs of a merge: the shards of the base, its model class on the meta device, and the adapters.
 
-Names and shapes are compared without torch first, so that an adapter of another model is refused
-quickly.
+Names and shapes are first compared without torch, so that an adapter of another model is refused
+quickly. A shard is one of the safetensors files of a model.
 """
 
 import difflib
@@ -39,7 +39,7 @@ _TIED_NAMES = ("lm_head", "embed_tokens")
 
 @dataclass(frozen=True)
 class Base:
-    """A base to merge into. `files`: the shards that transformers loads."""
+    """A base to merge into. `files`: the headers of the shards that transformers loads."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -47,7 +47,7 @@ class Base:
 
     @property
     def entries(self) -> dict[str, Entry]:
-        """All tensors of all shards."""
+        """Name of each tensor in all shards -> its entry in the header."""
         return {key: entry for file in self.files for key, entry in file.entries.items()}
 
     @property
@@ -58,10 +58,11 @@ class Base:
 
 @dataclass(frozen=True)
 class MetaModel:
-    """The transformers model of a base, on the meta device, so without weights.
+    """The transformers model of a base on the meta device, so without weights.
 
-    `stored`: name of a parameter -> its tensors in the files. `shapes`: of all tensors in the
-    files. `error`: why the class cannot be built; `model` is then None.
+    `stored`: name of a parameter of the model -> the tensors in the files from which transformers
+    loads it. `shapes`: name of a tensor in the files -> its shape. `error`: why the model cannot be
+    built; `model` is then None.
     """
 
     model: Any = None
@@ -70,17 +71,19 @@ class MetaModel:
     error: str = ""
 
     def stored_name(self, name: str) -> str:
-        """Name of a parameter in the files; the same name if it is not a single tensor there."""
+        """Name of a parameter in the files; unchanged if it is not a single tensor there."""
         stored = self.stored.get(name)
-        return name if stored is None or stored.converter is not None else stored.keys[0]
+        is_single_tensor = stored is not None and stored.converter is None
+        return stored.keys[0] if stored is not None and is_single_tensor else name
 
 
 @dataclass(frozen=True)
 class Change:
-    """The change of one tensor of the base by one adapter. `weight`: factor of its scaling.
+    """The change of one tensor of the base by one adapter.
 
-    `update`: a product of matrices that is added (LayerUpdate), or values that replace those of the
-    base or are added to them (ValueUpdate).
+    `file`: the adapter file. `weight`: the user's factor for this adapter. `update`: a product of
+    matrices that is added (LayerUpdate), or values that replace those of the base or are added to
+    them (ValueUpdate).
     """
 
     file: Path
@@ -96,21 +99,20 @@ def read_base(folder: Path) -> Base:
     safetensors model with weights to which an adapter can be added.
     """
     config = read_config(folder / "config.json", "base")
-    if not is_packed(folder) and (
-        method := config.get("quantization_config") or config.get("compression_config")
-    ):
+    method = config.get("quantization_config") or config.get("compression_config")
+    if method and not is_packed(folder):
         name = method.get("quant_method", "unknown") if isinstance(method, dict) else method
         raise UserError(
             f"base: {folder} is already quantised ({name}), so an adapter cannot be added to it "
             "exactly; name the 16-bit model with --base"
         )
-    stored = [read_header(path) for path in weight_files(folder, "base")]
+    headers = [read_header(path) for path in weight_files(folder, "base")]
     files = checkpoint_files(folder, "base")
     if files[0].path.name == SINGLE:
         return Base(folder, config, files)
     weight_map = read_weight_map(folder, "base")
-    file_of = {key: file.path.name for file in stored for key in file.entries}
-    if wrong := [key for key, name in weight_map.items() if file_of.get(key) != name]:
+    actual_map = {key: header.path.name for header in headers for key in header.entries}
+    if wrong := [key for key, name in weight_map.items() if actual_map.get(key) != name]:
         raise UserError(
             f"base: {folder / INDEX}: {len(wrong)} tensors are not in their files, the first is "
             f"{wrong[0]} in {weight_map[wrong[0]]}; download the model again"
@@ -119,7 +121,10 @@ def read_base(folder: Path) -> Base:
 
 
 def meta_model(base: Base, *, trust_remote_code: bool = False) -> MetaModel:
-    """Build the model of a base on the meta device. Imports torch and transformers."""
+    """Build the model of a base on the meta device. Imports torch and transformers.
+
+    If that fails, the result has the error.
+    """
     from pipeline.model.checkpoint_names import model_on_meta, stored_names
 
     try:
@@ -131,35 +136,42 @@ def meta_model(base: Base, *, trust_remote_code: bool = False) -> MetaModel:
 
 
 def with_stored_names(adapter: Adapter, meta: MetaModel) -> Adapter:
-    """The adapter with the names and the orientation that its weights have in the base's files.
+    """The adapter with the names and the orientation that the weights have in the base's files.
 
-    transformers renames the tensors of some models when it loads them. If the class of the base
+    transformers renames the tensors of some models when it loads them. If the model of the base
     cannot be built, each layer is assumed to be linear and to have the adapter's name in the files.
     """
     if meta.model is None:
-        kind = "fused experts" if adapter.fused else ""
+        unsupported = "fused experts" if adapter.fused_experts else ""
         if adapter.config.get("fan_in_fan_out"):
-            kind = "transposed layers (fan_in_fan_out)"
-        if kind:
-            raise UserError(f"base: {meta.error}, so its {kind} cannot be merged here; {WITH_PEFT}")
+            unsupported = "transposed layers (fan_in_fan_out)"
+        if unsupported:
+            raise UserError(
+                f"base: {meta.error}, so its {unsupported} cannot be merged here; {WITH_PEFT}"
+            )
         return adapter
     _require_untied(adapter, meta.model.all_tied_weights_keys)
-    updates = {}
-    for name, update in adapter.updates.items():
+    layer_updates = {}
+    for name, update in adapter.layer_updates.items():
         is_transposed = _is_transposed(name.removesuffix(".weight"), adapter, meta)
-        updates[meta.stored_name(name)] = replace(update, is_transposed=is_transposed)
-    for name in adapter.fused:
-        updates |= _expert_updates(name, adapter, meta)
-    values = {meta.stored_name(name): each for name, each in adapter.values.items()}
-    values = {name: each for name, each in values.items() if not _is_tied_copy(name, adapter, meta)}
-    values |= _rows_of_stored_copies(adapter, meta)
-    return replace(adapter, updates=updates, fused={}, values=values)
+        layer_updates[meta.stored_name(name)] = replace(update, is_transposed=is_transposed)
+    for name in adapter.fused_experts:
+        layer_updates |= _expert_updates(name, adapter, meta)
+    value_updates = {}
+    for name, updates in adapter.value_updates.items():
+        stored_name = meta.stored_name(name)
+        if not _is_tied_copy(stored_name, adapter, meta):
+            value_updates[stored_name] = updates
+    value_updates |= _rows_of_stored_copies(adapter, meta)
+    return replace(
+        adapter, layer_updates=layer_updates, fused_experts={}, value_updates=value_updates
+    )
 
 
 def _is_transposed(name: str, adapter: Adapter, meta: MetaModel) -> bool:
-    """Whether a layer stores its weight as (d_in, d_out).
+    """Whether a layer stores its weight as (d_in, d_out), as transformers' Conv1D does.
 
-    Raises UserError for a layer of a kind that cannot be merged tensor by tensor.
+    Raises UserError for a layer of a class that cannot be merged tensor by tensor.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -167,11 +179,10 @@ def _is_transposed(name: str, adapter: Adapter, meta: MetaModel) -> bool:
     try:
         module = meta.model.get_submodule(name)
     except AttributeError:
-        return False  # `require_compatible` reports it
-    is_embedding = adapter.updates[f"{name}.weight"].is_embedding
-    if isinstance(module, nn.Embedding) != is_embedding or isinstance(
-        module, (nn.MultiheadAttention, nn.modules.conv._ConvNd)
-    ):
+        return False  # no such layer, which `require_compatible` reports
+    is_embedding = adapter.layer_updates[f"{name}.weight"].is_embedding
+    is_unsupported = isinstance(module, (nn.MultiheadAttention, nn.modules.conv._ConvNd))
+    if is_unsupported or isinstance(module, nn.Embedding) != is_embedding:
         raise UserError(
             f"adapter: {adapter.folder}: {name} is a {type(module).__name__}, whose LoRA layer "
             f"cannot be merged tensor by tensor; {WITH_PEFT}"
@@ -180,17 +191,19 @@ def _is_transposed(name: str, adapter: Adapter, meta: MetaModel) -> bool:
 
 
 def _require_untied(adapter: Adapter, tied: Mapping[str, str]) -> None:
-    """Raise UserError if the adapter changes one of two tensors that the base ties.
+    """Raise UserError if the adapter changes only one of two tensors that the base ties.
 
-    They stay tied if the adapter replaces both by equal values.
+    `tied`: name of a tensor -> name of the tensor with which it shares its values. Two tensors stay
+    tied if the adapter replaces both by equal values.
     """
     for key, source in tied.items():
         for name in (key, source):
-            is_replaced = any(each.rows is None for each in adapter.values.get(name, ()))
+            updates = adapter.value_updates.get(name, ())
+            is_replaced = any(update.rows is None for update in updates)
             stays_tied = adapter.config.get("ensure_weight_tying") or _are_equal(
                 adapter, key, source
             )
-            if name in adapter.updates or (is_replaced and not stays_tied):
+            if name in adapter.layer_updates or (is_replaced and not stays_tied):
                 raise UserError(
                     f"adapter: {adapter.folder} changes {name}, but the base ties {key} to "
                     f"{source}; one of the two would be lost when the merged model is loaded: "
@@ -199,26 +212,27 @@ def _require_untied(adapter: Adapter, tied: Mapping[str, str]) -> None:
 
 
 def _is_tied_copy(name: str, adapter: Adapter, meta: MetaModel) -> bool:
-    """Whether the files lack this tensor because it is tied to one that the adapter replaces too.
+    """Whether the files lack this tensor because it is tied to another one.
 
-    A merge then writes only the other one.
+    Only if the adapter changes the other tensor, too. A merge then writes only the other tensor.
     """
     tied: Mapping[str, str] = meta.model.all_tied_weights_keys
-    return name in tied and name not in meta.stored and tied[name] in adapter.values
+    return name in tied and name not in meta.stored and tied[name] in adapter.value_updates
 
 
 def _rows_of_stored_copies(adapter: Adapter, meta: MetaModel) -> dict[str, tuple[ValueUpdate, ...]]:
-    """The trained rows for each tensor that the base ties to another and stores nevertheless.
+    """The trained rows for each tensor that is tied to another one, but also in the base's files.
 
-    peft saves them once. Two stored tensors that differ are not tied when the model is loaded.
+    peft saves the rows only for one of the two tensors. They must be merged into both, because
+    transformers does not tie two tensors that differ in the files.
     """
     tied: Mapping[str, str] = meta.model.all_tied_weights_keys
-    rows = {
-        name: tuple(each for each in adapter.values.get(source, ()) if each.rows)
-        for name, source in tied.items()
-        if name in meta.stored and name not in adapter.values
-    }
-    return {meta.stored_name(name): each for name, each in rows.items() if each}
+    copies = {}
+    for name, source in tied.items():
+        rows = tuple(update for update in adapter.value_updates.get(source, ()) if update.rows)
+        if rows and name in meta.stored and name not in adapter.value_updates:
+            copies[meta.stored_name(name)] = rows
+    return copies
 
 
 def _are_equal(adapter: Adapter, first: str, second: str) -> bool:
@@ -226,14 +240,18 @@ def _are_equal(adapter: Adapter, first: str, second: str) -> bool:
     contents = []
     with adapter.file.path.open("rb") as file:
         for name in (first, second):
-            for each in adapter.values.get(name, ()):
-                file.seek(each.part.start)
-                contents.append(file.read(each.part.end - each.part.start))
+            for update in adapter.value_updates.get(name, ()):
+                entry = update.values
+                file.seek(entry.start)
+                contents.append(file.read(entry.end - entry.start))
     return len(contents) == 2 and contents[0] == contents[1]
 
 
 def _expert_updates(name: str, adapter: Adapter, meta: MetaModel) -> dict[str, LayerUpdate]:
-    """A layer update for each tensor of the base that holds a part of one fused tensor."""
+    """The LayerUpdate of each tensor in the files that has a part of one fused parameter.
+
+    `name`: name of peft's LoRA layer for the fused parameter.
+    """
     from pipeline.model.expert_slices import adapted_tensor, expert_slices
 
     mismatch = f"adapter {adapter.folder} does not belong to the base"
@@ -243,10 +261,11 @@ def _expert_updates(name: str, adapter: Adapter, meta: MetaModel) -> dict[str, L
         slices = expert_slices(meta.model, parameter, meta.stored[parameter], meta.shapes)
     except (AttributeError, KeyError, IndexError) as error:
         raise UserError(f"{mismatch}: it has no fused experts {name} ({error})") from error
-    whole = layer_update(
-        adapter.file.path, parameter, adapter.fused[name], adapter.config, tensor.shape[0]
+    num_experts = tensor.shape[0]
+    update = layer_update(
+        adapter.file.path, parameter, adapter.fused_experts[name], adapter.config, num_experts
     )
-    return {key: replace(whole, experts=each) for key, each in slices.items()}
+    return {key: replace(update, experts=expert_slice) for key, expert_slice in slices.items()}
 
 
 def require_compatible(base: Base, adapter: Adapter, *, any_orientation: bool = False) -> None:
@@ -258,59 +277,65 @@ def require_compatible(base: Base, adapter: Adapter, *, any_orientation: bool = 
     mismatch = f"adapter {adapter.folder} does not belong to base {base.folder}"
     # config.json omits this key if tying is the default of the model's class.
     if base.config.get("tie_word_embeddings", "lm_head.weight" not in entries):
-        tied = [n for n in adapter.updates if n.split(".")[-2] in _TIED_NAMES]
+        tied = [name for name in adapter.layer_updates if name.split(".")[-2] in _TIED_NAMES]
         _require_untied(adapter, dict.fromkeys(tied, "another tensor"))
-    names = [*adapter.updates, *adapter.values]
+    names = [*adapter.layer_updates, *adapter.value_updates]
     if missing := [name for name in names if name not in entries]:
-        near = difflib.get_close_matches(missing[0], entries, n=3) or list(entries)[:3]
+        similar = difflib.get_close_matches(missing[0], entries, n=3) or list(entries)[:3]
         raise UserError(
             f"{mismatch}: {len(missing)} of {len(names)} tensors are not in the base, "
-            f"the first is {missing[0]}; names of the base: {', '.join(near)}"
+            f"the first is {missing[0]}; names of the base: {', '.join(similar)}"
         )
-    for name, update in adapter.updates.items():
-        shape = update.shape
+    for name, layer in adapter.layer_updates.items():
+        shape = layer.shape
         if any_orientation and entries[name].shape == shape[::-1]:
             shape = shape[::-1]
         _require_shape(mismatch, name, entries[name], shape)
         _require_mergeable_dtype(base, name, entries[name])
-    for name, values in adapter.values.items():
-        for value in values:
-            shape = value.part.shape
-            if value.rows is not None:
-                _require_rows(mismatch, name, entries[name], value)
+    for name, updates in adapter.value_updates.items():
+        for update in updates:
+            shape = update.values.shape
+            if update.rows is not None:
+                _require_consecutive_rows(mismatch, name, entries[name], update.rows)
                 shape = (entries[name].shape[0], *shape[1:])
             _require_shape(mismatch, name, entries[name], shape)
         _require_mergeable_dtype(base, name, entries[name])
 
 
-def _require_rows(mismatch: str, name: str, entry: Entry, value: ValueUpdate) -> None:
-    """Raise UserError if a row of the merged tensor would have no value."""
-    assert value.rows is not None
-    if missing := {*range(entry.shape[0], max(value.rows) + 1)} - {*value.rows}:
+def _require_consecutive_rows(mismatch: str, name: str, entry: Entry, rows: Sequence[int]) -> None:
+    """Raise UserError if neither the base nor the adapter has values for a row.
+
+    `mismatch`: start of the message. `entry`: the tensor of the base. `rows`: the adapter's rows.
+    """
+    if missing := {*range(entry.shape[0], max(rows) + 1)} - {*rows}:
         raise UserError(
-            f"{mismatch}: it has values for row {max(value.rows)} of {name}, but none for row "
+            f"{mismatch}: it has values for row {max(rows)} of {name}, but none for row "
             f"{min(missing)}, which the base does not have either; if the vocabulary was extended "
-            f"for it, call base.resize_token_embeddings({max(value.rows) + 1}), and {WITH_PEFT}"
+            f"for it, call base.resize_token_embeddings({max(rows) + 1}), and {WITH_PEFT}"
         )
 
 
 def added_rows(entry: Entry, changes: Sequence[Change]) -> int:
-    """Number of rows of new tokens that follow the rows of a tensor of the base."""
-    rows = [c.update.rows for c in changes if isinstance(c.update, ValueUpdate) and c.update.rows]
-    return max(0, *(max(each) + 1 - entry.shape[0] for each in rows)) if rows else 0
+    """Number of rows of new tokens that the merged tensor has after the rows of the base."""
+    num_rows = entry.shape[0]
+    for change in changes:
+        if isinstance(change.update, ValueUpdate) and change.update.rows:
+            num_rows = max(num_rows, max(change.update.rows) + 1)
+    return num_rows - entry.shape[0] if num_rows > entry.shape[0] else 0
 
 
 def _require_shape(mismatch: str, name: str, entry: Entry, shape: tuple[int, ...]) -> None:
+    """Raise UserError, beginning with `mismatch`, unless a tensor of the base has this shape."""
     if entry.shape != shape:
-        resized = ""
+        remedy = ""
         if entry.shape[1:] == shape[1:] and entry.shape[0] < shape[0]:
-            resized = (
+            remedy = (
                 "; if the vocabulary was extended for it, call base.resize_token_embeddings"
                 f"({shape[0]}), and {WITH_PEFT}"
             )
         raise UserError(
             f"{mismatch}: {name} has shape {entry.shape} in the base and {shape} in the adapter"
-            f"{resized}"
+            f"{remedy}"
         )
 
 
@@ -327,39 +352,43 @@ def changes_by_tensor(
 ) -> dict[str, list[Change]]:
     """Name of a tensor of the base -> its changes, in the order of the adapters.
 
-    Only products of matrices can be multiplied by a weight and added up. Raises UserError if an
-    adapter with other changes has a weight, or if another adapter changes the same tensor.
+    Changes that are added to the base can be multiplied by a weight and summed up. Values that
+    replace those of the base cannot: UserError is raised if their adapter has a weight, or if two
+    adapters replace the same tensor.
     """
     changes: dict[str, list[Change]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
-        for name, update in adapter.updates.items():
-            if weight != 1 and "magnitude" in update.parts:
+        for name, layer in adapter.layer_updates.items():
+            if weight != 1 and "magnitude" in layer.tensors:
                 raise UserError(
                     f"adapter: {adapter.folder} is a DoRA adapter, whose magnitudes replace those "
                     f"of the base, so it cannot have a weight; remove :{weight:g}"
                 )
-            changes.setdefault(name, []).append(Change(adapter.file.path, weight, update))
-        for name, values in adapter.values.items():
-            for value in values:
-                change = Change(adapter.file.path, weight, value)
-                if value.scaling is None:
+            changes.setdefault(name, []).append(Change(adapter.file.path, weight, layer))
+        for name, updates in adapter.value_updates.items():
+            for update in updates:
+                change = Change(adapter.file.path, weight, update)
+                is_replacement = update.scaling is None
+                if is_replacement:
                     _require_only_replacement(name, change, changes.get(name, []))
                 changes.setdefault(name, []).append(change)
     return changes
 
 
 def _require_only_replacement(name: str, change: Change, earlier: Sequence[Change]) -> None:
-    """Raise UserError if values that replace those of the base have a weight or are not alone.
+    """Raise UserError if values that replace a tensor have a weight, or replace it a second time.
 
-    `earlier`: the changes of the same tensor so far.
+    `earlier`: the changes of the same tensor by this adapter and the adapters before it.
     """
-    others = [
+    other_adapters = [
         other.file.parent
         for other in earlier
         if other.file != change.file and isinstance(other.update, ValueUpdate)
     ]
-    if change.weight != 1 or others:
-        reason = f"both {others[0]} and this adapter replace" if others else "it replaces"
+    if change.weight != 1 or other_adapters:
+        reason = "it replaces"
+        if other_adapters:
+            reason = f"both {other_adapters[0]} and this adapter replace"
         raise UserError(
             f"adapter: {change.file.parent}: {name} cannot be weighted or added, because {reason} "
             "the values of the base; merge one adapter only, without a weight"

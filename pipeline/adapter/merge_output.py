@@ -1,4 +1,4 @@
-"""Folder of a merged model: the files beside its weights, the record of the merge, and checks."""
+"""Folder of a merged model: its files other than weights, the record of the merge, and checks."""
 
 import shutil
 from collections.abc import Sequence
@@ -31,57 +31,60 @@ TOKENIZER_FILES = (
 )
 # File with the record of a merge. A folder with this file may be replaced by another merge.
 MARKER = "rankzero_merge.json"
-# Suffixes of files with weights. Weights in other formats are not copied, because they are not
-# merged.
-_NOT_COPIED = {
+# Suffixes of files with weights in any format. The base's weights are not copied, because those in
+# safetensors files are merged, and copies in other formats would still be the unmerged weights.
+_WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".gguf", ".ggml", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx",
     ".onnx_data", ".tflite", ".npz",
 }  # fmt: skip
-_FOLDERS = ("additional_chat_templates",)
+_COPIED_FOLDERS = ("additional_chat_templates",)
 _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 def other_files(base: Path) -> list[Path]:
     """Files of the base that a merge copies: all except weights, hidden files and README."""
     files = [path for path in sorted(base.iterdir()) if path.is_file() and _is_copied(path)]
-    for name in _FOLDERS:
+    for name in _COPIED_FOLDERS:
         files += [path for path in sorted((base / name).glob("*")) if path.is_file()]
-    if (base / SINGLE).is_file():
+    if (base / SINGLE).is_file():  # transformers then ignores the index
         return [path for path in files if path.name != INDEX]
     return files
 
 
 def _is_copied(path: Path) -> bool:
-    if path.name == MARKER or (path.name.endswith(".index.json") and path.name != INDEX):
+    """Whether a merge copies a file of the base, by its name."""
+    is_index_of_other_format = path.name.endswith(".index.json") and path.name != INDEX
+    if path.name == MARKER or is_index_of_other_format:
         return False
-    return path.suffix not in _NOT_COPIED and not path.name.startswith((".", "README"))
+    return path.suffix not in _WEIGHT_SUFFIXES and not path.name.startswith((".", "README"))
 
 
 def copy_other_files(plan: MergePlan, folder: Path) -> None:
-    """Copy the files beside the weights; dtype and vocabulary size are changed if they differ.
+    """Copy the files other than weights, and adapt config.json and the index.
 
-    The quantisation of a packed base is removed from its config.json.
-    The chat template is that of the last adapter that has one: the one used in training.
+    config.json gets the new dtype and vocabulary size. If the base is packed, which means stored in
+    4 or 8 bits, its quantisation is removed from config.json, because the merged model is not. The
+    chat template is the one used in training: that of the last adapter that has one.
     """
     for path in other_files(plan.base.folder):
         target = folder / path.relative_to(plan.base.folder)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
     for adapter in plan.adapters:
-        # An adapter with new tokens has its own tokenizer.
+        # The folder of an adapter with new tokens has a tokenizer with these tokens.
         names = TOKENIZER_FILES if adapter.has_token_rows else (CHAT_TEMPLATE,)
         copy_files(adapter.folder, folder, names)
     tasks = [task for shard in plan.shards for task in shard.tensors.values()]
-    is_unpacked = is_packed(plan.base.folder)
-    is_converted = plan.options.dtype is not None or is_unpacked
+    base_is_packed = is_packed(plan.base.folder)
+    is_converted = plan.options.dtype is not None or base_is_packed
     if not is_converted and not any(task.added_rows for task in tasks):
         return
     config = read_json(folder / "config.json")
     if is_converted:
         _set_dtype(config, _DTYPE_NAMES[plan.options.dtype or "BF16"])
-    if is_unpacked:
-        for each in (config, config.get("text_config") or {}):
-            each.pop("quantization_config", None)
+    if base_is_packed:
+        for section in (config, config.get("text_config") or {}):
+            section.pop("quantization_config", None)
     for task in tasks:
         if task.added_rows:
             _set_vocab_size(config, task.entry.shape[0], task.shape[0])
@@ -105,7 +108,7 @@ def copy_files(source: Path, folder: Path, names: Sequence[str]) -> None:
 
 
 def _set_vocab_size(config: dict[str, Any], old: int, new: int) -> None:
-    """Set the size of the vocabulary in a configuration and in those inside it."""
+    """Replace the vocabulary size in a configuration and in its sections, such as text_config."""
     if config.get("vocab_size") == old:
         config["vocab_size"] = new
     for value in config.values():
@@ -114,10 +117,13 @@ def _set_vocab_size(config: dict[str, Any], old: int, new: int) -> None:
 
 
 def _set_dtype(config: dict[str, Any], name: str) -> None:
-    """Set the dtype in a configuration and in those inside it (text and vision)."""
-    is_old = "torch_dtype" in config and "dtype" not in config
-    if config.get("model_type") is not None or "dtype" in config or is_old:
-        config["torch_dtype" if is_old else "dtype"] = name
+    """Set the dtype in a configuration and in its sections, such as text_config.
+
+    Older versions of transformers have the key `torch_dtype` instead of `dtype`.
+    """
+    has_old_key = "torch_dtype" in config and "dtype" not in config
+    if config.get("model_type") is not None or "dtype" in config or has_old_key:
+        config["torch_dtype" if has_old_key else "dtype"] = name
     for value in config.values():
         if isinstance(value, dict) and {"dtype", "torch_dtype"} & value.keys():
             _set_dtype(value, name)
@@ -126,15 +132,18 @@ def _set_dtype(config: dict[str, Any], name: str) -> None:
 def write_marker(plan: MergePlan, folder: Path, report: "MergeReport") -> None:
     """Write the record of the merge.
 
-    `adapter_sha256` in it: hash of the adapter, if the merge added one adapter without a weight.
+    If the merge added one adapter without a weight, `adapter_sha256` in the record is the hash of
+    this adapter; products.py compares it with the present adapter of a run.
     """
     adapters = plan.identity["adapters"]
-    is_plain = len(adapters) == 1 and adapters[0]["weight"] == 1 and not plan.options.is_undone
+    adapter_hash = "several, weighted or undone"
+    if len(adapters) == 1 and adapters[0]["weight"] == 1 and not plan.options.is_undone:
+        adapter_hash = adapters[0]["sha256"]
     marker: dict[str, Any] = {
         **plan.identity,
-        "adapter_sha256": adapters[0]["sha256"] if is_plain else "several, weighted or undone",
+        "adapter_sha256": adapter_hash,
         **vars(report),
-        "files": [*_files(folder), MARKER],
+        "files": [*_relative_files(folder), MARKER],
     }
     (folder / MARKER).write_text(dump_json(marker), encoding="utf-8")
 
@@ -149,23 +158,26 @@ def check_output(plan: MergePlan, folder: Path) -> None:
             if read_header(path).header != shard.header:
                 raise RankZeroError(f"{path}: the header differs from that of {shard.source.path}")
             with safe_open(path, framework="pt") as file:
-                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-                kinds = {k: (s.get_dtype(), tuple(s.get_shape())) for k, s in slices.items()}
+                written = {}  # name -> dtype and shape
+                for name in file.keys():  # noqa: SIM118
+                    tensor = file.get_slice(name)
+                    written[name] = (tensor.get_dtype(), tuple(tensor.get_shape()))
         except (OSError, SafetensorError, UserError) as error:
             raise RankZeroError(f"{path}: cannot be read back: {error}") from error
-        if kinds != {name: (task.dtype, task.shape) for name, task in shard.tensors.items()}:
+        if written != {name: (task.dtype, task.shape) for name, task in shard.tensors.items()}:
             raise RankZeroError(f"{path}: names, dtypes or shapes differ from the planned ones")
 
 
-def _files(folder: Path) -> list[str]:
+def _relative_files(folder: Path) -> list[str]:
+    """Paths of all files below a folder, relative to it."""
     paths = sorted(folder.rglob("*"))
     return [path.relative_to(folder).as_posix() for path in paths if not path.is_dir()]
 
 
 def require_replaceable(out: Path, inputs: Sequence[Path]) -> None:
-    """Raise UserError if `out` has files that were not written by a merge; they are never replaced.
+    """Raise UserError if a merge into `out` would remove files that no merge wrote, or an input.
 
-    `out` may also not contain the base or an adapter.
+    `inputs`: the folders of the base and the adapters.
     """
     for folder in inputs:
         if folder.resolve().is_relative_to(out.resolve()):
@@ -178,18 +190,18 @@ def require_replaceable(out: Path, inputs: Sequence[Path]) -> None:
         raise UserError(
             f"{out} exists and was not written by a merge; remove it or set another --out"
         ) from None
-    if others := [name for name in _files(out) if name not in written]:
+    if others := [name for name in _relative_files(out) if name not in written]:
         raise UserError(
             f"{out} has a file that no merge wrote, {others[0]}; move it or set another --out"
         )
 
 
-def require_space(out: Path, need: int) -> None:
-    """Raise UserError unless the disk of `out` has room for `need` bytes."""
+def require_space(out: Path, needed_bytes: int) -> None:
+    """Raise UserError unless the disk of `out` has enough free space."""
     parent = closest_existing(out.resolve().parent)
-    free = shutil.disk_usage(parent).free
-    if free < need:
+    free_bytes = shutil.disk_usage(parent).free
+    if free_bytes < needed_bytes:
         raise UserError(
-            f"{parent}: the merged model needs {need / 2**30:.1f} GiB, but only "
-            f"{free / 2**30:.1f} GiB are free; free some space or set another --out"
+            f"{parent}: the merged model needs {needed_bytes / 2**30:.1f} GiB, but only "
+            f"{free_bytes / 2**30:.1f} GiB are free; free some space or set another --out"
         )

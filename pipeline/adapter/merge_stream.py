@@ -1,8 +1,8 @@
-"""Stream of a merge: read, merge and write the tensors of a shard at the same time.
+"""MergeStream: read, merge and write the tensors of a shard (a safetensors file) at the same time.
 
-Tensors are held in two buffers, each as large as the largest tensor. While one is merged, the other
-is written and then filled with the next tensor. Apart from the buffers, only the adapter's tensors
-of one layer and blocks of a few MiB are in memory.
+Tensors are held in two buffers, each as large as the largest tensor. While the tensor in one buffer
+is merged, that in the other is written, and then this buffer is filled with the next tensor. Apart
+from the buffers, only the adapter's tensors of one layer and blocks of a few MiB are in memory.
 """
 
 import json
@@ -29,18 +29,19 @@ from pipeline.model.tensor_files import VALUE_BYTES, Entry, TensorFile
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _CHUNK_BYTES = 2**24
-# A and B of two fused tensors. A base may store the tensors of an expert together, one expert after
-# another, so that the parts of both are needed for each expert.
-_CACHED_PARTS = 4
+# Number of adapter tensors in the cache: A and B of two fused parameters, such as those of the up
+# and down projections. A base may store the experts one after another, and for each expert the
+# adapter tensors of both parameters are needed.
+_NUM_CACHED_TENSORS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorTask:
     """One tensor of a merged model.
 
-    `dtype`: its dtype in the merged model. `added_rows`: rows of new tokens, which follow those of
-    the base. `quantised`: the orientation in which training quantised the tensor: "stored" or
-    "transposed"; None if it was not quantised.
+    `entry`: the tensor of the base. `dtype`: dtype in the merged model. `added_rows`: number of
+    rows of new tokens, which follow the rows of the base. `quantised`: None if training did not
+    quantise the tensor; "transposed" if training quantised its transpose, else "stored".
     """
 
     entry: Entry
@@ -64,13 +65,16 @@ class TensorTask:
 
     @property
     def is_resized(self) -> bool:
-        """Whether its size differs from that in the base."""
+        """Whether its dtype or shape differs from that in the base."""
         return self.dtype != self.entry.dtype or self.added_rows > 0
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard of a merged model; `tensors` in the order of the source."""
+    """One shard of a merged model.
+
+    `source`: the shard of the base. `tensors`: name -> task, in the order of the source.
+    """
 
     source: TensorFile
     tensors: Mapping[str, TensorTask]
@@ -82,37 +86,48 @@ class ShardTask:
 
     @cached_property
     def header(self) -> bytes:
-        """The header of the merged shard: that of the source with other dtypes, shapes, offsets."""
+        """The header of the merged shard: that of the source with new dtypes, shapes and offsets.
+
+        A safetensors header is the length of the JSON text in 8 bytes, and the text, which is
+        padded to a multiple of 8 bytes.
+        """
         if not any(task.is_resized for task in self.tensors.values()):
             return self.source.header
-        header, end = json.loads(self.source.header[8:]), 0
+        header, start = json.loads(self.source.header[8:]), 0
         for name, task in self.tensors.items():
-            offsets = [end, end := end + task.num_bytes]
-            header[name] |= {"dtype": task.dtype, "shape": task.shape, "data_offsets": offsets}
+            end = start + task.num_bytes
+            header[name] |= {
+                "dtype": task.dtype, "shape": task.shape, "data_offsets": [start, end],
+            }  # fmt: skip
+            start = end
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
 
 class MergeStream:
-    """The buffers of a merge and its arithmetic; `largest`: bytes of the largest tensor."""
+    """The buffers and the arithmetic of a merge.
+
+    `largest_bytes`: size of the largest tensor. `work`: its progress advances by written bytes.
+    `quantisation`: how training quantised the base, if this is to be repeated before the merge.
+    """
 
     def __init__(
         self,
         arithmetic: Arithmetic,
-        largest: int,
+        largest_bytes: int,
         work: Work,
         quantisation: Quantisation | None = None,
     ) -> None:
         self._arithmetic, self._work = arithmetic, work
         self._quantisation = quantisation
-        self._buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(2)]
-        self._read_part = lru_cache(_CACHED_PARTS)(_read_part)
+        self._buffers = [torch.empty(largest_bytes, dtype=torch.uint8) for _ in range(2)]
+        self._read_adapter_tensor = lru_cache(_NUM_CACHED_TENSORS)(_read_adapter_tensor)
 
     def merge_shard(self, shard: ShardTask, target: Path) -> dict[str, float]:
-        """Write a merged shard; returns the relative change of each adapted tensor.
+        """Write a merged shard; returns name -> relative change of each adapted tensor.
 
-        The file appears when it is complete and on the disk.
+        The file `target` appears when it is complete and synced to the disk.
         """
         changes: dict[str, float] = {}
         tasks = list(shard.tensors.items())
@@ -124,27 +139,28 @@ class MergeStream:
             ThreadPoolExecutor(1) as writer,
         ):
             merged.write(shard.header)
-            written: list[Future[None] | None] = [None, None]
+            # For each buffer the last write of its tensor. Tensor i uses buffer i % 2.
+            writes: list[Future[None] | None] = [None, None]
 
             def load(index: int) -> torch.Tensor:
-                if (earlier := written[index % 2]) is not None:
-                    earlier.result()  # the buffer is free when its last tensor is written
+                if (earlier_write := writes[index % 2]) is not None:
+                    earlier_write.result()  # waits until the buffer is free
                 return _read(source, tasks[index][1], self._buffers[index % 2])
 
-            loaded = reader.submit(load, 0) if tasks else None
+            next_tensor = reader.submit(load, 0) if tasks else None
             for index, (name, task) in enumerate(tasks):
-                assert loaded is not None
-                tensor = loaded.result()
-                loaded = reader.submit(load, index + 1) if index + 1 < len(tasks) else None
+                assert next_tensor is not None
+                tensor = next_tensor.result()
+                next_tensor = reader.submit(load, index + 1) if index + 1 < len(tasks) else None
                 changes |= self._merge(name, task, tensor)
-                written[index % 2] = writer.submit(self._write, merged, tensor)
-            for last in written:
-                if last is not None:
-                    last.result()
+                writes[index % 2] = writer.submit(self._write, merged, tensor)
+            for write in writes:
+                if write is not None:
+                    write.result()
         return changes
 
     def _merge(self, name: str, task: TensorTask, tensor: torch.Tensor) -> dict[str, float]:
-        """Merge a tensor in place; returns its name and relative change, if adapters change it."""
+        """Merge a tensor in place; returns {name: relative change}, or {} without adapters."""
         if task.quantised is not None:
             assert self._quantisation is not None
             weight = tensor.T.contiguous() if task.quantised == "transposed" else tensor
@@ -152,34 +168,38 @@ class MergeStream:
             if weight is not tensor:
                 tensor.copy_(weight.T)
         if task.changes:
-            loaded = [
-                LoadedChange(change=change, parts=self._parts(change)) for change in task.changes
-            ]
+            loaded = [self._load_change(change) for change in task.changes]
             return {name: self._arithmetic.merge(name, tensor, loaded)}
         if task.dtype == "F16" and task.entry.dtype != "F16":  # fp16 has a smaller range
             require_finite(name, tensor)
         return {}
 
-    def _parts(self, change: Change) -> dict[str, torch.Tensor]:
+    def _load_change(self, change: Change) -> LoadedChange:
+        """Read the adapter's tensors of a change."""
         update = change.update
-        parts = update.parts if isinstance(update, LayerUpdate) else {"values": update.part}
-        return {part: self._read_part(change.file, entry) for part, entry in parts.items()}
+        entries = update.tensors if isinstance(update, LayerUpdate) else {"values": update.values}
+        tensors = {
+            key: self._read_adapter_tensor(change.file, entry) for key, entry in entries.items()
+        }
+        return LoadedChange(change=change, tensors=tensors)
 
     def _write(self, file: BinaryIO, tensor: torch.Tensor) -> None:
+        """Write the bytes of a tensor, and advance the progress."""
         file.write(tensor.view(-1).view(torch.uint8).numpy().data)
         self._work.advance(tensor.nbytes)
 
 
-def _read_part(path: Path, entry: Entry) -> torch.Tensor:
+def _read_adapter_tensor(path: Path, entry: Entry) -> torch.Tensor:
     """A tensor of an adapter in fp32, the dtype in which peft loads it."""
     with path.open("rb") as file:
         return _read(file, TensorTask(entry=entry, dtype="F32"))
 
 
 def _read(file: BinaryIO, task: TensorTask, buffer: torch.Tensor | None = None) -> torch.Tensor:
-    """A tensor in its new dtype; added rows are zero until they are merged.
+    """Read a tensor of the base into a buffer, in its new dtype; added rows are zero.
 
-    It is read in chunks, so that it is not held in two dtypes.
+    A tensor whose dtype changes is read in chunks, so that it is never in memory in both dtypes. If
+    the dtype is not one of TORCH_DTYPES, the result has bytes (uint8).
     """
     entry, size = task.entry, task.num_bytes
     if buffer is None:
@@ -190,22 +210,23 @@ def _read(file: BinaryIO, task: TensorTask, buffer: torch.Tensor | None = None) 
         return tensor.copy_(read_tensor(entry.values.path, entry.values.name, entry))
     file.seek(entry.start)
     if task.dtype == entry.dtype:
-        in_base = entry.end - entry.start
-        _fill(file, data[:in_base])
-        data[in_base:] = 0
+        num_bytes = entry.end - entry.start  # of the base
+        _read_bytes(file, data[:num_bytes])
+        data[num_bytes:] = 0
         dtype = TORCH_DTYPES.get(entry.dtype)
         return data if dtype is None else data.view(dtype).view(task.shape)
     tensor = data.view(TORCH_DTYPES[task.dtype])
-    in_base = math.prod(entry.shape)
-    tensor[in_base:] = 0
-    for part in tensor[:in_base].split(_CHUNK_BYTES // VALUE_BYTES[entry.dtype]):  # type: ignore[no-untyped-call]
-        chunk = torch.empty(len(part), dtype=TORCH_DTYPES[entry.dtype])
-        _fill(file, chunk.view(torch.uint8))
-        part.copy_(chunk)
+    num_values = math.prod(entry.shape)  # of the base
+    tensor[num_values:] = 0
+    for target in tensor[:num_values].split(_CHUNK_BYTES // VALUE_BYTES[entry.dtype]):  # type: ignore[no-untyped-call]
+        chunk = torch.empty(len(target), dtype=TORCH_DTYPES[entry.dtype])
+        _read_bytes(file, chunk.view(torch.uint8))
+        target.copy_(chunk)
     return tensor.view(task.shape)
 
 
-def _fill(file: BinaryIO, data: torch.Tensor) -> None:
+def _read_bytes(file: BinaryIO, data: torch.Tensor) -> None:
+    """Fill a uint8 tensor with the next bytes of a file. Raises RankZeroError at its end."""
     view = data.numpy().data
     while len(view):
         count = file.readinto(view)  # type: ignore[attr-defined]

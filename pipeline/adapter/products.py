@@ -1,7 +1,7 @@
-"""Products made from a run's adapter: merged/, score.json and report.html. No torch.
+"""Products of a run's adapter: merged/, score.json and report.html.
 
-If a run is extended, its adapter changes and these products are outdated. They are marked as
-outdated, never removed.
+If a run is extended, its adapter changes and these products are outdated. Then they are marked as
+outdated, and not removed.
 """
 
 import logging
@@ -16,7 +16,8 @@ logger = logging.getLogger(__name__)
 
 OUTDATED = "outdated"  # key in rankzero_merge.json and score.json
 _NOTE = "made from an earlier adapter of this run; make it again"
-_REFRESHING = ' data-refresh="'  # in a page that `report --watch` writes again at the end
+# Attribute in a page of `report --watch`, which writes the page again at the end of the run.
+_REFRESHING = ' data-refresh="'
 _BANNER = f'<body>\n<p class="off"><b>Outdated:</b> {_NOTE}.</p>\n'
 
 

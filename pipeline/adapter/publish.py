@@ -1,4 +1,4 @@
-"""Publishing of an adapter as a PEFT folder: weights, config, tokenizer, model card.
+"""Publish an adapter as a PEFT folder: weights, config, tokenizer, model card.
 
 The folder is written to a temporary sibling, read back and verified before it replaces an earlier
 one.
@@ -49,9 +49,9 @@ def publish_adapter(
 ) -> None:
     """Write the adapter folder, on rank 0 only.
 
-    `tensors`: fp32 weights on the CPU, under the keys of peft's adapter file; of PiSSA and OLoRA,
-    the result of `on_unchanged_base`. Raises RankZeroError if a check fails; an earlier adapter
-    then remains unchanged.
+    `tensors`: fp32 weights on the CPU, under the keys of peft's adapter file; for PiSSA and OLoRA,
+    the result of `on_unchanged_base`. Raises RankZeroError if a check fails; the folder of an
+    earlier adapter is then unchanged.
     """
     settings, expected = plan.settings, _saved_shapes(plan)
     started_from = initial_adapter_of(folder.parent, settings)
@@ -66,7 +66,7 @@ def publish_adapter(
     def check(fresh: Path) -> None:
         verify_adapter_file(fresh / WEIGHTS, expected, trained=True)
         if read_json(fresh / _CONFIG) != config:
-            raise RankZeroError(f"{folder / _CONFIG}: has another content after it was written")
+            raise RankZeroError(f"{folder / _CONFIG}: its content differs from what was written")
 
     try:
         with atomic_folder(folder, check) as fresh:
@@ -89,22 +89,20 @@ def publish_adapter(
 def _saved_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     """Keys and shapes of the tensors to save; PiSSA and OLoRA have twice the r of training."""
     shapes = expected_shapes(plan)
-    if not plan.settings.initialises_from_base:
-        return shapes
-    return {
-        key: (2 * size[0], size[1])
-        if ".lora_A." in key
-        else (size[0], 2 * size[1])
-        if ".lora_B." in key
-        else size
-        for key, size in shapes.items()
-    }
+    if plan.settings.initialises_from_base:
+        for key, shape in shapes.items():
+            if ".lora_A." in key:
+                shapes[key] = (2 * shape[0], shape[1])
+            elif ".lora_B." in key:
+                shapes[key] = (shape[0], 2 * shape[1])
+    return shapes
 
 
 def _tied_copies(plan: Plan) -> dict[str, str]:
-    """Key of a head in the adapter file -> key of the embeddings that it shares its weight with.
+    """Key of a head in the adapter file -> key of the embeddings with which it shares its weight.
 
-    peft 0.21.2 cannot load an adapter without one of the two (utils/save_and_load.py:617).
+    Both are saved, because peft 0.21.2 cannot load an adapter with only one of them
+    (utils/save_and_load.py:617).
     """
     return {
         f"{_PREFIX}{module.tied_name}.{name}": f"{_PREFIX}{module.name}.{name}"
@@ -120,39 +118,43 @@ def adapter_config(settings: RunSettings) -> dict[str, Any]:
     config.base_model_name_or_path = settings.model
     config.revision = settings.model_revision
     config.inference_mode = True
-    plain: dict[str, Any] = {
+    values: dict[str, Any] = {
         key: sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()  # type: ignore[no-untyped-call]
     }
-    if (
-        settings.initialises_from_base
-    ):  # see split_base.py; alpha such that the scaling stays the same
+    if settings.initialises_from_base:  # saved with twice the r, see `on_unchanged_base`
+        # The factor of alpha with which the scaling stays the same.
         factor = math.sqrt(2) if settings.use_rslora else 2
-        plain["r"] *= 2
-        plain["rank_pattern"] = {key: 2 * r for key, r in settings.rank_pattern.items()}
-        plain["alpha_pattern"] = {key: factor * a for key, a in settings.alpha_pattern.items()}
-        plain["lora_alpha"] *= factor
-    alpha = plain["lora_alpha"]  # written as an integer if possible, as serving engines expect
-    plain["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
-    data: dict[str, Any] = json.loads(json.dumps(plain))
+        values["r"] *= 2
+        values["rank_pattern"] = {key: 2 * r for key, r in settings.rank_pattern.items()}
+        values["alpha_pattern"] = {
+            key: factor * alpha for key, alpha in settings.alpha_pattern.items()
+        }
+        values["lora_alpha"] *= factor
+    alpha = values["lora_alpha"]  # written as an integer if possible, as serving engines expect
+    values["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
+    data: dict[str, Any] = json.loads(json.dumps(values))
     return data
 
 
 def on_unchanged_base(
     tensors: Mapping[str, torch.Tensor], initial: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The adapter B A - B0 A0 as one LoRA of twice the r. Raises RankZeroError if B is still B0.
+    """An adapter of PiSSA or OLoRA in a form that belongs to the unchanged base.
 
-    peft calls this `subtract_mutated_init` (0.21.2 tuners/lora/model.py).
+    In training the base lacks B0 A0, the product of the initial matrices `initial`. So the change
+    of the unchanged base is B A - B0 A0, which is one LoRA of twice the r: (B, -B0) times (A over
+    A0). Raises RankZeroError if a B is still equal to B0. peft calls this `subtract_mutated_init`
+    (0.21.2 tuners/lora/model.py).
     """
     result = dict(tensors)
-    for key, start in initial.items():
+    for key, initial_tensor in initial.items():
         if ".lora_A." in key:
-            result[key] = torch.cat([tensors[key], start], dim=0)
+            result[key] = torch.cat([tensors[key], initial_tensor], dim=0)
             continue
-        if torch.equal(tensors[key], start):
+        if torch.equal(tensors[key], initial_tensor):
             raise RankZeroError(f"{key} still has its initial value: no gradient reached it")
-        result[key] = torch.cat([tensors[key], -start], dim=1)
+        result[key] = torch.cat([tensors[key], -initial_tensor], dim=1)
     return result
 
 
@@ -160,23 +162,25 @@ def check_servable(tensors: Mapping[str, torch.Tensor], adapter_config: Mapping[
     """Raise RankZeroError if a serving engine would ignore a part of the adapter.
 
     vLLM ignores keys with another prefix (vllm#34186, #39278) and allocates `r` columns for each
-    matrix. The plan's rules name the options that a serving engine rejects.
+    matrix. Options that a serving engine rejects are no error here: the plan's rules name them.
     """
     saved = tuple(f"{_PREFIX}{name}." for name in adapter_config.get("modules_to_save") or ())
-    problems = [
-        f"{key} is not a key that serving engines read"
-        for key in tensors
-        if not key.startswith(_PREFIX)
-        or not (".lora_" in key or key.startswith(saved) or key.endswith(TOKEN_ROWS))
-    ]
+    problems = []
+    for key in tensors:
+        is_known = ".lora_" in key or key.startswith(saved) or key.endswith(TOKEN_ROWS)
+        if not (is_known and key.startswith(_PREFIX)):
+            problems.append(f"{key} is not a key that serving engines read")
     largest_r = max([adapter_config["r"], *(adapter_config.get("rank_pattern") or {}).values()])
     # Modules whose fused experts are adapted: their matrices have r columns for each expert.
     fused = tuple(name.rpartition(".")[0] for name in adapter_config.get("target_parameters") or ())
     for key, tensor in tensors.items():
         if key.partition(".lora_")[0].replace(".base_layer", "").endswith(fused):
             continue
-        is_matrix = ".lora_A." in key or ".lora_B." in key
-        r = tensor.shape[0 if ".lora_A." in key else -1] if is_matrix else 0
+        r = 0
+        if ".lora_A." in key:
+            r = tensor.shape[0]
+        elif ".lora_B." in key:
+            r = tensor.shape[-1]
         if r > largest_r:
             problems.append(f"{key} has r {r}, but adapter_config.json has at most {largest_r}")
     if len(dtypes := {tensor.dtype for tensor in tensors.values()}) > 1:
@@ -193,22 +197,24 @@ def model_card(
     started_from: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> str:
-    """Text of the adapter folder's README.md, with front matter for the Hugging Face hub.
+    """Text of the adapter folder's README.md, with YAML metadata for the Hugging Face hub.
 
-    `started_from`: the initial adapter of the run and its predecessors, from `lineage_texts`.
-    `notes`: texts below the table.
+    `base`: fingerprint of the base. `started_from`: the initial adapter of the run and the adapters
+    before it, from `lineage_texts`. `notes`: texts below the table.
     """
     settings = plan.settings
-    front = {
+    metadata = {
         "base_model": settings.model,
         "library_name": "peft",
         "pipeline_tag": "text-generation",
         "tags": ["lora"],
     }
-    quantised = "4-bit" if settings.load_in_4bit else "8-bit" if settings.load_in_8bit else "no"
+    quantised = "no"
+    if settings.is_quantised:
+        quantised = "4-bit" if settings.load_in_4bit else "8-bit"
+    revision = f", revision `{settings.model_revision}`" if settings.model_revision else ""
     rows = {
-        "base model": f"`{settings.model}`"
-        + (f", revision `{settings.model_revision}`" if settings.model_revision else ""),
+        "base model": f"`{settings.model}`{revision}",
         "fingerprint of the base": f"`{base.digest}`",
         **({"started from": ", which started from ".join(started_from)} if started_from else {}),
         "training data": ", ".join(f"`{source.path}`" for source in settings.train_sources),
@@ -226,17 +232,17 @@ def model_card(
         "made with": f"RankZero {version('rankzero')}, peft {version('peft')}, "
         f"transformers {version('transformers')}, torch {version('torch')}",
     }
+    # Class of transformers that dequantises a base in 4 or 8 bits; empty for other bases.
     config_class = dequantising_config(settings.model_folder)
+    quantization = f"quantization_config={config_class}(dequantize=True), " if config_class else ""
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return _CARD_TEXT.format(
-        front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
+        metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
         base=json.dumps(settings.model, ensure_ascii=False),
         revision=f'revision="{settings.model_revision}", ' if settings.model_revision else "",
         resize=_resize_call(plan),
         config_class=f", {config_class}" if config_class else "",
-        quantization=f"quantization_config={config_class}(dequantize=True), "
-        if config_class
-        else "",
+        quantization=quantization,
         table="\n".join([table, *(f"\n{note}" for note in notes)]),
         vllm=vllm_command(settings, "ADAPTER", "MERGED"),
         serving="".join(f"- {note}\n" for note in serving_notes(plan)),
@@ -244,7 +250,10 @@ def model_card(
 
 
 def _resize_call(plan: Plan) -> str:
-    """The line of Python that adds the rows of new tokens to the base; empty if it has them."""
+    """The line of Python that adds the rows of new tokens to the base.
+
+    Empty if the base has enough rows already, or if there are no new tokens.
+    """
     rows = token_rows(plan.shape, plan.settings)
     if rows is None or not plan.shape.added_rows:
         return ""
@@ -254,7 +263,7 @@ def _resize_call(plan: Plan) -> str:
 
 _CARD_TEXT = """\
 ---
-{front}---
+{metadata}---
 
 # LoRA adapter
 

@@ -1,4 +1,4 @@
-"""Commands that serve an adapter, for its card and for `launch/export.py`. No torch."""
+"""Commands and notes for serving an adapter, for its model card and for `launch/export.py`."""
 
 import re
 import shlex
@@ -9,22 +9,23 @@ from pipeline.config.settings import RunSettings
 from pipeline.plan.plan import Plan
 from pipeline.plan.rules.serving import SERVING_RULES, saved_rank, vllm_rank
 
-_NOT_A_NAME = re.compile(r"[^\w.-]+")
+_INVALID_CHARACTERS = re.compile(r"[^\w.-]+")  # in the name of an adapter
 
 
 def vllm_command(settings: RunSettings, adapter: str, merged: str) -> str:
-    """Command line that serves base and adapter with vLLM; `adapter`, `merged`: folders.
+    """Command line that serves base and adapter with vLLM.
 
-    The command serves the merged model if vLLM rejects the adapter.
+    `adapter`, `merged`: paths of the folders. If vLLM rejects the adapter, the command serves the
+    merged model.
     """
-    rank = vllm_rank(saved_rank(settings))
-    if rank is None or settings.use_dora or settings.modules_to_save or settings.new_tokens:
+    max_lora_r = vllm_rank(saved_rank(settings))
+    if max_lora_r is None or settings.use_dora or settings.modules_to_save or settings.new_tokens:
         return shlex.join(["vllm", "serve", merged])
-    name = _NOT_A_NAME.sub("-", Path(settings.output_dir).name).strip("-.") or "adapter"
+    name = _INVALID_CHARACTERS.sub("-", Path(settings.output_dir).name).strip("-.") or "adapter"
     revision = ["--revision", settings.model_revision] if settings.model_revision else []
     words = ["vllm", "serve", settings.model, *revision, "--enable-lora"]
-    words += ["--max-lora-rank", str(rank), "--lora-modules", f"{name}={adapter}"]
-    # An adapter has this file if the run file sets a template or the base has the file.
+    words += ["--max-lora-rank", str(max_lora_r), "--lora-modules", f"{name}={adapter}"]
+    # The adapter folder has a template if the run file sets one, or if the base has this file.
     if settings.chat_template != "model" or (settings.model_folder / CHAT_TEMPLATE).is_file():
         words += ["--chat-template", f"{adapter}/{CHAT_TEMPLATE}"]
     return shlex.join(words)

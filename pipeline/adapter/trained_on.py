@@ -1,7 +1,7 @@
-"""trained_on.json of an adapter folder: the fingerprint of the base it was trained on. No torch.
+"""The file trained_on.json of an adapter folder: the fingerprint of the adapter's base.
 
-It prevents merging into the wrong base: another fine-tune of the same model has the same tensor
-names and shapes, so the merge would succeed and the merged model would be useless.
+The file prevents a merge into the wrong base. Another fine-tune of the same model has the same
+tensor names and shapes, so the merge would succeed and the merged model would be useless.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,9 @@ from pipeline.model.fingerprint import Fingerprint, require_recorded_base
 
 TRAINED_ON = "trained_on.json"
 WEIGHTS = "adapter_model.safetensors"
-_TO_MERGE = "restore the model of the training, or name this one with --base to merge it anyway"
+_MERGE_REMEDY = (
+    "restore the model that was used in training, or name this one with --base to merge anyway"
+)
 
 
 def write_trained_on(
@@ -34,10 +36,11 @@ def write_trained_on(
     (folder / TRAINED_ON).write_text(dump_json(record), encoding="utf-8")
 
 
-def require_same_base(base: Path, adapter: Path, remedy: str = _TO_MERGE) -> None:
+def require_same_base(base: Path, adapter: Path, remedy: str = _MERGE_REMEDY) -> None:
     """Raise UserError, naming tensors that differ, if the adapter was trained on another base.
 
-    Adapters written by other tools have no record; for them any base is accepted.
+    Adapters written by other programs have no trained_on.json; for them any base is accepted.
+    `remedy`: end of the message.
     """
     path = adapter / TRAINED_ON
     if not path.is_file():

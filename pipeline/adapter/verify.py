@@ -1,8 +1,8 @@
 """Verification of an adapter's tensors: keys, shapes, finite values, trained lora_B.
 
-It is needed because at ZeRO-3 peft writes empty tensors with only a warning (peft 0.21.2), and
-because an adapter whose lora_B matrices are still zero loads without an error but has no effect.
-Keys are the keys of peft's adapter file.
+There are two reasons. At ZeRO-3 peft writes empty tensors with only a warning (peft 0.21.2). And an
+adapter whose lora_B matrices are still zero loads without an error but has no effect. Keys are the
+keys of peft's adapter file.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -19,15 +19,17 @@ Shapes = Mapping[str, tuple[int, ...]]
 def verify_tensors(tensors: Mapping[str, torch.Tensor], expected: Shapes, *, trained: bool) -> None:
     """Verify a gathered adapter. Raises RankZeroError for wrong keys, shapes or values.
 
-    `trained`: also require that no lora_B is zero, which is its initial value.
+    `expected`: shape of the tensor of each key. `trained`: also require that no lora_B is zero,
+    which is its initial value.
     """
     _verify("the gathered adapter", tensors.keys(), tensors.__getitem__, expected, trained=trained)
 
 
 def verify_gradients(moments: Mapping[str, torch.Tensor]) -> None:
-    """Raise RankZeroError if a moment of Adam is zero, so that no gradient reached its parameter.
+    """Raise RankZeroError if a moment of Adam is zero: then no gradient reached its parameter.
 
-    It is needed for modules that are trained in full, whose initial values are not zero.
+    This check is for modules that are trained in full. Their initial values are not zero, so
+    `verify_tensors` cannot detect that they were not trained.
     """
     if zeros := [key for key, moment in moments.items() if not moment.any()]:
         raise RankZeroError(
@@ -53,35 +55,37 @@ def _verify(
     *,
     trained: bool,
 ) -> None:
+    """Verify the tensors with these keys. `name`: their origin, for messages."""
     present = set(keys)
-    damages = [f"{key} is missing" for key in expected if key not in present]
-    damages += [f"{key} is unexpected" for key in sorted(present - expected.keys())]
+    problems = [f"{key} is missing" for key in expected if key not in present]
+    problems += [f"{key} is unexpected" for key in sorted(present - expected.keys())]
     zeros = []
     for key, shape in expected.items():
         if key not in present:
             continue
         tensor = read(key)
-        if damage := _damage(tensor, shape):
-            damages.append(f"{key} {damage}")
+        if problem := _problem(tensor, shape):
+            problems.append(f"{key} {problem}")
         elif trained and key.endswith(".lora_B.weight") and not tensor.any():
             zeros.append(key)
-    if damages:
+    if problems:
         raise RankZeroError(
-            f"{name} is damaged, {len(damages)} tensors are wrong: {first_few(damages, '; ')}"
+            f"{name} is damaged, {len(problems)} tensors are wrong: {first_few(problems, '; ')}"
         )
     if zeros:
-        matrices = sum(key.endswith(".lora_B.weight") for key in expected)
+        num_matrices = sum(key.endswith(".lora_B.weight") for key in expected)
         raise RankZeroError(
-            f"{name}: {len(zeros)} of {matrices} lora_B matrices are zero, their initial value: "
-            f"no gradient reached {first_few(zeros)}"
+            f"{name}: {len(zeros)} of {num_matrices} lora_B matrices are zero, their initial "
+            f"value: no gradient reached {first_few(zeros)}"
         )
 
 
-def _damage(tensor: torch.Tensor, shape: tuple[int, ...]) -> str | None:
+def _problem(tensor: torch.Tensor, shape: tuple[int, ...]) -> str | None:
+    """Why a tensor is wrong; None if it has this shape and finite values."""
     actual = tuple(tensor.shape)
     if actual != shape and tensor.numel() == 0:
         return f"has shape {actual} instead of {shape}: an ungathered ZeRO-3 placeholder"
     if actual != shape:
         return f"has shape {actual} instead of {shape}"
-    bad = tensor.numel() - int(tensor.isfinite().sum())
-    return f"has {bad} of {tensor.numel()} values that are not finite" if bad else None
+    num_wrong = tensor.numel() - int(tensor.isfinite().sum())
+    return f"has {num_wrong} of {tensor.numel()} values that are not finite" if num_wrong else None

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.adapter.adapter_file import read_adapter
-from pipeline.adapter.export import write_plain_adapter
+from pipeline.adapter.export import write_with_plain_scaling
 from pipeline.adapter.ollama import go_template, modelfile
 from pipeline.cli.export import export
 from pipeline.errors import RankZeroError
@@ -175,12 +175,12 @@ def test_an_adapter_that_llama_cpp_cannot_represent_is_left_out(run, command, or
 def test_lora_alpha_over_r_of_the_plain_adapter_is_the_scaling_of_peft(original, tmp_path, options):
     adapter = read_adapter(make_adapter(original / "base", tmp_path / "adapter", **options))
     (tmp_path / "plain").mkdir()
-    write_plain_adapter(adapter, tmp_path / "plain")
+    write_with_plain_scaling(adapter, tmp_path / "plain")
     plain = load_file(tmp_path / "plain" / "adapter_model.safetensors")
     trained = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     alpha = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())["lora_alpha"]
     scalings = set()
-    for name, update in adapter.updates.items():
+    for name, update in adapter.layer_updates.items():
         key = f"base_model.model.{name.removesuffix('.weight')}.lora_B.weight"
         assert torch.allclose(plain[key] * alpha / update.r, trained[key] * update.scaling)
         scalings.add(update.scaling / (alpha / update.r))

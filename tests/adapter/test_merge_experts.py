@@ -67,7 +67,7 @@ def test_the_merged_model_equals_that_of_peft(folders, tmp_path, kind):
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[key], theirs[key], atol=1e-6) for key in ours)
     changed = {key for key in ours if not torch.equal(ours[key], before[key])}
-    assert len(changed) == len(read(base, adapter).updates)
+    assert len(changed) == len(read(base, adapter).layer_updates)
 
 
 @pytest.mark.parametrize("kind", KINDS)
