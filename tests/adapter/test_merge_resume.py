@@ -146,7 +146,7 @@ def test_a_full_disk_is_one_message_and_the_merge_continues(pair):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (max(sizes) - 1, hard))
     try:
-        with refused(pair / "merged", "File too large", "continues", error=RankZeroError):
+        with refused(pair / "merged", "File too large", "same command again", error=RankZeroError):
             merge(pair)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
