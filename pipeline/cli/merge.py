@@ -53,8 +53,8 @@ def merge() -> None:
     print(
         f"{request.out}: {report.tensors_merged} weights of {request.base} "
         f"{'unmerged' if given.undo else 'merged'}\n"
-        f"  {report.shards} shard(s), {report.num_bytes / 2**20:.0f} MiB, {report.seconds:.1f} s; "
-        f"largest change {100 * report.largest_change:.2g} %: {report.most_changed}"
+        f"  {report.shards} shard(s), {report.num_bytes / 2**20:.0f} MiB, {report.seconds:.1f} s\n"
+        f"  largest change {100 * report.largest_change:.2g} %: {report.most_changed}"
     )
     if given.check or (given.check is None and _is_checked_by_default(request)):
         _check(request)

@@ -60,8 +60,7 @@ def score_models(
 
     Raises UserError if there is no usable row.
     """
-    with show_progress("encoding the rows"):
-        scorings = _scorings(subjects, examples, options, session)
+    scorings = _scorings(subjects, examples, options, session)
     known = session.rank_zero_first(lambda: [sorted(each.known()) for each in scorings])
     loader = ModelLoader(session.device)
     for scoring, done in zip(scorings, known, strict=True):
@@ -175,12 +174,12 @@ def _scorings(
 ) -> list[_Scoring]:
     """One measurement, with its encoded rows, for each model that differs from those before it."""
     encoders: dict[str, RowEncoder] = {}
-    for subject in subjects:
-        if (key := _encoding_key(subject)) not in encoders:
-            encoders[key] = RowEncoder(subject.settings)
-    rows = dict(
-        zip(encoders, encode_rows(examples, [*encoders.values()], options.rows), strict=True)
-    )
+    with show_progress("encoding the rows"):
+        for subject in subjects:
+            if (key := _encoding_key(subject)) not in encoders:
+                encoders[key] = RowEncoder(subject.settings)
+        encoded = encode_rows(examples, [*encoders.values()], options.rows)
+    rows = dict(zip(encoders, encoded, strict=True))
     _check_rows([*rows.values()], options.pattern)
     max_new_tokens = options.max_new_tokens
     if max_new_tokens is None:
