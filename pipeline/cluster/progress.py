@@ -44,11 +44,12 @@ class Work:
     def __init__(self, text: str, total: int | None, *, in_bytes: bool = False) -> None:
         self.done = 0
         self._text, self._total, self._in_bytes = text, total, in_bytes
-        self._start = time.monotonic()
+        self._start = self._last = time.monotonic()  # `_last`: of the last `advance`
 
     def advance(self, amount: int = 1) -> None:
         """Count finished work, in the units of `total`."""
         self.done += amount
+        self._last = time.monotonic()
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -72,7 +73,8 @@ class Work:
         line = f"{self._text}: {100 * share:.0f} %"
         if share < _MIN_SHARE_FOR_ESTIMATE:
             return line
-        remaining_s = seconds * (self._total - self.done) / self.done
+        # At the rate until the last `advance`, so that the remaining time falls until the next one.
+        remaining_s = max(0.0, (self._last - self._start) / share - seconds)
         rate = f"{self.done / seconds / 1e6:,.0f} MB/s, " if self._in_bytes else ""
         return f"{line}, {rate}{duration(remaining_s)} left"
 
@@ -101,7 +103,7 @@ class _TerminalWork(Work):
         self._task = self._bar.add_task(text, total=total)
 
     def advance(self, amount: int = 1) -> None:
-        self.done += amount
+        super().advance(amount)
         self._bar.update(self._task, completed=self.done)
 
     @contextmanager

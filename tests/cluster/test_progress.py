@@ -57,11 +57,24 @@ def test_long_work_is_announced_and_then_reported_again_and_again(
 ) -> None:
     with show_progress("hashing", total=100) as work:
         wait_for_message(caplog, "hashing")
-        work.advance(30)
         clock.now = 12.0
+        work.advance(30)
         assert_mentions(wait_for_message(caplog, "0:00:28"), "hashing", "30 %")
         work.advance(30)
         assert_mentions(wait_for_message(caplog, "0:00:08"), "hashing", "60 %")
+
+
+def test_the_remaining_time_falls_while_work_does_not_advance(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    with show_progress("hashing", total=100) as work:
+        clock.now = 10.0
+        work.advance(50)
+        wait_for_message(caplog, "50 %, 0:00:10 left")
+        clock.now = 14.0
+        wait_for_message(caplog, "50 %, 0:00:06 left")
+        clock.now = 30.0
+        wait_for_message(caplog, "50 %, 0:00:00 left")
 
 
 def test_work_of_unknown_length_shows_its_time_even_if_it_does_not_advance(
@@ -103,6 +116,6 @@ def test_work_in_bytes_shows_its_rate_and_the_time_left(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     with show_progress("copying", total=80_000_000, in_bytes=True) as work:
-        work.advance(20_000_000)
         clock.now = 20.0
+        work.advance(20_000_000)
         assert_mentions(wait_for_message(caplog, "1 MB/s"), "copying", "25 %", "0:01:00")
