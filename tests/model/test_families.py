@@ -112,17 +112,29 @@ def family(tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="module")
-def replicated(family, tmp_path_factory):
-    """A run at ZeRO-2, made once for each kind and its settings."""
+LEAF_MODULES = {"of the plan": None, "none": {"classes": []}}
+# Changes of the settings of two ranks, each with the leaf modules of its runs at ZeRO-3.
+CHANGES = {kind: [({}, (*LEAF_MODULES,))] for kind in MIXTURES}
+CHANGES["mixtral"] += [
+    ({"gradient_checkpointing": True}, ("of the plan",)),
+    ({"load_in_4bit": True, "gradient_checkpointing": True}, ("of the plan",)),
+]
 
-    @cache
-    def train(kind, settings):
-        settings = EXPERTS_RUN | dict(settings) | {"zero_stage": 2}
-        folder = tmp_path_factory.mktemp("replicated")
-        return run_ranks(train_and_gather, family(kind), settings, tmp_path=folder)[0]
 
-    return train
+def train_replicated_and_sharded(session, folder, changes):
+    """For each change: the run at ZeRO-2, and those at ZeRO-3 by the name of their leaf modules."""
+    results = []
+    for change, leaves in changes:
+        settings = EXPERTS_RUN | change
+        whole = train_and_gather(session, folder, settings | {"zero_stage": 2})
+        sharded = {
+            leaf: train_and_gather(
+                session, folder, settings | {"zero_stage": 3}, LEAF_MODULES[leaf]
+            )
+            for leaf in leaves
+        }
+        results.append((whole, sharded))
+    return results
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -148,27 +160,14 @@ def test_the_published_and_the_merged_adapter_have_the_trained_logits(family, tm
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-LEAF_MODULES = {"of the plan": None, "none": {"classes": []}}
-
-
-@pytest.mark.parametrize(
-    ("kind", "leaf", "change"),
-    [
-        *((kind, leaf, {}) for kind in MIXTURES for leaf in LEAF_MODULES),
-        ("mixtral", "of the plan", {"gradient_checkpointing": True}),
-        ("mixtral", "of the plan", {"load_in_4bit": True, "gradient_checkpointing": True}),
-    ],
-)
-def test_sharded_experts_give_the_losses_of_replicated_ones(
-    family, replicated, tmp_path, kind, leaf, change
-):
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_sharded_experts_give_the_losses_of_replicated_ones(family, tmp_path, kind):
     """Ranks route tokens to different experts; ZeRO-3 must neither hang nor differ."""
-    settings = EXPERTS_RUN | change | {"zero_stage": 3}
-    arguments = (train_and_gather, family(kind), settings, LEAF_MODULES[leaf])
-    sharded = run_ranks(*arguments, tmp_path=tmp_path)[0]
-    whole = replicated(kind, tuple(change.items()))
-    assert sharded[0] == pytest.approx(whole[0], rel=1e-6)
-    assert distance(sharded[1], whole[1]) < 1e-5
+    arguments = (train_replicated_and_sharded, family(kind), CHANGES[kind])
+    for whole, sharded in run_ranks(*arguments, tmp_path=tmp_path)[0]:
+        for name, (losses, weights, _) in sharded.items():
+            assert losses == pytest.approx(whole[0], rel=1e-6), name
+            assert distance(weights, whole[1]) < 1e-5, name
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])

@@ -1,5 +1,7 @@
 """Loss and gradients at every ZeRO stage are those of the model class, tied or untied."""
 
+from functools import cache
+
 import deepspeed
 import pytest
 import torch
@@ -75,17 +77,43 @@ def sharded(session, kind, stage, is_tied, is_fast):
     return loss.item(), grads
 
 
-@pytest.mark.parametrize("is_tied", [True, False])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize(("kind", "is_fast"), KINDS)
-def test_loss_and_gradients_equal_those_of_the_class(tmp_path, kind, is_fast, stage, is_tied):
+CASES = [(stage, is_tied) for stage in (1, 2, 3) for is_tied in (True, False)]
+
+
+def sharded_in_each_case(session, kind, is_fast):
+    return {case: sharded(session, kind, *case, is_fast) for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def sharded_results(tmp_path_factory):
+    """Function: kind and is_fast -> loss and gradients in each of CASES; the ranks start once."""
+
+    @cache
+    def train(kind, is_fast):
+        folder = tmp_path_factory.mktemp("sharded")
+        return run_ranks(sharded_in_each_case, kind, is_fast, tmp_path=folder)[0]
+
+    return train
+
+
+@cache
+def loss_and_gradients_of_class(kind, is_tied):
     model, (ids, labels) = adapted(kind, is_tied), make_batch()
     logits = model.get_base_model()(input_ids=ids, use_cache=False).logits[:, :-1].float()
     loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
     loss.backward()
-    theirs = {n: p.grad.reshape(-1) for n, p in model.named_parameters() if p.requires_grad}
-    total, ours = run_ranks(sharded, kind, stage, is_tied, is_fast, tmp_path=tmp_path)[0]
-    assert total == pytest.approx(loss.item(), rel=1e-6)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return loss.item(), {name: p.grad.reshape(-1) for name, p in trainable.items()}
+
+
+@pytest.mark.parametrize(("stage", "is_tied"), CASES)
+@pytest.mark.parametrize(("kind", "is_fast"), KINDS)
+def test_loss_and_gradients_equal_those_of_the_class(
+    sharded_results, kind, is_fast, stage, is_tied
+):
+    loss, theirs = loss_and_gradients_of_class(kind, is_tied)
+    total, ours = sharded_results(kind, is_fast)[stage, is_tied]
+    assert total == pytest.approx(loss, rel=1e-6)
     assert ours.keys() == theirs.keys()
     difference = sum(float((ours[n] - theirs[n]).square().sum()) for n in theirs) ** 0.5
     assert difference < 2e-6 * sum(float(theirs[n].square().sum()) for n in theirs) ** 0.5

@@ -51,48 +51,63 @@ def train_and_gather(session, folder, settings, saved=None):
     }
 
 
+CHECKPOINTED = {"zero_stage": 3, "gradient_checkpointing": True}
+# Settings of the runs of two ranks whose first gradients are compared.
+GRADIENT_RUNS = {kind: [CHECKPOINTED] for kind in KINDS}
+GRADIENT_RUNS["qwen3_moe"] += [{"zero_stage": 2}, {"zero_stage": 3}]
+GRADIENT_RUNS["gpt_oss"] += [{"zero_stage": 3}]
+# Stages of the runs of two ranks whose adapter is published.
+PUBLISHED = {kind: (3,) for kind in KINDS if kind != "qwen3_next"} | {"qwen3_moe": (2, 3)}
+
+
+def published_settings(stage):
+    return EXPERTS | {"zero_stage": stage, "batch_size": 4, "lora_dropout": 0.1}
+
+
+def train_all(session, folder, kind):
+    """First gradients of the GRADIENT_RUNS of a kind, and its PUBLISHED runs by stage."""
+    gradients = [
+        train_tiny(session, folder, EXPERTS | settings, 1)["gradients"]
+        for settings in GRADIENT_RUNS[kind]
+    ]
+    published = {
+        stage: train_and_gather(session, folder, published_settings(stage))
+        for stage in PUBLISHED.get(kind, ())
+    }
+    return gradients, published
+
+
 @pytest.fixture(scope="module")
-def one_rank(folder_of, tmp_path_factory):
-    """The first step of a kind on one rank, run once for each kind."""
-    settings = EXPERTS | {"zero_stage": 2}
+def two_ranks(folder_of, tmp_path_factory):
+    """Function: kind -> the results of `train_all`; the ranks start once for each kind."""
 
     @cache
     def train(kind):
-        folder = tmp_path_factory.mktemp("one")
-        return run_ranks(train_tiny, folder_of(kind), settings, 1, tmp_path=folder, world_size=1)[0]
+        folder = tmp_path_factory.mktemp("two")
+        return run_ranks(train_all, folder_of(kind), kind, tmp_path=folder)[0]
 
     return train
 
 
-@pytest.mark.parametrize(
-    ("kind", "settings"),
-    [
-        ("qwen3_moe", {"zero_stage": 2}),
-        ("qwen3_moe", {"zero_stage": 3}),
-        ("gpt_oss", {"zero_stage": 3}),
-        *((kind, {"zero_stage": 3, "gradient_checkpointing": True}) for kind in KINDS),
-    ],
-)
-def test_first_gradients_of_two_ranks_equal_those_of_one(
-    folder_of, one_rank, tmp_path, kind, settings
-):
-    one = one_rank(kind)
-    settings = EXPERTS | settings
-    two = run_ranks(train_tiny, folder_of(kind), settings, 1, tmp_path=tmp_path)[0]
-    nonzero = [key for key, gradient in one["gradients"].items() if gradient.any()]
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_gradients_of_two_ranks_equal_those_of_one(folder_of, two_ranks, tmp_path, kind):
+    arguments = (train_tiny, folder_of(kind), EXPERTS | {"zero_stage": 2}, 1)
+    one = run_ranks(*arguments, tmp_path=tmp_path, world_size=1)[0]["gradients"]
+    nonzero = [key for key, gradient in one.items() if gradient.any()]
     assert [key for key in nonzero if ".experts.base_layer.lora_B" in key]
     assert [key for key in nonzero if ".experts.lora_B" in key]
-    assert distance(two["gradients"], one["gradients"]) < 1e-6
+    for settings, two in zip(GRADIENT_RUNS[kind], two_ranks(kind)[0], strict=True):
+        assert distance(two, one) < 1e-6, settings
 
 
 @pytest.mark.parametrize(
-    ("kind", "stage"), [("qwen3_moe", 2), *((kind, 3) for kind in KINDS if kind != "qwen3_next")]
+    ("kind", "stage"), [(kind, stage) for kind, stages in PUBLISHED.items() for stage in stages]
 )
-def test_the_published_adapter_has_its_logits_in_plain_peft(folder_of, tmp_path, kind, stage):
-    folder = folder_of(kind)
-    settings = EXPERTS | {"zero_stage": stage, "batch_size": 4, "lora_dropout": 0.1}
-    result = run_ranks(train_and_gather, folder, settings, tmp_path=tmp_path)[0]
-    plan = make_plan(folder, 2, 40, **settings)
+def test_the_published_adapter_has_its_logits_in_plain_peft(
+    folder_of, two_ranks, tmp_path, kind, stage
+):
+    folder, result = folder_of(kind), two_ranks(kind)[1][stage]
+    plan = make_plan(folder, 2, 40, **published_settings(stage))
     publish_adapter(
         plan, result["weights"], tmp_path / "adapter", step=STEPS, base=base_fingerprint(folder)
     )
@@ -103,16 +118,19 @@ def test_the_published_adapter_has_its_logits_in_plain_peft(folder_of, tmp_path,
     assert float((logits - result["logits"]).norm() / logits.norm()) < 1e-5
 
 
+def resume_at_stages(session, folder, saved):
+    return [
+        train_and_gather(session, folder, EXPERTS | {"zero_stage": stage}, saved)
+        for stage in (2, 3)
+    ]
+
+
 def test_a_run_with_experts_is_resumed_at_another_stage(folder_of, tmp_path):
     """At ZeRO-3 the adapters of experts are sharded, unlike those of linear layers."""
     folder = folder_of("qwen3_moe")
     before = run_ranks(train_and_gather, folder, EXPERTS | {"zero_stage": 2}, tmp_path=tmp_path)[0]
-    at_same_stage, at_other_stage = (
-        run_ranks(
-            train_and_gather, folder, EXPERTS | {"zero_stage": stage}, before, tmp_path=tmp_path
-        )[0]
-        for stage in (2, 3)
-    )
+    resumed = run_ranks(resume_at_stages, folder, before, tmp_path=tmp_path)[0]
+    at_same_stage, at_other_stage = resumed
     assert distance(at_same_stage["weights"], before["weights"]) > 1e-3
     assert distance(at_other_stage["weights"], at_same_stage["weights"]) < 1e-5
     assert at_other_stage["losses"] == pytest.approx(at_same_stage["losses"], rel=1e-6)

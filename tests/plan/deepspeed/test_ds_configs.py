@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import replace
+from functools import cache
 
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.utils import groups
 
 from pipeline.model.adapter import attach_adapter
 from pipeline.model.base import load_base
@@ -56,17 +58,43 @@ def train(session, folder, golden, settings):
     return losses, accepted.zero_config.model_dump(by_alias=True, mode="json"), has_node_copy
 
 
+def model_of(golden):
+    return "qwen3_moe" if "moe" in golden.stem else "llama"
+
+
+def world_size_of(golden):
+    return 1 if "-1x" in golden.stem else 2
+
+
+def train_each(session, folder, goldens):
+    """Results of `train` by the name of the golden config; the ranks start once for all."""
+    results = {}
+    for golden in goldens:
+        settings = {
+            "load_in_4bit": golden.stem.startswith("qlora"), "lora_target_modules": "all-linear",
+        }  # fmt: skip
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # DeepSpeed expects one engine in a process
+        results[golden] = train(session, folder, golden, settings)
+    return results
+
+
+@pytest.fixture(scope="module")
+def results_of(tiny_model, tmp_path_factory):
+    """Function: model and number of ranks -> the results of the golden configs for them."""
+
+    @cache
+    def train_goldens(model, world_size):
+        goldens = [g for g in GOLDENS if (model_of(g), world_size_of(g)) == (model, world_size)]
+        out = tmp_path_factory.mktemp("goldens")
+        folder = tiny_model if model == "llama" else make_family(out / "model", model)
+        return run_ranks(train_each, folder, goldens, tmp_path=out, world_size=world_size)[0]
+
+    return train_goldens
+
+
 @pytest.mark.parametrize("golden", GOLDENS, ids=lambda path: path.stem)
-def test_a_golden_config_trains(tiny_model, tmp_path, golden):
-    folder = make_family(tmp_path / "model", "qwen3_moe") if "moe" in golden.stem else tiny_model
-    settings = {
-        "load_in_4bit": golden.stem.startswith("qlora"),
-        "lora_target_modules": "all-linear",
-    }
-    world_size = 1 if "-1x" in golden.stem else 2
-    losses, parsed, has_node_copy = run_ranks(
-        train, folder, golden, settings, tmp_path=tmp_path, world_size=world_size
-    )[0]
+def test_a_golden_config_trains(results_of, golden):
+    losses, parsed, has_node_copy = results_of(model_of(golden), world_size_of(golden))[golden]
     requested = json.loads(golden.read_text(encoding="utf-8"))["zero_optimization"]
     assert {k: without_defaults(parsed[k], v) for k, v in requested.items()} == requested
     assert all(0 < loss < 20 for loss in losses)
