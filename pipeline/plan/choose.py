@@ -121,9 +121,10 @@ def micro_batches(
 
 
 def default_global_batch_size(data_parallel_size: int) -> int:
-    """Sequences of a step if no batch key is set: at most 16, but one for each rank or group.
+    """Sequences of a step over all ranks, if no batch key is set.
 
-    It is a multiple of `data_parallel_size`.
+    It is the largest multiple of `data_parallel_size` that is at most 16. With more than 16 ranks,
+    it is one sequence for each rank.
     """
     return max(1, _DEFAULT_GLOBAL_BATCH // data_parallel_size) * data_parallel_size
 
@@ -235,7 +236,7 @@ def _layouts(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> Iter
     size = _sequence_parallel_size(settings, cluster)
     batches = micro_batches(settings, cluster.world_size, size)
     all_blocks = shape.num_layers if settings.gradient_checkpointing is True else 0
-    not_offloaded: list[Offload] = ["none"]
+    not_offloaded: list[Offload] = ["none"]  # hpZ and offload of the base need ZeRO-3
     for stage in _allowed_stages(settings, dtype, cluster):
         hpz_sizes = _allowed_hpz_sizes(settings, cluster) if stage == 3 else [1]
         offloads = _allowed_offloads(settings, cluster.hardware) if stage == 3 else not_offloaded
@@ -277,7 +278,10 @@ def _allowed_stages(settings: RunSettings, dtype: str, cluster: Cluster) -> list
 
 
 def _allowed_hpz_sizes(settings: RunSettings, cluster: Cluster) -> list[int]:
-    """Values of hpz_partition_size to try."""
+    """Values of hpz_partition_size to try.
+
+    A value above 1 is useful on several nodes: then ZeRO-3's gathers stay within a node.
+    """
     if settings.hpz_partition_size != "auto":
         return [settings.hpz_partition_size]
     is_useful = cluster.nodes > 1 and cluster.ranks_per_node > 1

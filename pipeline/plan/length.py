@@ -1,7 +1,7 @@
-"""Consequences of the setting `max_length`, in tokens per sequence.
+"""Consequences of the setting `max_length`, the number of tokens of a sequence.
 
-These are the tokens of longer documents that are lost at its value, the memory that greater values
-need, and the greatest value that fits.
+They are shown in a plan: how many tokens of longer documents are lost, how much memory greater
+values of `max_length` need, and the greatest value that fits.
 """
 
 from dataclasses import dataclass, replace

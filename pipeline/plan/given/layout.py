@@ -1,4 +1,4 @@
-"""Layout: how a run is divided over ranks, ZeRO stages and micro-batches."""
+"""Layout: how a run is divided over ranks and micro-batches, and how it saves memory."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +9,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Division of a run over ranks, ZeRO stages and micro-batches.
+    """ZeRO stage, batch sizes, activation checkpointing, offload and sequence parallelism of a run.
 
     `checkpointed_layers`: number of blocks with activation checkpointing. These are the first
     blocks, because their backward pass runs last, when the activations of the others are freed.
