@@ -9,15 +9,25 @@ from functools import partial
 import psutil
 import pytest
 
-from pipeline.data.prepare import job, lines
+from pipeline.data.prepare import job, lines, parallel
 from pipeline.data.prepare.parallel import parallel_map
 from pipeline.data.prepare.prepare import prepare_data
 from pipeline.errors import RankZeroError, UserError
 from tests import ROOT
 from tests.data.prepare.preparation import content, long_rows, write_lines
 from tests.messages import refused
+from tests.ranks import CONTEXT
 
 pytestmark = pytest.mark.tensor
+
+
+@pytest.fixture(autouse=True)
+def _forked_workers(monkeypatch):
+    """Fork the workers from the preloaded interpreter: a spawned one imports for seconds.
+
+    The last test spawns them.
+    """
+    monkeypatch.setattr(parallel, "get_context", lambda _: CONTEXT)
 
 
 def make_squares(fails_at):
