@@ -1,4 +1,4 @@
-"""Write comparison.html, a self-contained page that compares runs, such as those of a sweep."""
+"""Write comparison.html, a page that compares runs, such as those of a sweep."""
 
 import math
 import os
@@ -15,7 +15,7 @@ from pipeline.report.curves import Marks, charts_of_runs, is_thinned, page_data
 from pipeline.report.folder import RunRecords, mapping, number, read_run_folder
 from pipeline.report.frame import render, write_page
 
-# Settings that name a run or its place; they differ between any two runs.
+# Settings with the name or the folder of a run, which differ between any two runs.
 _NAMES = ("output_dir", "run_name")
 # Settings that must be the same for held-out losses to be comparable.
 _HELD_OUT = (
@@ -25,7 +25,11 @@ _HELD_OUT = (
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A run in the table of results, with the texts of its cells. `loss`: sort key of the table."""
+    """A run in the table of results.
+
+    `colour`: index of the run's colour in the charts. `loss`: sort key of the table. `cells`: texts
+    in the order of COLUMNS.
+    """
 
     name: str
     colour: int
@@ -131,8 +135,8 @@ def _row(name: str, colour: int, run: RunRecords) -> Row:
 def published_loss(run: RunRecords) -> tuple[float | None, float | None]:
     """Held-out loss and step of the adapter that the run published, or would publish now.
 
-    With `keep_best` it is the lowest loss, else the last one. Without evaluations it is the loss in
-    score.json, whose step is not recorded.
+    With `keep_best` this is the lowest loss, otherwise the last loss. If the run had no
+    evaluations, the loss is that of score.json, where no step is recorded.
     """
     points = list(zip(*run.held_out(), strict=True))
     if not points:

@@ -18,7 +18,7 @@ Array = npt.NDArray[Any]
 Style = Literal["line", "thin", "dots", "dashed"]
 
 MAX_POINTS = 4000  # largest number of points of a series in a page
-MIN_POINTS = 200  # the same if the page has so many series that _PAGE_POINTS would allow fewer
+MIN_POINTS = 200  # points of a series if the page has so many that _PAGE_POINTS would allow fewer
 _PAGE_POINTS = 160_000  # largest number of points of all series of a page: about 2.5 MB
 _DIGITS = 6  # significant digits of a value in the page
 _NUM_COLOURS = 8  # --c0 to --c7 in style.css
@@ -26,7 +26,11 @@ _NUM_COLOURS = 8  # --c0 to --c7 in style.css
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """A line of a chart. `colour`: index of a CSS variable; `style`: how charts.js draws it."""
+    """A line of a chart.
+
+    `points`: steps and values. `style`: how charts.js draws the line. `colour`: index of a CSS
+    variable.
+    """
 
     label: str
     points: Points
@@ -50,7 +54,10 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A chart. `form`: how charts.js writes its values. `is_from_zero`: the y axis begins at 0."""
+    """A chart.
+
+    `form`: format of its values in charts.js. `is_from_zero`: whether the y axis begins at 0.
+    """
 
     name: str
     title: str
@@ -239,7 +246,10 @@ def _mean_of(losses: Points) -> Points:
 
 
 def _chart_of(run: RunRecords, item: _Quantity) -> Chart | None:
-    """The chart of a quantity. Some have a second series: the prediction, or lora_B's own rate."""
+    """The chart of a quantity.
+
+    It may have a second series: the predicted values, or the learning rate of the B matrices.
+    """
     points = _scaled(run, item)
     if not points[0]:
         return None

@@ -1,7 +1,7 @@
 """Documents of the prepared data, with the supervised text marked.
 
-They are decoded with the tokenizer.json of the run folder's adapter or merged model, or of the
-model's folder, by the library `tokenizers`, which needs no torch.
+The library `tokenizers`, which needs no torch, decodes them. The tokenizer.json is that of the run
+folder's adapter or merged model, or of the model's folder.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,10 @@ _MAX_TOKENS = 1500  # of a document; the page says how many are shown
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """A document as parts of text, each with whether it is supervised."""
+    """A document. `parts`: pieces of its text, each with whether the piece is supervised.
+
+    `tokens`, `supervised`, `shown`: numbers of all, of supervised and of shown tokens.
+    """
 
     number: int
     tokens: int

@@ -14,7 +14,7 @@ MODELS = ("base", "adapter", "merged")
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """A key figure with its label; `before`: its value before training."""
+    """A key figure with its label. `before`: the value before training."""
 
     label: str
     value: str
@@ -53,7 +53,7 @@ def method(run: RunRecords) -> list[str]:
 
 
 def tiles(run: RunRecords) -> list[Tile]:
-    """Key figures, as far as the run folder has the data."""
+    """Key figures for which the run folder has the data."""
     return [*_quality(run), *_progress(run)]
 
 

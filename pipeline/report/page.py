@@ -1,4 +1,4 @@
-"""Write report.html, a self-contained page about a run, to the run folder."""
+"""Write report.html, a page about a run that loads no other files, to the run folder."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -38,7 +38,7 @@ _USES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """A predicted value beside the measured one. `is_off`: the page marks the difference."""
+    """A predicted and a measured value. `is_off`: whether the page marks the difference."""
 
     name: str
     predicted: str
@@ -50,7 +50,7 @@ class Prediction:
 def write_report(run_folder: Path, *, refresh_s: int = 0) -> Path:
     """Write report.html into a run folder. Raises UserError if it is not a run folder.
 
-    `refresh_s`: the page loads itself again at this interval; 0: it does not.
+    `refresh_s`: interval at which the page reloads itself in the browser; 0 for never.
     """
     run = read_run_folder(run_folder)
     return write_page(run_folder / "report.html", _render(run, refresh_s))

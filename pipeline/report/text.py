@@ -1,4 +1,4 @@
-"""Format numbers and other values for the report."""
+"""Texts of numbers and other values for the report."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping

@@ -11,7 +11,7 @@ from pipeline.report.folder import Record, RunRecords, mapping, number
 
 _MAX_SPANS = 500  # ranges of skipped steps that charts mark; the time line has their total number
 _SHOWN_SPANS = 10
-_ENDS = {
+_ENDS = {  # final state of a start -> text
     "done": "finished", "stopped": "stopped", "failed": "failed", "killed": "killed",
     "dead": "ended without a last status",
 }  # fmt: skip

@@ -8,14 +8,14 @@ from pipeline.report.folder import read_state
 from pipeline.report.page import write_report
 
 INTERVAL_S = 5
-_LARGEST_SHARE = 0.05  # fraction of the time that writing may take, because the machine trains
+_LARGEST_SHARE = 0.05  # of the time may be used for writing, because the machine also trains
 
 
 def watch_run(run_folder: Path, on_first_page: Callable[[Path], None]) -> str:
     """Write report.html every few seconds until the run ends, and return its last state.
 
     `on_first_page`: called once with the path of the page. The page reloads itself in the browser.
-    At the end, also after Ctrl-C, it is written once more, without the reloading.
+    At the end, also after Ctrl-C, the page is written once more, and then does not reload itself.
     """
     wait, is_first = float(INTERVAL_S), True
     try:
