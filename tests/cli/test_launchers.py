@@ -32,6 +32,8 @@ SETTINGS = {
     "fp16": False, "zero_stage": 2,
 }  # fmt: skip
 ADAPTER = "adapter/adapter_model.safetensors"
+# The command `deepspeed`. A fork runs it; the processes that it starts are real.
+DEEPSPEED = ("-m", "deepspeed.launcher.runner")
 # Runs the script in its arguments in a forked process in which mpi4py cannot be imported.
 WITHOUT_MPI = """
 import runpy, sys
@@ -97,10 +99,6 @@ def expected(workspace) -> bytes:
     return workspace.adapter("alone")
 
 
-def deepspeed(*options: str) -> list[str]:
-    return [str(BIN / "deepspeed"), *options]
-
-
 def master_options() -> list[str]:
     return ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
 
@@ -152,9 +150,10 @@ def test_deepspeed_with_a_hostfile_gives_the_same_adapter(workspace, expected, t
     pdsh.chmod(pdsh.stat().st_mode | stat.S_IXUSR)
     hosts = tmp_path / "hosts"
     hosts.write_text("host-a slots=1\nhost-b slots=1\n")
-    command = deepspeed("--hostfile", str(hosts), "--no_ssh_check", *master_options())
+    command = (*DEEPSPEED, "--hostfile", hosts, "--no_ssh_check", *master_options())
     path = f"{tmp_path}:{BIN}:{os.environ['PATH']}"
-    output = finish(start(command, TRAIN, workspace.run_file("hostfile"), PATH=path))
+    code, output = run(*command, TRAIN, workspace.run_file("hostfile"), PATH=path)
+    assert code == 0, output
     assert "2 nodes" in output or "2 x 1 x CPU" in output, output
     assert workspace.adapter("hostfile") == expected
 
@@ -165,15 +164,16 @@ def test_deepspeed_on_each_machine_without_ssh_gives_the_same_adapter(
     hosts = tmp_path / "hosts"
     hosts.write_text("host-a slots=1\nhost-b slots=1\n")
     run_file, where = workspace.run_file("no_ssh"), master_options()
-    finish(
-        *(
-            start(
-                deepspeed("--hostfile", str(hosts), "--no_ssh", "--node_rank", node, *where),
-                "--module", "pipeline.cli.train", run_file, **workspace.without_mpi,
-            )
-            for node in ("0", "1")
-        )
-    )  # fmt: skip
+    arguments = ("--no_ssh", *where, "--module", "pipeline.cli.train", run_file)
+    nodes = [
+        Command(*DEEPSPEED, "--hostfile", hosts, "--node_rank", node, *arguments,
+                variables=[workspace.without_mpi])
+        for node in ("0", "1")
+    ]  # fmt: skip
+    for node in nodes:
+        with node:
+            code, output = node.end()
+        assert code == 0, output
     assert workspace.adapter("no_ssh") == expected
 
 

@@ -1,24 +1,19 @@
 """`make bench-gpu` runs to its end with a tiny shape, so that a GPU is not rented for a mistake."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from tests import ROOT
 from tests.bench import gpu, gpu_rates
 from tests.bench.step_profile import KINDS, kind_of
-
-CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+from tests.commands import run
 
 
 @pytest.mark.engine
 @pytest.mark.timeout(300)
 def test_every_part_is_measured_with_a_tiny_shape(tmp_path):
-    command = [sys.executable, "-m", "tests.bench.gpu", "--tiny", "--out", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, env=os.environ | CPU, check=True, capture_output=True)
+    code, output = run("-m", "tests.bench.gpu", "--tiny", "--out", tmp_path)
+    assert code == 0, output
     results = json.loads((tmp_path / "gpu.json").read_text())
     unmeasured = [n for n, part in results["parts"].items() if part.keys() & {"failed", "skipped"}]
     assert not unmeasured, results
@@ -38,8 +33,8 @@ def test_every_part_is_measured_with_a_tiny_shape(tmp_path):
 @pytest.mark.engine
 @pytest.mark.timeout(300)
 def test_every_long_sequence_is_measured_with_a_tiny_shape(tmp_path):
-    command = [sys.executable, "-m", "tests.bench.gpu", "--tiny", "--long", "--out", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, env=os.environ | CPU, check=True, capture_output=True)
+    code, output = run("-m", "tests.bench.gpu", "--tiny", "--long", "--out", tmp_path)
+    assert code == 0, output
     parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert parts.keys() == gpu.LONG_CELLS.keys()
     assert all(part["tokens_per_second"] > 0 for part in parts.values()), parts

@@ -147,10 +147,10 @@ def watch_gathers(session, folder, settings, changes):
     coordinator.fetch_sub_module = fetch_and_update
     coordinator.release_sub_module = release_and_update
     gathered = []
-    for step in range(4):
+    for step in range(3):
         watch.total = 0
         batches, supervised = work(plan, Documents(), step, session.placement.rank)
-        if step == 3:
+        if step == 2:
             engine.evaluate(batches[0].batch)
         engine.optimizer_step(batches, supervised, 1e-3)
         gathered.append(watch.total / len(batches))
@@ -183,7 +183,7 @@ WATCHED = [({}, {}), (CHECKPOINTED, {}), (CHECKPOINTED, {"checkpointed_layers": 
 
 
 def watch_each(session, folder, runs):
-    common = {"zero_stage": 3, "batch_size": 2, "lora_r": 2}
+    common = {"zero_stage": 3, "batch_size": 4, "lora_r": 2}
     return [
         watch_gathers(session, folder, common | settings, changes) for settings, changes in runs
     ]
