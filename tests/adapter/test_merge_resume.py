@@ -4,8 +4,6 @@ import fcntl
 import os
 import resource
 import signal
-import subprocess
-import sys
 from contextlib import contextmanager
 
 import pytest
@@ -14,6 +12,7 @@ from pipeline.adapter.merge_output import MARKER
 from pipeline.adapter.merge_stream import MergeStream
 from pipeline.errors import RankZeroError
 from tests.adapter.merged import contents, edit_json, merge_adapter
+from tests.commands import run
 from tests.messages import refused
 
 pytestmark = pytest.mark.tensor
@@ -131,9 +130,8 @@ def test_a_finished_shard_that_was_cut_is_written_again(pair, monkeypatch):
 
 def test_a_killed_merge_continues_after_its_last_complete_shard(pair):
     before = contents(pair / "merged")
-    command = [sys.executable, "-c", KILLED, str(pair), "11"]
-    killed = subprocess.run(command, capture_output=True, check=False, timeout=100)
-    assert killed.returncode == -signal.SIGKILL
+    code, output = run("-c", KILLED, pair, "11")
+    assert code == -signal.SIGKILL, output
     assert contents(pair / "merged") == before
     assert 0 < merge(pair).resumed_shards < 4
     merge(pair, "fresh")

@@ -18,6 +18,7 @@ NF4, INT8, CHECKPOINTED = (
     {"load_in_8bit": True},
     {"gradient_checkpointing": True},
 )
+STEPS = 3
 # Runs that the same ranks train one after the other.
 GROUPS = {
     "lora": {
@@ -61,7 +62,7 @@ def results_of(tiny_model, tmp_path_factory):
     def train(name):
         runs = {key: {"batch_size": 2} | settings for key, settings in GROUPS[name].items()}
         folder = tmp_path_factory.mktemp("group")
-        return run_ranks(on_and_off, train_tiny, tiny_model, runs, tmp_path=folder)[0]
+        return run_ranks(on_and_off, train_tiny, tiny_model, runs, STEPS, tmp_path=folder)[0]
 
     return train
 

@@ -22,9 +22,10 @@ MAX_RELATIVE_ERROR = {"float32": 1e-5, "bfloat16": 2e-3}
 
 # World size and stage of a run, world size and stage at which it is resumed, kind.
 CASES = [
-    # all pairs of different stages; test_gather.py compares equal stages bitwise
+    # All pairs of different stages in fp32; test_gather.py compares equal stages bitwise. In 4 bits
+    # each stage is left and resumed once: the state has no tensor of the base.
     *((2, a, 2, b, "fp32") for a in (1, 2, 3) for b in (1, 2, 3) if a != b),
-    *((2, a, 2, b, "nf4") for a in (1, 2, 3) for b in (1, 2, 3) if a != b),
+    *((2, a, 2, b, "nf4") for a, b in ((1, 2), (2, 3), (3, 1))),
     # other world sizes, smaller and larger
     (2, 3, 1, 2, "fp32"), (1, 2, 2, 3, "fp32"), (1, 3, 2, 1, "fp32"), (2, 3, 4, 2, "fp32"),
     (2, 2, 4, 3, "fp32"),
@@ -36,7 +37,7 @@ MAX_RELATIVE_ERROR = {"fp32": 1e-5, "nf4": 1e-5, "bf16": 2e-3}
 
 
 def settings_of(stage, kind):
-    return {"zero_stage": stage, "batch_size": 1} | KINDS[kind]
+    return {"zero_stage": stage, "batch_size": 2} | KINDS[kind]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_a_run_resumed_at_another_stage_or_size_has_the_same_losses(saved, resum
 @pytest.fixture(scope="module")
 def shared(tiny_model, tmp_path_factory):
     """The state of a run whose two ranks share each sequence."""
-    settings = {"zero_stage": 2, "batch_size": 1, "sequence_parallel_size": 2}
+    settings = {"zero_stage": 2, "batch_size": 2, "sequence_parallel_size": 2}
     folder = tmp_path_factory.mktemp("shared")
     return run_ranks(train_and_gather, tiny_model, settings, tmp_path=folder)[0]
 
@@ -93,7 +94,7 @@ def shared(tiny_model, tmp_path_factory):
 def test_a_run_that_shared_sequences_between_two_ranks_resumes_at_any_other_size(
     tiny_model, tmp_path, shared, world_size, size, stage
 ):
-    settings = {"zero_stage": stage, "batch_size": 1, "sequence_parallel_size": size}
+    settings = {"zero_stage": stage, "batch_size": 2, "sequence_parallel_size": size}
     after = run_ranks(
         restore_and_train, tiny_model, settings, shared, tmp_path=tmp_path, world_size=world_size
     )[0]
