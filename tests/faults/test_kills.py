@@ -20,6 +20,7 @@ from tests.faults.runs import (
     resumed_step,
     send,
     start,
+    start_ranks,
 )
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
@@ -96,7 +97,7 @@ def test_a_killed_and_restarted_run_is_bitwise_equal(
         share = TOTAL_STEPS // (KILLS_PER_RUN + 1)
         step = kill_number * share + random_source.randrange(2, share)
         victim, moment = random_source.choice(VICTIMS), random_source.choice(MOMENTS)
-        run = start(path)
+        run = start_ranks(path) if "rank" in victim else start(path)
         wait_for(run, moment, step, random_source)
         assert not run.is_over()
         began = time.monotonic()
