@@ -7,7 +7,7 @@
 # make models      every kind of model through a whole run (about an hour on 2 CPU cores; resumable)
 # make templates    chat templates at length: random conversations, the table of docs/masks.md (15 minutes)
 # make test-trackers  wandb, mlflow and trackio on local files (installs them; 2 minutes)
-# make test-serving  vLLM and llama.cpp answer the quickstart's held-out rows (installs both, 3 GB; an hour)
+# make test-serving  vLLM and llama.cpp answer the quickstart's held-out rows (installs both, 4 GB; 20 minutes)
 # make test-report  the report in headless Chromium: every kind of run, two widths, both themes (3 minutes)
 # make bench-quickstart  five seeds of the quickstart, scored on 300 fresh rows (15 minutes)
 # make bench-lora   the quickstart with other settings of the adapter (an hour; resumable)
@@ -77,7 +77,7 @@ test-trackers:
 SERVING := build/serving
 test-serving: $(VENV)/.installed
 	test -f quickstart/run/score.json || $(MAKE) quickstart
-	$(PIP) '.[gguf]'
+	$(PIP) --constraint constraints.txt --editable '.[quickstart,dev,gguf]'
 	mkdir -p $(SERVING)
 	test -x .venv-llama-cpp/bin/python || $(PYTHON) -m venv .venv-llama-cpp
 	.venv-llama-cpp/bin/python -m pip install --quiet xllamacpp==2026.10.11549

@@ -4,6 +4,7 @@ Only adapter_config.json and the header of adapter_model.safetensors are read, w
 that a wrong folder is refused quickly.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ WITH_PEFT = (
     "ADAPTER).merge_and_unload().save_pretrained(FOLDER)"
 )
 CONFIG = "adapter_config.json"
+_PICKLE = "adapter_model.bin"
+_PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8}  # if the config lacks the key (LoraConfig, peft 0.21.2)
 _PREFIX = "base_model.model."  # of all keys in a PEFT file, before the name in the base
 # Suffix of a key in a PEFT file -> name of the LoRA tensor.
 _LORA_TENSORS = {
@@ -142,11 +145,11 @@ def read_adapter(folder: Path) -> Adapter:
         raise UserError(
             f"adapter: {folder} is not a folder; give a PEFT folder, with {CONFIG} in it"
         )
-    config = read_config(folder / CONFIG, "adapter")
+    config = _PEFT_DEFAULTS | read_config(folder / CONFIG, "adapter")
     _require_mergeable(folder, config)
-    path = folder / "adapter_model.safetensors"
+    path = folder / WEIGHTS
     if not path.is_file():
-        raise UserError(f"adapter: {folder} has no {path.name}, the only format that is supported")
+        raise UserError(f"adapter: {folder} has no {WEIGHTS}; {_convert_text(folder)}")
     file = read_header(path)
     layers: dict[str, dict[str, Entry]] = {}  # name of a LoRA layer -> its tensors
     value_updates: dict[str, tuple[ValueUpdate, ...]] = {}
@@ -177,6 +180,17 @@ def read_adapter(folder: Path) -> Adapter:
         if name not in fused_experts
     }
     return Adapter(file, config, layer_updates, fused_experts, value_updates)
+
+
+def _convert_text(folder: Path) -> str:
+    """How to get the weights of an adapter as safetensors."""
+    if not (folder / _PICKLE).is_file():
+        return "copy it there, or name another folder"
+    return (
+        f"{_PICKLE} is not read, because a pickle can run any code; if you trust it, convert it: "
+        "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), ADAPTER)"
+        ".save_pretrained(FOLDER)"
+    )
 
 
 def _is_fused(name: str, tensors: Mapping[str, Entry], config: Mapping[str, Any]) -> bool:
@@ -270,10 +284,18 @@ def _require_mergeable(folder: Path, config: Mapping[str, Any]) -> None:
     location = f"adapter: {folder}"
     if (peft_type := config.get("peft_type")) and peft_type != "LORA":
         raise UserError(f"{location}: peft_type is {peft_type!r}, which is not LoRA; {WITH_PEFT}")
-    r, alpha = config.get("r"), config.get("lora_alpha")
-    is_lora = config.get("peft_type") == "LORA" and isinstance(r, int) and r > 0
-    if not is_lora or not isinstance(alpha, int | float):
-        raise UserError(f"{location}: adapter_config.json does not describe a LoRA adapter")
+    r, alpha = config["r"], config["lora_alpha"]
+    problem = ""
+    if not peft_type:
+        problem = "peft_type is missing"
+    elif isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        problem = f"r is {json.dumps(r)}, not a positive integer"
+    elif isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        problem = f"lora_alpha is {json.dumps(alpha)}, not a number"
+    if problem:
+        raise UserError(
+            f"{folder / CONFIG}: {problem}; write the value that the adapter was trained with"
+        )
     if config.get("init_lora_weights", True) not in _PLAIN_INITIAL_VALUES:
         raise UserError(
             f"{location}: init_lora_weights is {config['init_lora_weights']!r}, which changed the "

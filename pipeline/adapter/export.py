@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.adapter.adapter_file import Adapter, read_adapter
+from pipeline.adapter.trained_on import corrects_quantisation
 from pipeline.errors import RankZeroError, UserError
 from pipeline.files import atomic_folder, dump_json, read_json
 
@@ -90,6 +91,8 @@ def export_gguf(
     _require_only_exported_files(out)
     adapter = read_adapter(sources.adapter)
     reason = why_not_in_gguf(adapter)
+    if corrects_quantisation(sources.adapter):
+        reason = "it also corrects the 4-bit base of the training (init_lora_weights: loftq)"
     model_name = "model.gguf" if quantisation is None else f"model-{quantisation}.gguf"
     try:
         with atomic_folder(out, lambda _: None) as fresh:

@@ -16,6 +16,8 @@ from typing import Any
 
 from pipeline.adapter.adapter_file import read_config
 from pipeline.adapter.merge_output import TOKENIZER_FILES
+from pipeline.adapter.serving import bnb_arguments
+from pipeline.adapter.trained_on import corrects_quantisation
 from pipeline.config.hub import HubSplit
 from pipeline.config.settings import RunSettings
 from pipeline.errors import RankZeroError, UserError
@@ -234,8 +236,21 @@ def _card_body(publication: Publication, scores: Mapping[str, Any]) -> str:
 def _loading_lines(publication: Publication) -> list[str]:
     """The lines of Python that load the adapter with its base.
 
-    If the base is stored in 4 or 8 bits, they dequantise it.
+    If the base is stored in 4 or 8 bits, they dequantise it. If the adapter corrects a 4-bit base
+    (LoftQ), they quantise the base as in training.
     """
+    if corrects_quantisation(publication.source):
+        plan = read_json_or_empty(publication.run_folder / "plan.json")
+        dtype = str((plan.get("model") or {}).get("training_dtype", "bfloat16"))
+        return [
+            "from peft import AutoPeftModelForCausalLM",
+            "from transformers import BitsAndBytesConfig",
+            "",
+            f"base_config = BitsAndBytesConfig({bnb_arguments(publication.settings, dtype)})",
+            "model = AutoPeftModelForCausalLM.from_pretrained(",
+            f'    "{publication.name}", quantization_config=base_config',
+            ")",
+        ]
     config_class = dequantising_config(publication.settings.model_folder)
     if not config_class:
         return [

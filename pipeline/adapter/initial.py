@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.adapter.adapter_file import Adapter, read_adapter
-from pipeline.adapter.trained_on import TRAINED_ON, adapter_sha256, require_same_base
+from pipeline.adapter.trained_on import (
+    QUANTISED,
+    TRAINED_ON,
+    adapter_sha256,
+    require_corrected_base,
+    require_same_base,
+)
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.files import dump_json, read_json_or_empty, write_text
@@ -36,6 +42,11 @@ def require_startable(plan: Plan) -> None:
     if folder is None:
         return
     read_initial_adapter(plan)
+    remedy = "set these options in this run too, or start from another adapter"
+    try:
+        require_corrected_base(folder, settings, remedy)
+    except UserError as error:
+        raise UserError(f"init_adapter: {error}") from None
     if "base" in settings.accept_changes:
         return
     try:
@@ -141,10 +152,10 @@ def _require_same_sizes(
             f"{location} is {update.shape} in its base and {shape} in {settings.model}: it was "
             "trained on another model"
         )
-    if "magnitude" in update.tensors:
+    if (is_dora := "magnitude" in update.tensors) != layer.has_magnitude:
         raise UserError(
-            f"{location}: a DoRA adapter, from which a run cannot start; merge it, and start from "
-            "the merged model"
+            f"{location} {'has' if is_dora else 'lacks'} the magnitude of DoRA; set use_dora: "
+            f"{str(is_dora).lower()}, or merge it and start from the merged model"
         )
     if update.r > layer.r:
         raise UserError(
@@ -196,7 +207,8 @@ def _initial_record(settings: RunSettings) -> dict[str, Any] | None:
     with suppress(OSError):  # the adapter's folder may have been removed during the run
         record["sha256"] = adapter_sha256(folder)
     trained_on = read_json_or_empty(folder / TRAINED_ON)
-    record |= {key: trained_on[key] for key in ("base", "revision") if trained_on.get(key)}
+    kept = ("base", "revision", QUANTISED)
+    record |= {key: trained_on[key] for key in kept if trained_on.get(key)}
     if isinstance(trained_on.get("started_from"), dict):
         record["started_from"] = trained_on["started_from"]
     return record

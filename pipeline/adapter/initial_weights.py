@@ -17,7 +17,8 @@ def initial_weights(
 
     `fresh`: the weights that the run would have without an initial adapter. If r is larger in the
     run, the additional rows of A are those of `fresh`, and the additional columns of B are zero. If
-    the scaling differs, B is rescaled. Modules that are trained in full get the adapter's values.
+    the scaling differs, B is rescaled. DoRA's magnitudes and modules that are trained in full get
+    the adapter's values.
     """
     loaded = load_file(adapter.file.path)
     weights: dict[str, torch.Tensor] = {}
@@ -30,4 +31,4 @@ def initial_weights(
         a[: update.r] = loaded[key_a]
         b[:, : update.r] = loaded[key_b].float() * (update.scaling / layer.scaling)
         weights |= {key_a: a, key_b: b}
-    return weights | {key: loaded[key].float() for key in fresh if ".lora_" not in key}
+    return weights | {key: loaded[key].float() for key in fresh if key not in weights}

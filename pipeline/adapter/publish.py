@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from pipeline.adapter.initial import initial_adapter_of, lineage_texts
 from pipeline.adapter.merge_output import CHAT_TEMPLATE, TOKENIZER_FILES, copy_files
-from pipeline.adapter.serving import serving_notes, vllm_command
-from pipeline.adapter.trained_on import WEIGHTS, write_trained_on
+from pipeline.adapter.serving import bnb_arguments, serving_notes, vllm_command
+from pipeline.adapter.trained_on import WEIGHTS, corrected_base, write_trained_on
 from pipeline.adapter.verify import verify_adapter_file, verify_tensors
 from pipeline.config.settings import RunSettings
 from pipeline.data.chat.encoder import chat_template_of
@@ -57,7 +57,7 @@ def publish_adapter(
     started_from = initial_adapter_of(folder.parent, settings)
     config = adapter_config(settings)
     notes = ends_without_stop(folder.parent / "data")
-    card = model_card(plan, step, base, lineage_texts(started_from), notes)
+    card = model_card(plan, step, base, started_from, notes)
     verify_tensors(tensors, expected, trained=True)
     check_servable(tensors, config)
     copies = _tied_copies(plan)
@@ -194,15 +194,15 @@ def model_card(
     plan: Plan,
     step: int,
     base: Fingerprint,
-    started_from: Sequence[str] = (),
+    started_from: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
 ) -> str:
     """Text of the adapter folder's README.md, with YAML metadata for the Hugging Face hub.
 
-    `base`: fingerprint of the base. `started_from`: the initial adapter of the run and the adapters
-    before it, from `lineage_texts`. `notes`: texts below the table.
+    `base`: fingerprint of the base. `started_from`: the record of the run's initial adapter.
+    `notes`: texts below the table.
     """
-    settings = plan.settings
+    settings, lineage = plan.settings, lineage_texts(started_from)
     metadata = {
         "base_model": settings.model,
         "library_name": "peft",
@@ -216,7 +216,7 @@ def model_card(
     rows = {
         "base model": f"`{settings.model}`{revision}",
         "fingerprint of the base": f"`{base.digest}`",
-        **({"started from": ", which started from ".join(started_from)} if started_from else {}),
+        **({"started from": ", which started from ".join(lineage)} if lineage else {}),
         "training data": ", ".join(f"`{source.path}`" for source in settings.train_sources),
         "steps": step,
         "global batch": f"{plan.layout.global_batch_size} sequences of at most "
@@ -233,8 +233,10 @@ def model_card(
         f"transformers {version('transformers')}, torch {version('torch')}",
     }
     # Class of transformers that dequantises a base in 4 or 8 bits; empty for other bases.
-    config_class = dequantising_config(settings.model_folder)
-    quantization = f"quantization_config={config_class}(dequantize=True), " if config_class else ""
+    config_class, arguments = dequantising_config(settings.model_folder), "dequantize=True"
+    if is_corrected := corrected_base(settings, started_from) is not None:
+        config_class, arguments = "BitsAndBytesConfig", bnb_arguments(settings, plan.training_dtype)
+    quantization = f"quantization_config={config_class}({arguments}), " if config_class else ""
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return _CARD_TEXT.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
@@ -244,7 +246,7 @@ def model_card(
         config_class=f", {config_class}" if config_class else "",
         quantization=quantization,
         table="\n".join([table, *(f"\n{note}" for note in notes)]),
-        vllm=vllm_command(settings, "ADAPTER", "MERGED"),
+        vllm=vllm_command(settings, "ADAPTER", "MERGED", is_merged=is_corrected),
         serving="".join(f"- {note}\n" for note in serving_notes(plan)),
     )
 

@@ -21,7 +21,7 @@ from pipeline.adapter.export import (
 from pipeline.adapter.ollama import go_template, modelfile
 from pipeline.adapter.products import is_merged_from
 from pipeline.adapter.serving import vllm_command
-from pipeline.adapter.trained_on import require_same_base
+from pipeline.adapter.trained_on import corrects_quantisation, require_same_base
 from pipeline.cli.arguments import Parser, run_settings
 from pipeline.cluster.exits import run_main
 from pipeline.config.settings import RunSettings
@@ -48,7 +48,9 @@ def export() -> None:
     if (args.quantize or args.llama_cpp) and not args.gguf:
         parser.error("--quantize and --llama-cpp need --gguf")
     merged = run_folder / "merged"
-    print(f"vLLM       {vllm_command(settings, str(adapter), str(merged))}")
+    is_merged = corrects_quantisation(adapter)
+    command = vllm_command(settings, str(adapter), str(merged), is_merged=is_merged)
+    print(f"vLLM       {command}")
     if not args.gguf:
         return
     tools = find_llama_cpp(args.llama_cpp, args.quantize)

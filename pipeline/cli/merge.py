@@ -19,7 +19,12 @@ from pipeline.adapter.adapter_file import require_adapter
 from pipeline.adapter.merge import merge_adapters
 from pipeline.adapter.merge_output import MARKER
 from pipeline.adapter.merge_plan import MergeOptions, TrainedBase, WeightedAdapter
-from pipeline.adapter.trained_on import adapter_sha256, require_same_base
+from pipeline.adapter.trained_on import (
+    adapter_sha256,
+    corrects_quantisation,
+    require_corrected_base,
+    require_same_base,
+)
 from pipeline.cli.arguments import Parser, run_settings
 from pipeline.cluster.exits import run_main
 from pipeline.config.hub import snapshot_folder
@@ -66,9 +71,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--onto",
         choices=("original", "dequantized"),
-        default="original",
         help="if the run quantised its base: merge into the original weights, or into the "
-        "dequantised ones that training used",
+        "dequantised ones that training used (default: original; with init_lora_weights: loftq "
+        "dequantized)",
     )
     parser.add_argument(
         "--adapter",
@@ -122,6 +127,7 @@ def _request(given: argparse.Namespace) -> _Merge:
     if given.undo and (given.check or given.onto == "dequantized"):
         raise UserError("--undo cannot be combined with --check or --onto")
     base = _base(given, settings, adapters)
+    onto = _onto(given, run_folder, settings, adapters)
     if given.check and (settings is None or settings.eval_data is None):
         raise UserError("--check needs a run folder with held-out rows (eval_data)")
     if given.device == "cuda":
@@ -139,7 +145,7 @@ def _request(given: argparse.Namespace) -> _Merge:
         options=MergeOptions(
             dtype=_DTYPES[given.dtype],
             device=given.device,
-            onto=_trained_base(run_folder, settings) if given.onto == "dequantized" else None,
+            onto=onto,
             is_undone=given.undo,
             trust_remote_code=settings is not None and settings.trust_remote_code,
         ),
@@ -176,6 +182,30 @@ def _model_folder(model: str) -> Path:
             f"with `hf download {model}`"
         )
     return folder
+
+
+def _onto(
+    given: argparse.Namespace,
+    run_folder: Path | None,
+    settings: RunSettings | None,
+    adapters: tuple[WeightedAdapter, ...],
+) -> TrainedBase | None:
+    """The quantised base to merge into; None for the original one.
+
+    Raises UserError if an adapter corrects a quantised base other than this one (LoftQ).
+    """
+    if given.undo:
+        return None
+    is_corrected = settings is not None and settings.load_in_4bit and run_folder is not None
+    if given.onto is None and is_corrected:
+        is_dequantised = any(corrects_quantisation(each.folder) for each in adapters)
+    else:
+        is_dequantised = given.onto == "dequantized"
+    onto = _trained_base(run_folder, settings) if is_dequantised else None
+    for each in adapters:
+        remedy = "name its run folder, without --onto original"
+        require_corrected_base(each.folder, None if onto is None else onto.settings, remedy)
+    return onto
 
 
 def _trained_base(run_folder: Path | None, settings: RunSettings | None) -> TrainedBase:

@@ -19,6 +19,11 @@ class Frequency:
         num_due = step * self.times // period  # events up to this step
         return num_due > (step - 1) * self.times // period
 
+    def count(self, total_steps: int, steps_per_epoch: int) -> int:
+        """Number of events in a run. There is always one after the last step."""
+        earlier = max(0, total_steps - 1)
+        return earlier * self.times // (self.period or steps_per_epoch) + 1
+
 
 def frequency(strategy: Strategy, steps: int | None, per_epoch: int | None) -> Frequency | None:
     """The Frequency of evaluations or checkpoints; None if the strategy is `no`.

@@ -192,7 +192,12 @@ class RunSettings(AdapterKeys, RunKeys, DataKeys):
 
         The base weight in memory then lacks this part.
         """
-        return self.init_lora_weights not in (True, "gaussian")
+        return self.init_lora_weights not in (True, "gaussian", "loftq")
+
+    @property
+    def corrects_quantisation(self) -> bool:
+        """Whether A and B start with a correction of the 4-bit base: LoftQ."""
+        return self.init_lora_weights == "loftq"
 
     @property
     def is_quantised(self) -> bool:

@@ -13,7 +13,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-BATCH_ROWS = 32  # 27 % less CPU time for an answer than with 16 (docs/log.md, 2026-11-30)
+from pipeline.plan.cost.answers import BATCH_ROWS
+
 _BATCH_TOKENS = 2**15  # of prompts and answers with padding; bounds the key-value cache
 
 

@@ -21,19 +21,17 @@ from pipeline.cluster.progress import Work, show_progress
 from pipeline.cluster.session import Session
 from pipeline.errors import UserError
 from pipeline.evaluate.answers import AnswerFile, BatchResult
-from pipeline.evaluate.generate import BATCH_ROWS, Generator
+from pipeline.evaluate.generate import Generator
 from pipeline.evaluate.loading import ModelLoader, memory_reported
 from pipeline.evaluate.measures import AnsweredRow, extract, scores_of
 from pipeline.evaluate.rows import RowEncoder, ScoredRow, digest_of, encode_rows
 from pipeline.evaluate.subjects import Subject
 from pipeline.model.loss import IGNORED, SummedLoss
+from pipeline.plan.cost.answers import BATCH_ROWS, EXTRA_TOKENS
 from pipeline.plan.given.shape import read_shape
 from pipeline.rows.examples import Example, RowError
 
 logger = logging.getLogger(__name__)
-
-# Tokens generated beyond the longest expected answer, so that a longer answer does not match it.
-EXTRA_TOKENS = 8
 
 
 @dataclass(frozen=True, kw_only=True)

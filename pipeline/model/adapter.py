@@ -32,9 +32,10 @@ def lora_config(settings: RunSettings) -> LoraConfig:
     shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
     experts, saved = _target_parameters(settings), saved_modules(shape, settings)
     rows = token_rows(shape, settings)
-    # With pissa or olora, peft would change the base while it attaches the adapter. split_base.py
-    # does this instead.
-    initial: Any = True if settings.initialises_from_base else settings.init_lora_weights
+    # With pissa, olora or loftq, peft would change the base while it attaches the adapter.
+    # split_base.py and loftq.py set the initial values instead.
+    is_set_later = settings.initialises_from_base or settings.corrects_quantisation
+    initial: Any = True if is_set_later else settings.init_lora_weights
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_r,

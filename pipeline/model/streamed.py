@@ -111,6 +111,10 @@ class StreamedWeights:
                 _release(module)
             self._tied_values.clear()
 
+    def parameter(self, name: str) -> torch.Tensor:
+        """A parameter of the model's class, by its name in memory, in fp32."""
+        return self._value(name, nn.Module()).clone()
+
     def _loading_hook(self, name: str) -> Any:
         """Forward pre-hook that loads the weights of the block with this name."""
 

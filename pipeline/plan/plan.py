@@ -15,6 +15,8 @@ from typing import Any
 from pipeline.config.settings import RunSettings, replaced_preset_values
 from pipeline.errors import UserError
 from pipeline.plan.choose import Candidate, Cluster, candidates
+from pipeline.plan.cost.answers import Answers, answers
+from pipeline.plan.cost.decompositions import Decompositions, decompositions
 from pipeline.plan.cost.memory import Memory, memory
 from pipeline.plan.cost.speed import Speed, step_seconds
 from pipeline.plan.deepspeed.config import deepspeed_config
@@ -162,6 +164,41 @@ class Plan:
         if self.data is not None:
             sequences = self._profile(self.data, self.data.mean_tokens)
         return step_seconds(self.shape, self.settings, self.layout, self.hardware, sequences)
+
+    @property
+    def answers(self) -> Answers | None:
+        """Predicted answers of one evaluation; None without `eval_generate`.
+
+        Until the data has been counted, half of a document is assumed to be its answer.
+        """
+        document = self.settings.max_length if self.data is None else self.data.mean_tokens
+        answer, loss = document / 2, None if self.data is None else self.data.length_loss
+        if loss is not None and self.data is not None and self.data.is_exact:
+            answer = loss.tokens / loss.documents
+        lengths = max(1.0, document - answer), answer
+        return answers(self.shape, self.settings, self.layout, self.hardware, lengths)
+
+    @property
+    def decompositions(self) -> Decompositions | None:
+        """Predicted decompositions at the start (PiSSA, OLoRA, LoftQ); None if there are none."""
+        return decompositions(self.shape, self.settings, self.layout, self.hardware)
+
+    @property
+    def num_evaluations(self) -> int:
+        """Number of evaluations on held-out rows."""
+        frequency = self.settings.evaluations if self.settings.eval_data is not None else None
+        if frequency is None:
+            return 0
+        return frequency.count(self.steps.total_steps, self.steps.steps_per_epoch)
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time of all steps, of the answers of evaluations, and of decompositions."""
+        seconds = self.steps.total_steps * self.speed.seconds_per_step
+        if (answered := self.answers) is not None:
+            seconds += self.num_evaluations * answered.seconds
+        decomposed = self.decompositions
+        return seconds + (0.0 if decomposed is None else decomposed.seconds)
 
     def _memory(self, sequences: SequenceProfile) -> Memory:
         return memory(self.shape, self.settings, self.layout, self.hardware, sequences)

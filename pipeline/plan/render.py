@@ -15,9 +15,6 @@ from pipeline.plan.rules.rule import PlanContext, Rule
 def plan_json(plan: Plan) -> dict[str, Any]:
     """The plan as the JSON object of `launch/plan.py --json`: sizes in bytes, times in seconds."""
     layout, memory, speed, shape = plan.layout, plan.memory, plan.speed, plan.shape
-    why = dict(plan.why)
-    if proof_reason := _proof_reason(plan):
-        why["proof"] = proof_reason
     return {
         "settings": plan.settings.model_dump(mode="json"),
         "model": {
@@ -36,19 +33,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "ranks_per_node": layout.ranks_per_node,
             "ranks": layout.world_size,
         },
-        "choice": {
-            "zero_stage": layout.zero_stage,
-            "micro_batch_size": layout.micro_batch_size,
-            "gradient_accumulation_steps": layout.accumulation_steps,
-            "global_batch_size": layout.global_batch_size,
-            "checkpointed_layers": layout.checkpointed_layers,
-            "hpz_partition_size": layout.hpz_partition_size,
-            "offload_param": layout.offload_param,
-            "sequence_parallel_size": layout.sequence_parallel_size,
-            "offload_activations": layout.offload_activations,
-            "mlp_tiles": layout.mlp_tiles,
-            "why": why,
-        },
+        "choice": _choice_json(plan),
         "fast_paths": plan.fast_path_states,
         "proof": None if plan.proof is None else asdict(plan.proof),
         "memory": {
@@ -66,6 +51,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "tokens_per_second": speed.tokens_per_second,
             "terms": speed.terms,
         },
+        "answers": None if plan.answers is None else asdict(plan.answers),
+        "decompositions": None if plan.decompositions is None else asdict(plan.decompositions),
         "disk": disk_bytes(shape, plan.settings),
         "candidates": [_candidate_json(candidate) for candidate in plan.candidates],
         "rules": [
@@ -73,6 +60,27 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             for rule in plan.rules
         ],
         "deepspeed": plan.deepspeed,
+    }
+
+
+def _choice_json(plan: Plan) -> dict[str, Any]:
+    """The layout, with the reasons."""
+    layout = plan.layout
+    why = dict(plan.why)
+    if proof_reason := _proof_reason(plan):
+        why["proof"] = proof_reason
+    return {
+        "zero_stage": layout.zero_stage,
+        "micro_batch_size": layout.micro_batch_size,
+        "gradient_accumulation_steps": layout.accumulation_steps,
+        "global_batch_size": layout.global_batch_size,
+        "checkpointed_layers": layout.checkpointed_layers,
+        "hpz_partition_size": layout.hpz_partition_size,
+        "offload_param": layout.offload_param,
+        "sequence_parallel_size": layout.sequence_parallel_size,
+        "offload_activations": layout.offload_activations,
+        "mlp_tiles": layout.mlp_tiles,
+        "why": why,
     }
 
 
@@ -166,13 +174,14 @@ def _step_lines(plan: Plan) -> list[str]:
     if plan.schedule is None or plan.data is None:
         return ["steps      unknown: the training data cannot be read here"]
     schedule, data = plan.schedule, plan.data
-    hours = schedule.total_steps * plan.speed.seconds_per_step / 3600
+    hours = plan.seconds / 3600
     about = "" if data.is_exact else "about "
     note = "" if data.is_exact else " (estimated from a sample; launch/prepare.py counts exactly)"
     return [
         f"steps      {about}{schedule.total_steps} ({schedule.steps_per_epoch} an epoch), "
         f"{schedule.warmup_steps} of warm-up, {about}{_duration_text(hours)}{note}",
         *_answer_lines(plan),
+        *_decomposition_lines(plan),
     ]
 
 
@@ -184,12 +193,22 @@ def _length_lines(plan: Plan) -> list[str]:
 
 def _answer_lines(plan: Plan) -> list[str]:
     """The line about `eval_generate`: answers that the model generates at each evaluation."""
-    rows = plan.settings.eval_generate
-    if rows is None:
+    if (answers := plan.answers) is None:
         return []
     return [
-        f"answers    {rows} held-out rows are answered at each evaluation (eval_generate), which "
-        "is not in the predicted time"
+        f"answers    {answers.rows} held-out rows at each of {plan.num_evaluations} evaluations "
+        f"(eval_generate): {answers.passes} forward passes a rank for answers of {answers.tokens} "
+        f"tokens, {_duration_text(answers.seconds / 3600)} each time"
+    ]
+
+
+def _decomposition_lines(plan: Plan) -> list[str]:
+    """The line about the decompositions of PiSSA, OLoRA and LoftQ."""
+    if (made := plan.decompositions) is None:
+        return []
+    return [
+        f"initial    {made.kind} of {made.matrices} weights on rank 0 (init_lora_weights): "
+        f"{_duration_text(made.seconds / 3600)}, {_size_text(made.peak_bytes)} for the largest"
     ]
 
 

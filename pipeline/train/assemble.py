@@ -17,6 +17,7 @@ from pipeline.data.dataset.reader import DataIndex, open_split
 from pipeline.errors import UserError
 from pipeline.model.adapter import attach_adapter, frozen_checksum
 from pipeline.model.base import load_base
+from pipeline.model.loftq import correct_quantisation
 from pipeline.model.proof import require_proof
 from pipeline.model.split_base import split_base
 from pipeline.plan.given.class_proof import Proof
@@ -113,6 +114,8 @@ def build_model(
     `checkpoint`: the checkpoint that the run resumes from. Collective.
     """
     model = attach_adapter(load_base(plan, session.device), plan)
+    if plan.settings.corrects_quantisation and checkpoint is None:
+        correct_quantisation(model, plan, session)
     if not plan.settings.initialises_from_base:
         return model, {}
     stored = None if checkpoint is None else read_initial(checkpoint)

@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.evaluate.generate import Generator
 from pipeline.evaluate.measures import AnsweredRow, parse_pattern, scores_of
 from pipeline.evaluate.rows import RowEncoder
-from pipeline.evaluate.score import EXTRA_TOKENS
+from pipeline.plan.cost.answers import EXTRA_TOKENS
 from pipeline.plan.plan import Plan
 from pipeline.rows.examples import RowError
 

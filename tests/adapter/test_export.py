@@ -215,6 +215,37 @@ def test_a_go_template_has_no_character_that_ollama_drops():
     assert "\\U000000a0😀\\n" in template
 
 
+def commands_of(text):
+    """The commands of a Modelfile and their values, as Ollama's parser reads them."""
+    commands = []
+    while text:
+        line, _, rest = text.partition("\n")
+        if not line.strip() or line.startswith("#"):
+            text = rest
+            continue
+        name, _, value = text.partition(" ")
+        assert name in {"FROM", "ADAPTER", "TEMPLATE", "PARAMETER"}, name
+        if name == "PARAMETER":
+            key, _, value = value.partition(" ")
+            name = f"{name} {key}"
+        quote = next((quote for quote in ('"""', '"') if value.startswith(quote)), "")
+        value, end, text = value.removeprefix(quote).partition(f"{quote}\n")
+        assert end, f"{name} is not closed"
+        commands.append((name, value))
+    return commands
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen2.5", "phi-4"])
+def test_the_parser_of_ollama_reads_model_template_and_stop_tokens(name):
+    template = go_template(render_with((ROOT / "tests/templates" / f"{name}.jinja").read_text()))
+    assert commands_of(modelfile("model-q8_0.gguf", template, ["<|im_end|>", "a b"])) == [
+        ("FROM", "./model-q8_0.gguf"),
+        ("TEMPLATE", template),
+        ("PARAMETER stop", "<|im_end|>"),
+        ("PARAMETER stop", "a b"),
+    ]
+
+
 def test_stop_tokens_and_template_reach_the_modelfile_unchanged():
     # Ollama removes the quotes around a value and interprets no escapes.
     text = modelfile("{model}", '{{ "{model}" }}', ['<|"|>', "\\end"])

@@ -84,6 +84,33 @@ def test_outputs_at_step_0_equal_those_of_the_adapter(tiny_model, first, setting
     assert all(torch.equal(weights[key][4:], fresh[key][4:]) for key in grown)
 
 
+def test_a_dora_run_starts_from_a_smaller_dora_adapter_with_its_outputs(tiny_model, tmp_path):
+    first = publish(make_plan(tiny_model, use_dora=True), tmp_path / "adapter")
+    settings = {"init_adapter": str(first), "lora_r": 6, "init_adapter_resize": True}
+    plan = make_plan(tiny_model, use_dora=True, **settings)
+    require_startable(plan)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    expected = logits(PeftModel.from_pretrained(base, first))
+    model = attach_adapter(AutoModelForCausalLM.from_pretrained(tiny_model), plan)
+    parameters = trainable(model)
+    fresh = {key: p.detach().clone() for key, p in parameters.items()}
+    for key, value in initial_weights(read_adapter(first), plan, fresh).items():
+        parameters[key].data = value
+    assert (logits(model) - expected).norm() < 1e-6 * expected.norm()
+    with refused("init_adapter", "magnitude", "use_dora: true"):
+        require_startable(make_plan(tiny_model, **settings))
+
+
+def test_missing_r_and_alpha_have_the_defaults_of_peft(tiny_model, tmp_path):
+    settings = {"lora_r": 8, "lora_alpha": 8.0}
+    first = publish(make_plan(tiny_model, **settings), tmp_path / "adapter")
+    config = read_json(first / "adapter_config.json")
+    for key in ("r", "lora_alpha"):
+        del config[key]
+    (first / "adapter_config.json").write_text(json.dumps(config))
+    require_startable(make_plan(tiny_model, init_adapter=str(first), **settings))
+
+
 REFUSED = {
     "r": ({"lora_r": 8}, ["r 4", "r 8", "init_adapter_resize"]),
     "smaller": ({"lora_r": 2, "init_adapter_resize": True}, ["r 4", "r 2", "lora_r: 4"]),
@@ -93,6 +120,7 @@ REFUSED = {
         {"lora_target_modules": ["q_proj"]},
         ["12 only in the adapter", "lora_target_modules"],
     ),
+    "dora": ({"use_dora": True}, ["magnitude", "use_dora: false"]),
     "more": ({"layers_to_transform": [0]}, ["7 only in the adapter", "layers.1"]),
 }
 
@@ -116,6 +144,26 @@ def use_dora_config(folder):
     return ["magnitude"]
 
 
+def pickle_only(folder):
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    return ["adapter_model.bin", "pickle", "save_pretrained"]
+
+
+def null_alpha(folder):
+    edit_json(folder / "adapter_config.json", lora_alpha=None)
+    return ["adapter_config.json", "lora_alpha", "null"]
+
+
+def text_r(folder):
+    edit_json(folder / "adapter_config.json", r="4")
+    return ["adapter_config.json", "r is", "integer"]
+
+
+def no_kind(folder):
+    edit_json(folder / "adapter_config.json", peft_type=None)
+    return ["adapter_config.json", "peft_type"]
+
+
 def remove_folder(folder):
     shutil.rmtree(folder)
     return ["neither a folder nor a hub adapter"]
@@ -126,7 +174,13 @@ def remove_config(folder):
     return ["adapter_config.json"]
 
 
-@pytest.mark.parametrize("damage", [change_sizes, use_dora_config, remove_folder, remove_config])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        change_sizes, use_dora_config, pickle_only, null_alpha, text_r, no_kind, remove_folder,
+        remove_config,
+    ],
+)  # fmt: skip
 def test_a_folder_that_is_not_a_usable_adapter_is_refused(tiny_model, copied, damage):
     facts = damage(copied)
     with refused("init_adapter", *facts):

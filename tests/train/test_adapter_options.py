@@ -19,7 +19,7 @@ from pipeline.train.resume import checkpoints_of
 from tests.adapter.merged import merge_adapter
 from tests.ranks import run_ranks
 from tests.tiny import Documents, make_model, make_plan
-from tests.train_tiny import build_engine, distance, work
+from tests.train_tiny import build_engine, distance, train_tiny, work
 
 pytestmark = pytest.mark.engine
 
@@ -165,6 +165,33 @@ def test_plain_peft_gives_the_logits_of_the_engine_and_merges_to_the_same_weight
     assert all(torch.equal(tensor, by_peft[key]) for key, tensor in merged.items())
 
 
+VALUES = {"rows": {"new_tokens": ["<a>"]}, "modules": {"modules_to_save": ["embed_tokens"]}}
+
+
+def train_alone_and_split(session, folder):
+    """Losses and weights, with whole sequences on each rank and with sequences split over ranks."""
+    runs = {}
+    for kind, options in VALUES.items():
+        for base in ({}, {"load_in_8bit": True}):
+            for size in (1, 2):
+                change = {"sequence_parallel_size": size, "zero_stage": 2, "lr": 1e-2} | base
+                result = train_tiny(session, folder, options | change, steps=2)
+                runs[kind, bool(base), size] = result["losses"], result["weights"]
+    return runs
+
+
+def test_rows_and_modules_train_in_8_bits_and_equally_with_split_sequences(tiny_model, tmp_path):
+    runs = run_ranks(train_alone_and_split, tiny_model, tmp_path=tmp_path)[0]
+    for kind in VALUES:
+        for is_quantised in (False, True):
+            losses, weights = runs[kind, is_quantised, 1]
+            split_losses, split_weights = runs[kind, is_quantised, 2]
+            assert split_losses == pytest.approx(losses, rel=1e-6)
+            assert distance(split_weights, weights) < 1e-5
+        assert runs[kind, True, 1][0] == pytest.approx(runs[kind, False, 1][0], rel=0.01)
+        assert runs[kind, True, 1][0] != runs[kind, False, 1][0]
+
+
 def start_at_each_stage(session, folder, settings):
     """Logits at step 0 and losses of runs that start from an adapter, at each stage."""
     runs = {}
@@ -232,3 +259,4 @@ def test_every_option_is_in_the_identity_of_a_checkpoint(tiny_model, tmp_path):
     plain = identity()
     same = [name for name, value in OTHER_VALUES.items() if identity(**{name: value}) == plain]
     assert not same
+    assert identity(load_in_4bit=True) != identity(load_in_4bit=True, init_lora_weights="loftq")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from pipeline.config.settings import RunSettings
 from pipeline.plan.cost.activations import Activations, activations
+from pipeline.plan.cost.decompositions import decomposition_bytes
 from pipeline.plan.cost.gathers import gathers
 from pipeline.plan.cost.saved_gradients import saved_module_gradients
 from pipeline.plan.given.adapter_counts import (
@@ -399,10 +400,7 @@ def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_c
     constants = quantisation_constants(shape, settings)
     # Trained copies of modules in `modules_to_save`, before DeepSpeed shards them.
     copies = b * saved_parameters(shape, settings)
-    if (
-        settings.initialises_from_base
-    ):  # PiSSA, OLoRA: a weight in fp32, two factors of it, and its remainder
-        copies += 4 * 4 * shape.largest_linear
+    copies += decomposition_bytes(shape, settings)
     if (rows := token_rows(shape, settings)) is not None:
         # Embeddings and head with new rows are whole on each rank until DeepSpeed shards them.
         copies += b * shape.vocab_size * shape.hidden_size * len(rows.modules)

@@ -40,8 +40,8 @@ _FOLD_BACKWARD = 1.5
 # Passes over modules that are trained in full, for their gradients in each micro-batch: zeroed,
 # written, and read and written while they are summed.
 _GRADIENT_PASSES = 4
-_KERNEL_S = 8e-6  # host time in seconds to launch one kernel from eager PyTorch
-_FETCH_S = 50e-6  # host time in seconds for ZeRO-3's hooks around one module of the base
+KERNEL_S = 8e-6  # host time in seconds to launch one kernel from eager PyTorch
+FETCH_S = 50e-6  # host time in seconds for ZeRO-3's hooks around one module of the base
 _HOP_S = 5e-6  # latency in seconds of one hop of a ring
 _STEP_S = 0.01  # seconds per step: small all-reduces, learning rate, a line of metrics.jsonl
 # Fraction of the time of ZeRO-3's gathers that never overlaps with computing: the first block of a
@@ -122,7 +122,7 @@ def step_seconds(
     if layout.mlp_tiles > 1:
         device["tiles"] = _tile_seconds(shape, settings, layout, rates, micro)
     busy = sum(device.values())
-    gathers = _exposed_seconds(_gather_seconds(cost, layout, rates), busy)
+    gathers = _exposed_seconds(2 * gather_seconds(cost, layout, rates), busy)
     launches = _launch_seconds(cost, layout, recomputed, num_documents)
     if hardware.kind == "cuda":  # asynchronous: only the excess over device time counts
         launches = max(0.0, launches - busy - gathers)
@@ -264,31 +264,31 @@ def _launch_seconds(
     cost: CostPerToken, layout: Layout, recomputed: float, num_documents: float
 ) -> float:
     """Seconds that the host needs to launch the kernels of a micro-batch."""
-    fetches = 2 * cost.modules * _FETCH_S if layout.is_sharded else 0.0
+    fetches = 2 * cost.modules * FETCH_S if layout.is_sharded else 0.0
     kernels = (1 + recomputed) * cost.kernels + cost.backward_kernels
     # a document's backward pass has as many kernels as its forward pass
     kernels += (2 + recomputed) * cost.document_kernels * num_documents
-    return kernels * _KERNEL_S + fetches
+    return kernels * KERNEL_S + fetches
 
 
-def _gather_seconds(cost: CostPerToken, layout: Layout, rates: Rates) -> float:
-    """Seconds of ZeRO-3's gathers of the base in a micro-batch, before overlap is considered.
+def gather_seconds(cost: CostPerToken, layout: Layout, rates: Rates) -> float:
+    """Seconds of ZeRO-3's gathers of the base in one pass, before overlap is considered.
 
-    The base is gathered twice: for the forward pass, and for the backward pass with its
-    recomputation (stage3_max_reuse_distance, DeepSpeed 0.19.8 partitioned_param_coordinator.py).
-    Each gather is a ring all-gather, which sends (p - 1)/p of the bytes over p ranks (Thakur et al.
-    2005). With hpZ, groups of `hpz_partition_size` ranks hold a second copy of the base, and every
-    gather reads this copy (stage3.py, ZeRO++ arXiv 2306.10209 s.3.2). An offloaded shard is copied
-    from host memory for each gather.
+    A micro-batch has two passes: the forward pass, and the backward pass with its recomputation
+    (stage3_max_reuse_distance, DeepSpeed 0.19.8 partitioned_param_coordinator.py). Each gather is a
+    ring all-gather, which sends (p - 1)/p of the bytes over p ranks (Thakur et al. 2005). With hpZ,
+    groups of `hpz_partition_size` ranks hold a second copy of the base, and every gather reads this
+    copy (stage3.py, ZeRO++ arXiv 2306.10209 s.3.2). An offloaded shard is copied from host memory
+    for each gather.
     """
     if not layout.is_sharded:
         return 0.0
     group = layout.hpz_partition_size if layout.hpz_partition_size > 1 else layout.world_size
     num_gathers = cost.modules  # at most one collective per linear layer
-    seconds = _ring_seconds(group, cost.stored_bytes, rates.base_ring, rings=num_gathers)
+    seconds = ring_seconds(group, cost.stored_bytes, rates.base_ring, rings=num_gathers)
     if layout.offload_param == "cpu":
         seconds += cost.stored_bytes / group / rates.host
-    return 2 * seconds
+    return seconds
 
 
 def _exchange_seconds(
@@ -368,13 +368,13 @@ def _seconds_per_step(
     gradients = cost.trainable * _REDUCED_BYTES[layout.training_dtype]
     partition = cost.trainable / world
     return {
-        "gradient_reduction": num_rings * _ring_seconds(world, gradients, rates.ring),
-        "adapter_gather": _ring_seconds(world, cost.trainable * b, rates.ring),
+        "gradient_reduction": num_rings * ring_seconds(world, gradients, rates.ring),
+        "adapter_gather": ring_seconds(world, cost.trainable * b, rates.ring),
         "optimizer": partition * (_ADAM_BYTES + b) / rates.memory,
         "fixed": _STEP_S,
     }
 
 
-def _ring_seconds(ranks: int, num_bytes: float, rate: float, *, rings: int = 1) -> float:
+def ring_seconds(ranks: int, num_bytes: float, rate: float, *, rings: int = 1) -> float:
     """Seconds to all-gather or reduce-scatter `num_bytes` in `rings` consecutive collectives."""
     return (ranks - 1) / ranks * num_bytes / rate + rings * (ranks - 1) * _HOP_S

@@ -85,6 +85,23 @@ def _unsupported_by_split_base(run: PlanInput) -> str:
     return ""
 
 
+def _unsupported_by_loftq(run: PlanInput) -> str:
+    """Why A and B cannot start with a correction of the base in this run; empty if they can."""
+    settings = run.settings
+    if not settings.corrects_quantisation:
+        return ""
+    if not settings.load_in_4bit:
+        return "it corrects the errors of a 4-bit base, and load_in_4bit is not set"
+    if run.shape.targeted_experts(settings.lora_target_modules):
+        return "fused experts are not quantised, so they have no errors to correct"
+    if settings.use_dora:
+        return "not together with use_dora, whose magnitudes are those of the uncorrected weights"
+    for layer in adapted_layers(run.shape, settings):
+        if layer.r > min(layer.linear.d_in, layer.linear.d_out):
+            return f"r {layer.r} is more than the rank of the weight of {layer.name}"
+    return ""
+
+
 ADAPTER_RULES: tuple[Rule[PlanInput], ...] = (
     Rule(
         id="new-tokens",
@@ -120,6 +137,14 @@ ADAPTER_RULES: tuple[Rule[PlanInput], ...] = (
         reason="init_lora_weights: pissa and olora are not possible in this run",
         remedy="set init_lora_weights: true or gaussian",
         source="peft 0.21.2 tuners/lora/layer.py, pissa_init and olora_init",
+    ),
+    Rule(
+        id="loftq",
+        level="refuse",
+        applies=_unsupported_by_loftq,
+        reason="init_lora_weights: loftq is not possible in this run",
+        remedy="set init_lora_weights: true or gaussian, or load_in_4bit: true",
+        source="peft 0.21.2 utils/loftq_utils.py, replace_lora_weights_loftq",
     ),
     Rule(
         id="tied-pair",

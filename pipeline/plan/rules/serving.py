@@ -94,6 +94,15 @@ SERVING_RULES: tuple[Rule[PlanContext], ...] = (
         f"{_LLAMA_CPP} convert_lora_to_gguf.py, get_tensors",
     ),
     Rule(
+        id="loftq-when-served",
+        level="warn",
+        applies=lambda s: s.settings.corrects_quantisation,
+        reason="init_lora_weights: loftq: the adapter also corrects the errors of the 4-bit base, "
+        "so a server that loads it on the 16-bit base gives wrong answers, without a message",
+        remedy="serve the merged model, which `launch/merge.py` merges onto the 4-bit weights",
+        source="peft 0.21.2 utils/loftq_utils.py, replace_lora_weights_loftq",
+    ),
+    Rule(
         id="one-scaling-when-served",
         level="warn",
         applies=lambda run: bool(run.settings.rank_pattern or run.settings.alpha_pattern),

@@ -58,6 +58,14 @@ CASES = {
         {"init_lora_weights": "pissa", "load_in_4bit": True},
         {"init_lora_weights": "pissa_niter_8"},
     ),
+    "loftq": (
+        {"init_lora_weights": "loftq", "load_in_8bit": True},
+        {"init_lora_weights": "loftq", "load_in_4bit": True},
+    ),
+    "loftq-when-served": (
+        {"init_lora_weights": "loftq", "load_in_4bit": True},
+        {"init_lora_weights": "gaussian", "load_in_4bit": True},
+    ),
     "tied-pair": (
         {"config": SMOLLM2, "lora_target_modules": r".*(q_proj|lm_head)|lm_head"},
         {"config": SMOLLM2, "lora_target_modules": "all-linear"},

@@ -1,0 +1,97 @@
+"""Predicted time of the answers that a run generates at each evaluation (eval_generate).
+
+A batch of answers needs one forward pass over its prompts, and one for each further token. The
+passes for one token read all weights for a few rows, so memory traffic and launches dominate.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+from pipeline.config.settings import RunSettings
+from pipeline.plan.cost.per_token import CostPerToken, cost_per_token
+from pipeline.plan.cost.speed import FETCH_S, KERNEL_S, gather_seconds, reachable_rates
+from pipeline.plan.given.hardware import Hardware
+from pipeline.plan.given.layout import Layout
+from pipeline.plan.given.shape import ModelShape
+
+BATCH_ROWS = 32  # answers of a batch; 27 % less CPU time for an answer than with 16 (docs/log.md)
+# Tokens generated beyond the longest expected answer, so that a longer answer does not match it.
+EXTRA_TOKENS = 8
+# The cache of keys and values is read by attention, and copied for each token (transformers 5.23
+# cache_utils.py, DynamicLayer.update).
+_CACHE_PASSES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """The answers of one evaluation.
+
+    `tokens`: predicted tokens of each answer. `passes`: forward passes of each rank. `seconds`:
+    predicted time of one evaluation.
+    """
+
+    rows: int
+    tokens: int
+    passes: int
+    seconds: float
+
+
+def answers(
+    shape: ModelShape,
+    settings: RunSettings,
+    layout: Layout,
+    hardware: Hardware,
+    lengths: tuple[float, float],
+) -> Answers | None:
+    """The answers of an evaluation; None without `eval_generate`.
+
+    `lengths`: mean tokens of a prompt and of an expected answer. An answer is assumed to have
+    EXTRA_TOKENS more than the mean, because a batch ends with its longest answer.
+    """
+    if settings.eval_generate is None:
+        return None
+    prompt, tokens = lengths[0], ceil(lengths[1]) + EXTRA_TOKENS
+    rounds = ceil(ceil(settings.eval_generate / BATCH_ROWS) / layout.world_size)
+    rows = min(BATCH_ROWS, settings.eval_generate)
+    cost = cost_per_token(shape, settings, layout.training_dtype, is_sharded=layout.is_sharded)
+    rates = reachable_rates(layout, hardware)
+    fetches = cost.modules * FETCH_S if layout.is_sharded else 0.0
+
+    def seconds(num_tokens: float, attended: float) -> float:
+        """Seconds of a forward pass over `num_tokens` tokens of each row."""
+        flops, values = _forward(shape, cost, rows, num_tokens, attended)
+        device = flops / rates.flops + _bytes(values, cost, settings, layout) / rates.memory
+        host = cost.kernels * KERNEL_S + fetches
+        if hardware.kind == "cuda":  # asynchronous: only the excess over device time counts
+            host = max(0.0, host - device)
+        return device + host + gather_seconds(cost, layout, rates)
+
+    per_batch = seconds(prompt, prompt / 2) + (tokens - 1) * seconds(1, prompt + tokens / 2)
+    return Answers(
+        rows=settings.eval_generate,
+        tokens=tokens,
+        passes=rounds * tokens,
+        seconds=rounds * per_batch,
+    )
+
+
+def _forward(
+    shape: ModelShape, cost: CostPerToken, rows: int, num_tokens: float, attended: float
+) -> tuple[float, float]:
+    """FLOPs, and values read or written, of a forward pass; only last tokens have logits."""
+    count = rows * num_tokens
+    flops = count * (cost.base_flops + cost.adapter_flops + cost.score_flops * attended)
+    flops += rows * cost.head_flops + cost.norm_flops
+    experts = min(1.0, count * cost.expert_share) * cost.expert_values
+    values = cost.linear_values + experts + shape.vocab_size * shape.hidden_size
+    values += count * (cost.token_values + cost.score_values * attended) + cost.norm_values
+    cached = sum(num * 2 * block.key_width for block, num in shape.counts())
+    return flops, values + _CACHE_PASSES * rows * attended * cached
+
+
+def _bytes(values: float, cost: CostPerToken, settings: RunSettings, layout: Layout) -> float:
+    """Bytes of these values in the training dtype, and of dequantised 4-bit weights."""
+    size = layout.bytes_per_value * values
+    if settings.load_in_4bit:
+        size += cost.packed_bytes + layout.bytes_per_value * cost.linear_values
+    return size
