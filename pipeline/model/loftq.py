@@ -36,7 +36,7 @@ def correct_quantisation(model: PeftModel, plan: Plan, session: Session) -> None
             if errors is not None:
                 values = low_rank_factors(errors.of(layer.name), layer)
             for matrix, value in zip((a, b), values, strict=True):
-                session.add_over_ranks(value)  # zero on the other ranks
+                session.all_reduce_sum(value)  # zero on the other ranks
                 matrix.copy_(value)
             work.advance(1)
 
