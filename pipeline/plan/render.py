@@ -196,9 +196,9 @@ def _answer_lines(plan: Plan) -> list[str]:
     if (answers := plan.answers) is None:
         return []
     return [
-        f"answers    {answers.rows} held-out rows at each of {plan.num_evaluations} evaluations "
-        f"(eval_generate): {answers.passes} forward passes a rank for answers of {answers.tokens} "
-        f"tokens, {_duration_text(answers.seconds / 3600)} each time"
+        f"answers    {answers.rows} held-out rows at each evaluation (eval_generate), "
+        f"{plan.num_evaluations} times: {answers.passes} forward passes a rank for answers of "
+        f"{answers.tokens} tokens, {_duration_text(answers.seconds / 3600)} each time"
     ]
 
 

@@ -68,7 +68,7 @@ def test_the_time_of_a_run_includes_the_answers_of_all_evaluations(plan):
     steps = made.steps.total_steps * made.speed.seconds_per_step
     assert made.num_evaluations == 3
     assert made.seconds == pytest.approx(steps + 3 * made.answers.seconds)
-    assert_mentions(plan_text(made), "answers ", "64 held-out rows", "3 evaluations")
+    assert_mentions(plan_text(made), "answers ", "64 held-out rows", "3 times")
     assert plan_json(made)["answers"]["rows"] == 64
     assert plan(eval_data="heldout.jsonl").answers is None
 
