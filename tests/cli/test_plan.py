@@ -44,6 +44,8 @@ JSON_KEYS = {
     "length": None,
     "longest": None,
     "speed": {"seconds_per_step", "tokens_per_second", "terms"},
+    "answers": None,
+    "decompositions": None,
     "disk": None,
     "candidates": None,
     "rules": None,
