@@ -1,7 +1,7 @@
 """Evaluation: held-out loss, greedy answers and their scores, and conversations.
 
-In: a model and a prepared held-out split, or run folders and models. Out: the held-out loss, or the
-contents of score.json, which compare the models on the same rows.
-Open score.py first. subjects.py names the models, rows.py the rows, generate.py answers them, and
-measures.py computes the scores; heldout.py computes the loss in training.
+Input: a model and a prepared held-out split, or run folders and models. Output: the held-out loss,
+or the contents of score.json, which compare the models on the same rows. Open score.py first.
+subjects.py lists the models, rows.py encodes the rows, generate.py generates answers, and
+measures.py computes the scores. heldout.py computes the held-out loss during training.
 """

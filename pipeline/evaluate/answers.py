@@ -1,7 +1,7 @@
-"""Results of scored batches on the disk, so that a stopped score resumes.
+"""AnswerFile: the results of scored batches on the disk, so that a stopped score can be resumed.
 
-A file has the results of one model on one set of rows with one set of options; its name is the hash
-of all of these. Each rank appends to a file of its own, one line per batch.
+A file has the results of one model on one set of rows with one set of options. Its name is the hash
+of model, rows and options. Each rank appends to a separate file, one line for each batch.
 """
 
 import hashlib
@@ -18,9 +18,11 @@ from pipeline.files import dump_json
 
 @dataclass(frozen=True, kw_only=True)
 class BatchResult:
-    """Losses and answers of a batch of rows. `rows`: indexes of the rows; `seconds`: of the batch.
+    """Losses and answers of one batch.
 
-    An answer is None if its row has no question.
+    `batch`: number of the batch. `rows`: indexes of its rows. `loss_sums`: for each row the sum of
+    the losses of its supervised tokens. `answers`: for each row the generated answer, None if the
+    row has no question. `seconds`: time to score the batch.
     """
 
     batch: int
@@ -33,16 +35,17 @@ class BatchResult:
     def from_json(cls, values: Any, rows: list[int]) -> Self | None:
         """Read a line of an answer file; None if it is damaged or has other rows than `rows`."""
         try:
-            sums = [math.nan if each is None else each for each in values["loss_sums"]]
-            result = cls(**values | {"loss_sums": sums})
-            is_complete = result.rows == rows and len(result.answers) == len(result.loss_sums)
-            return result if is_complete and len(result.answers) == len(rows) else None
+            # JSON has null for a loss that is not a finite number.
+            loss_sums = [math.nan if value is None else value for value in values["loss_sums"]]
+            result = cls(**values | {"loss_sums": loss_sums})
         except (TypeError, KeyError):
             return None
+        is_complete = len(result.answers) == len(result.loss_sums) == len(rows)
+        return result if is_complete and result.rows == rows else None
 
 
 class AnswerFile:
-    """The results of one model. `identity`: everything on which they depend, as JSON values."""
+    """The results of one model. `identity`: JSON data with everything on which they depend."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], rank: int) -> None:
         text = json.dumps(identity, sort_keys=True)
@@ -50,7 +53,10 @@ class AnswerFile:
         self._folder, self._path = folder, folder / f"{self.key}-{rank}.jsonl"
 
     def read(self, batches: list[list[int]]) -> dict[int, BatchResult]:
-        """The complete results of all ranks and earlier starts, by the number of the batch."""
+        """Number of a batch -> its result, from the files of all ranks and earlier starts.
+
+        `batches`: the rows of each batch.
+        """
         results: dict[int, BatchResult] = {}
         for path in sorted(self._folder.glob(f"{self.key}-*.jsonl")):
             for line in path.read_bytes().split(b"\n"):
@@ -58,7 +64,7 @@ class AnswerFile:
                     values = json.loads(line)
                     rows = batches[values["batch"]]
                 except (ValueError, TypeError, KeyError, IndexError, RecursionError):
-                    continue  # cut by a kill
+                    continue  # incomplete, because the process was killed while it wrote the line
                 if (result := BatchResult.from_json(values, rows)) is not None:
                     results[result.batch] = result
         return results

@@ -1,4 +1,4 @@
-"""Benchmarks of lm-evaluation-harness, which runs as its own command where it is installed."""
+"""Benchmarks of lm-evaluation-harness (package lm_eval), which runs as a separate command."""
 
 import logging
 import shlex
@@ -17,9 +17,11 @@ logger = logging.getLogger(__name__)
 
 
 def run_harness(subjects: Sequence[Subject], tasks: str, out: Path) -> None:
-    """Run tasks of lm-evaluation-harness for each model; its results are in a folder beside `out`.
+    """Run tasks of lm-evaluation-harness for each model.
 
-    `tasks`: names or YAML files, separated by commas. Raises UserError if the package is missing.
+    `tasks`: names or YAML files, separated by commas. `out`: path of the score file, such as
+    RUN/score.json; the results are then in RUN/score-tasks. Raises UserError if the package is
+    missing.
     """
     if find_spec("lm_eval") is None:
         raise UserError(
@@ -28,8 +30,8 @@ def run_harness(subjects: Sequence[Subject], tasks: str, out: Path) -> None:
     for subject in subjects:
         if is_packed(subject.folder):
             logger.warning(
-                "--tasks: %s: lm_eval loads the packed base as it is stored, and training "
-                "dequantised it, so its results may differ from those of the other models",
+                "--tasks: %s: lm_eval loads the packed base with its 4-bit or 8-bit weights, but "
+                "training dequantised them, so the results may differ from those of other models",
                 subject.name,
             )
         name = subject.name.replace("/", "_").replace(" ", "-")
@@ -42,7 +44,7 @@ def run_harness(subjects: Sequence[Subject], tasks: str, out: Path) -> None:
 
 
 def _tokenizer_folder(subject: Subject) -> Path:
-    """The folder of the model's tokenizer; only adapter and merged model have the new tokens."""
+    """The folder of the model's tokenizer. That of the base lacks the tokens of `new_tokens`."""
     if not subject.settings.new_tokens:
         return subject.settings.model_folder
     if subject.is_adapter_used and subject.adapter is not None:
@@ -51,7 +53,7 @@ def _tokenizer_folder(subject: Subject) -> Path:
 
 
 def harness_command(subject: Subject, tasks: str, folder: Path) -> list[str]:
-    """The command for one model. The base of a quantised run is loaded in as many bits."""
+    """The command for one model. If training quantised the base, lm_eval quantises it likewise."""
     settings = subject.settings
     arguments: dict[str, Any] = {
         "pretrained": subject.folder,
@@ -63,19 +65,18 @@ def harness_command(subject: Subject, tasks: str, folder: Path) -> list[str]:
     if settings.trust_remote_code:
         arguments["trust_remote_code"] = "True"
     if settings.is_quantised and not subject.is_merged:
-        bits = "load_in_4bit" if settings.load_in_4bit else "load_in_8bit"
-        arguments[bits] = "True"
+        arguments["load_in_4bit" if settings.load_in_4bit else "load_in_8bit"] = "True"
         if settings.load_in_4bit:
-            compute: str = settings.bnb_4bit_compute_dtype
-            if compute == "auto":  # the training dtype
+            compute_dtype: str = settings.bnb_4bit_compute_dtype
+            if compute_dtype == "auto":  # the training dtype
                 from pipeline.evaluate.loading import single_process_plan  # imports torch
 
-                compute = single_process_plan(settings).training_dtype
+                compute_dtype = single_process_plan(settings).training_dtype
             arguments["bnb_4bit_quant_type"] = settings.bnb_4bit_quant_type
             arguments["bnb_4bit_use_double_quant"] = settings.bnb_4bit_use_double_quant
-            arguments["bnb_4bit_compute_dtype"] = compute
-    words = ",".join(f"{key}={value}" for key, value in arguments.items())
+            arguments["bnb_4bit_compute_dtype"] = compute_dtype
+    model_args = ",".join(f"{key}={value}" for key, value in arguments.items())
     return [
-        sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", words,
+        sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", model_args,
         "--tasks", tasks, "--output_path", str(folder),
     ]  # fmt: skip

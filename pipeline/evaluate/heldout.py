@@ -1,4 +1,4 @@
-"""Held-out loss: the mean over supervised tokens; each rank computes a part of the sequences."""
+"""Held-out loss: the mean loss of supervised tokens; each rank computes some of the sequences."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,8 +20,10 @@ def held_out_loss(
 ) -> float:
     """Mean loss over the supervised tokens of a split. Collective: all ranks must call it.
 
-    `summed_loss`: the sum of the losses of a batch's supervised tokens; in a sequence-parallel
-    group, of those that this rank has. `show`: shows the progress.
+    `summed_loss`: returns the sum of the losses of a batch's supervised tokens. In a
+    sequence-parallel group, where a rank has only some of the tokens of a sequence, it is the sum
+    over these tokens. `show`: context manager that shows the progress, given a text and the number
+    of batches.
     """
     work = evaluation_work(
         split.sequences,

@@ -1,4 +1,4 @@
-"""Loading of the models to score, one at a time, each whole on the device of this rank."""
+"""ModelLoader: loads the models to score, one at a time; each rank holds the whole model."""
 
 import dataclasses
 import gc
@@ -20,7 +20,10 @@ from pipeline.plan.plan import Plan, make_plan
 
 
 class ModelLoader:
-    """Loads the model of a subject, unless the model of the last one is the same."""
+    """Loads the model of a `Subject`, which is a row of the table of scores.
+
+    Base and adapter of a run are two subjects with the same model, which is loaded once.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -29,14 +32,14 @@ class ModelLoader:
 
     @contextmanager
     def loaded(self, subject: Subject) -> Iterator[Any]:
-        """The model in evaluation mode, with or without its adapter."""
+        """The model in evaluation mode; its adapter is disabled if the subject is the base."""
         key = (subject.folder, subject.adapter, subject.is_merged)
         if key != self._key:
             self._model = self._key = None
             gc.collect()
             if self._device.type == "cuda":
-                torch.cuda.empty_cache()  # make room for the next model
-            with show_progress("loading the model"), memory_reported(subject.name):
+                torch.cuda.empty_cache()  # frees the memory of the previous model
+            with show_progress("loading the model"), report_out_of_memory(subject.name):
                 self._model = self._load(subject).eval()
             self._key = key
         if subject.adapter is None or subject.is_adapter_used:
@@ -62,8 +65,8 @@ class ModelLoader:
 
 
 @contextmanager
-def memory_reported(name: str) -> Iterator[None]:
-    """Raise SingleRankError if a GPU has too little memory for a model."""
+def report_out_of_memory(name: str) -> Iterator[None]:
+    """Convert torch's OutOfMemoryError in the body to a SingleRankError about the model `name`."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -74,7 +77,7 @@ def memory_reported(name: str) -> Iterator[None]:
 
 
 def single_process_plan(settings: RunSettings) -> Plan:
-    """A plan for the same model on one device, without sharding and activation checkpointing."""
+    """A plan for loading the model on one device, without sharding and activation checkpointing."""
     unsharded = settings.model_copy(
         update={
             "zero_stage": "auto",

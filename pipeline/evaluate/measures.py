@@ -1,9 +1,10 @@
-"""Scores of answers with 95 % intervals: loss, perplexity, and shares of rows. Pure, no torch.
+"""Scores of a model with 95 % intervals: loss, perplexity, and shares of rows, such as exact match.
 
-The interval of a share is Wilson's score interval. The interval of a loss is a normal approximation
-over rows: the loss is a ratio of two sums over rows (loss and supervised tokens), and the variance
-of a ratio is that of its linearisation, so tokens of one row are not treated as independent. The
-bounds of the perplexity are the exponentials of those of the loss.
+The interval of a share is Wilson's score interval. The interval of the loss is a normal
+approximation. The loss is a ratio of two sums over rows: the losses, and the numbers of supervised
+tokens. The variance of the ratio is computed from its linearisation, with rows as independent
+samples, because the tokens of one row are not independent. The bounds of the perplexity are the
+exponentials of the bounds of the loss.
 """
 
 import json
@@ -19,17 +20,18 @@ import regex
 from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
-# A pattern such as (a+)+$ backtracks without end on some texts.
+# Time limit of a search, because a pattern such as (a+)+$ backtracks almost forever on some texts.
 _SEARCH_TIMEOUT_S = 1.0
 _Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
-Interval = tuple[float, float]
+Interval = tuple[float, float]  # lower and upper bound
 
 
 @dataclass(frozen=True)
 class AnsweredRow:
-    """A row with the results of one model. `loss_sum`: over its supervised tokens.
+    """A row with the results of one model.
 
-    `expected` and `answer`: None if the row has no question, such as a text without a prompt.
+    `tokens`: number of supervised tokens. `loss_sum`: sum of their losses. `expected` and `answer`:
+    None if the row has no question, such as a text without a prompt.
     """
 
     loss_sum: float
@@ -57,9 +59,12 @@ def extract(pattern: regex.Pattern[str], text: str) -> str | None:
     except TimeoutError:
         _warn_of_slow_search(pattern.pattern)
         return None
-    texts = (m[1] if pattern.groups and m[1] is not None else m[0] for m in matches)
-    extracted = [stripped for each in texts if (stripped := each.strip())]
-    return extracted[-1] if extracted else None
+    for match in reversed(matches):
+        has_group = pattern.groups > 0 and match[1] is not None
+        text_of_match = (match[1] if has_group else match[0]).strip()
+        if text_of_match:
+            return str(text_of_match)
+    return None
 
 
 @cache  # once for each pattern
@@ -72,24 +77,25 @@ def _warn_of_slow_search(pattern: str) -> None:
 
 
 def scores_of(rows: Sequence[AnsweredRow], pattern: regex.Pattern[str] | None) -> dict[str, Any]:
-    """All scores of a model, each with `NAME_interval`, and the number of rows of each share.
+    """All scores of a model; for each also NAME_interval, and for a share NAME_rows.
 
-    A score that the rows do not have is absent. `valid_json` counts only rows whose expected answer
-    is a JSON object or list, and `regex_match` only rows whose expected answer has a match.
+    Scores that cannot be computed from the rows are absent. `valid_json` is a share of the rows
+    whose expected answer is a JSON object or list; `regex_match` is a share of the rows whose
+    expected answer has a match of the pattern.
     """
     scores = _loss_scores(rows)
-    pairs = [(row.expected, row.answer) for row in rows if row.expected is not None]
-    answered = [(expected, answer or "") for expected, answer in pairs]
-    exact = [expected.strip() == answer.strip() for expected, answer in answered]
-    valid = [is_json(answer) for expected, answer in answered if is_json(expected)]
-    scores |= _share("exact_match", exact) | _share("valid_json", valid)
-    if pattern is not None:
-        expected = [(extract(pattern, text), answer) for text, answer in answered]
-        matches = [
-            extract(pattern, answer) == value for value, answer in expected if value is not None
-        ]
-        scores |= _share("regex_match", matches)
-    return scores
+    exact_match, valid_json, regex_match = [], [], []  # for each row that counts: is it right?
+    for row in rows:
+        if row.expected is None:
+            continue
+        answer = row.answer or ""
+        exact_match.append(answer.strip() == row.expected.strip())
+        if is_json(row.expected):
+            valid_json.append(is_json(answer))
+        if pattern is not None and (expected := extract(pattern, row.expected)) is not None:
+            regex_match.append(extract(pattern, answer) == expected)
+    scores |= _share("exact_match", exact_match) | _share("valid_json", valid_json)
+    return scores | _share("regex_match", regex_match)
 
 
 def is_json(text: str) -> bool:
@@ -108,6 +114,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _share(name: str, outcomes: Sequence[bool]) -> dict[str, Any]:
+    """The share of true outcomes with its interval and number of rows; empty without outcomes."""
     if not outcomes:
         return {}
     count, successes = len(outcomes), sum(outcomes)
@@ -130,16 +137,17 @@ def wilson_interval(successes: int, count: int) -> Interval:
 
 
 def _loss_scores(rows: Sequence[AnsweredRow]) -> dict[str, Any]:
-    tokens = sum(row.tokens for row in rows)
-    if not tokens:
+    """Loss and perplexity with their intervals, and the number of supervised tokens."""
+    num_tokens = sum(row.tokens for row in rows)
+    if not num_tokens:
         return {}
-    loss = sum(row.loss_sum for row in rows) / tokens
+    loss = sum(row.loss_sum for row in rows) / num_tokens
     scores: dict[str, Any] = {"loss": loss, "loss_interval": None}
-    scores |= {"perplexity": _exp(loss), "perplexity_interval": None, "tokens": tokens}
+    scores |= {"perplexity": _exp(loss), "perplexity_interval": None, "tokens": num_tokens}
     if len(rows) > 1 and math.isfinite(loss):  # one row has no variance
         squares = sum((row.loss_sum - loss * row.tokens) ** 2 for row in rows)
-        error = math.sqrt(squares * len(rows) / (len(rows) - 1)) / tokens
-        bounds = [loss - _Z * error, loss + _Z * error]
+        standard_error = math.sqrt(squares * len(rows) / (len(rows) - 1)) / num_tokens
+        bounds = [loss - _Z * standard_error, loss + _Z * standard_error]
         scores["loss_interval"] = bounds
         scores["perplexity_interval"] = [_exp(bound) for bound in bounds]
     return scores

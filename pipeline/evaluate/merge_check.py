@@ -1,4 +1,7 @@
-"""Difference between a merged model and base plus adapter, on held-out rows, block by block."""
+"""Compare the logits of a merged model with those of base and adapter, on held-out rows.
+
+The weights are read block by block (model/streamed.py), so that large models fit into memory.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,16 +28,16 @@ from pipeline.model.loss import IGNORED, SummedLoss, class_logits
 from pipeline.model.streamed import StreamedWeights, Transform, streamed_model
 from pipeline.plan.given.shape import read_shape
 
-_SEQUENCES = 8  # of the held-out split
-_NAME = "merged{}"  # peft's name of the attached adapter with this number
-_LOGITS_BYTES = 2**28  # limit of one model's logits in fp32, and so of the compared positions
+_NUM_SEQUENCES = 8  # of the held-out split
+_ADAPTER_NAME = "merged{}"  # name of an adapter in peft; {} is its number
+_MAX_LOGITS_BYTES = 2**28  # of one model, in fp32; limits the number of compared positions
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergedModel:
-    """A merged model, and the base and adapters that it was merged from.
+    """A merged model, and the base and adapters from which it was merged.
 
-    `trained`: how the base was quantised in training; None if it was not.
+    `trained`: how the base was quantised in training; None if it was not quantised.
     """
 
     folder: Path
@@ -45,63 +48,66 @@ class MergedModel:
 
 
 def compare_merged(run_folder: Path, merged: MergedModel) -> dict[str, Any]:
-    """Differences of the merged model to base plus adapter, by the name of the base.
+    """Loss of the merged model, and the differences of its logits to those of base and adapter.
 
-    If training quantised the base, there are two bases: the stored one and the quantised one.
-    Raises UserError if the run has no held-out rows.
+    If training quantised the base, the merged model is compared with two bases: the stored one and
+    the quantised one. Raises UserError if the run has no held-out rows.
     """
     batch = _held_out_batch(run_folder)
-    quantised = _round_trip(merged)
-    bases: dict[str, Transform | None] = {"base": None}
+    bases: dict[str, Transform | None] = {"base": None}  # name -> change of its stored weights
     if merged.trained is not None:
         bits = "4-bit" if merged.trained.settings.load_in_4bit else "8-bit"
-        bases = {"16-bit base": None, f"{bits} base": quantised}
-    size = sum(path.stat().st_size for path in merged.base.glob("*.safetensors"))
+        bases = {"16-bit base": None, f"{bits} base": _quantise_and_dequantise(merged)}
+    num_bytes = sum(path.stat().st_size for path in merged.base.glob("*.safetensors"))
     with (
-        show_progress("comparing", size * (1 + len(bases)), in_bytes=True) as work,
+        show_progress("comparing", num_bytes * (1 + len(bases)), in_bytes=True) as work,
         torch.no_grad(),
     ):
-        logits = partial(_logits, batch, work, merged.trust_remote_code)
-        ours = logits(merged.folder, (), None)
-        theirs = {name: logits(merged.base, merged.adapters, each) for name, each in bases.items()}
-    targets = batch.labels[:, 1:][batch.labels[:, 1:] != IGNORED][: len(ours)]
-    return {
-        "positions": len(ours),
-        "loss": float(F.cross_entropy(ours, targets)),
-        **{
-            f"to {name} + adapter": _difference(ours, each, targets)
-            for name, each in theirs.items()
-        },
-    }
+        logits_of = partial(_logits, batch, work, merged.trust_remote_code)
+        logits = logits_of(merged.folder, (), None)
+        base_logits = {
+            name: logits_of(merged.base, merged.adapters, transform)
+            for name, transform in bases.items()
+        }
+    labels = batch.labels[:, 1:]  # of the next token at each position
+    targets = labels[labels != IGNORED][: len(logits)]
+    result = {"positions": len(logits), "loss": float(F.cross_entropy(logits, targets))}
+    for name, reference in base_logits.items():
+        result[f"to {name} + adapter"] = _difference(logits, reference, targets)
+    return result
 
 
 def _difference(
-    ours: torch.Tensor, theirs: torch.Tensor, targets: torch.Tensor
+    logits: torch.Tensor, reference: torch.Tensor, targets: torch.Tensor
 ) -> dict[str, float]:
-    """Differences of logits (positions, vocabulary). `kl`: KL(theirs || ours) of a position."""
-    difference = ours - theirs
-    first, second = ours.log_softmax(-1), theirs.log_softmax(-1)
+    """Differences of two sets of logits (positions, vocabulary); `loss` is that of the reference.
+
+    `relative`: norm of the difference divided by the norm of the reference. `kl`: mean over the
+    positions of KL(reference || logits).
+    """
+    difference = logits - reference
+    log_p, reference_log_p = logits.log_softmax(-1), reference.log_softmax(-1)
     return {
-        "relative": float(difference.norm() / theirs.norm()),
+        "relative": float(difference.norm() / reference.norm()),
         "mean_logit": float(difference.abs().mean()),
         "largest_logit": float(difference.abs().max()),
-        "kl": float(F.kl_div(first, second, reduction="batchmean", log_target=True)),
-        "loss": float(F.cross_entropy(theirs, targets)),
+        "kl": float(F.kl_div(log_p, reference_log_p, reduction="batchmean", log_target=True)),
+        "loss": float(F.cross_entropy(reference, targets)),
     }
 
 
 def _held_out_batch(run_folder: Path) -> Batch:
+    """The first sequences of the run's held-out split."""
     index = DataIndex.load(run_folder / "data").eval
     if index is None:
         raise UserError(f"--check: {run_folder} has no held-out rows (eval_data)")
     split = open_split(index)
-    return build_batch(split, range(min(_SEQUENCES, index.sequences)))
+    return build_batch(split, range(min(_NUM_SEQUENCES, index.sequences)))
 
 
-def _round_trip(merged: MergedModel) -> Transform | None:
-    """Transform of the layers that training quantised; None if it quantised none."""
-    if merged.trained is None:
-        return None
+def _quantise_and_dequantise(merged: MergedModel) -> Transform:
+    """A function that quantises and dequantises a weight if training quantised its layer."""
+    assert merged.trained is not None
     settings = merged.trained.settings
     shape = read_shape(str(merged.base), trust_remote_code=merged.trust_remote_code)
     dtype = DTYPES[merged.trained.dtype]
@@ -112,20 +118,26 @@ def _round_trip(merged: MergedModel) -> Transform | None:
     def transform(layer: str, module: nn.Module, weight: torch.Tensor) -> None:
         if layer not in layers or weight.dim() != 2:
             return
-        stored = weight.T.contiguous() if isinstance(module, Conv1D) else weight
-        quantisation.round_trip(stored)
-        weight.copy_(stored.T if isinstance(module, Conv1D) else stored)
+        if isinstance(module, Conv1D):  # stores the transpose
+            transposed = weight.T.contiguous()
+            quantisation.round_trip(transposed)
+            weight.copy_(transposed.T)
+        else:
+            quantisation.round_trip(weight)
 
     return transform
 
 
 class _Logits(SummedLoss):
-    """Logits at the supervised positions, at most as many as fit into `_LOGITS_BYTES`."""
+    """Logits at the first supervised positions, as many as fit into `_MAX_LOGITS_BYTES`.
+
+    The base class computes the hidden states of these positions and calls `_loss_sum`.
+    """
 
     def _loss_sum(self, causal: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         vocab_size = causal.config.get_text_config().vocab_size
-        count = max(1, _LOGITS_BYTES // (4 * vocab_size))
-        return class_logits(causal)(hidden[:count]).float()
+        num_positions = max(1, _MAX_LOGITS_BYTES // (4 * vocab_size))
+        return class_logits(causal)(hidden[:num_positions]).float()
 
 
 def _logits(
@@ -135,7 +147,11 @@ def _logits(
     folder: Path,
     *variant: Any,
 ) -> torch.Tensor:
-    """Logits of a model folder; `variant`: adapters, and a transform of its weights."""
+    """Logits of a model.
+
+    `variant`: two arguments, the adapters of the model, and a function that changes its weights or
+    None.
+    """
     adapters, transform = variant
     causal = streamed_model(folder, trust_remote_code=trust_remote_code)
     weights = StreamedWeights(folder, causal, work.advance, transform)
@@ -143,8 +159,8 @@ def _logits(
     if adapters:
         model = _with_adapters(causal, adapters)
         weights.adapters = {
-            _NAME.format(number): load_file(each.folder / WEIGHTS)
-            for number, each in enumerate(adapters)
+            _ADAPTER_NAME.format(i): load_file(adapter.folder / WEIGHTS)
+            for i, adapter in enumerate(adapters)
         }
     with weights.attached(model):
         logits: torch.Tensor = _Logits(model)(batch.input_ids, batch.labels, batch.documents)
@@ -152,16 +168,19 @@ def _logits(
 
 
 def _add_rows(causal: Any, indices: dict[str, list[int]] | list[int] | None) -> None:
-    """Add rows for the new tokens of an adapter, without values."""
+    """Add rows, without values, for the new tokens of an adapter to embeddings and head.
+
+    `indices`: peft's `trainable_token_indices`: a list, or module name -> list.
+    """
     lists = indices.values() if isinstance(indices, dict) else [indices or []]
-    num_rows = max((index + 1 for each in lists for index in each), default=0)
+    num_rows = max((max(rows, default=-1) + 1 for rows in lists), default=0)
     if num_rows > causal.get_input_embeddings().weight.shape[0]:
         causal.resize_token_embeddings(num_rows, mean_resizing=False)
 
 
 def _with_adapters(causal: Any, adapters: Sequence[WeightedAdapter]) -> PeftModel:
-    """The model with all adapters active, each with its weight, without values."""
-    names = [_NAME.format(number) for number in range(len(adapters))]
+    """The model with all adapters active, without values; user weights are part of the scaling."""
+    names = [_ADAPTER_NAME.format(i) for i in range(len(adapters))]
     model: Any = None
     for name, adapter in zip(names, adapters, strict=True):
         config = LoraConfig.from_pretrained(str(adapter.folder), inference_mode=True)

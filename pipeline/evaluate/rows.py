@@ -1,6 +1,7 @@
-"""Rows on which models are scored: their documents, for the loss, and their questions.
+"""Rows on which models are scored: the documents of a row, for the loss, and its question.
 
-Documents are those of training: rendered with the run's chat template, and cut at `max_length`.
+The documents are the same as in training: rendered with the run's chat template, and truncated at
+`max_length`. A question is the prompt of the row's last answer, with the expected answer.
 """
 
 import hashlib
@@ -38,15 +39,16 @@ class Question:
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """A row as one tokenizer encodes it. `documents`: those of training, for the loss.
+    """A row, encoded by one tokenizer.
 
-    `question`: None if the row has no prompt with an answer. `is_cut`: whether the documents end
-    before the row does, at `max_length`.
+    `documents`: the documents that training would make of the row, for the loss. `question`: None
+    if the row has no prompt with an answer. `is_truncated`: whether a document was truncated at
+    `max_length`.
     """
 
     documents: tuple[Window, ...]
     question: Question | None
-    is_cut: bool
+    is_truncated: bool
 
     @property
     def tokens(self) -> int:
@@ -55,7 +57,7 @@ class ScoredRow:
 
 
 def question_of(example: Example, encoder: Encoder) -> Question:
-    """Split an example into a prompt and its last answer, which is the expected one.
+    """Split an example into a prompt and its last answer, which is the expected answer.
 
     Raises RowError if the example has no prompt with an answer.
     """
@@ -64,12 +66,15 @@ def question_of(example: Example, encoder: Encoder) -> Question:
         raise RowError("the prompt is empty")
     if not isinstance(example, Conversation):
         return Question(prompt, prompt, expected)
-    last_user = (m.content for m in reversed(example.messages) if m.role == "user")
-    return Question(prompt, next(last_user, ""), expected)
+    user_messages = [message.content for message in example.messages if message.role == "user"]
+    return Question(prompt, user_messages[-1] if user_messages else "", expected)
 
 
 class RowEncoder:
-    """Tokenizer and chat template of a model, which encode examples as in training."""
+    """Tokenizer and chat template of a model, which encode examples as in training.
+
+    `ends`: ids of the tokens that end an answer.
+    """
 
     def __init__(self, settings: RunSettings) -> None:
         self.tokenizer: Any = run_tokenizer(settings)
@@ -79,23 +84,23 @@ class RowEncoder:
 
     def encode(self, example: Example) -> ScoredRow:
         """Encode an example. Raises RowError if training would not use it."""
-        length, over_length = self._settings.max_length, self._settings.over_length
-        documents, is_cut = [], False
+        max_length, over_length = self._settings.max_length, self._settings.over_length
+        documents, is_truncated = [], False
         for document in self._encoder.encode(example):
-            size = len(document.ids)
-            if over_length in ("fail", "drop") and size > length:
+            is_too_long = len(document.ids) > max_length
+            if is_too_long and over_length in ("fail", "drop"):
                 raise RowError(
-                    f"longer than max_length ({length}), and over_length is not truncate"
+                    f"longer than max_length ({max_length}), and over_length is not truncate"
                 )
-            is_cut |= size > length and over_length == "truncate"
-            documents += windows(document.ids, document.supervised, length, over_length)
+            is_truncated |= is_too_long and over_length == "truncate"
+            documents += windows(document.ids, document.supervised, max_length, over_length)
         if not documents:
             raise RowError("no supervised token")
         try:
             question = question_of(example, self._encoder)
         except RowError:
             question = None
-        return ScoredRow(tuple(documents), question, is_cut)
+        return ScoredRow(tuple(documents), question, is_truncated)
 
     def prompt_of(self, example: Example) -> str:
         """The prompt of the last answer of an example. Raises RowError if it has none."""
@@ -115,17 +120,17 @@ def held_out_examples(run_folder: Path, settings: RunSettings) -> Iterator[Examp
 
 
 def examples_of_file(path: str, settings: RunSettings) -> Iterator[Example | RowError]:
-    """The examples of `--data`, and an error in the place of each row that cannot be read."""
+    """The examples in the file of `--data`; for a row that cannot be read, a RowError instead."""
     for source in resolve_sources([DataSource(path=path)], "--data"):
         for line in read_lines(source):
-            _, read = read_line(line, settings)
-            yield RowError(read) if isinstance(read, str) else read.example
+            _, result = read_line(line, settings)
+            yield RowError(result) if isinstance(result, str) else result.example
 
 
 def encode_rows(
     examples: Iterable[Example | RowError], encoders: Sequence[RowEncoder], limit: int
 ) -> list[list[ScoredRow]]:
-    """The first `limit` rows that every encoder can encode; for each encoder the list of its rows.
+    """Encode the first `limit` rows that every encoder can encode; a list for each encoder.
 
     Logs how many rows before the last one were skipped, with the reasons. Raises UserError if no
     row can be encoded.
@@ -140,8 +145,8 @@ def encode_rows(
         except RowError as error:
             rejected[str(error)] += 1
             continue
-        for of_encoder, row in zip(rows, encoded, strict=True):
-            of_encoder.append(row)
+        for encoder_rows, row in zip(rows, encoded, strict=True):
+            encoder_rows.append(row)
         if rows and len(rows[0]) == limit:
             break
     if rejected:
@@ -149,22 +154,22 @@ def encode_rows(
     if not rows[0]:
         reasons = f" ({_reasons(rejected)})" if rejected else ""
         raise UserError(f"there is no usable row to score on{reasons}")
-    if num_cut := sum(row.is_cut for row in rows[0]):
+    if num_truncated := sum(row.is_truncated for row in rows[0]):
         logger.info(
             "%d of %d rows are longer than max_length: their loss is that of the first tokens",
-            num_cut, len(rows[0]),
+            num_truncated, len(rows[0]),
         )  # fmt: skip
     return rows
 
 
 def digest_of(rows: Sequence[ScoredRow]) -> str:
-    """SHA-256 of token ids, loss masks, prompts and expected answers."""
+    """SHA-256 of the rows' token ids, loss masks, prompts and expected answers."""
     digest = hashlib.sha256()
     for row in rows:
         question = row.question
         texts = None if question is None else [question.prompt, question.expected]
-        sizes = [len(document.ids) for document in row.documents]
-        digest.update(json.dumps([texts, sizes]).encode())
+        lengths = [len(document.ids) for document in row.documents]
+        digest.update(json.dumps([texts, lengths]).encode())
         for document in row.documents:
             digest.update(document.ids.tobytes())
             digest.update(document.supervised.tobytes())
@@ -172,4 +177,5 @@ def digest_of(rows: Sequence[ScoredRow]) -> str:
 
 
 def _reasons(rejected: Counter[str]) -> str:
+    """The most frequent reasons as text, e.g. `12: no supervised token; 3: the prompt is empty`."""
     return "; ".join(f"{count}: {reason}" for reason, count in rejected.most_common(3))

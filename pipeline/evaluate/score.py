@@ -22,7 +22,7 @@ from pipeline.cluster.session import Session
 from pipeline.errors import UserError
 from pipeline.evaluate.answers import AnswerFile, BatchResult
 from pipeline.evaluate.generate import Generator
-from pipeline.evaluate.loading import ModelLoader, memory_reported
+from pipeline.evaluate.loading import ModelLoader, report_out_of_memory
 from pipeline.evaluate.measures import AnsweredRow, extract, scores_of
 from pipeline.evaluate.rows import RowEncoder, ScoredRow, digest_of, encode_rows
 from pipeline.evaluate.subjects import Subject
@@ -105,7 +105,7 @@ class _Scoring:
             return
         name, count = self.subject.name, sum(len(self.batches[n]) for n in remaining)
         total = sum(self._size_of(n) for n in numbers)
-        with loader.loaded(self.subject) as model, memory_reported(name):
+        with loader.loaded(self.subject) as model, report_out_of_memory(name):
             loss_of = _document_loss(model)
             with show_progress(f"{name}: scoring {count} rows", total=total) as work:
                 for number in numbers:

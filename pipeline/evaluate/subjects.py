@@ -1,4 +1,4 @@
-"""Models to score: base, adapter and merged model of a run, or a model folder. No torch."""
+"""Subject: a model to score. It is base, adapter or merged model of a run, or another model."""
 
 import logging
 from collections.abc import Sequence
@@ -20,26 +20,29 @@ from pipeline.plan.given.shape import read_shape
 
 logger = logging.getLogger(__name__)
 
-# Settings of a run that also hold for a model beside it: how rows are read, and the dtype.
-_SHARED_KEYS = (
+# Settings of a run that also apply to another model scored on the run's rows: how the rows are
+# read, and the dtype.
+_SHARED_SETTINGS = (
     "data_format", "columns", "max_length", "over_length", "train_on", "split_turns",
     "special_tokens_in_text", "bf16", "fp16",
 )  # fmt: skip
-_LOADING_KEYS = (
+# Settings on which the loaded weights and the outputs depend.
+_LOADING_SETTINGS = (
     "load_in_4bit", "load_in_8bit", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type",
     "bnb_4bit_use_double_quant", "use_flash_attention", "bf16", "fp16",
 )  # fmt: skip
-_PLACES = ("base_model_name_or_path", "revision")  # keys of adapter_config.json: where the base is
+_BASE_LOCATION_KEYS = ("base_model_name_or_path", "revision")  # of adapter_config.json
 _PACKAGES = ("torch", "transformers", "peft", "tokenizers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model to score, under its name in the table.
+    """A model to score.
 
-    `settings`: of its tokenizer, chat template and loading. `adapter`: the folder of the adapter
-    that is loaded with the model; `is_adapter_used`: False for the base of a run. `is_merged`: the
-    model is loaded unquantised, in the training dtype of the run.
+    `name`: its name in the table of scores. `settings`: settings of its tokenizer, chat template
+    and loading. `folder`: folder of the model. `adapter`: folder of the adapter that is loaded with
+    the model. `is_adapter_used`: whether the adapter is active; false for the base of a run.
+    `is_merged`: whether this is a merged model, which is loaded unquantised in the training dtype.
     """
 
     name: str
@@ -50,22 +53,26 @@ class Subject:
     is_merged: bool = False
 
     def identity(self) -> dict[str, Any]:
-        """Everything on which the model's outputs depend, as JSON values."""
-        used = self.adapter if self.is_adapter_used else None
-        loading = {key: getattr(self.settings, key) for key in _LOADING_KEYS}
+        """Everything on which the model's outputs depend, as JSON data."""
+        adapter = None
+        if self.is_adapter_used and self.adapter is not None:
+            adapter = [adapter_sha256(self.adapter), _adapter_config(self.adapter)]
         return {
             "model": base_fingerprint(self.folder).digest,
-            "adapter": None if used is None else [adapter_sha256(used), _adapter_config(used)],
+            "adapter": adapter,
             "is_merged": self.is_merged,
-            "loading": loading,
+            "loading": {key: getattr(self.settings, key) for key in _LOADING_SETTINGS},
             "versions": {name: version(name) for name in _PACKAGES},
         }
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
-    """The adapter's configuration without the place of its base. UserError if it is damaged."""
+    """The adapter's configuration without the location of its base.
+
+    Raises UserError if the file is damaged.
+    """
     config = require_json(folder / "adapter_config.json")
-    return {key: value for key, value in config.items() if key not in _PLACES}
+    return {key: value for key, value in config.items() if key not in _BASE_LOCATION_KEYS}
 
 
 def subjects_of(
@@ -73,27 +80,27 @@ def subjects_of(
 ) -> list[Subject]:
     """The models that the arguments name: run folders, model folders, cached hub models.
 
-    If there are several arguments, the name of a model begins with its argument. Raises UserError
-    if an argument names none of these, if a run has no adapter, or if its adapter was trained on
-    another base.
+    A run folder gives its base, its adapter and, if there is one, its merged model. If there are
+    several arguments, the name of a model begins with its argument. `overrides`: `key=value`
+    settings. `data`: the file of --data. Raises UserError if an argument names neither a run nor a
+    model, if a run has no adapter, or if its adapter was trained on another base.
     """
     subjects: list[Subject] = []
     for argument in dict.fromkeys(arguments):
         prefix = f"{argument} " if len({*arguments}) > 1 else ""
-        folder = _folder_of(argument)
+        folder = _run_or_model_folder(argument)
         if (folder / "run.yaml").is_file():
-            subjects += _subjects_of_run(
-                folder, prefix, load_settings(folder / "run.yaml", overrides)
-            )
+            settings = load_settings(folder / "run.yaml", overrides)
+            subjects += _subjects_of_run(folder, prefix, settings)
         else:
-            first_run = next((each.settings for each in subjects), None)
-            settings = _model_settings(folder, overrides, data, first_run)
+            first_settings = subjects[0].settings if subjects else None
+            settings = _model_settings(folder, overrides, data, first_settings)
             subjects.append(Subject(name=argument, settings=settings, folder=folder))
     return subjects
 
 
-def _folder_of(argument: str) -> Path:
-    """The folder of a run or model. Raises UserError if there is none."""
+def _run_or_model_folder(argument: str) -> Path:
+    """The folder of a run or model. Raises UserError if the argument names neither."""
     path = Path(argument).expanduser()
     try:
         is_folder = path.is_dir()
@@ -119,9 +126,10 @@ def _folder_of(argument: str) -> Path:
 
 
 def _subjects_of_run(folder: Path, prefix: str, settings: RunSettings) -> list[Subject]:
+    """Base, adapter and merged model of a run; their names begin with `prefix`."""
     adapter, base = folder / "adapter", settings.model_folder
     require_adapter(folder)
-    require_same_base(base, adapter, "restore the model of the training")
+    require_same_base(base, adapter, "restore the model that was used in training")
     subjects = [
         Subject(
             name=f"{prefix}{name}", settings=settings, folder=base, adapter=adapter,
@@ -130,14 +138,14 @@ def _subjects_of_run(folder: Path, prefix: str, settings: RunSettings) -> list[S
         for name in ("base", "adapter")
     ]  # fmt: skip
     merged = folder / "merged"
-    if merged.is_dir() and _is_scorable(folder):
+    if merged.is_dir() and _has_scorable_merged_model(folder):
         name = f"{prefix}merged"
         subjects.append(Subject(name=name, settings=settings, folder=merged, is_merged=True))
     return subjects
 
 
-def _is_scorable(run_folder: Path) -> bool:
-    """Whether to score the merged model. Logs a warning unless it has the run's adapter."""
+def _has_scorable_merged_model(run_folder: Path) -> bool:
+    """Whether to score the merged model. Logs a warning unless it contains the run's adapter."""
     is_same = is_merged_from(run_folder)
     if is_same is None:
         logger.warning(
@@ -155,14 +163,14 @@ def _is_scorable(run_folder: Path) -> bool:
 
 
 def _model_settings(
-    folder: Path, overrides: Sequence[str], data: str | None, beside: RunSettings | None
+    folder: Path, overrides: Sequence[str], data: str | None, run_settings: RunSettings | None
 ) -> RunSettings:
-    """Settings to score a model folder. `beside`: the settings of the run whose rows are used."""
+    """Settings to score a model folder. `run_settings`: those of the run whose rows are used."""
     values: dict[str, Any] = {"model": str(folder), "train_data": data or "-", "output_dir": "-"}
-    if beside is not None:
-        values |= {key: getattr(beside, key) for key in _SHARED_KEYS}
+    if run_settings is not None:
+        values |= {key: getattr(run_settings, key) for key in _SHARED_SETTINGS}
     settings = settings_without_file(values, overrides)
-    limit = read_shape(str(folder), trust_remote_code=settings.trust_remote_code).max_positions
-    if limit is not None and limit < settings.max_length:
-        settings = settings.model_copy(update={"max_length": limit})
+    shape = read_shape(str(folder), trust_remote_code=settings.trust_remote_code)
+    if shape.max_positions is not None and shape.max_positions < settings.max_length:
+        settings = settings.model_copy(update={"max_length": shape.max_positions})
     return settings

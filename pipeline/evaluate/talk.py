@@ -1,4 +1,7 @@
-"""Conversation with the base and the adapter of a run, each with its own answers as history."""
+"""Talk: a conversation with the base and the adapter of a run.
+
+Each of the two models has a separate history with its own answers.
+"""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -15,14 +18,17 @@ from pipeline.evaluate.subjects import Subject
 from pipeline.plan.given.shape import read_shape
 from pipeline.rows.examples import Completion, Conversation, Message, RowError
 
-_CONVERSATIONS = ("messages", "sharegpt", "alpaca")  # formats that the chat template renders
-_ANSWER = "Yes."  # stands for the next answer, so that the template renders all turns before it
+_CHAT_FORMATS = ("messages", "sharegpt", "alpaca")  # formats of rows for the chat template
+# The text of an answer that the encoder needs at the end of a conversation. The encoder returns the
+# prompt before this answer.
+_PLACEHOLDER_ANSWER = "Yes."
 
 
 class Talk:
-    """A conversation. `is_chat`: whether prompts are turns of the run's chat template.
+    """A conversation.
 
-    If the run was trained on prompts with completions, each prompt stands alone, without template.
+    `is_chat`: whether prompts are turns in the run's chat template. It is false if the run was
+    trained on prompts with completions; then each prompt is separate and has no template.
     """
 
     def __init__(
@@ -53,55 +59,56 @@ class Talk:
         self._histories = {name: [] for name in self._subjects}
 
     def answer(self, name: str, text: str, write: Callable[[str], None]) -> bool:
-        """Stream the answer of one model to `write`; False if Ctrl-C stopped it.
+        """Stream the answer of the model `name` to `write`; False if Ctrl-C stopped it.
 
-        The history gets the answer as far as it was generated. Raises UserError if the template
-        refuses the conversation, or if it does not fit into the model.
+        The generated text, even if it was stopped, becomes part of the history. Raises UserError if
+        the template refuses the conversation, or if the conversation is too long for the model.
         """
         turns = [*self._histories[name], Message("user", text)]
         prompt = self._prompt(turns, text)
         num_tokens, limit = self._encoder.num_tokens(prompt), self._generator.max_positions
         if limit is not None and num_tokens >= limit:
             raise UserError(
-                f"the conversation has {num_tokens} tokens, and the model takes {limit}; /reset "
-                "begins another one"
+                f"the conversation has {num_tokens} tokens, but the model supports {limit}; /reset "
+                "begins another conversation"
             )
-        written: list[str] = []
+        pieces: list[str] = []
 
-        def write_and_keep(part: str) -> None:
-            written.append(part)
-            write(part)
+        def write_and_store(piece: str) -> None:
+            pieces.append(piece)
+            write(piece)
 
-        streamer, is_complete = _Streamer(self._encoder.tokenizer, write_and_keep), True
+        streamer, is_complete = _Streamer(self._encoder.tokenizer, write_and_store), True
         try:
             with self._loader.loaded(self._subjects[name]) as model:
                 self._generator.answers(model, [prompt], lambda: None, streamer=streamer)
         except KeyboardInterrupt:
             is_complete = False
         if self.is_chat:
-            self._histories[name] = [*turns, Message("assistant", "".join(written))]
+            self._histories[name] = [*turns, Message("assistant", "".join(pieces))]
         return is_complete
 
     def _prompt(self, turns: Sequence[Message], text: str) -> str:
+        """The conversation rendered with the chat template, or without a template only `text`."""
         try:
             if not self.is_chat:
-                return self._encoder.prompt_of(Completion(text, _ANSWER))
+                return self._encoder.prompt_of(Completion(text, _PLACEHOLDER_ANSWER))
             system = [Message("system", self.system)] if self.system else []
-            messages = (*system, *turns, Message("assistant", _ANSWER))
+            messages = (*system, *turns, Message("assistant", _PLACEHOLDER_ANSWER))
             return self._encoder.prompt_of(Conversation(messages))
         except RowError as error:
             raise UserError(f"the chat template refuses this conversation: {error}") from None
 
 
 class _Streamer(TextStreamer):
-    """Streamer of generated text to a function, without the prompt and special tokens."""
+    """Passes generated text to a function, without the prompt and special tokens."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._write = write
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Write the text that later tokens do not change any more."""
+        """Called by transformers with text that later tokens do not change."""
         del stream_end
         self._write(text)
 
@@ -112,5 +119,5 @@ def _is_trained_on_chats(subject: Subject) -> bool:
     with suppress(UserError):
         index = DataIndex.load(subject.adapter.parent / "data")
         formats = {name for source in index.train.sources for name in source.formats}
-        return not formats or not formats.isdisjoint(_CONVERSATIONS)
+        return not formats or not formats.isdisjoint(_CHAT_FORMATS)
     return True

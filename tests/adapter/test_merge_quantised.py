@@ -11,7 +11,12 @@ from transformers import AutoModelForCausalLM
 from pipeline.adapter.merge_plan import TrainedBase, WeightedAdapter
 from pipeline.cluster.progress import show_progress
 from pipeline.data.order.batches import Batch
-from pipeline.evaluate.merge_check import MergedModel, _difference, _logits, _round_trip
+from pipeline.evaluate.merge_check import (
+    MergedModel,
+    _difference,
+    _logits,
+    _quantise_and_dequantise,
+)
 from pipeline.model.base import Quantisation, _quantization, load_plain
 from pipeline.model.checkpoint_names import model_on_meta
 from pipeline.model.streamed import StreamedWeights, streamed_model
@@ -153,7 +158,7 @@ def test_logits_of_a_merge_are_nearest_on_the_base_it_was_merged_onto(
             ours = _logits(batch, progress, False, merged, (), None)
             for against, transform in (
                 ("original", None),
-                ("dequantized", _round_trip(merged_model)),
+                ("dequantized", _quantise_and_dequantise(merged_model)),
             ):
                 theirs = _logits(batch, progress, False, base, merged_model.adapters, transform)
                 nearest[name, against] = _difference(ours, theirs, batch.labels[:, 5:].flatten())
