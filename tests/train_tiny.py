@@ -5,7 +5,7 @@ from pathlib import Path
 from deepspeed.utils import safe_get_full_grad
 
 from pipeline.adapter.gather import gather_weights
-from pipeline.data.order.batches import build_batch
+from pipeline.data.order.batches import SequencePart, build_batch
 from pipeline.data.order.order import BatchLayout, RankWork, forward_seed
 from pipeline.data.order.steps import SeededBatch
 from pipeline.plan.cost.per_token import cost_per_token, sequence_flops
@@ -23,7 +23,8 @@ def build_engine(session, folder: Path, settings: dict, documents: int = 40):
 
 def work(plan, split, step: int, rank: int) -> tuple[list[SeededBatch], int]:
     """The micro-batches of a rank in one step, and the step's number of supervised tokens."""
-    group, place = divmod(rank, plan.layout.sequence_parallel_size)
+    size = plan.layout.sequence_parallel_size
+    group, place = divmod(rank, size)
     layout = BatchLayout(
         data_parallel_size=plan.layout.data_parallel_size,
         accumulation_steps=plan.layout.accumulation_steps,
@@ -32,7 +33,10 @@ def work(plan, split, step: int, rank: int) -> tuple[list[SeededBatch], int]:
     )
     work_of_rank = RankWork(split, layout, seed=0, rank=group, steps=range(step, step + 1))
     batches = [
-        SeededBatch(build_batch(split, m.sequences), forward_seed(0, step, m.first, place))
+        SeededBatch(
+            build_batch(split, m.sequences, SequencePart(size, place)),
+            forward_seed(0, step, m.first, place),
+        )
         for m in work_of_rank
     ]
     return batches, work_of_rank.size_of(step).supervised_tokens

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from pipeline.cluster.progress import Work, show_progress
 from pipeline.cluster.session import Session
 from pipeline.data.dataset.reader import Split
-from pipeline.data.order.batches import Batch, batches_of
+from pipeline.data.order.batches import Batch, SequencePart, batches_of
 from pipeline.data.order.order import evaluation_work
 from pipeline.plan.given.layout import Layout
 
@@ -30,10 +30,12 @@ def held_out_loss(
         data_parallel_size=layout.data_parallel_size,
         micro_batch_size=layout.micro_batch_size,
     )
-    micro_batches = work[session.placement.rank // layout.sequence_parallel_size]
+    size = layout.sequence_parallel_size
+    group, place = divmod(session.placement.rank, size)
+    micro_batches = work[group]
     total = 0.0
     with show("measuring the held-out loss", len(micro_batches)) as progress:
-        for batch, _ in batches_of(split, micro_batches):
+        for batch, _ in batches_of(split, micro_batches, part=SequencePart(size, place)):
             total += summed_loss(batch)
             progress.advance()
     return session.sum_over_ranks([total])[0] / split.sequences.supervised_tokens

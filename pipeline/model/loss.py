@@ -67,9 +67,9 @@ class SummedLoss(nn.Module):
 
         If S is 0, the result is 0 and still has an autograd graph. `documents`: for each row, the
         lengths of its packed documents. The first token of a document is never supervised.
-        `predicting`: positions, in the flattened (B T) input, of the tokens that predict a
-        supervised token. If it is None, these positions are computed here, for which the host has
-        to wait for the GPU.
+        `predicting`: positions, in the flattened input or, with a group, in this rank's flattened
+        part of it, of the tokens that predict a supervised token. If it is None, these positions
+        are computed here, for which the host has to wait for the GPU.
 
         The decoder gets no padding mask: padding is on the right, which causal attention does not
         reach. With a mask, PyTorch would use no fused kernels, would repeat keys and values for
@@ -90,7 +90,7 @@ class SummedLoss(nn.Module):
             require_all_blocks_separate(
                 packed["documents"], blocks(causal), causal.config.model_type
             )
-        if predicting is None or group is not None:
+        if predicting is None:
             predicting = (targets != IGNORED).flatten().nonzero().squeeze(1)
         hidden, targets = (
             tensor.flatten(0, 1).index_select(0, predicting) for tensor in (hidden, targets)

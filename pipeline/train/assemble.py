@@ -13,6 +13,7 @@ from pipeline.adapter.initial_weights import initial_weights
 from pipeline.cluster.heartbeat import LOADING_PHASES
 from pipeline.cluster.progress import show_progress
 from pipeline.cluster.session import Session
+from pipeline.config.settings import RunSettings
 from pipeline.data.dataset.reader import DataIndex, open_split
 from pipeline.errors import UserError
 from pipeline.model.adapter import attach_adapter, frozen_checksum
@@ -56,7 +57,7 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
     if folder.checkpoints is not None:  # on rank 0
         folder.checkpoints.about = {**folder.checkpoints.about, "fast_paths": plan.fast_path_states}
         if checkpoint is not None:
-            _log_changes(checkpoint, folder.checkpoints)
+            _log_changes(checkpoint, folder.checkpoints, context.settings)
     peak = PeakBytes(session.device, is_watched=session.is_rank_zero)
     loading, creating, restoring = LOADING_PHASES  # names of phases
     heartbeat.beat(loading)
@@ -122,12 +123,13 @@ def build_model(
     return model, split_base(model, plan, session, stored)
 
 
-def _log_changes(checkpoint: Path, checkpoints: Checkpoints) -> None:
+def _log_changes(checkpoint: Path, checkpoints: Checkpoints, settings: RunSettings) -> None:
     """Log the changes because of which a resumed run is not bitwise equal to an uninterrupted one.
 
     `checkpoint`: the resumed one. `checkpoints`: those that this run will write.
     """
-    if changes := computation_changes(checkpoint, checkpoints.about):
+    has_dropout = settings.lora_dropout > 0
+    if changes := computation_changes(checkpoint, checkpoints.about, has_dropout=has_dropout):
         logger.info(
             "the results will not be bitwise those of an uninterrupted run, because the "
             "computation changed: %s",

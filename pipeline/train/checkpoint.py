@@ -36,6 +36,7 @@ _ADAPTER, _OPTIMIZER = "adapter.safetensors", "optimizer.safetensors"
 _INITIAL = "initial.safetensors"  # only if A and B started with a part of the base
 _STATE, _MANIFEST = "state.json", "manifest.json"
 DATA_MADE_WITH = "data_made_with"  # entry of state.json: versions of the tokenising packages
+DIVISION = "division"  # entry of state.json: how a step was divided over ranks
 # Names of adapter tensors of fused experts (all experts of a layer in one tensor).
 _FUSED_EXPERTS = re.compile(r"\.experts(\.base_layer)?\.lora_[AB]\.weight$")
 _RESUME_IS_SAME_RUN = (
@@ -407,11 +408,15 @@ def read_initial(path: Path) -> dict[str, "torch.Tensor"]:
     return load_file(path / _INITIAL)
 
 
-def computation_changes(path: Path, about: Mapping[str, Any]) -> list[str]:
+def computation_changes(
+    path: Path, about: Mapping[str, Any], *, has_dropout: bool = False
+) -> list[str]:
     """Changes because of which a resumed run is not bitwise equal to an uninterrupted one.
 
-    Each is a text `NAME: BEFORE -> NOW`, for a package version or a fast path (a faster computation
-    with slightly different rounding). `about`: entries of state.json in this run's checkpoints.
+    Each is a text `NAME: BEFORE -> NOW`, for a package version, a fast path (a faster computation
+    with slightly different rounding), or the division of a step over ranks, on which the masks of
+    dropout depend. `about`: entries of state.json in this run's checkpoints. Checkpoints of earlier
+    versions have no division, so it is not compared with theirs.
     """
     state = _read_state(path)
     changes = []
@@ -422,6 +427,11 @@ def computation_changes(path: Path, about: Mapping[str, Any]) -> list[str]:
             for name, value in now.items()
             if before.get(name) != value
         ]
+    before, now = state.get(DIVISION, {}), about.get(DIVISION, {})
+    divided = {name for name in now if before and before.get(name) != now[name]}
+    changes += [f"{name}: {before.get(name)} -> {now[name]}" for name in sorted(divided)]
+    if has_dropout and divided - {"zero_stage"}:
+        changes.append("lora_dropout: the masks depend on this division, so others are drawn")
     return changes
 
 

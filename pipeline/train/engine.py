@@ -23,7 +23,7 @@ from pipeline.adapter.gather import (
 )
 from pipeline.cluster.sequence_group import SequenceGroup
 from pipeline.config.settings import RunSettings
-from pipeline.data.order.batches import IGNORED, Batch
+from pipeline.data.order.batches import IGNORED, WHOLE, Batch, SequencePart
 from pipeline.data.order.steps import SeededBatch
 from pipeline.evaluate.generate import Generator
 from pipeline.model.adapter import trainable
@@ -78,6 +78,7 @@ class Engine:
         self._on_phase = on_phase
         self._world_size = plan.world_size
         self._group = group
+        self._part = WHOLE if group is None else SequencePart(group.size, group.place)
         self.largest_batch = SequenceProfile(tokens=1)
         self._max_tokens = 0  # batch size times length of `largest_batch`
         is_sharded = plan.layout.is_sharded  # ZeRO-3
@@ -289,6 +290,7 @@ class Engine:
             sharded[0].all_gather(sharded)
 
     def _forward(self, batch: Batch) -> torch.Tensor:
+        assert batch.part == self._part, "a batch that was built for another rank of the group"
         self._gather_persistent()
         if self._noise is not None:
             self._noise.documents = batch.documents

@@ -10,7 +10,7 @@ from pipeline.errors import UserError
 from pipeline.model.fingerprint import base_fingerprint, require_base_of_run
 from pipeline.plan.given.adapter_counts import adapter_shapes
 from pipeline.plan.plan import Plan
-from pipeline.train.checkpoint import DATA_MADE_WITH, Checkpoints, Identity
+from pipeline.train.checkpoint import DATA_MADE_WITH, DIVISION, Checkpoints, Identity
 from pipeline.train.start import Start, is_checkpoint_path, settings_hash
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "safetensors")
@@ -85,8 +85,8 @@ def checkpoint_to_resume(
 
 
 def _entries_for_users(plan: Plan) -> dict[str, Any]:
-    """Entries of state.json for users; a resume does not read them."""
-    settings = plan.settings
+    """Entries of state.json for users. A resume only logs which of them have changed."""
+    settings, layout = plan.settings, plan.layout
     schedule = {} if plan.schedule is None else vars(plan.schedule)
     return {
         "schedule": {
@@ -94,7 +94,14 @@ def _entries_for_users(plan: Plan) -> dict[str, Any]:
             "lr": settings.lr,
             "min_lr_ratio": settings.min_lr_ratio,
             "lr_scheduler_type": settings.lr_scheduler_type,
-            "global_batch_size": plan.layout.global_batch_size,
+            "global_batch_size": layout.global_batch_size,
+        },
+        DIVISION: {
+            "ranks": layout.world_size,
+            "zero_stage": layout.zero_stage,
+            "batch_size": layout.micro_batch_size,
+            "sequence_parallel_size": layout.sequence_parallel_size,
+            "mlp_tiles": layout.mlp_tiles,
         },
         "settings_sha256": settings_hash(plan),
         "versions": {"rankzero": __version__} | {name: version(name) for name in _PACKAGES},

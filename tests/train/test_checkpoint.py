@@ -60,6 +60,22 @@ def test_a_resume_with_other_fast_paths_or_versions_is_not_bitwise(checkpoints):
     assert_mentions(change, "torch", "1", "2")
 
 
+def test_a_resume_with_another_division_is_not_bitwise_and_dropout_has_other_masks(checkpoints):
+    about = {"division": {"ranks": 4, "zero_stage": 2, "sequence_parallel_size": 2}}
+    old, path = write(checkpoints, 2), None
+    checkpoints.about = about
+    path = write(checkpoints, 3)
+    assert computation_changes(path, about, has_dropout=True) == []
+    # a checkpoint of an earlier version does not have its division
+    assert computation_changes(old, about, has_dropout=True) == []
+    changed = {"division": about["division"] | {"sequence_parallel_size": 4}}
+    [change] = computation_changes(path, changed)
+    assert_mentions(change, "sequence_parallel_size: 2 -> 4")
+    assert_mentions(computation_changes(path, changed, has_dropout=True)[1], "lora_dropout")
+    staged = {"division": about["division"] | {"zero_stage": 3}}
+    assert len(computation_changes(path, staged, has_dropout=True)) == 1
+
+
 def test_only_the_newest_are_kept(checkpoints, tmp_path):
     for step in (2, 4, 100_000_000 - 1):
         write(checkpoints, step)

@@ -1,6 +1,5 @@
 """Whole runs whose two ranks share each sequence, resumed and compared with a run on one rank."""
 
-import os
 import signal
 import time
 
@@ -17,6 +16,34 @@ from tests.train_tiny import distance
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
+END_S = 15  # a killed rank ends the run within this time wherever it is killed (tests/faults)
+MICRO_BATCHES, EXCHANGES = 4, 2  # of a step, and of a block in a forward pass
+# Runs launch/train.py. Rank 1 kills itself in the N-th exchange of the second block, counted in
+# forward passes, before it sends its rows, so that rank 0 waits for them. Arguments: a file for
+# the time and the stack, N, and those of launch/train.py.
+KILLED_IN_EXCHANGE = """
+import os, runpy, signal, sys, time, traceback
+import torch.distributed as dist
+
+report, last_call, *arguments = sys.argv[1:]
+all_to_all_single, calls = dist.all_to_all_single, 0
+
+def all_to_all_single_or_die(*rows, **options):
+    global calls
+    frames = [frame for frame, _ in traceback.walk_stack(None)]
+    attention = [frame for frame in frames if frame.f_code.co_name == "_attend"]
+    calls += any(frame.f_locals["module"].layer_idx == 1 for frame in attention)
+    if calls == int(last_call) and os.environ["RANK"] == "1":
+        with open(report, "w") as file:
+            file.write(f"{time.time()}\\n{''.join(traceback.format_stack())}")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return all_to_all_single(*rows, **options)
+
+dist.all_to_all_single = all_to_all_single_or_die
+sys.argv = ["launch/train.py", *arguments]
+sys.path.insert(0, "launch")
+runpy.run_path("launch/train.py", run_name="__main__")
+"""
 COUNTED = ("step", "tokens", "supervised_tokens", "epoch")
 
 
@@ -39,9 +66,10 @@ def start(tmp_path_factory, tiny_model):
         arguments = ("launch/train.py", folder / "run.yaml", f"output_dir={folder / name}")
         code, output = run(*arguments, *overrides, ranks=ranks)
         assert code == 0, output
+        run_to_end.output[name] = output
         return folder / name
 
-    run_to_end.folder = folder
+    run_to_end.folder, run_to_end.output = folder, {}
     return run_to_end
 
 
@@ -76,6 +104,7 @@ def test_a_run_resumes_on_one_rank_from_a_checkpoint_of_two_that_shared_sequence
     checkpoint = shared / "checkpoints/step-00000002"
     resumed = start("resumed", 1, f"resume={checkpoint}")
     assert values(resumed, "step")[0] == 3
+    assert_mentions(start.output["resumed"], "ranks: 2 -> 1", "sequence_parallel_size: 2 -> 1")
     assert values(resumed, "loss") == pytest.approx(values(shared, "loss", first_step=3), rel=1e-5)
     assert distance(weights(resumed), weights(shared)) < 1e-5
 
@@ -84,26 +113,34 @@ def test_a_checkpoint_does_not_depend_on_the_ranks_that_share_sequences(alone, s
     checkpoints = [folder / "checkpoints/step-00000004" for folder in (alone, shared)]
     assert len({frozenset(path.name for path in folder.iterdir()) for folder in checkpoints}) == 1
     expected, state = (read_json(folder / "state.json") for folder in checkpoints)
-    for key in expected.keys() - {"fast_paths", "progress"}:
+    for key in expected.keys() - {"fast_paths", "division", "progress"}:
         assert state[key] == expected[key], key
     for key, value in expected["progress"].items():
         same = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
         assert state["progress"][key] == same, key
 
 
-def test_a_rank_that_dies_in_an_exchange_ends_the_run_and_is_named(start):
-    folder = start.folder / "killed"
-    arguments = ("launch/train.py", start.folder / "run.yaml", f"output_dir={folder}")
-    overrides = (
-        "sequence_parallel_size=2", "max_steps=100000", "save_strategy=no", "eval_data=null",
+def test_a_rank_that_is_killed_in_an_all_to_all_is_named_and_the_run_resumes(start, shared):
+    """Rank 1 gets SIGKILL in the second block's exchange, in the first micro-batch of step 4."""
+    folder, report = start.folder / "killed", start.folder / "report"
+    arguments = (
+        start.folder / "run.yaml", f"output_dir={folder}", "sequence_parallel_size=2",
+        "eval_data=null",
     )  # fmt: skip
-    with Command(*arguments, *overrides, ranks=2) as command:
-        while "step 3/" not in command.output:
-            assert command.is_running(), command.output
-            time.sleep(0.05)
-        os.kill(command.pids[1], signal.SIGKILL)
+    in_second_block = 3 * MICRO_BATCHES * EXCHANGES + 1
+    killing = ("-c", KILLED_IN_EXCHANGE, report, in_second_block, *arguments)
+    with Command(*killing, ranks=2) as command:
         codes = command.exit_codes(within_s=60)
+        ended_at = time.time()
+    killed_at, calls = report.read_text().split("\n", 1)
+    assert ended_at - float(killed_at) < END_S
+    assert calls.count("heads_of_whole_sequence") == calls.count("all_to_all_single_or_die") == 1
     assert codes == [1, -signal.SIGKILL]
     status = read_json(folder / "status.json")
     assert status["state"] == "failed"
-    assert_mentions(status["reason"], "rank 1")
+    assert_mentions(status["reason"], "rank 1", "step-00000002")
+    assert values(folder, "step") == [1, 2, 3]
+    code, output = run("launch/train.py", *arguments, ranks=2)
+    assert code == 0, output
+    assert_mentions(output, "resuming from step 2")
+    assert distance(weights(folder), weights(shared)) == 0

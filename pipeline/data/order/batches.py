@@ -29,6 +29,28 @@ _PADDING = 0  # no token predicts or attends to padding, so any token id can be 
 
 
 @dataclass(frozen=True)
+class SequencePart:
+    """The part of each sequence whose tokens a rank has, in a group of `size` ranks.
+
+    Part `place` is one of `size` equal parts; the last one is padded. The default is the whole
+    sequence.
+    """
+
+    size: int = 1
+    place: int = 0
+
+    def offsets(self, rows: np.ndarray, columns: np.ndarray, length: int) -> np.ndarray:
+        """Offsets in this rank's flattened part of those tokens of (B, length) that it has."""
+        part_length = ceil(length / self.size)
+        columns = columns - self.place * part_length
+        is_own = (columns >= 0) & (columns < part_length)
+        return rows[is_own] * part_length + columns[is_own]
+
+
+WHOLE = SequencePart()
+
+
+@dataclass(frozen=True)
 class Batch:
     """Input of the model. B: sequences, T: tokens, S: supervised tokens.
 
@@ -38,10 +60,11 @@ class Batch:
 
     input_ids: torch.Tensor  # (B, T) int64
     labels: torch.Tensor  # (B, T) int64: the token id if the token is supervised, else IGNORED
-    # (S,) int64: index in input_ids.flatten() of the token before each supervised one
+    # (S,) int64: index, in this rank's flattened part, of the token before each supervised one
     predicting: torch.Tensor
     documents: tuple[tuple[int, ...], ...]  # for each sequence the lengths of its documents
     tokens: int  # number of tokens without padding
+    part: SequencePart = WHOLE  # of each sequence; input_ids and labels have the whole sequences
 
     @property
     def attended(self) -> int | None:
@@ -68,8 +91,11 @@ class Batch:
         )
 
 
-def build_batch(split: "Split", sequences: Sequence[int]) -> Batch:
-    """Build the tensors of these sequences; for no sequences, one padding token without label."""
+def build_batch(split: "Split", sequences: Sequence[int], part: SequencePart = WHOLE) -> Batch:
+    """Build the tensors of these sequences; for no sequences, one padding token without label.
+
+    `part`: the part of each sequence that this rank has.
+    """
     rows = [split.sequence(i) for i in sequences]
     documents = tuple(tuple(len(ids) for ids, _ in row) for row in rows) or ((1,),)
     shape = (len(documents), max(sum(row) for row in documents))
@@ -84,27 +110,30 @@ def build_batch(split: "Split", sequences: Sequence[int]) -> Batch:
             np.copyto(labels[row, start:end], ids, where=supervised)
             start = end
     tokens = sum(map(sum, documents)) if rows else 0
+    supervised_rows, columns = np.nonzero(labels != IGNORED)
+    predicting = part.offsets(supervised_rows, columns - 1, shape[1])
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
-        predicting=torch.from_numpy(np.flatnonzero(labels != IGNORED) - 1),
+        predicting=torch.from_numpy(predicting),
         documents=documents,
         tokens=tokens,
+        part=part,
     )
 
 
 class _RankBatches(Dataset[tuple[Batch, int]]):
     """Map-style dataset: index of a rank's micro-batch -> its batch and MicroBatch.first."""
 
-    def __init__(self, split: "Split", work: Sequence[MicroBatch]) -> None:
-        self._split, self._work = split, work
+    def __init__(self, split: "Split", work: Sequence[MicroBatch], part: SequencePart) -> None:
+        self._split, self._work, self._part = split, work, part
 
     def __len__(self) -> int:
         return len(self._work)
 
     def __getitem__(self, index: int) -> tuple[Batch, int]:
         micro_batch = self._work[index]
-        return build_batch(self._split, micro_batch.sequences), micro_batch.first
+        return build_batch(self._split, micro_batch.sequences, self._part), micro_batch.first
 
 
 def _ignore_signals(worker: int) -> None:
@@ -121,6 +150,7 @@ def batches_of(
     split: "Split",
     work: Sequence[MicroBatch],
     *,
+    part: SequencePart = WHOLE,
     num_workers: int = 0,
     prefetch_factor: int = 2,
 ) -> Iterator[tuple[Batch, int]]:
@@ -129,7 +159,7 @@ def batches_of(
     Without workers a thread prefetches one batch. Iterate inside `worker_deaths_reported`.
     """
     loader: DataLoader[tuple[Batch, int]] = DataLoader(
-        _RankBatches(split, work),
+        _RankBatches(split, work, part),
         batch_size=None,
         shuffle=False,
         num_workers=num_workers,

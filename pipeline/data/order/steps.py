@@ -6,7 +6,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from pipeline.data.dataset.sequences import StepSize
-from pipeline.data.order.batches import Batch, batches_of
+from pipeline.data.order.batches import Batch, SequencePart, batches_of
 from pipeline.data.order.order import BatchLayout, RankWork, forward_seed
 from pipeline.plan.cost.per_token import cost_per_token, sequence_flops
 from pipeline.plan.plan import Plan
@@ -37,12 +37,13 @@ def training_steps(
 ) -> Iterator[TrainingStep]:
     """Yield the steps from `first_step` to the last one.
 
-    The ranks of a sequence-parallel group share each sequence: they get the same batches and
-    different seeds. Consume all batches of a step before taking the next step. Iterate inside
-    `worker_deaths_reported`, which reports the death of a data loader's worker.
+    The ranks of a sequence-parallel group share each sequence: they get the same sequences, and
+    different parts and seeds. Consume all batches of a step before taking the next step. Iterate
+    inside `worker_deaths_reported`, which reports the death of a data loader's worker.
     """
     settings = plan.settings
-    group, rank_in_group = divmod(rank, plan.layout.sequence_parallel_size)
+    size = plan.layout.sequence_parallel_size
+    group, rank_in_group = divmod(rank, size)
     layout = BatchLayout(
         data_parallel_size=plan.layout.data_parallel_size,
         accumulation_steps=plan.layout.accumulation_steps,
@@ -54,6 +55,7 @@ def training_steps(
     batches = batches_of(
         split,
         work,
+        part=SequencePart(size, rank_in_group),
         num_workers=settings.dataloader_num_workers,
         prefetch_factor=settings.dataloader_prefetch_factor,
     )

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.config.settings import RunSettings
 from pipeline.data.dataset.reader import open_split
-from pipeline.data.order.batches import IGNORED, batches_of, build_batch
+from pipeline.data.order.batches import IGNORED, SequencePart, batches_of, build_batch
 from pipeline.data.order.order import BatchLayout, RankWork
 from pipeline.data.prepare.prepare import prepare_data
 from pipeline.plan.cost.per_token import SequenceFlops
@@ -65,6 +65,23 @@ def test_a_batch_has_the_offsets_of_the_tokens_before_supervised_ones(split):
     supervised = (batch.labels != IGNORED).flatten().nonzero()[:, 0]
     assert torch.equal(batch.predicting, supervised - 1)
     assert len(build_batch(split, []).predicting) == 0
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_a_part_of_a_sequence_has_the_offsets_of_its_own_predicting_tokens(split, size):
+    """Checked on token ids, because each part has offsets of its own."""
+    whole = build_batch(split, range(5))
+    length = -(-whole.input_ids.shape[1] // size)
+    padded = torch.nn.functional.pad(whole.input_ids, (0, size * length - whole.input_ids.shape[1]))
+    ids = []
+    for place in range(size):
+        batch = build_batch(split, range(5), SequencePart(size, place))
+        assert torch.equal(batch.input_ids, whole.input_ids)
+        own = padded[:, place * length : (place + 1) * length].flatten()
+        ids += own[batch.predicting].tolist()
+        assert len(build_batch(split, [], SequencePart(size, place)).predicting) == 0
+    expected = whole.input_ids.flatten()[whole.predicting].tolist()
+    assert sorted(ids) == sorted(expected)
 
 
 def test_every_tensor_of_a_batch_is_pinned(split, monkeypatch):
