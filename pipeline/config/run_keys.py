@@ -306,7 +306,7 @@ class RunKeys(BaseModel):
         "pass; the copies overlap with computing. `true` checkpoints every layer; `auto` does this "
         "only if the run does not fit otherwise.",
         json_schema_extra=traits(
-            needs="gradient_checkpointing",
+            needs="gradient_checkpointing!=false",
             change="run",
             layout="offload_activations",
             peers="activation_offloading activation_cpu_offload",

@@ -313,7 +313,8 @@ def _is_met(condition: str, settings: RunSettings, data_formats: Collection[str]
     if not separator:
         return (getattr(settings, key) not in _OFF) != is_negated
     values = data_formats if key == "data_format" and data_formats else [getattr(settings, key)]
-    return any((str(value) in allowed.split("|")) != is_negated for value in values)
+    texts = [str(value).lower() if isinstance(value, bool) else str(value) for value in values]
+    return any((text in allowed.split("|")) != is_negated for text in texts)
 
 
 def settings_by_trait(trait: Literal["layout", "deepspeed", "peers", "replaces"]) -> dict[str, str]:

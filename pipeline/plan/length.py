@@ -14,7 +14,7 @@ from pipeline.plan.given.hardware import GIB
 from pipeline.plan.given.shape import ModelShape
 from pipeline.plan.plan import Plan
 
-_STEP = 1024  # tokens; `longest_length` tries multiples of it
+STEP = 1024  # tokens; `longest_length` tries multiples of it
 _LONGEST = 2**24  # tokens; greater lengths are not tried
 # Settings whose values suit only the number of ranks of the run.
 _RANK_SETTINGS = (
@@ -93,16 +93,16 @@ def length_needs(
 
 @dataclass(frozen=True, kw_only=True)
 class LongestLength:
-    """The longest `max_length` that fits, in steps of `_STEP` tokens, and its best layout."""
+    """The longest `max_length` that fits, and its best layout."""
 
     max_length: int
     best: Candidate
 
 
 def longest_length(
-    settings: RunSettings, shape: ModelShape, cluster: Cluster
+    settings: RunSettings, shape: ModelShape, cluster: Cluster, step: int = STEP
 ) -> LongestLength | None:
-    """The longest `max_length` that fits, exact to `_STEP` tokens or to 1 %; None if none fits.
+    """The longest `max_length` that fits, exact to `step` tokens or to 1 %; None if none fits.
 
     The model's number of positions is no limit here. If batch size and gradient checkpointing are
     `auto`, one sequence per micro-batch and checkpointing of every layer are assumed, which need
@@ -120,7 +120,7 @@ def longest_length(
 
     def fits(num_steps: int) -> bool:
         nonlocal longest
-        length = num_steps * _STEP
+        length = num_steps * step
         best = candidates(settings.model_copy(update={"max_length": length}), shape, cluster)[0]
         if best.refusal is None:
             longest = LongestLength(max_length=length, best=best)
@@ -128,7 +128,7 @@ def longest_length(
 
     # Double the length until it does not fit, then bisect: `low` steps fit, `high` steps do not.
     high = 1
-    while high * _STEP <= _LONGEST and fits(high):
+    while high * step <= _LONGEST and fits(high):
         high *= 2
     low = high // 2
     while high - low > max(1, low // 100):
@@ -154,7 +154,7 @@ def _longest_text_for(settings: RunSettings, shape: ModelShape, cluster: Cluster
     """The longest `max_length` that fits on a cluster with this name, as text."""
     longest = longest_length(settings, shape, cluster)
     if longest is None:
-        return f"fewer than {_STEP:,} tokens fit on {name}"
+        return f"fewer than {STEP:,} tokens fit on {name}"
     savings = longest.best.layout.savings_text(shape.num_layers)
     return f"up to {longest.max_length:,} tokens on {name} ({savings})"
 

@@ -98,6 +98,8 @@ def _checkpointing_reason(
         return f"0 of {total} layers: all activations fit"
     if chosen.layout.is_sharded and settings.load_in_4bit:
         return f"all {total} layers: 4-bit layers at ZeRO-3 need it (rule 4bit-zero3-unchecked)"
+    if settings.offload_activations is True and settings.gradient_checkpointing is not False:
+        return f"all {total} layers: offload_activations is true"
     fewer = replace(chosen.layout, checkpointed_layers=count - 1)
     sequences = SequenceProfile(tokens=settings.max_length)
     need = memory(shape, settings, fewer, cluster.hardware, sequences).device_need

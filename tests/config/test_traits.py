@@ -4,6 +4,7 @@ import re
 from typing import get_args
 
 import pytest
+import yaml
 
 from pipeline.config.load import dump_settings, load_settings
 from pipeline.config.settings import (
@@ -82,6 +83,7 @@ WITHOUT_EFFECT = {
     "min_lr_ratio": ({"lr_scheduler_type": "constant"}, {"lr_scheduler_type": "linear"}),
     "offload_param": ({"zero_stage": 2}, {"zero_stage": 3}),
     "dataloader_prefetch_factor": ({}, {"dataloader_num_workers": 2}),
+    "offload_activations": ({"gradient_checkpointing": False}, {}),
     "run_name": ({}, {"trackers": ["wandb"]}),
     "max_rejected": ({"on_bad_row": "fail"}, {}),
     "chat_template": ({"data_format": "pre-tokenised"}, {"data_format": "messages"}),
@@ -92,7 +94,7 @@ VALUES = {
     "save_steps": 100, "eval_steps": 5, "evals_per_epoch": 2, "bnb_4bit_quant_type": "nf4",
     "min_lr_ratio": 0.1, "offload_param": "cpu", "dataloader_prefetch_factor": 4, "run_name": "x",
     "max_rejected": 0.5, "chat_template": "chatml", "split_turns": True,
-    "init_lora_weights": "gaussian",
+    "init_lora_weights": "gaussian", "offload_activations": True,
 }  # fmt: skip
 
 
@@ -127,7 +129,7 @@ def test_all_conditions_name_settings_and_hold_for_the_defaults_of_other_setting
 
 
 def _typed(value):
-    return int(value) if value.isdigit() else value
+    return yaml.safe_load(value)
 
 
 def test_a_run_yaml_with_all_defaults_has_no_setting_without_effect(tmp_path):

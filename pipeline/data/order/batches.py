@@ -44,7 +44,8 @@ class SequencePart:
         part_length = ceil(length / self.size)
         columns = columns - self.place * part_length
         is_own = (columns >= 0) & (columns < part_length)
-        return rows[is_own] * part_length + columns[is_own]
+        offsets: np.ndarray = rows[is_own] * part_length + columns[is_own]
+        return offsets
 
 
 WHOLE = SequencePart()

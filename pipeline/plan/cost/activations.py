@@ -25,6 +25,8 @@ from pipeline.plan.given.shape import ModelShape
 
 # Logits are computed in chunks of this many bytes of fp32 (model/loss.py).
 LOGITS_CHUNK_BYTES = 256 * 2**20
+# Inputs of checkpointed blocks on the device if they are offloaded (model/host_activations.py).
+INPUTS_ON_DEVICE = 2
 # Frozen weights are cast to fp32 in parts of this many values (model/fp32_kernels.py).
 FP32_PART_VALUES = 2**20
 
@@ -35,24 +37,30 @@ class BlockActivations:
 
     `saved`: tensors saved for backward if the block is not checkpointed. `recomputed`: tensors
     saved while the block is recomputed, if it is checkpointed, in addition to its input. `working`:
-    temporary tensors at the peak of its backward pass, in addition to saved ones.
+    temporary tensors at the peak of its backward pass, in addition to saved ones; if the MLP is
+    tiled, after the MLP's backward pass. `in_tiles`: temporary tensors in the backward pass of a
+    tiled MLP; 0 without tiles.
     """
 
     saved: int
     recomputed: int
     working: int
+    in_tiles: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
     """Bytes of activations on one rank for one micro-batch.
 
-    `block_input`: input of one block, the only tensor that a checkpointed block saves. `blocks`:
+    `of_tokens`: ids and labels of the whole sequences, positions of the tokens that predict a
+    supervised one, and the positions and rotary embeddings of this rank's tokens. `block_input`:
+    input of one block, the only tensor that a checkpointed block saves. `blocks`:
     one entry for each kind of block, in the order of `ModelShape.blocks`. `final_working`:
     temporary tensors in the backward pass of the model's last norm. `logits`: tensors at the peak
     of the loss.
     """
 
+    of_tokens: int
     block_input: int
     blocks: tuple[BlockActivations, ...]
     final_working: int
@@ -154,17 +162,72 @@ def activations(
                 saved=saved,
                 recomputed=saved - (block_input if shares_input else 0),
                 working=_working_bytes(kind, num_tokens, scored_tokens),
+                in_tiles=_bytes_in_tiles(kind, num_tokens) if kind.num_tiles > 1 else 0,
             )
         )
+    supervised = int(sequences.supervised_share * num_tokens)
     return Activations(
+        of_tokens=8 * (2 * layout.micro_batch_size * tokens + supervised + num_tokens)
+        + 2 * num_tokens * max(block.head_dim for block in shape.blocks) * b,
         block_input=block_input,
         blocks=tuple(blocks),
         # RMSNorm has five fp32 tensors of the hidden width at once, which are 20 bytes per value;
         # LayerNorm is one kernel.
         final_working=num_tokens * h * (b + (20 if is_rms else b)),
-        logits=_loss_bytes(
-            shape, settings, layout, int(sequences.supervised_share * num_tokens), is_cuda=is_cuda
-        ),
+        logits=_loss_bytes(shape, settings, layout, supervised, is_cuda=is_cuda),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptActivations:
+    """Bytes of activations that a rank keeps for its backward pass.
+
+    `at_loss`: before the backward pass. `in_first_block`: in the backward pass of the last block,
+    with which it begins, or of the last checkpointed one, which is recomputed. `in_later_block`: in
+    that of the block before it. `input_of_tiles`: a tiled MLP's input, which is freed after the
+    MLP's backward pass.
+    """
+
+    at_loss: int
+    in_first_block: int
+    in_later_block: int
+    input_of_tiles: int
+
+
+def kept_activations(
+    shape: ModelShape, layout: Layout, acts: Activations, *, is_cuda: bool
+) -> KeptActivations:
+    """Activations at the moments of a backward pass.
+
+    The backward pass may have its peak at its start, when all blocks that are not checkpointed hold
+    their activations. Or it has its peak later, when these activations are freed and a checkpointed
+    block is recomputed.
+    """
+    num_inputs = layout.checkpointed_layers
+    if layout.offload_activations and is_cuda:
+        # Besides, the input of the first block: it needs a gradient, so the graph keeps it.
+        num_inputs = min(num_inputs, INPUTS_ON_DEVICE + 1)
+    elif layout.offload_activations:  # a CPU has no other memory; one input is copied back
+        num_inputs += 2
+    inputs = acts.of_tokens + num_inputs * acts.block_input
+    # number of blocks of each kind that are not checkpointed
+    not_checkpointed = [count for _, count in shape.counts(start=layout.checkpointed_layers)]
+    saved = sum(n * block.saved for n, block in zip(not_checkpointed, acts.blocks, strict=True))
+    recomputed = [
+        block.recomputed
+        for (_, count), num_not_checkpointed, block in zip(
+            shape.counts(), not_checkpointed, acts.blocks, strict=True
+        )
+        if count > num_not_checkpointed  # some blocks of this kind are checkpointed
+    ]
+    last, is_last_checkpointed = acts.blocks[shape.layer_kinds[-1]], not sum(not_checkpointed)
+    later = max(saved - (0 if is_last_checkpointed else last.saved), *recomputed, 0)
+    is_tiled = any(block.in_tiles for block in acts.blocks)
+    return KeptActivations(
+        at_loss=inputs + saved,
+        in_first_block=inputs + max(saved, *recomputed, 0),
+        in_later_block=inputs + later - (acts.block_input if is_last_checkpointed else 0),
+        input_of_tiles=acts.block_input if is_tiled else 0,
     )
 
 
@@ -335,12 +398,20 @@ def _working_bytes(kind: _BlockKind, num_tokens: int, scored_tokens: int) -> int
     inner = block.intermediate_size + block.experts_per_token * block.expert_size
     scores = block.num_heads * kind.reach * (8 - b) if kind.has_scores else 0
     gradient = kind.adapter.largest_expert_tensor * b  # gradient of one adapted expert tensor
+    mlp_per_token = _saved_per_token(kind) - _saved_per_token(kind.without_mlp)
     exchanged = 0
     if kind.group_size > 1:  # gradients of q, k and v: by heads, sent, received and by tokens
-        exchanged = num_tokens * 4 * (block.query_width + 2 * block.key_width * kind.key_copies) * b
-    mlp = num_tokens * (2 * inner + 2 * block.hidden_size) * b
-    if kind.num_tiles > 1:
-        mlp = _tiled_working_bytes(kind, num_tokens)
+        exchanged = 4 * (block.query_width + 2 * block.key_width * kind.key_copies) * b
+        # The tensors of attention and of the MLP are freed, the input of the norm before it and the
+        # input of the output projection; the gradient of the residual is left.
+        freed = (4 if block.norm_kind == "rms" else b) * block.hidden_size
+        freed += _attention_bytes(kind) + _concatenated_bytes(kind)
+        freed += 0 if kind.num_tiles > 1 else mlp_per_token
+        exchanged = num_tokens * (exchanged + block.hidden_size * b - freed)
+    # The gradients of the MLP's output, of the activated gate and of the up projection.
+    mlp = num_tokens * (2 * inner + block.hidden_size) * b
+    if kind.num_tiles > 1:  # the norm before it: five fp32 tensors, and the gradient of its output
+        mlp = num_tokens * block.hidden_size * (20 + b) if block.norm_kind == "rms" else 0
     casts_in_mlp, in_attention = _cast_bytes(kind, num_tokens, scored_tokens)
     return max(mlp + casts_in_mlp + gradient, scored_tokens * scores, exchanged, in_attention)
 
@@ -366,23 +437,21 @@ def _cast_bytes(kind: _BlockKind, num_tokens: int, attention_tokens: int) -> tup
     return linear_bytes, attention_tokens * 16 * heads_width - num_tokens * freed
 
 
-def _tiled_working_bytes(kind: _BlockKind, num_tokens: int) -> int:
-    """Bytes of temporary tensors in the backward pass of a block with a tiled MLP.
+def _bytes_in_tiles(kind: _BlockKind, num_tokens: int) -> int:
+    """Bytes of temporary tensors in the backward pass of a tiled MLP.
 
-    In the MLP's backward pass they are the tensors of one tile, the gradients of the MLP's output
-    and input for all tokens, and the gradients of the MLP's adapters in fp32. After the MLP comes
-    the backward pass of the norm before it. An RMSNorm then has five fp32 tensors and the gradient
-    of its output, which is more than attention needs.
+    They are the tensors of one tile, the gradients of the MLP's output and input for all tokens,
+    and the gradients of the MLP's adapters in fp32.
     """
     block, b = kind.block, kind.b
     mlp_per_token = _saved_per_token(kind) - _saved_per_token(kind.without_mlp)
     tile_tokens = -(-num_tokens // kind.num_tiles)
-    tile = tile_tokens * (mlp_per_token + 2 * block.intermediate_size * b)
+    tile = tile_tokens * (mlp_per_token + 2 * (block.intermediate_size + block.hidden_size) * b)
     output_and_input = 2 * num_tokens * block.hidden_size * b
     mlp_adapters = kind.adapter.parameters - kind.outside_mlp.parameters
     adapter_gradients = 4 * mlp_adapters // max(1, kind.count)
-    norm = num_tokens * block.hidden_size * (20 + b) if block.norm_kind == "rms" else 0
-    return max(output_and_input + tile + adapter_gradients, norm)
+    casts = _cast_bytes(kind, num_tokens, 0)[0]
+    return output_and_input + tile + adapter_gradients + casts
 
 
 def _loss_bytes(

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.config.settings import RunSettings
-from pipeline.plan.cost.activations import Activations, activations
+from pipeline.plan.cost.activations import Activations, activations, kept_activations
 from pipeline.plan.cost.decompositions import decomposition_bytes
 from pipeline.plan.cost.gathers import gathers
 from pipeline.plan.cost.saved_gradients import saved_module_gradients
@@ -35,14 +35,17 @@ from pipeline.plan.given.shape import ModelShape
 _MAX_BUCKET = 2**24
 # Bytes of a process's CUDA context, kernels and NCCL buffers: an assumption, not measured on a GPU.
 _CUDA_CONTEXT = 700 * 2**20
+# Bytes of NCCL's buffers for all-to-alls with one other rank: 0.47 GB on 8 H100s, whose use grew
+# from 1.06 to 4.34 GB in the first all-to-all (github.com/NVIDIA/nccl/issues/1685). NCCL opens more
+# channels on faster links; that their number is proportional to the rate is an assumption.
+_EXCHANGE_BUFFERS = 470e6
+_LINK_OF_EXCHANGE_BUFFERS = 450e9  # bytes/s in each direction, of that machine
 # Memory that the caching allocator holds beyond live tensors, as a fraction of them: an assumption.
 _ALLOCATOR_SLACK = 0.03
 # Bytes of host memory of a rank's process for libraries and the CUDA runtime: an assumption.
 _PROCESS = 4 * 2**30
-# With offload of activations, number of inputs of checkpointed blocks that are on the device at a
-# time (model/host_activations.py).
-INPUTS_ON_DEVICE = 2
-_NOT_TENSORS = ("cuda_context", "allocator_slack")  # terms that are not the size of live tensors
+# terms that are not the size of live tensors
+_NOT_TENSORS = ("cuda_context", "allocator_slack", "exchange_buffers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,7 @@ def memory(
     if is_cuda:
         terms["allocator_slack"] = int(_ALLOCATOR_SLACK * sum(terms.values()))
         terms["cuda_context"] = _CUDA_CONTEXT
+        terms["exchange_buffers"] = _exchange_buffers(layout, hardware)
         load = int(load * (1 + _ALLOCATOR_SLACK)) + _CUDA_CONTEXT
     peak = max(sum(terms.values()), load)
     return Memory(
@@ -207,36 +211,11 @@ def _resident(shape: ModelShape, settings: RunSettings, layout: Layout) -> dict[
     return terms
 
 
-def _block_inputs(layout: Layout, acts: Activations, *, is_cuda: bool) -> int:
-    """Bytes of the inputs of checkpointed blocks on the device, after a forward pass."""
-    num_inputs = layout.checkpointed_layers
-    if layout.offload_activations and is_cuda:
-        num_inputs = min(num_inputs, INPUTS_ON_DEVICE)
-    elif layout.offload_activations:  # a CPU has no other memory; one input is copied back
-        num_inputs += 1
-    return num_inputs * acts.block_input
-
-
 def _moments(
     shape: ModelShape, settings: RunSettings, layout: Layout, acts: Activations, *, is_cuda: bool
 ) -> dict[str, dict[str, int]]:
     """Temporary terms at each moment that may be the peak of a step: moment -> term -> bytes."""
-    inputs = _block_inputs(layout, acts, is_cuda=is_cuda)
-    # number of blocks of each kind that are not checkpointed
-    not_checkpointed = [count for _, count in shape.counts(start=layout.checkpointed_layers)]
-    saved_without_checkpoint = sum(
-        count * block.saved for count, block in zip(not_checkpointed, acts.blocks, strict=True)
-    )
-    saved = inputs + saved_without_checkpoint
-    # The backward pass may have its peak at its start, when all blocks that are not checkpointed
-    # hold their activations. Or it has its peak later, when these activations are freed and a
-    # checkpointed block is recomputed.
-    saved_in_backward = saved_without_checkpoint
-    for (_, count), num_not_checkpointed, block in zip(
-        shape.counts(), not_checkpointed, acts.blocks, strict=True
-    ):
-        if count > num_not_checkpointed:  # some blocks of this kind are checkpointed
-            saved_in_backward = max(saved_in_backward, block.recomputed)
+    kept = kept_activations(shape, layout, acts, is_cuda=is_cuda)
     accumulated, reduction = _gradients(shape, settings, layout, is_cuda=is_cuda)
     # Each backward pass allocates a new bucket (DeepSpeed 0.19.8 stage_1_and_2.py:3256).
     bucket = layout.bytes_per_value * bucket_elements(shape, settings)
@@ -254,6 +233,8 @@ def _moments(
         reduction, after_backward = accumulated | reduction, {}
     # gradients of earlier micro-batches of the same step
     earlier_gradients = accumulated if layout.accumulation_steps > 1 else {}
+    if layout.zero_stage == 2 and not is_reduced_early:  # the first reduction is after the pass
+        accumulated = earlier_gradients
     saved_gradients = saved_module_gradients(shape, settings, layout)
     accumulated = accumulated | {"head_gradient": saved_gradients.until_embeddings}
     head, largest_block, kept_experts = _gathered_bytes(shape, settings, layout)
@@ -265,7 +246,7 @@ def _moments(
     return {
         "the loss": earlier_gradients
         | {
-            "activations": saved,
+            "activations": kept.at_loss,
             "logits": acts.logits,
             "head_gradient": saved_gradients.of_earlier_chunks,
             "token_copies": embedding_copy,
@@ -273,7 +254,7 @@ def _moments(
         },
         "the backward pass of the head": earlier_gradients
         | {
-            "activations": saved,
+            "activations": kept.at_loss,
             "logits": acts.logits // 4 if saved_gradients.of_head else 0,
             "head_gradient": saved_gradients.of_head,
             "token_copies": 2 * embedding_copy,
@@ -282,17 +263,35 @@ def _moments(
         "the last norm's backward pass": earlier_gradients
         | filling_bucket
         | {
-            "activations": saved,
+            "activations": kept.at_loss,
             "working_set": acts.final_working,
             "head_gradient": saved_gradients.until_embeddings,
             "gathered_layers": 2 * largest_block + kept_experts,
+        },
+        # A tiled MLP has the first gradients of a block, so nothing is in the bucket yet.
+        "the first tiled MLP's backward pass": earlier_gradients
+        | {
+            "activations": kept.in_first_block,
+            "working_set": max(block.in_tiles for block in acts.blocks),
+            "gathered_layers": 2 * largest_block + kept_experts,
+            "dequantised_weight": dequantised if settings.is_quantised else 0,
+        },
+        "a later tiled MLP's backward pass": accumulated
+        | filling_bucket
+        | (reduction if is_reduced_early else {})
+        | {"saved_gradients": saved_gradients.in_early_reduction}
+        | {
+            "activations": kept.in_later_block,
+            "working_set": max(block.in_tiles for block in acts.blocks),
+            "gathered_layers": 2 * largest_block + kept_experts,
+            "dequantised_weight": dequantised if settings.is_quantised else 0,
         },
         "a block's backward pass": accumulated
         | filling_bucket
         | (reduction if is_reduced_early else {})
         | {"saved_gradients": saved_gradients.in_early_reduction}
         | {
-            "activations": inputs + saved_in_backward,
+            "activations": kept.in_first_block - kept.input_of_tiles,
             "working_set": max(block.working for block in acts.blocks),
             "gathered_layers": 2 * largest_block + kept_experts,
             "dequantised_weight": dequantised if settings.is_quantised else 0,
@@ -311,6 +310,15 @@ def _moments(
             "optimizer_step": _optimizer_step(shape, settings, layout, is_cuda=is_cuda)
         },
     }
+
+
+def _exchange_buffers(layout: Layout, hardware: Hardware) -> int:
+    """Bytes of NCCL's buffers in the communicator of a sequence-parallel group."""
+    size = layout.sequence_parallel_size
+    in_node = min(size, layout.ranks_per_node) - 1
+    links = [hardware.node_link] * in_node + [hardware.network] * (size - 1 - in_node)
+    shares = (min(1.0, link / _LINK_OF_EXCHANGE_BUFFERS) for link in links)
+    return int(_EXCHANGE_BUFFERS * sum(shares))
 
 
 def _optimizer_step(

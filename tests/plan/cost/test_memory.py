@@ -244,3 +244,18 @@ def test_disk_space_has_room_for_kept_new_and_best_checkpoints():
     assert checkpoints(**held_out, evaluation_strategy="no") == 3 + 1
     # Weights of the best adapter, kept and being written: a third of a checkpoint each.
     assert checkpoints(**held_out, keep_best=True) == pytest.approx(3 + 2 + 2 / 3)
+
+
+def test_buffers_of_all_to_alls_grow_with_the_group_and_with_the_link():
+    """8 H100s had 3.28 GB of them (github.com/NVIDIA/nccl/issues/1685)."""
+    slow = GPUS["l40s-48gb"]
+
+    def buffers(size, machine, nodes=1):
+        plan_layout = layout(ranks_per_node=8, nodes=nodes, sequence_parallel_size=size)
+        need = need_of(SMALL, LORA, plan_layout, machine, 64)
+        return need.per_rank.get("exchange_buffers", 0)
+
+    assert buffers(1, H100) == 0
+    assert buffers(8, H100) == pytest.approx(3.28e9, rel=0.01)
+    assert buffers(8, slow) < buffers(2, H100) < buffers(4, H100)
+    assert buffers(8, H100) < buffers(16, H100, nodes=2) < 2 * buffers(8, H100)
