@@ -16,7 +16,7 @@
 # make bench        speed beside HF Trainer, TRL, LLaMA-Factory and a bare loop (75 minutes, resumable; QUICK=1: 5)
 # make bench-gpu    everything that needs a GPU, in one process of 8 minutes; writes build/bench-gpu
 #                   LONG=1: 8B LoRA at 64k and 128k tokens with tiles and activations in host memory
-# make bench-long   speed and memory over sequence length and group size on a CPU (hours; resumable)
+# make bench-long   speed and memory over sequence length and group size on a CPU (20 minutes; resumable)
 # make bench-profile  where the time of a training step goes, on a CPU or a GPU
 # make check        ruff, mypy --strict, import-linter, generated docs
 # On a machine without a GPU, TORCH_INDEX=<PyTorch's CPU index> saves gigabytes of CUDA libraries.

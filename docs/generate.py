@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import long_figures
 import long_tables
 import lora_figures
 import peer_tables
@@ -201,7 +202,10 @@ def main() -> None:
         HERE / "converting.md": peer_tables.filled(
             (HERE / "converting.md").read_text(encoding="utf-8")
         ),
-        HERE / "long.md": long_tables.filled((HERE / "long.md").read_text(encoding="utf-8")),
+        HERE / "long.md": long_figures.filled(
+            long_tables.filled((HERE / "long.md").read_text(encoding="utf-8"))
+        ),
+        HERE / "images/long.svg": long_figures.figure(),
         HERE / "lora.md": lora_figures.filled((HERE / "lora.md").read_text(encoding="utf-8")),
         HERE / "benchmarks.md": speed_tables.filled(
             (HERE / "benchmarks.md").read_text(encoding="utf-8")

@@ -139,7 +139,7 @@ def test_a_rank_that_is_killed_in_an_all_to_all_is_named_and_the_run_resumes(sta
     assert codes == [1, -signal.SIGKILL]
     status = read_json(folder / "status.json")
     assert status["state"] == "failed"
-    assert_mentions(status["reason"], "rank 1", "step-00000002")
+    assert_mentions(status["reason"], "rank 1", "step 3")
     assert values(folder, "step") == [1, 2, 3]
     code, output = run("launch/train.py", *arguments, ranks=2)
     assert code == 0, output

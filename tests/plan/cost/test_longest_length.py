@@ -15,10 +15,10 @@ from tests.train_tiny import build_engine, work
 
 pytestmark = pytest.mark.engine
 
-LIMIT = 5 * 2**20
+LIMIT = 8 * 2**20
 STEP = 4  # tokens
 SHAPE = BASE | {
-    "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "vocab_size": 64,
+    "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 64,
     "dtype": "float32",
 }  # fmt: skip
 # Set, so that runs of two lengths have the same layout.
