@@ -31,11 +31,11 @@ def held_out_loss(
         micro_batch_size=layout.micro_batch_size,
     )
     size = layout.sequence_parallel_size
-    group, place = divmod(session.placement.rank, size)
+    group, rank_in_group = divmod(session.placement.rank, size)
     micro_batches = work[group]
     total = 0.0
     with show("measuring the held-out loss", len(micro_batches)) as progress:
-        for batch, _ in batches_of(split, micro_batches, part=SequencePart(size, place)):
+        for batch, _ in batches_of(split, micro_batches, part=SequencePart(size, rank_in_group)):
             total += summed_loss(batch)
             progress.advance()
     return session.sum_over_ranks([total])[0] / split.sequences.supervised_tokens

@@ -78,7 +78,7 @@ class Engine:
         self._on_phase = on_phase
         self._world_size = plan.world_size
         self._group = group
-        self._part = WHOLE if group is None else SequencePart(group.size, group.place)
+        self._part = WHOLE if group is None else SequencePart(group.size, group.rank)
         self.largest_batch = SequenceProfile(tokens=1)
         self._max_tokens = 0  # batch size times length of `largest_batch`
         is_sharded = plan.layout.is_sharded  # ZeRO-3

@@ -32,17 +32,17 @@ _PADDING = 0  # no token predicts or attends to padding, so any token id can be 
 class SequencePart:
     """The part of each sequence whose tokens a rank has, in a group of `size` ranks.
 
-    Part `place` is one of `size` equal parts; the last one is padded. The default is the whole
-    sequence.
+    `rank`: index of this rank in its group, and of its part. The parts are equally long; the last
+    one is padded. The default is the whole sequence.
     """
 
     size: int = 1
-    place: int = 0
+    rank: int = 0
 
     def offsets(self, rows: np.ndarray, columns: np.ndarray, length: int) -> np.ndarray:
         """Offsets in this rank's flattened part of those tokens of (B, length) that it has."""
         part_length = ceil(length / self.size)
-        columns = columns - self.place * part_length
+        columns = columns - self.rank * part_length
         is_own = (columns >= 0) & (columns < part_length)
         offsets: np.ndarray = rows[is_own] * part_length + columns[is_own]
         return offsets
