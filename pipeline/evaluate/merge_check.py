@@ -71,7 +71,8 @@ def compare_merged(run_folder: Path, merged: MergedModel) -> dict[str, Any]:
         }
     labels = batch.labels[:, 1:]  # of the next token at each position
     targets = labels[labels != IGNORED][: len(logits)]
-    result = {"positions": len(logits), "loss": float(F.cross_entropy(logits, targets))}
+    loss = float(F.cross_entropy(logits, targets))
+    result: dict[str, object] = {"positions": len(logits), "loss": loss}
     for name, reference in base_logits.items():
         result[f"to {name} + adapter"] = _difference(logits, reference, targets)
     return result
