@@ -268,12 +268,13 @@ def _moments(
             "head_gradient": saved_gradients.until_embeddings,
             "gathered_layers": 2 * largest_block + kept_experts,
         },
-        # A tiled MLP has the first gradients of a block, so nothing is in the bucket yet.
+        # A tiled MLP has the first gradients of a block, so nothing is in the bucket yet. At
+        # ZeRO-3 no other block is gathered then (measured).
         "the first tiled MLP's backward pass": earlier_gradients
         | {
             "activations": kept.in_first_block,
             "working_set": max(block.in_tiles for block in acts.blocks),
-            "gathered_layers": 2 * largest_block + kept_experts,
+            "gathered_layers": largest_block + kept_experts,
             "dequantised_weight": dequantised if settings.is_quantised else 0,
         },
         "a later tiled MLP's backward pass": accumulated
@@ -283,7 +284,7 @@ def _moments(
         | {
             "activations": kept.in_later_block,
             "working_set": max(block.in_tiles for block in acts.blocks),
-            "gathered_layers": 2 * largest_block + kept_experts,
+            "gathered_layers": largest_block + kept_experts,
             "dequantised_weight": dequantised if settings.is_quantised else 0,
         },
         "a block's backward pass": accumulated

@@ -40,7 +40,7 @@ CASES = {
     2: {
         "saved": WHOLE,
         "checkpointed": {},
-        "tiles, offload, zero 3": TILES | OFFLOAD | {"zero_stage": 3},
+        "tiles, offload": TILES | OFFLOAD,
     },
     4: {"checkpointed": {}, "tiles": TILES},
 }
