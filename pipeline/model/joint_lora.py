@@ -7,6 +7,8 @@ output of the base layer.
 
 The modules, their parameters and their names stay those of peft; only `forward` is replaced. The
 weights of A and B are read without calling their modules, so at ZeRO-3 they must not be sharded.
+Dropout is applied without calling its module too: at ZeRO-3 all ranks must call the same modules in
+the same order, and whether an input is shared depends on the shapes of a rank's batch.
 """
 
 from collections import defaultdict
@@ -65,7 +67,7 @@ class _Group:
         """The output of a layer's A for an input (tokens, d_in)."""
         if not self._has_output(layer, x):
             matrices = [each.lora_A[_ADAPTER].weight for each in self._layers]
-            joint = F.linear(layer.lora_dropout[_ADAPTER](x), _concatenated(matrices))
+            joint = F.linear(_dropout(layer, x), _concatenated(matrices))
             outputs = torch.split(joint, [len(matrix) for matrix in matrices], dim=-1)
             self._input, self._outputs = x, dict(zip(self._layers, outputs, strict=True))
         output = self._outputs.pop(layer)
@@ -85,6 +87,14 @@ class _Group:
         has_same_layout = x.shape == known.shape and x.stride() == known.stride()
         has_same_values = x.data_ptr() == known.data_ptr() and x._version == known._version
         return has_same_layout and has_same_values
+
+
+def _dropout(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """The input of A: peft has nn.Identity for `lora_dropout: 0`, else nn.Dropout."""
+    module = layer.lora_dropout[_ADAPTER]
+    if isinstance(module, nn.Identity):
+        return x
+    return F.dropout(x, module.p, module.training)
 
 
 def _concatenated(matrices: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -67,6 +67,9 @@ class TiledForward:
 class _TiledFunction(torch.autograd.Function):
     """Applies a function to tiles; the backward pass computes the forward pass of each tile again.
 
+    A tile of several sequences is copied into contiguous memory: else each layer of the MLP would
+    copy it, and joint LoRA would see a different input in each.
+
     The trainable weights are arguments, so that the autograd of the caller accumulates their
     gradients once, after the last tile. DeepSpeed reduces a gradient when it is accumulated.
     """
@@ -87,7 +90,7 @@ class _TiledFunction(torch.autograd.Function):
         output = torch.empty_like(hidden)
         tiles, output_tiles = hidden.tensor_split(num_tiles, 1), output.tensor_split(num_tiles, 1)
         for tile, output_tile in zip(tiles, output_tiles, strict=True):
-            output_tile.copy_(function(tile))
+            output_tile.copy_(function(tile.contiguous()))
         return output
 
     @staticmethod
@@ -109,7 +112,7 @@ class _TiledFunction(torch.autograd.Function):
                 tiles, output_gradients, hidden_gradients, strict=True
             ):
                 # ZeRO-3's hooks release an MLP's weights only if its input needs a gradient.
-                leaf = tile.detach().requires_grad_(True)
+                leaf = tile.detach().contiguous().requires_grad_(True)
                 results = torch.autograd.grad(ctx.function(leaf), [leaf, *weights], output_gradient)
                 if target is not None:
                     target.copy_(results[0])

@@ -119,3 +119,19 @@ def test_a_disabled_adapter_has_no_effect():
     with model.disable_adapter():
         off = model.base_model.model.q_proj(x)
     torch.testing.assert_close(off, model.base_model.model.q_proj.base_layer(x))
+
+
+def test_the_called_modules_do_not_depend_on_the_layout_of_the_input():
+    """At ZeRO-3 each call of a module gathers weights, and other ranks have other batches."""
+    model = adapted(lora_dropout=0.5)
+    join_lora(model)
+    calls = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    contiguous = torch.randn(2, 4, 8)
+    called = []
+    for x in (contiguous, contiguous[:, :2]):  # the second is copied when it becomes two-dimensional
+        calls.clear()
+        model(x)
+        called.append(list(calls))
+    assert called[0] == called[1]

@@ -87,3 +87,14 @@ def test_the_number_of_tiles_does_not_depend_on_the_length(is_training):
     tiled.is_tiled = False
     assert tiled(torch.randn(1, 1, 32)).shape == (1, 1, 32)
     assert len(calls) == 3 * 4 + 1
+
+
+def test_the_layers_of_a_tile_read_the_same_memory():
+    """A tile of several sequences is not contiguous: each layer would copy it."""
+    _, mlp = mlp_of("llama")
+    inputs = []
+    for layer in (mlp.gate_proj, mlp.up_proj):
+        layer.register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
+    results(mlp, TiledForward(mlp, 4), torch.randn(2, 8, 32))
+    assert all(x.is_contiguous() for x in inputs)
+    assert len(inputs) == 2 * 2 * 4  # layers, forward and recomputed, tiles
