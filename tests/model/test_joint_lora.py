@@ -128,9 +128,9 @@ def test_the_called_modules_do_not_depend_on_the_layout_of_the_input():
     calls = []
     for name, module in model.named_modules():
         module.register_forward_hook(lambda *_, name=name: calls.append(name))
-    contiguous = torch.randn(2, 4, 8)
+    whole = torch.randn(2, 4, 8)
     called = []
-    for x in (contiguous, contiguous[:, :2]):  # the second is copied when it becomes two-dimensional
+    for x in (whole, whole[:, :2]):  # a part of two sequences is copied when it is flattened
         calls.clear()
         model(x)
         called.append(list(calls))
