@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import select
+import signal
 import sys
 import time
 
@@ -35,6 +36,7 @@ def test_a_run_stops_with_a_checkpoint_when_its_terminal_closes(tmp_path, tiny_m
     run_file.write_text(yaml.safe_dump(settings))
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and a run keeps that
         os.chdir(ROOT)
         os.execv(sys.executable, [sys.executable, "launch/train.py", str(run_file)])
     read_until(terminal, b"tokens/s")  # of the live view
