@@ -1,7 +1,6 @@
 """Detection of this node's accelerators without torch, and environment variables for libraries."""
 
 import ctypes
-import logging
 import math
 import os
 import re
@@ -18,7 +17,6 @@ from pipeline.plan.given.catalogue import cpu_of, gpu_like, gpu_named, rates_of
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.torch_process import package_version
 
-logger = logging.getLogger(__name__)
 
 # CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED (cuda.h)
 _VIRTUAL_MEMORY_ATTRIBUTE = 102
@@ -159,8 +157,6 @@ def set_up_rank(
     this function before torch is imported.
     """
     placement = from_environment(env, allow_single_process=allow_single_process)
-    if placement.world_size > 1:  # the launcher has taken seconds without a message
-        logger.info("starting %d ranks ...", placement.world_size)
     hardware = detect_hardware()
     missing = missing_gpus(placement, hardware)
     set_environment(placement, hardware)

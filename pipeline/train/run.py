@@ -34,6 +34,8 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
     settings = requeued_settings(settings, env)
     with ExitStack() as stack:
         placement, hardware, missing_gpus = set_up_rank(env)
+        if placement.world_size > 1:  # the launcher has taken seconds without a message
+            logger.info("starting %d ranks ...", placement.world_size)
         if is_debug:
             settings = debug_settings(settings, placement.world_size)
         stops = StopRequests(

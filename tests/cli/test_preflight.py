@@ -211,5 +211,5 @@ def test_training_refuses_ranks_that_differ_before_it_loads_a_model(run_file, tm
     (line,) = [line for line in errors.splitlines() if " seed " in line]
     assert "42" in line
     assert_mentions(errors, "rank 0", "rank 1")
-    assert out == ""
+    assert len(out.splitlines()) == 1  # progress
     assert not (tmp_path / "runs").exists()
