@@ -17,7 +17,6 @@ from pipeline.plan.given.catalogue import cpu_of, gpu_like, gpu_named, rates_of
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.torch_process import package_version
 
-
 # CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED (cuda.h)
 _VIRTUAL_MEMORY_ATTRIBUTE = 102
 
