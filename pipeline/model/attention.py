@@ -69,7 +69,7 @@ class PackedDocuments(tuple[Sequence[int], ...]):
         return any(len(row) > 1 for row in self)
 
 
-def arguments_for(
+def document_arguments(
     implementation: str,
     documents: Documents,
     input_ids: torch.Tensor,
@@ -109,7 +109,7 @@ def _copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def require_all_blocks_separate(
+def require_separate_documents(
     documents: PackedDocuments, layers: Sequence[nn.Module], model_type: str
 ) -> None:
     """Raise UserError if a block did not pass the documents to its attention.

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from pipeline.cluster.sequence_group import SequenceGroup
-from pipeline.model.attention import Documents, arguments_for, require_all_blocks_separate
+from pipeline.model.attention import Documents, document_arguments, require_separate_documents
 from pipeline.model.loss_gradient import sum_with_gradient
 from pipeline.model.structure import blocks, body_name, text_decoder
 from pipeline.plan.cost.activations import LOGITS_CHUNK_BYTES
@@ -82,14 +82,14 @@ class SummedLoss(nn.Module):
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if (group := self._group) is not None:
             input_ids, targets = group.local_part(input_ids, 0), group.local_part(targets, IGNORED)
-        packed = arguments_for(causal.config._attn_implementation, documents, input_ids, group)
+        attention_arguments = document_arguments(
+            causal.config._attn_implementation, documents, input_ids, group
+        )
         hidden = text_decoder(causal)(
-            input_ids=input_ids, use_cache=False, **packed
+            input_ids=input_ids, use_cache=False, **attention_arguments
         ).last_hidden_state  # (B, T, D)
-        if "documents" in packed:
-            require_all_blocks_separate(
-                packed["documents"], blocks(causal), causal.config.model_type
-            )
+        if (packed := attention_arguments.get("documents")) is not None:
+            require_separate_documents(packed, blocks(causal), causal.config.model_type)
         if predicting is None:
             predicting = (targets != IGNORED).flatten().nonzero().squeeze(1)
         hidden, targets = (

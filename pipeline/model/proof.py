@@ -31,7 +31,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import UserError
-from pipeline.model.attention import WITHIN_DOCUMENTS, arguments_for, require_all_blocks_separate
+from pipeline.model.attention import (
+    WITHIN_DOCUMENTS,
+    document_arguments,
+    require_separate_documents,
+)
 from pipeline.model.base import auto_class, load_plain, model_config
 from pipeline.model.checkpoint_names import model_on_meta, stored_names
 from pipeline.model.expert_slices import expert_slices
@@ -225,11 +229,11 @@ def _leak_error(model: PreTrainedModel) -> float:
 def _packed_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Hidden states of rows that are packed with the documents of _DOCUMENTS."""
     _set_attention(model, WITHIN_DOCUMENTS)
-    arguments = arguments_for(WITHIN_DOCUMENTS, _DOCUMENTS, ids)
+    arguments = document_arguments(WITHIN_DOCUMENTS, _DOCUMENTS, ids)
     states: torch.Tensor = text_decoder(model)(
         input_ids=ids, use_cache=False, **arguments
     ).last_hidden_state
-    require_all_blocks_separate(arguments["documents"], blocks(model), model.config.model_type)
+    require_separate_documents(arguments["documents"], blocks(model), model.config.model_type)
     return states
 
 

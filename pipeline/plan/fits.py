@@ -50,7 +50,11 @@ class FitRow:
 def fit_rows(
     models: Sequence[PublishedModel], settings: RunSettings, cluster: Cluster
 ) -> list[FitRow]:
-    """A row for each model, smallest first."""
+    """A row for each model, smallest first.
+
+    A model whose class cannot be trained (`PublishedModel.refusal`) has no shape, and so no row. A
+    model that only a rule refuses has a row with the id of the rule.
+    """
     rows = [_fit_row(model.shape(), settings, cluster) for model in models if not model.refusal]
     return sorted(rows, key=lambda row: (row.parameters, row.name))
 
@@ -70,7 +74,7 @@ def _fit_row(shape: ModelShape, settings: RunSettings, cluster: Cluster) -> FitR
     )
     rules = [rule for rule in applicable_rules(INPUT_RULES, plan_input) if rule.level == "refuse"]
     return FitRow(
-        name=shape.folder,
+        name=shape.folder,  # of a published model, this is its name on the hub
         parameters=shape.parameters,
         lora=_longest_fit(in_16_bits, shape, cluster),
         qlora=_longest_fit(in_4_bits, shape, cluster),

@@ -80,6 +80,7 @@ def _detect_layout(values: dict[str, str]) -> _Layout | None:
         for key in _ROWS_KEYS:
             if values.get(key) == "[{":
                 return _Layout(f"a list of rows under the key {key!r}", _rows_under_key(key))
+        # An object with one key may be a row with one column, unless the key is a row number.
         are_objects = bool(values) and starts <= {'{"', '{"0":'}
         if are_objects and (len(values) > 1 or all(key.isdigit() for key in values)):
             if starts == {'{"0":'}:

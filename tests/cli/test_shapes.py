@@ -13,7 +13,7 @@ NAMES = ("ibm-granite/granite-3.1-2b-instruct", "google/gemma-4-31B", "moonshota
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_shipped_shape_equals_that_of_the_class(name):
+def test_a_shipped_shape_equals_that_of_the_model_class(name):
     model = next(model for model in published_models() if model.name == name)
     assert shape_by_class(model) == read_json(SHAPES_FILE)["shapes"][name]
 

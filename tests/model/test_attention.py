@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers import modeling_flash_attention_utils as flash
 
-from pipeline.model.attention import FLASH, WITHIN_DOCUMENTS, arguments_for
+from pipeline.model.attention import FLASH, WITHIN_DOCUMENTS, document_arguments
 from pipeline.model.base import load_base, load_plain
 from tests.messages import assert_mentions
 from tests.plan.given.test_shape import EXPERTS, QWEN_EXPERTS, SMALL, WITHOUT_HEAD_DIM
@@ -71,7 +71,8 @@ def make_ids(seed=0, device="cpu"):
 
 
 def logits(model, ids, documents=PACKS):
-    return model(ids, **arguments_for(model.config._attn_implementation, documents, ids)).logits
+    arguments = document_arguments(model.config._attn_implementation, documents, ids)
+    return model(ids, **arguments).logits
 
 
 def spans(documents=PACKS):
@@ -135,7 +136,7 @@ def assert_nothing_leaks(model):
 def test_no_gradient_flows_from_one_document_to_another(tmp_path, kind, change):
     model, ids = load(make(tmp_path, kind, change)), make_ids()
     inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
-    arguments = arguments_for(WITHIN_DOCUMENTS, PACKS, ids)
+    arguments = document_arguments(WITHIN_DOCUMENTS, PACKS, ids)
     outputs = model(inputs_embeds=inputs, **arguments).logits
     for row, span in spans():
         [gradient] = torch.autograd.grad(outputs[row, span].sum(), inputs, retain_graph=True)
@@ -176,13 +177,13 @@ def test_padded_prompts_have_the_answers_of_eager_attention(tmp_path, kind, chan
 
 def test_rows_of_one_document_need_no_arguments():
     ids = torch.zeros(2, 5, dtype=torch.long)
-    assert arguments_for(WITHIN_DOCUMENTS, ((5,), (3,)), ids) == {}
-    assert arguments_for("eager", ((5,), (3,)), ids) == {}
+    assert document_arguments(WITHIN_DOCUMENTS, ((5,), (3,)), ids) == {}
+    assert document_arguments("eager", ((5,), (3,)), ids) == {}
 
 
 def test_positions_restart_at_each_document_and_padding_is_separate():
     ids = torch.zeros(2, 5, dtype=torch.long)
-    arguments = arguments_for(FLASH, ((2, 3), (3, 1)), ids)
+    arguments = document_arguments(FLASH, ((2, 3), (3, 1)), ids)
     assert arguments["position_ids"].tolist() == [[0, 1, 0, 1, 2], [0, 1, 2, 0, 0]]
     for side in "qk":
         assert arguments[f"cu_seq_lens_{side}"].tolist() == [0, 2, 5, 8, 9, 10]
@@ -197,13 +198,13 @@ def test_positions_for_a_gpu_are_copied_from_pinned_memory(monkeypatch):
     ids = SimpleNamespace(shape=(1, 5), device=torch.device("cuda"))
     for name, keys in ((WITHIN_DOCUMENTS, ["position_ids"]), (FLASH, ["cu_seq_lens_q"])):
         pinned.clear()
-        arguments = arguments_for(name, ((2, 3),), ids)
+        arguments = document_arguments(name, ((2, 3),), ids)
         assert all(any(arguments[key] is tensor for tensor in pinned) for key in keys)
 
 
 def test_an_attention_implementation_that_crosses_documents_is_refused():
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is asserted
-        arguments_for("sdpa", ((2, 3),), torch.zeros(1, 5, dtype=torch.long))
+        document_arguments("sdpa", ((2, 3),), torch.zeros(1, 5, dtype=torch.long))
     assert_mentions(error.value, "sdpa")
 
 

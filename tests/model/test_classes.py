@@ -10,8 +10,8 @@ from pipeline.model import attention
 from pipeline.model.attention import (
     WITHIN_DOCUMENTS,
     PackedDocuments,
-    arguments_for,
-    require_all_blocks_separate,
+    document_arguments,
+    require_separate_documents,
 )
 from pipeline.model.loss import IGNORED, SummedLoss
 from pipeline.model.structure import blocks, num_blocks_with, text_decoder
@@ -70,7 +70,7 @@ def relative_error(actual, expected):
 @torch.no_grad()
 @pytest.mark.parametrize("num_chunks", [1, 3])
 @pytest.mark.parametrize("kind", [*SEPARATE_DOCUMENTS, *LOSS_ONLY])
-def test_the_loss_equals_that_of_the_class(kind, num_chunks):
+def test_the_loss_equals_that_of_the_model_class(kind, num_chunks):
     model, (ids, labels) = build(kind, kinds=ALL), make_batch()
     model.set_attn_implementation("eager")
     theirs = model(input_ids=ids, labels=labels, use_cache=False).loss
@@ -81,7 +81,7 @@ def test_the_loss_equals_that_of_the_class(kind, num_chunks):
 
 
 @pytest.mark.parametrize("kind", ["granite", "gemma2", "gpt_oss", "gemma4"])
-def test_the_gradient_equals_that_of_the_class(kind):
+def test_the_gradient_equals_that_of_the_model_class(kind):
     model, (ids, labels) = build(kind), make_batch()
     weight = text_decoder(model).layers[0].self_attn.q_proj.weight
     model.set_attn_implementation("eager")
@@ -116,7 +116,7 @@ def test_a_fused_kernel_computes_attention_so_no_scores_are_materialised(kind):
 def test_a_packed_document_has_the_hidden_states_that_it_has_alone(kind):
     model, (ids, labels) = build(kind), make_batch()
     model.set_attn_implementation(WITHIN_DOCUMENTS)
-    arguments = arguments_for(WITHIN_DOCUMENTS, DOCUMENTS, ids)
+    arguments = document_arguments(WITHIN_DOCUMENTS, DOCUMENTS, ids)
     decoder = text_decoder(model)
     packed = decoder(input_ids=ids, use_cache=False, **arguments).last_hidden_state
     layers = blocks(model)
@@ -175,5 +175,5 @@ def test_blocks_that_received_the_documents_are_counted_once():
     for module in [*layers[0], layers[1][1], layers[1][1]]:
         attention._attend(module, query, query, query, None, documents=documents)
     with refused("2 of 3 blocks", "llama", "packing: false"):
-        require_all_blocks_separate(documents, layers, "llama")
-    require_all_blocks_separate(documents, layers[:2], "llama")
+        require_separate_documents(documents, layers, "llama")
+    require_separate_documents(documents, layers[:2], "llama")

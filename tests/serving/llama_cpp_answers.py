@@ -1,6 +1,8 @@
 """Answers of llama.cpp's server, as a script for an environment that has xllamacpp and no torch.
 
-python llama_cpp_answers.py REQUEST.json: `model`, `lora` (or null), `rows` (messages) -> `out`
+python llama_cpp_answers.py REQUEST.json. The keys of the request are `model`, `lora` (file of the
+adapter, or null), `rows` (messages of each prompt), `max_tokens` (of an answer) and `out` (the file
+to write).
 """
 
 import json

@@ -39,7 +39,7 @@ def answers_of(tmp_path_factory):
                 {
                     "model": str(model),
                     "lora": None if lora is None else str(lora),
-                    "rank": 16,
+                    "lora_r": 16,
                     "rows": rows,
                     "max_tokens": 64,
                     "out": str(out),

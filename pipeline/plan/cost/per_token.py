@@ -36,7 +36,9 @@ _LORA_IN_PASSES = 1  # A reads its input
 _DROPOUT_PASSES = 2  # dropout reads and writes the input of A
 _WEIGHT_NORM_PASSES = 7  # DoRA: B A is written, scaled, added to the weight; the norm reads the sum
 _LORA_OUT_PASSES = 6  # B writes; scaling reads and writes; the sum reads two and writes one
-_JOINT_OUT_PASSES = 2  # one kernel multiplies by B and adds to the output (model/joint_lora.py)
+# Joint LoRA (model/joint_lora.py) multiplies an input that several layers share by all of their A
+# matrices at once. One kernel then multiplies by B and adds the product to a layer's output.
+_JOINT_OUT_PASSES = 2
 # Experts (grouped_mm). Routing has passes over the hidden state. Each expert that a token is routed
 # to has passes over tensors of the hidden width (copied in and out, weighted, summed) and of the
 # expert's inner width.
@@ -52,10 +54,9 @@ _SCORE_PASSES = 22
 # (test_per_token.py). Joint LoRA has its own numbers below.
 TRAFFIC_BACKWARD = 1.7
 _KERNELS_BACKWARD = 1.6
-# Joint LoRA (model/joint_lora.py) multiplies an input that several layers share by all of their A
-# matrices at once. Passes in its backward pass, fitted in test_per_token.py: over each shared
-# input; over the input of each layer, to sum the gradients of layers that share it; over the output
-# of each layer.
+# Passes in the backward pass of joint LoRA, fitted in test_per_token.py: over each shared input;
+# over the input of each layer, to sum the gradients of layers that share it; over the output of
+# each layer.
 _JOINT_IN_BACKWARD = 4
 _JOINT_SUM_BACKWARD = 3
 _JOINT_OUT_BACKWARD = 3
@@ -70,7 +71,9 @@ _JOINT_LAYER_KERNELS_BACKWARD = 5
 _JOINT_INPUT_KERNELS_BACKWARD = 2
 _DEQUANTISE_KERNELS = 2  # the constants, then the weight
 _SCORES_KERNELS = 15  # attention of one document with materialised scores; a fused kernel is 1
-_FOLD_KERNELS = 4  # the adapter is added to two fused tensors, each twice (see speed.py)
+# An adapter of experts is added to two fused tensors (gate with up, and down). torch computes each
+# sum twice, the second time to check its shape (nn/utils/parametrize.py).
+_FOLD_KERNELS = 4
 _EXPERTS_KERNELS = 22  # routing, sorting by expert, two grouped products, and the inverse sort
 
 

@@ -45,7 +45,7 @@ SEQUENCE_PARALLEL_RULES: tuple[Rule[PlanInput], ...] = (
         "read several tokens, such as linear attention, state spaces and convolutions, would see "
         "one rank's part of a sequence",
         remedy="set sequence_parallel_size: 1, or use a model in which all blocks have attention",
-        source="pipeline/model/attention.py, require_all_blocks_separate",
+        source="pipeline/model/attention.py, require_separate_documents",
     ),
     Rule(
         id="split-attention-dropout",
@@ -63,6 +63,6 @@ SEQUENCE_PARALLEL_RULES: tuple[Rule[PlanInput], ...] = (
         reason="sequence_parallel_size with use_flash_attention: true: only attention with the "
         "kernels of PyTorch can be split over ranks, not FlashAttention-2",
         remedy="set use_flash_attention: auto",
-        source="pipeline/model/attention.py, arguments_for",
+        source="pipeline/model/attention.py, document_arguments",
     ),
 )

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.config.settings import RunSettings
-from pipeline.model.attention import WITHIN_DOCUMENTS, arguments_for
+from pipeline.model.attention import WITHIN_DOCUMENTS, document_arguments
 from pipeline.model.joint_lora import join_lora
 from pipeline.plan.cost.per_token import TRAFFIC_BACKWARD, cost_per_token, sequence_flops
 from pipeline.plan.given.shape import read_shape
@@ -74,7 +74,7 @@ def counted(kind, layers, documents=1):
     model = adapted.get_base_model().model
     ids = torch.randint(0, 512, (SEQUENCES, TOKENS))
     packs = [[TOKENS // documents] * documents] * SEQUENCES
-    pack_arguments = arguments_for(WITHIN_DOCUMENTS, packs, ids)
+    pack_arguments = document_arguments(WITHIN_DOCUMENTS, packs, ids)
     counts = Counter()
     for direction in ("forward", "backward"):
         with FlopCounterMode(display=False) as flops, Kernels() as kernels:
