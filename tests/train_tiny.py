@@ -45,7 +45,7 @@ def work(plan, split, step: int, rank: int) -> tuple[list[SeededBatch], int]:
 def train_tiny(
     session, folder: Path, settings: dict, steps: int = 5, documents: int = 40, split=None
 ) -> dict:
-    """Losses (mean over supervised tokens), gradient norms, first gradients, final fp32 weights."""
+    """Losses (mean over supervised tokens), gradient norms, fp32 weights; gradients of step 0."""
     plan, engine = build_engine(session, folder, settings, documents)
     split = split or Documents(documents)
     rank = session.placement.rank

@@ -89,5 +89,5 @@ def corrects_quantisation(adapter: Path) -> bool:
 
 
 def adapter_sha256(adapter: Path) -> str:
-    """SHA-256 of an adapter's weights file, which a merge or a score records."""
+    """SHA-256 of an adapter's weights file, recorded in merged models and in score.json."""
     return file_sha256(adapter / WEIGHTS)

@@ -7,7 +7,7 @@ deepspeed launch/score.py RUN                 every GPU scores a part of the row
 python launch/score.py RUN --tasks NAMES      hand over to lm-evaluation-harness
 
 Writes RUN/score.json, which the report shows; with several models or --data scores.json in this
-folder. A stopped score continues when it is started again. docs/scoring.md explains the scores.
+folder. After a stop, the same command continues. docs/scoring.md explains the scores.
 """
 
 import argparse

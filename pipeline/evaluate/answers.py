@@ -1,4 +1,4 @@
-"""AnswerFile: the results of scored batches on the disk, so that a stopped score can be resumed.
+"""Results of scored batches on the disk, with which a stopped `launch/score.py` continues.
 
 A file has the results of one model on one set of rows with one set of options. Its name is the hash
 of model, rows and options. Each rank appends to a separate file, one line for each batch.
@@ -22,7 +22,7 @@ class BatchResult:
 
     `batch`: number of the batch. `rows`: indexes of its rows. `loss_sums`: for each row the sum of
     the losses of its supervised tokens. `answers`: for each row the generated answer, None if the
-    row has no question. `seconds`: time to score the batch.
+    row has no prompt, such as a plain text. `seconds`: time to score the batch.
     """
 
     batch: int

@@ -1,4 +1,4 @@
-"""Rows on which models are scored: the documents of a row, for the loss, and its question.
+"""Rows on which models are scored: documents for the loss, and prompts with expected answers.
 
 The documents are the same as in training: rendered with the run's chat template, and truncated at
 `max_length`. A question is the prompt of the row's last answer, with the expected answer.

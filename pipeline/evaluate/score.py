@@ -36,8 +36,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions:
-    """Options of a score. `max_new_tokens`: None for the longest expected answer and a few more.
+    """Options of `score_models`.
 
+    `max_new_tokens`: None for the length of the longest expected answer plus EXTRA_TOKENS.
     `pattern`: extracts the part of an answer that is compared. `answers`: folder for the results of
     batches.
     """

@@ -39,7 +39,7 @@ class RunFolder:
 
     A start is one launch of the training program. If a check refuses it (UserError), the start has
     written only prepared data and its ownership of the folder; after all checks, `open` writes the
-    other files. `start`: the decision of `begin`. `checkpoints`: set on rank 0 if the run trains.
+    other files. `start`: the result of `begin`. `checkpoints`: set on rank 0 if the run trains.
     `resumed`: on rank 0, the checkpoint to resume from. `wait_for_writes`: waits for checkpoint
     writes in flight, at most the given seconds.
     """

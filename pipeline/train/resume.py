@@ -66,8 +66,8 @@ def checkpoint_to_resume(
 
     A new run starts from the checkpoint of `resume: PATH`, or from step 0. It never starts from the
     checkpoints in its folder, which belong to the run that it replaces. Raises UserError if this
-    run cannot resume from the checkpoint. `resume`: the setting. `start`: the decision about the
-    folder.
+    run cannot resume from the checkpoint. `resume`: the setting. `start`: the result of
+    `decide_start`.
     """
     path, notes = checkpoints.newest() if start == "resume" else (checkpoints.intact_origin(), [])
     if path is not None:

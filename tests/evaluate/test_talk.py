@@ -1,4 +1,4 @@
-"""Conversations: prompts as in a score, histories, Ctrl-C, and conversations that do not fit."""
+"""Conversations: prompts as in scoring, histories, Ctrl-C, and conversations that do not fit."""
 
 import json
 

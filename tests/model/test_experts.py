@@ -1,4 +1,4 @@
-"""Adapters of fused experts pass the class checks, and default targets avoid peft's rewriting."""
+"""Adapters of fused experts pass the checks of proof.py; default targets avoid peft's rewriting."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The class checks accept classes that train correctly, and name the error of others."""
+"""The checks of a model class accept a correct class, and report the error of an incorrect one."""
 
 import pytest
 from peft import PeftModel

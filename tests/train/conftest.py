@@ -11,7 +11,10 @@ from tests.tiny import make_plan, make_tokenizer
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
-    """Function: kind of model -> its folder; what the plan reads from the model is cached."""
+    """Function: kind of model -> its folder.
+
+    The sizes of the model are in the cache of class_shape.py, so that a plan starts no subprocess.
+    """
     folders = {}
 
     def make(kind):
@@ -27,7 +30,7 @@ def folder_of(tmp_path_factory):
 
 @pytest.fixture
 def begin(tmp_path, tiny_model):
-    """The run folder, and a function that starts a run in it and returns the decision."""
+    """A run folder, and a function that starts a run in it and returns new, resume or done."""
     folder = tmp_path / "run"
 
     def start(is_debug: bool = False, **settings) -> str:

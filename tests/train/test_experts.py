@@ -52,7 +52,7 @@ def train_and_gather(session, folder, settings, saved=None):
 
 
 CHECKPOINTED = {"zero_stage": 3, "gradient_checkpointing": True}
-# Settings of the runs of two ranks whose first gradients are compared.
+# Settings of the runs of two ranks whose gradients of the first step are compared.
 GRADIENT_RUNS = {kind: [CHECKPOINTED] for kind in KINDS}
 GRADIENT_RUNS["qwen3_moe"] += [{"zero_stage": 2}, {"zero_stage": 3}]
 GRADIENT_RUNS["gpt_oss"] += [{"zero_stage": 3}]

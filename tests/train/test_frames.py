@@ -18,7 +18,7 @@ forward = SummedLoss.forward
 def counting(*args, **kwargs):
     frames = [f for f in traceback.extract_stack() if "/pipeline/" in f.filename]
     names = [f.name for f in frames]
-    # The class checks before the base is loaded also call the forward pass.
+    # The checks of the model's class (model/proof.py), before training, also call forward.
     if "training_loop" in names and not hasattr(SummedLoss, "was_counted"):
         SummedLoss.was_counted = True
         print("FRAMES", *names[names.index("main"):])

@@ -56,16 +56,17 @@ def train_and_gather(session, folder, settings):
 
 
 def settings_of(stage):
-    # One forward a step and rank; the test of the first gradients accumulates.
+    # One forward a step and rank; `first_gradients` accumulates micro-batches.
     return {"zero_stage": stage, "batch_size": 4, "gradient_checkpointing": stage == 3}
 
 
 def first_gradients(session, folder, stage):
+    """The gradients of the first step."""
     return train_tiny(session, folder, {"zero_stage": stage, "batch_size": 2}, 1)["gradients"]
 
 
 def train_at_stages(session, folder, stages, has_gradients):
-    """Results of `train_and_gather` by stage, and the first gradients at ZeRO-3 if asked for."""
+    """Results of `train_and_gather` by stage, and optionally `first_gradients` at ZeRO-3."""
     results = {stage: train_and_gather(session, folder, settings_of(stage)) for stage in stages}
     return results, first_gradients(session, folder, 3) if has_gradients else None
 

@@ -45,7 +45,10 @@ class Packed(Documents):
 
 
 def train(session, folder, settings, sequences):
-    """Losses, first gradients, final weights; `sequences`: packs or documents in a step."""
+    """Losses, gradients of the first step, final weights.
+
+    `sequences`: number of sequences in a step, which are packs if it is PACKS, else documents.
+    """
     split = (Packed if sequences == PACKS else Documents)(STEPS * DOCUMENTS)
     plan, engine = build_engine(session, folder, settings | {"global_batch_size": sequences})
     micro, rank = plan.layout.micro_batch_size, session.placement.rank

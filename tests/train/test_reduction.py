@@ -59,7 +59,7 @@ def reductions_after_a_failure(session, folder, settings):
 
 
 def run_at_each_stage(session, folder):
-    """By stage: numbers of reductions, and first gradients in fp32 and with reductions in bf16."""
+    """By stage: numbers of reductions; gradients of the first step, reduced in fp32 and in bf16."""
     return {
         stage: {
             "four": reductions(session, folder, {"zero_stage": stage, "batch_size": 1}),
