@@ -26,7 +26,10 @@ from pipeline.plan.plan import Plan
 
 RECORD = "init_adapter.json"  # file in a run folder
 # Ends of messages with a remedy.
-_RESIZE = "or set init_adapter_resize: true, which keeps the outputs"
+_RESIZE = (
+    "or set init_adapter_resize: true, which converts the adapter without changing the outputs of "
+    "the model"
+)
 _OTHER_BASE_REMEDY = (
     "set model to the one that the adapter was trained on, or accept this one with "
     "accept_changes: [base]"
@@ -42,6 +45,8 @@ def require_startable(plan: Plan) -> None:
     if folder is None:
         return
     read_initial_adapter(plan)
+    # An adapter that was initialised with LoftQ fits only a base that is quantised with the same
+    # options. The message lists these options before the remedy.
     remedy = "set these options in this run too, or start from another adapter"
     try:
         require_corrected_base(folder, settings, remedy)
@@ -90,10 +95,11 @@ def _require_same_saved_modules(plan: Plan, adapter: Adapter) -> None:
     tied = {f"{module.tied_name}.weight" for module in modules if module.tied_name}
     names = adapter.value_updates.keys() - tied
     for name in sorted(names):
+        # `rows` is set for new tokens, `scaling` for the bias of a B matrix (see ValueUpdate).
         if any(update.rows or update.scaling for update in adapter.value_updates[name]):
             raise UserError(
-                f"{location} has new tokens or a trained bias: {name}; a run cannot start from "
-                "it; merge it, and start from the merged model"
+                f"{location} has new tokens or a bias of lora_B: {name}; a run cannot start "
+                "from it; merge it, and start from the merged model"
             )
     if differences := shapes.keys() ^ names:
         module_names = sorted({name.rpartition(".")[0] for name in names})

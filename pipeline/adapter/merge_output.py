@@ -132,8 +132,10 @@ def _set_dtype(config: dict[str, Any], name: str) -> None:
 def write_marker(plan: MergePlan, folder: Path, report: "MergeReport") -> None:
     """Write the record of the merge.
 
-    If the merge added one adapter without a weight, `adapter_sha256` in the record is the hash of
-    this adapter; products.py compares it with the present adapter of a run.
+    If the merge added a single adapter with weight 1, `adapter_sha256` in the record is the hash of
+    this adapter. products.py compares it with the hash of the run's present adapter. Otherwise
+    (several adapters, another weight, or --undo, which subtracts the adapters) it is a text that
+    equals no hash.
     """
     adapters = plan.identity["adapters"]
     adapter_hash = "several, weighted or undone"

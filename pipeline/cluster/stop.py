@@ -121,7 +121,9 @@ class StopRequests:
                     target=self._poll, args=(is_over,), name="stops", daemon=True
                 ).start()
                 yield
-            finally:  # a signal may still arrive here, and its handler raises
+            finally:
+                # The handler of a signal may raise _StopRequested here too. The outer `try`
+                # catches it.
                 self._is_interrupting = False
                 is_over.set()
         except _StopRequested as request:

@@ -112,9 +112,9 @@ def _copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def require_separate_documents(
     documents: PackedDocuments, layers: Sequence[nn.Module], model_type: str
 ) -> None:
-    """Raise UserError if a block did not pass the documents to its attention.
+    """Raise UserError unless every block called its attention with the argument `documents`.
 
-    Such a block drops the argument (StableLM) or has no attention (Mamba, convolutions), and mixes
+    Other blocks drop the argument (StableLM) or have no attention (Mamba, convolutions), and mix
     the tokens of different documents. If a row is split over ranks, such a block also sees only its
     rank's tokens.
     """

@@ -1,4 +1,7 @@
-"""Packed checkpoints with random weights, of the kinds in which models are published."""
+"""Checkpoints with random weights that are quantised to mxfp4 or fp8, as published models are.
+
+They are called packed: each quantised weight is stored with a tensor of scales.
+"""
 
 import json
 
@@ -8,11 +11,13 @@ from safetensors.torch import load_file, save_file
 from tests.model.kinds import PACKED_KINDS
 from tests.model.models import build
 
-FP8_BLOCK = (48, 32)  # does not divide all matrices of the kinds
+# Rows and columns with a common scale. Not every weight is a multiple of it, so some blocks at the
+# edges are smaller.
+FP8_BLOCK = (48, 32)
 
 
 def make_packed(name, folder, *, block=FP8_BLOCK, scale_dtype=torch.float32):
-    """Save a model of PACKED_KINDS as a packed checkpoint with two files."""
+    """Save the model `name` of PACKED_KINDS as a quantised checkpoint with two files."""
     build(PACKED_KINDS[name], torch.bfloat16).save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
@@ -56,7 +61,7 @@ def _fp8(tensors, block, scale_dtype):
 
 
 def _save(tensors, folder):
-    """Two files; values and scales of a weight may be in different ones."""
+    """Save two files; the values and the scales of a weight may be in different files."""
     (folder / "model.safetensors").unlink()
     weight_map = {}
     for number in range(2):

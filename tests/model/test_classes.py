@@ -1,4 +1,7 @@
-"""Our loss and attention equal those of each model class: scales, caps, sinks, windows, chunks."""
+"""Our loss and attention equal those of each model class.
+
+The classes differ in scales, soft caps, attention sinks, sliding windows and attention chunks.
+"""
 
 import pytest
 import torch
@@ -36,13 +39,14 @@ SEPARATE_DOCUMENTS = [
     "diffllama",  # two calls of attention in each block
     "mistral3",  # a wrapper without its own causal class
 ]
-# Kinds in which packed documents mix -> number of blocks that receive the documents.
+# Kinds in which packed documents mix, and the number of blocks that keep documents separate: those
+# whose attention is called with the argument `documents`.
 MIX_DOCUMENTS = [("qwen3_5_text", 1), ("lfm2", 1), ("stablelm", 0), ("nemotron", 0)]
 LOSS_ONLY = [
     "qwen3_5_text",  # recurrent state
-    "falcon_h1",  # its forward method reads a multiplier from the body
+    "falcon_h1",  # its forward method reads an attribute of `self.model`
     "phimoe",  # random router
-    "opt",  # its forward method calls the decoder inside the body
+    "opt",  # its forward method calls `self.model.decoder`
 ]
 LENGTH, DOCUMENTS = 24, ((7, 12, 3), (20, 1, 2))
 
@@ -168,7 +172,7 @@ def test_attention_to_later_tokens_is_refused():
         attention._attend(torch.nn.Module(), query, query, query, None, is_causal=False)
 
 
-def test_blocks_that_received_the_documents_are_counted_once():
+def test_a_block_with_several_calls_of_attention_is_counted_once():
     query = torch.randn(1, 2, 5, 8)
     documents = PackedDocuments(((2, 3),))
     layers = [nn.ModuleList([nn.Module(), nn.Module()]) for _ in range(3)]

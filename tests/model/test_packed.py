@@ -1,4 +1,4 @@
-"""Packed checkpoints are loaded, sharded and merged as if they were 16-bit checkpoints."""
+"""Packed checkpoints (mxfp4, fp8) are loaded, sharded and merged as if they had 16 bits."""
 
 import json
 
@@ -28,7 +28,7 @@ CONFIGS = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
 
 @pytest.fixture(scope="module", params=PACKED_KINDS)
 def packed(request, tmp_path_factory):
-    """The folder of a packed model."""
+    """The folder of a model in mxfp4 or fp8."""
     folder = make_packed(request.param, tmp_path_factory.mktemp("packed") / "model")
     make_tokenizer().save_pretrained(folder)
     cache_shape(folder)

@@ -49,9 +49,10 @@ def decompositions(
 def decomposition_bytes(shape: ModelShape, settings: RunSettings) -> int:
     """Peak bytes of the largest decomposition at the start of a run; 0 if it makes none.
 
-    They are in fp32: the weight, a copy and the remainder, the factors, and workspace. The factors
-    of an exact decomposition of an (m, n) matrix have m n and n^2 values, and its workspace has as
-    many (LAPACK's gesdd). An approximate one has r columns.
+    The sum of these tensors in fp32: the weight, a copy of it, the residual (the weight minus the
+    product B A), the factors, and a workspace of the same size as the factors (LAPACK's gesdd). The
+    two factors of an exact decomposition of an (m, n) matrix have m n and n^2 values. Those of an
+    approximate decomposition have m r and n r values.
     """
     layers = _decomposed_layers(shape, settings)
     is_approximate = "niter" in str(settings.init_lora_weights)
