@@ -132,22 +132,22 @@ pipeline's code have changed since; the lines here are from several states of th
 |---|---|---|
 {ranked}
 
-## Packed checkpoints
+## Quantised checkpoints
 
 Checkpoints whose `config.json` has a `quantization_config` with `quant_method` `mxfp4` (gpt-oss) or
-`fp8` (DeepSeek V3, Kimi K2, Qwen3-FP8, Ministral 3) are trained as they are published. Each packed
-weight is dequantised to bf16 when it is read: one after another, at every ZeRO stage, and before
-4-bit quantisation by `load_in_4bit`. The plan counts 2 bytes per weight. Merged models are
-written in bf16, without `quantization_config`. The fingerprint is that of the packed files. Other
-kinds of quantisation (GPTQ, AWQ, compressed-tensors) are refused: use the 16-bit model.
+`fp8` (DeepSeek V3, Kimi K2, Qwen3-FP8, Ministral 3) are trained as they are published. Each
+quantised weight is dequantised to bf16 when it is read: one after another, at every ZeRO stage, and
+before 4-bit quantisation by `load_in_4bit`. The plan counts 2 bytes per weight. Merged models are
+written in bf16, without `quantization_config`. The fingerprint is that of the quantised files.
+Other kinds of quantisation (GPTQ, AWQ, compressed-tensors) are refused: use the 16-bit model.
 
 ## Measured
 
 The numbers are relative differences:
 
 - `loss`, `attention`: RankZero's loss and attention from those of the class, in its check.
-- `packs`: a document in a pack from the same document alone. `off`: the class mixes documents, so
-  it is trained without packs.
+- `packs`: a document in a pack from the same document alone. `off`: the class does
+  not keep the documents of a pack separate, so it is trained without packs.
 - ZeRO-2, ZeRO-3, QLoRA: the held-out loss of the run from that of plain transformers and peft with
   its adapter. At most 1e-4 passes, and no matrix of the adapter may be zero.
 - `experts`: as ZeRO-3, with an adapter on the fused experts too. Empty for models without experts.

@@ -17,8 +17,8 @@ from pathlib import Path
 from pipeline.cli.arguments import Parser, run_settings
 from pipeline.cluster.exits import end_process, run_main
 from pipeline.errors import RankZeroError, UserError
-from pipeline.track.follow import call_later, follow
-from pipeline.track.process import LAST_WAIT_S
+from pipeline.track.follow import call_later, send_run
+from pipeline.track.process import FINAL_SEND_S
 from pipeline.track.trackers import TRACKERS
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ def track() -> None:
     parser.add_argument(
         "--tracker", choices=TRACKERS, help="default: all of the setting `trackers`"
     )
+    # Training starts this command with --follow, once for each tracker (track/process.py).
     parser.add_argument("--follow", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     settings = run_settings(args.run_folder)
@@ -41,7 +42,7 @@ def track() -> None:
             f"{', '.join(TRACKERS)}"
         )
     if args.follow:
-        _follow_training(args.run_folder, names[0])
+        _send_during_training(args.run_folder, names[0])
         return
     for name in names:
         _send_once(args.run_folder, name)
@@ -49,15 +50,19 @@ def track() -> None:
 
 def _send_once(folder: Path, name: str) -> None:
     try:
-        follow(folder, name, lambda _: True)
+        send_run(folder, name, wait=lambda _: True)  # training has ended
     except Exception as error:
         install = f"; pip install -e '.[{name}]'" if isinstance(error, ImportError) else ""
         raise RankZeroError(f"tracker {name}: {type(error).__name__}: {error}{install}") from error
     print(f"{name}: all data is sent; its log and state are in {folder / 'tracking'}")
 
 
-def _follow_training(folder: Path, name: str) -> None:
-    """Follow a run until training closes standard input. A failure is printed once."""
+def _send_during_training(folder: Path, name: str) -> None:
+    """Send metrics while training writes them, and the results after it has ended.
+
+    Training closes standard input when it ends. The process then has FINAL_SEND_S seconds to send
+    the remaining data. A failure is printed once.
+    """
     terminal = os.fdopen(os.dup(2), "w", buffering=1)
     log = folder / "tracking" / f"{name}.log"  # all output of the library
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -68,11 +73,11 @@ def _follow_training(folder: Path, name: str) -> None:
     def wait(seconds: float) -> bool:
         has_ended = bool(select.select([sys.stdin], [], [], seconds)[0])
         if has_ended:
-            call_later(LAST_WAIT_S, lambda: end_process(1))
+            call_later(FINAL_SEND_S, lambda: end_process(1))
         return has_ended
 
     try:
-        follow(folder, name, wait)
+        send_run(folder, name, wait)
     except Exception as error:
         logger.exception("tracker %s", name)
         text = " ".join(str(error).split())[:300]

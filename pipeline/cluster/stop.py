@@ -99,8 +99,8 @@ class StopRequests:
             return "time_limit"
         return None
 
-    def reason_to_leave(self) -> str | None:
-        """Why all ranks should end before the training loop starts; None if they should not.
+    def reason_before_loop(self) -> str | None:
+        """Reason of a stop request that ends all ranks before the training loop; None without one.
 
         Before the loop nothing has been trained, so no checkpoint is needed.
         """

@@ -15,7 +15,7 @@ from pipeline.config.settings import settings_by_trait
 _TRACKER = "trackers: a list of wandb, tensorboard, mlflow or trackio"
 _VARIABLES = "trackers: [wandb]; WANDB_* environment variables set its other options"
 _OTHER_TRACKER = "not supported; trackers: a list of wandb, tensorboard, mlflow or trackio"
-_NO_HUB = "nothing is uploaded; OUTPUT_DIR/adapter is a PEFT folder that you can upload"
+_NO_HUB = "training uploads nothing; launch/publish.py uploads the adapter or the merged model"
 _ADAMW = (
     "AdamW in fp32 is the only optimizer: an adapter's optimizer states are small, so 8-bit or "
     "paged ones would save little; remove it"
@@ -43,7 +43,10 @@ _SHAPE = "not supported: config.json of the model decides it"
 _PROGRESS = "logging_steps: N for the terminal; metrics.jsonl has every step"
 _DEVICE = "not needed: NVIDIA GPUs are used, or the CPU of a machine without a GPU; remove it"
 _WEIGHTS = "weight: 0 in a message excludes it from the loss"
-_KERNELS = "not supported; fast_paths are RankZero's own (docs/speed.md); remove it"
+_KERNELS = (
+    "not supported; faster computations of RankZero are on by default (fast_paths in "
+    "docs/speed.md); remove it"
+)
 
 # Pattern of option names -> advice. The first matching pattern applies.
 ADVICE: Mapping[str, str] = {
@@ -326,7 +329,9 @@ VALUES: Mapping[str, Mapping[str, str]] = {
     "eval_steps": {"0.*": "a share of the run: evals_per_epoch is a number of evaluations"},
     "save_steps": {"0.*": "a share of the run: saves_per_epoch is a number of checkpoints"},
     "max_steps": {"-1": f"no limit; {_LEAVE_OUT}", "0": f"no limit; {_LEAVE_OUT}"},
-    "save_total_limit": {"-1": "every checkpoint: a large number", "0": "at least 1"},
+    "save_total_limit": {
+        "-1": "for no limit, a number above that of all checkpoints", "0": "at least 1",
+    },
     "resume": {"true": "auto", "false": "never", "last": "auto", "latest": "auto"},
     "zero_stage": {
         "0": "1: the adapter's optimizer state is sharded", "*zero*1*": "1", "*zero*2*": "2",
@@ -336,7 +341,10 @@ VALUES: Mapping[str, Mapping[str, str]] = {
         "fa2": "true", "flash_attention_*": "true", "sdpa": "auto", "eager": "auto",
         "disabled": "false",
     },
-    "packing": {"auto": "true, or leave it out: then false if a pack would mix documents"},
+    "packing": {
+        "auto": "true, or leave it out: then it is false for a class that does not keep packed "
+        "documents separate",
+    },
     "train_on": {
         "input*": "all", "all_assistant": "assistant", "last": "last-assistant",
         "last_turn": "last-assistant", "completion": "assistant", "turn": "assistant",

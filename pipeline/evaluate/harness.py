@@ -30,7 +30,7 @@ def run_harness(subjects: Sequence[Subject], tasks: str, out: Path) -> None:
     for subject in subjects:
         if is_packed(subject.folder):
             logger.warning(
-                "--tasks: %s: lm_eval loads the packed base with its 4-bit or 8-bit weights, but "
+                "--tasks: %s: lm_eval loads the base with its mxfp4 or fp8 weights, but "
                 "training dequantised them, so the results may differ from those of other models",
                 subject.name,
             )

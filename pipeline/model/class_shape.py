@@ -305,7 +305,7 @@ def _experts_per_token(config: Any) -> int:
 
 
 def _mixing_modules(receivers: Sequence[nn.Module], layers: Sequence[nn.Module]) -> list[str]:
-    """Class names of the modules that may mix the documents of a pack, such as a Mamba mixer.
+    """Classes of modules, such as Mamba mixers, that may not keep packed documents separate.
 
     These are modules with weight matrices in blocks whose attention is not in `receivers`. A module
     that the other blocks have too, such as an MLP, is left out.

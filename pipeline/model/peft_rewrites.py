@@ -1,4 +1,4 @@
-"""Linear layers whose trained adapter plain peft would load onto other layers, or not at all."""
+"""Linear layers whose adapter peft would load onto other layers, or not at all."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,11 +13,12 @@ from torch import nn
 
 
 def rewritten_by_peft(model: nn.Module, decoder: nn.Module) -> list[str]:
-    """Last parts of the names of such layers in a text decoder, for example `gate_proj`.
+    """Last parts of names, such as `gate_proj`, of layers that peft would not adapt.
 
-    For some model types, peft 0.21.2 adapts the experts of a block instead of a layer with one of
-    their names, when it attaches and when it loads an adapter. It also applies transformers'
-    conversion table to the keys of an adapter file, which renames some layers of Laguna.
+    These are linear layers of the text decoder. For some model types, peft 0.21.2 replaces a target
+    module such as `gate_proj` by the experts of the block, both when it attaches an adapter and
+    when it loads one. It also applies transformers' conversion table to the keys of an adapter
+    file, which renames some layers of Laguna.
     """
     inside = set(decoder.modules())
     names_by_last_part: defaultdict[str, list[str]] = defaultdict(list)

@@ -67,7 +67,7 @@ def check_run(
         run.run_first_stage()
         timer.cancel()
         with Watchdog(
-            session, heartbeat, limit_s, reason_to_leave=lambda: None, on_end=run.end_by_watchdog
+            session, heartbeat, limit_s, reason_before_loop=lambda: None, on_end=run.end_by_watchdog
         ):
             failed = run.run_other_stages()
     run.show()

@@ -87,10 +87,11 @@ class ReadExample:
     """The example of a row, the row's format, and the names of its unread columns and keys.
 
     `unread`: sorted names, such as `score` or `message.timestamp`. Each has a value that is not
-    part of the example. `is_mapped`: whether the setting `columns` applied to the row.
+    part of the example. `has_renamed_columns`: whether the setting `columns` renamed a
+    column of the row.
     """
 
     example: Example
     data_format: DataFormat
     unread: tuple[str, ...] = ()
-    is_mapped: bool = False
+    has_renamed_columns: bool = False

@@ -116,8 +116,8 @@ def read_example(
                 raise RowError(_no_media(media))
             unread.add(columns.get(column, column) if columns else column)
     example = _build_example(name, value, unread)
-    is_mapped = columns is not None and any(column in row.value for column in columns.values())
-    return ReadExample(example, name, tuple(sorted(map(printable, unread))), is_mapped)
+    is_renamed = columns is not None and any(column in row.value for column in columns.values())
+    return ReadExample(example, name, tuple(sorted(map(printable, unread))), is_renamed)
 
 
 def _detect_format(columns: Mapping[str, Any]) -> DataFormat:

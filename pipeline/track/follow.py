@@ -49,7 +49,7 @@ def sent_path(folder: Path, tracker: str) -> Path:
     return folder / "tracking" / f"{tracker}.json"
 
 
-def follow(folder: Path, name: str, wait: Callable[[float], bool]) -> None:
+def send_run(folder: Path, name: str, wait: Callable[[float], bool]) -> None:
     """Send a run's metrics to the tracker `name` until the run has ended, and then its results.
 
     `wait`: waits for at most the given number of seconds, and returns whether the run has ended.

@@ -16,7 +16,7 @@ from pipeline.track.follow import SentRecord, sent_path
 from pipeline.track.lines import LineReader, parse_metrics
 
 logger = logging.getLogger(__name__)
-LAST_WAIT_S = 30.0  # time to send the remaining data at the end of a run
+FINAL_SEND_S = 30.0  # time to send the remaining data at the end of a run
 # Environment variables that every tracker process gets. It also gets the variables of its tracker,
 # which have one of the prefixes below. All others may be secrets of other programs.
 _VARIABLES = {
@@ -64,7 +64,7 @@ class TrackerProcesses:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        deadline = time.monotonic() + LAST_WAIT_S
+        deadline = time.monotonic() + FINAL_SEND_S
         for process in self._processes.values():
             assert process.stdin is not None
             with suppress(OSError):

@@ -58,7 +58,7 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
         trackers = stack.enter_context(TrackerProcesses())
         watchdog = Watchdog(
             session, context.heartbeat, settings.hang_timeout_s,
-            reason_to_leave=stops.reason_to_leave, on_end=folder.end_by_watchdog,
+            reason_before_loop=stops.reason_before_loop, on_end=folder.end_by_watchdog,
         )  # fmt: skip
         stack.enter_context(watchdog)
         stops.install_handlers(folder.end_by_second_interrupt)

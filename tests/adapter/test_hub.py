@@ -126,7 +126,7 @@ def test_a_model_that_was_not_published_with_rankzero_is_kept(publish):
     assert hub.files == theirs
 
 
-def test_the_card_of_a_packed_base_loads_it_dequantised(run, publish):
+def test_the_card_of_an_mxfp4_base_loads_it_dequantised(run, publish):
     call, hub = publish
     config = {"quantization_config": {"quant_method": "mxfp4"}}
     (run.parent / "base" / "config.json").write_text(json.dumps(config))

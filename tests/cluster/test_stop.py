@@ -112,9 +112,11 @@ def test_another_thread_may_request_a_stop(stops):
 
 def test_a_rank_without_its_launcher_gets_a_stop_request():
     requests = queue.Queue()
-    watch_launchers({"RANK": "0"}, requests.put)  # not started by DeepSpeed's launcher
+    watch_launchers({"RANK": "0"}, requests.put)  # DeepSpeed's launcher did not start this rank
     assert requests.empty()
-    watch_launchers({"CROSS_RANK": "0"}, requests.put)  # pytest is no child of DeepSpeed's launcher
+    # Only DeepSpeed's launcher sets CROSS_RANK. No ancestor of pytest is such a launcher, so it
+    # counts as ended.
+    watch_launchers({"CROSS_RANK": "0"}, requests.put)
     assert requests.get(timeout=30) == "its launcher has ended"
 
 
@@ -167,7 +169,7 @@ def send():
     time.sleep(1)  # until the main thread is in the C function
     os.kill(os.getpid(), signal.SIGUSR1)
     time.sleep(1)
-    os.write(1, f"{stops.reason_to_leave()}\\n".encode())
+    os.write(1, f"{stops.reason_before_loop()}\\n".encode())
     for _ in range(2):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
@@ -202,8 +204,8 @@ def test_the_message_names_the_rank_with_the_fewest_heartbeats():
     assert "the others wait" in message
 
 
-def test_the_message_names_a_stopped_process():
-    message = hang_message({0: heartbeat(beats=8), 1: heartbeat(beats=9)}, [1], 60)
+def test_the_message_names_a_rank_that_publishes_no_heartbeats():
+    message = hang_message({0: heartbeat(beats=8), 1: heartbeat(beats=9)}, frozen=[1], timeout_s=60)
     assert "rank 1 on a hangs" in message
     assert "stopped" in message
     assert "rank 0 on" not in message

@@ -29,7 +29,7 @@ def body():
         timeout = float(os.environ["HANG_S"])
         end = lambda text, code: open(os.environ["FINAL_STATUS"], "w").write(f"{code} {text}")
         request = lambda: os.environ.get("STOP_REQUEST") if placement.rank == 1 else None
-        with Watchdog(session, heartbeat, timeout, reason_to_leave=request, on_end=end):
+        with Watchdog(session, heartbeat, timeout, reason_before_loop=request, on_end=end):
             session.rank_zero_first(lambda: None)
             heartbeat.beat("work", 7)
             print("at work", flush=True)

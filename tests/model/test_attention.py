@@ -110,9 +110,10 @@ def test_no_document_of_a_pack_affects_another(tmp_path, kind, change, dtype):
 @torch.no_grad()
 @pytest.mark.parametrize(("bits", "spread"), [("load_in_4bit", 0.2), ("load_in_8bit", 0.05)])
 def test_no_document_of_a_pack_affects_another_with_a_quantised_base(tmp_path, bits, spread):
-    """In 8 bits the activations of this model are small, because LLM.int8 mixes documents else.
+    """With 8 bits, `spread` keeps the activations below 6.
 
-    It computes a column in 16 bits, for all rows, if an activation in it exceeds 6.
+    If one activation in a column exceeds 6, LLM.int8 computes the column in 16 bits for all rows.
+    So a large activation in one document would change the results of the others.
     """
     folder = make(tmp_path, "llama", {}, "bfloat16", spread)
     plan = make_plan(folder, bf16=True, lora_target_modules="all-linear", **{bits: True})

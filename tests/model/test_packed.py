@@ -75,7 +75,7 @@ def test_fp8_values_are_multiplied_with_the_scales_of_their_blocks(tmp_path, blo
     assert torch.equal(loaded, expected)
 
 
-def test_the_card_of_an_adapter_loads_a_packed_base_dequantised(packed):
+def test_the_card_of_an_adapter_loads_a_quantised_base_dequantised(packed):
     plan = make_plan(packed, 1, 40)
     card = model_card(plan, 1, Fingerprint({}))
     name = CONFIGS[plan.shape.quantization].__name__

@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.config.settings import RunSettings
 from pipeline.track.facts import RunFacts
-from pipeline.track.follow import SentRecord, follow, sent_path
+from pipeline.track.follow import SentRecord, send_run, sent_path
 from pipeline.track.process import TrackerProcesses, tracker_environment
 from tests import ROOT
 from tests.messages import assert_mentions
@@ -239,7 +239,7 @@ def test_a_tracker_that_hangs_is_killed_and_the_missing_steps_are_named(run, mon
     program.write_text("#!/bin/bash\nexec sleep 600\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
-    monkeypatch.setattr("pipeline.track.process.LAST_WAIT_S", 0.2)
+    monkeypatch.setattr("pipeline.track.process.FINAL_SEND_S", 0.2)
     start = time.monotonic()
     with caplog.at_level("WARNING"), TrackerProcesses() as trackers:
         trackers.start(run, ["mlflow"])
@@ -280,6 +280,6 @@ def test_a_failed_upload_is_continued_by_the_next_call(run, monkeypatch):
 
     monkeypatch.setattr("pipeline.track.follow.TRACKERS", {"mlflow": FailingTracker})
     with pytest.raises(OSError):  # noqa: PT011 - raised above
-        follow(run, "mlflow", lambda _: True)
-    follow(run, "mlflow", lambda _: True)
+        send_run(run, "mlflow", lambda _: True)
+    send_run(run, "mlflow", lambda _: True)
     assert [step for step in sent if step > 0] == [1, 2, 2, 3, 4, 4]  # and the scores at step 4

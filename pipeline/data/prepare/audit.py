@@ -234,7 +234,7 @@ def make_audit(
         "tokens": index.tokens,
         "supervised_tokens": index.supervised_tokens,
         "supervised_share": round(index.supervised_tokens / index.tokens, 4),
-        "end_of_turn_share": round(numbers["ended_rows"] / used, 4),
+        "end_of_turn_share": round(numbers["rows_with_all_ends"] / used, 4),
         "truncated_rows": numbers["truncated_rows"],
         "split_rows": numbers["split_rows"],
         "tokens_lost": numbers["tokens_lost"],

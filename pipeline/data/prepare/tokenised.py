@@ -63,7 +63,7 @@ class ChunkTokeniser:
         rows = [read_line(line, self._settings) for line in chunk.lines]
         examples = [read.example for _, read in rows if not isinstance(read, str)]
         encoded = iter(self._encoder.encode_many(examples))
-        train, held_out = (_SplitRows(self._settings, self._new_ids) for _ in range(2))
+        train, held_out = (_RowCollector(self._settings, self._new_ids) for _ in range(2))
         for row, read in rows:  # `read`: the example, or the reason why the row is bad
             if isinstance(read, str):
                 train.reject(row, read)
@@ -80,7 +80,7 @@ class ChunkTokeniser:
 
     def _add(
         self,
-        split: "_SplitRows",
+        split: "_RowCollector",
         row: Row,
         read: ReadExample,
         documents: Sequence[Document],
@@ -89,7 +89,7 @@ class ChunkTokeniser:
         """Add the documents of a row to a split; returns whether the row is used."""
         length, over_length = self._settings.max_length, self._settings.over_length
         used: list[Window] = []
-        dropped, is_ended = 0, True
+        tokens_lost, has_all_ends = 0, True
         split.masks += [document.supervised for document in documents]
         for document in documents:
             size = len(document.ids)
@@ -101,11 +101,11 @@ class ChunkTokeniser:
                 )
             document_windows = windows(document.ids, document.supervised, length, over_length)
             used += document_windows
-            dropped += num_dropped(document_windows, size)
+            tokens_lost += num_dropped(document_windows, size)
+            # Each document needs supervised end tokens, all of them in its windows.
             num_ends = self._num_ends(document)
-            # The document trains an end token, and all of them are in its windows.
-            has_all_ends = size <= length or num_ends == sum(map(self._num_ends, document_windows))
-            is_ended &= num_ends > 0 and has_all_ends
+            num_kept = sum(map(self._num_ends, document_windows)) if size > length else num_ends
+            has_all_ends &= 0 < num_ends == num_kept
         if not used:
             if not any(document.supervised.any() for document in documents):
                 split.reject(row, "no supervised token")
@@ -114,13 +114,13 @@ class ChunkTokeniser:
             else:
                 split.reject(row, f"no supervised token within max_length ({length})")
             return False
-        is_split = over_length == "split" and len(used) > len(documents)
+        has_several_windows = over_length == "split" and len(used) > len(documents)
         split.counts.numbers.update(
             rows_used=1,
-            truncated_rows=int(dropped > 0),
-            tokens_lost=dropped,
-            split_rows=int(is_split),
-            ended_rows=int(is_ended),
+            truncated_rows=int(tokens_lost > 0),
+            tokens_lost=tokens_lost,
+            split_rows=int(has_several_windows),
+            rows_with_all_ends=int(has_all_ends),
         )
         split.use(row, read, used, row_digest)
         return True
@@ -130,8 +130,8 @@ class ChunkTokeniser:
         return self._encoder.num_ends(tokens.ids[tokens.supervised])
 
 
-class _SplitRows:
-    """Collects the rows of one split. `new_ids`: id of each new token."""
+class _RowCollector:
+    """Collects the training rows, or the held-out rows. `new_ids`: id of each new token."""
 
     def __init__(self, settings: RunSettings, new_ids: Mapping[str, int]) -> None:
         self._settings, self._new_ids = settings, new_ids
@@ -153,7 +153,7 @@ class _SplitRows:
     def use(self, row: Row, read: ReadExample, windows: Sequence[Window], row_digest: int) -> None:
         self.counts.files[str(row.file)] += 1
         self.counts.formats[read.data_format] += 1
-        self.counts.numbers["rows_mapped"] += read.is_mapped
+        self.counts.numbers["rows_mapped"] += read.has_renamed_columns
         self.counts.unread.update(read.unread)
         self._windows += windows
         self._digests += [row_digest] * len(windows)

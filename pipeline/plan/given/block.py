@@ -145,12 +145,13 @@ class Block:
         return sum(tensor.d_in * tensor.d_out for tensor in self.experts)
 
 
-def block_of_class(sizes: Mapping[str, Any], rewritten: Sequence[str]) -> Block:
+def block_of_class(sizes: Mapping[str, Any], unadaptable: Sequence[str]) -> Block:
     """A Block from the sizes that model/class_shape.py counted on the model's class.
 
-    Parameters for which Block has no field are counted in `other_parameters`. `rewritten`: last
-    parts of the names of layers that are not adaptable, because peft 0.21 would adapt the experts
-    instead (its utils/transformers_weight_conversion.py lists the model types).
+    Parameters for which Block has no field are counted in `other_parameters`. `unadaptable`: last
+    parts of the names of linear layers, such as `gate_proj`, that no adapter may have, because
+    peft 0.21 would load the adapter onto other layers or not at all (model/peft_rewrites.py). The
+    class Linear (families.py) describes the fields of a linear layer.
     """
     linears = tuple(
         Linear(
@@ -158,7 +159,7 @@ def block_of_class(sizes: Mapping[str, Any], rewritten: Sequence[str]) -> Block:
             d_in=d_in,
             d_out=d_out,
             has_bias=has_bias,
-            is_adaptable=name.rsplit(".", 1)[-1] not in rewritten,
+            is_adaptable=name.rsplit(".", 1)[-1] not in unadaptable,
             is_called=is_called,
             is_quantised=is_quantised,
             is_shared=is_shared,

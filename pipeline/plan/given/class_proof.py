@@ -66,7 +66,7 @@ def cached_proof(shape: ModelShape, settings: RunSettings) -> Proof | None:
 def without_mixing_packs(
     settings: RunSettings, shape: ModelShape, proof: Proof | None
 ) -> tuple[RunSettings, str]:
-    """The settings, with `packing: false` if the class would mix documents, and the reason.
+    """Set `packing: false` if the class does not keep documents separate; also return the reason.
 
     If the user set `packing: true`, it stays, and the rule `class-packs` refuses the run.
     """
@@ -77,7 +77,7 @@ def without_mixing_packs(
 
 
 def reason_against_packs(shape: ModelShape, proof: Proof | None) -> str:
-    """Why the class would mix the documents of a packed sequence; empty if it would not.
+    """Why the class does not keep the documents of a pack separate; empty if it does.
 
     The reason comes from the checks. If they have not run, for example in a plan for a published
     model without a folder, it comes from the shape (`ModelShape.mixes_documents`).

@@ -19,7 +19,7 @@ class Linear:
     """One linear layer of a block: `weight` is (d_out, d_in).
 
     `name`: within the block, such as `self_attn.q_proj`. `is_adaptable`: False if peft cannot adapt
-    the layer by name. `is_called`: False if the model class does not call the layer, or reads its
+    the layer by name. `is_called`: False if the forward pass does not call the layer, or reads its
     weight directly, so that an adapter on it would have no effect. `is_quantised`: whether the
     weight is quantised in a 4-bit or 8-bit base. It is not if the class, or a kernel that it uses,
     reads the weight directly. `is_shared`: whether a layer of an earlier block has the same weight

@@ -98,7 +98,7 @@ class ModelShape:
     other_head: str = ""  # class of a checkpoint that has no language-model head
     has_other_towers: bool = False  # has linear layers outside decoder and head (vision tower)
     separate_blocks: int | None = None
-    mixing_modules: tuple[str, ...] = ()  # classes of modules in blocks that mix packed documents
+    mixing_modules: tuple[str, ...] = ()  # classes that do not keep packed documents separate
     is_from_class: bool = False  # counted on the model's class, not computed by families.py
     other_parameters: int = 0  # outside blocks, embeddings, final norm and head
     source: str | None = None
@@ -368,8 +368,8 @@ def _from_class(config: Config, model: str, sizes: Mapping[str, Any]) -> ModelSh
 
     For a multimodal model, these are the sizes of its language model.
     """
-    rewritten = sizes["rewritten_by_peft"]
-    blocks = tuple(block_of_class(block, rewritten) for block in sizes["blocks"])
+    unadaptable = sizes["rewritten_by_peft"]
+    blocks = tuple(block_of_class(block, unadaptable) for block in sizes["blocks"])
     shape = ModelShape(
         vocab_size=sizes["vocab_size"],
         is_tied=sizes["is_tied"],

@@ -33,7 +33,7 @@ def _reentrant_refusal(run: PlanContext) -> str:
 
 
 def _packs_of_mixing_class(run: PlanInput) -> str:
-    """The reason why packs would mix documents, if the run has packs."""
+    """If the run has packs: why the class does not keep the documents of a pack separate."""
     if not run.settings.packing:
         return ""
     is_set = "packing" in run.settings.model_fields_set
