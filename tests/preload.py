@@ -4,6 +4,7 @@
 import functools
 import gc
 import importlib.metadata
+import os
 import tempfile
 import threading
 from contextlib import suppress
@@ -16,6 +17,9 @@ import torch
 import torch.distributed
 
 torch.set_num_threads(1)
+# A fork replaces torch's thread pool at the first use, and two threads that both use it first, such
+# as those that load a model, would find none ("Invalid thread pool").
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 import bitsandbytes
 import deepspeed.module_inject.auto_ep_layer
