@@ -13,6 +13,7 @@ import pickle
 import time
 import traceback
 from collections.abc import Callable
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -123,3 +124,18 @@ def _in_session(
     dist.barrier()
     dist.destroy_process_group()
     return value
+
+
+def run_groups_once(groups, function, model, tmp_path_factory):
+    """Function: name of a group -> its results on rank 0; the ranks start once for each group.
+
+    `groups`: name -> (number of ranks, runs). The ranks call `function(session, model, runs)`.
+    """
+
+    @cache
+    def results_of(name):
+        world_size, runs = groups[name]
+        folder = tmp_path_factory.mktemp("group")
+        return run_ranks(function, model, runs, tmp_path=folder, world_size=world_size)[0]
+
+    return results_of

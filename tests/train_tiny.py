@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+import torch
 from deepspeed.utils import safe_get_full_grad
 
-from pipeline.adapter.gather import gather_weights
+from pipeline.adapter.gather import OptimizerState, gather_moments, gather_weights, restore
 from pipeline.data.order.batches import SequencePart, build_batch
 from pipeline.data.order.order import BatchLayout, RankWork, forward_seed
 from pipeline.data.order.steps import SeededBatch
@@ -73,6 +75,36 @@ def train_tiny(
 def train_each(session, folder: Path, runs: list[dict], *arguments) -> list[dict]:
     """Results of `train_tiny` for several settings; the ranks start once for all of them."""
     return [train_tiny(session, folder, settings, *arguments) for settings in runs]
+
+
+def three_steps(session, plan, engine, state=None) -> dict:
+    """Losses of steps 0 to 2, state (weights, moments) after step 0, and final weights.
+
+    `state`: that of another run after step 0, which is restored and continued at step 1.
+    """
+    result, parameters = {"losses": []}, engine.parameters
+    if state is not None:
+        weights, moments = state
+        restore(engine.deepspeed, parameters, weights, OptimizerState(moments=moments, step=1))
+    for step in range(0 if state is None else 1, 3):
+        batches, supervised = work(plan, Documents(), step, session.placement.rank)
+        loss = engine.optimizer_step(batches, supervised, plan.learning_rate(step)).loss_sum
+        result["losses"].append(session.sum_over_ranks([loss])[0] / supervised)
+        if step == 0:
+            weights = gather_weights(parameters, keep=True)
+            result["state"] = weights, gather_moments(parameters, keep=True)
+    return result | {"final": gather_weights(parameters, keep=True)}
+
+
+def assert_stages_equal_and_resumes_exact(runs: dict) -> None:
+    """Compare results of `three_steps` at each stage, and of runs resumed from `zero2`."""
+    losses, final = runs["zero2"]["losses"], runs["zero2"]["final"]
+    for name in ("zero1", "zero3"):
+        assert runs[name]["losses"] == pytest.approx(losses, rel=1e-6)
+        assert distance(runs[name]["final"], final) < 1e-5
+    assert runs["zero2 resumed"]["losses"] == losses[1:]
+    assert all(torch.equal(t, final[key]) for key, t in runs["zero2 resumed"]["final"].items())
+    assert runs["zero3 resumed"]["losses"] == pytest.approx(losses[1:], rel=1e-6)
 
 
 def full_gradients(engine) -> dict:

@@ -1,11 +1,9 @@
 """Losses, gradients and weights are equal for every split of a global batch and ZeRO stage."""
 
-from functools import cache
-
 import pytest
 
 from pipeline.model import loss as loss_module
-from tests.ranks import run_ranks
+from tests.ranks import run_groups_once, run_ranks
 from tests.train_tiny import build_engine, distance, train_each, train_tiny
 
 pytestmark = pytest.mark.engine
@@ -77,14 +75,11 @@ def assert_same(result: dict, expected: dict) -> None:
 @pytest.fixture(scope="module")
 def results_of(tiny_model, tmp_path_factory):
     """Function: name of a group -> the results of its splits; the ranks start once."""
-
-    @cache
-    def train(name):
-        kind, world_size, splits = GROUPS[name]
-        runs, folder = [kind | split for split in splits], tmp_path_factory.mktemp("group")
-        return run_ranks(train_each, tiny_model, runs, tmp_path=folder, world_size=world_size)[0]
-
-    return train
+    groups = {
+        name: (world_size, [kind | split for split in splits])
+        for name, (kind, world_size, splits) in GROUPS.items()
+    }
+    return run_groups_once(groups, train_each, tiny_model, tmp_path_factory)
 
 
 @pytest.mark.parametrize(("group", "number"), SPLITS)

@@ -8,7 +8,7 @@ from peft.utils.loftq_utils import replace_lora_weights_loftq
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.adapter.gather import OptimizerState, gather_moments, gather_weights, restore
+from pipeline.adapter.gather import gather_weights
 from pipeline.adapter.initial import initial_adapter_of, require_startable
 from pipeline.adapter.merge_plan import TrainedBase
 from pipeline.adapter.publish import publish_adapter
@@ -24,8 +24,8 @@ from pipeline.train.engine import Engine
 from tests.adapter.merged import merge_adapter
 from tests.messages import assert_mentions, refused
 from tests.ranks import run_ranks
-from tests.tiny import Documents, make_model, make_plan
-from tests.train_tiny import build_engine, distance, work
+from tests.tiny import make_model, make_plan
+from tests.train_tiny import assert_stages_equal_and_resumes_exact, build_engine, three_steps
 
 pytestmark = pytest.mark.engine
 
@@ -54,19 +54,9 @@ def train_at_each_stage(session, folder):
             assemble.correct_quantisation = None  # an SVD would raise an error
         model, _ = assemble.build_model(plan, session, folder if is_resumed else None)
         engine = Engine(model, plan)
-        result = {"initial": gather_weights(engine.parameters, keep=True), "losses": []}
-        if is_resumed:
-            weights, moments = runs["zero2"]["state"]
-            state = OptimizerState(moments=moments, step=1)
-            restore(engine.deepspeed, engine.parameters, weights, state)
-        for step in range(1 if is_resumed else 0, 3):
-            batches, supervised = work(plan, Documents(), step, session.placement.rank)
-            loss = engine.optimizer_step(batches, supervised, plan.learning_rate(step)).loss_sum
-            result["losses"].append(session.sum_over_ranks([loss])[0] / supervised)
-            if step == 0:
-                weights = gather_weights(engine.parameters, keep=True)
-                result["state"] = weights, gather_moments(engine.parameters, keep=True)
-        result["final"] = gather_weights(engine.parameters, keep=True)
+        result = {"initial": gather_weights(engine.parameters, keep=True)}
+        state = runs["zero2"]["state"] if is_resumed else None
+        result |= three_steps(session, plan, engine, state)
         if name == "zero2":
             result["checksum"] = frozen_checksum(engine.deepspeed.module)
             engine.deepspeed.eval()
@@ -148,13 +138,7 @@ def test_the_base_in_memory_is_that_of_a_run_without_loftq(trained):
 
 def test_stages_are_equal_and_a_resumed_run_needs_no_second_svd(trained):
     _, runs, *_ = trained
-    losses, final = runs["zero2"]["losses"], runs["zero2"]["final"]
-    for name in ("zero1", "zero3"):
-        assert runs[name]["losses"] == pytest.approx(losses, rel=1e-6)
-        assert distance(runs[name]["final"], final) < 1e-5
-    assert runs["zero2 resumed"]["losses"] == losses[1:]
-    assert all(torch.equal(t, final[key]) for key, t in runs["zero2 resumed"]["final"].items())
-    assert runs["zero3 resumed"]["losses"] == pytest.approx(losses[1:], rel=1e-6)
+    assert_stages_equal_and_resumes_exact(runs)
 
 
 def test_the_merge_onto_the_4_bit_weights_has_the_outputs_of_training(trained, tmp_path):

@@ -1,10 +1,8 @@
 """Tiled MLPs and offloaded activations do not change losses, gradients and weights."""
 
-from functools import cache
-
 import pytest
 
-from tests.ranks import run_ranks
+from tests.ranks import run_groups_once, run_ranks
 from tests.train.test_equality import NF4, assert_same, reference
 from tests.train_tiny import distance, train_each
 
@@ -39,14 +37,11 @@ RUNS = [(name, number) for name, (*_, runs) in GROUPS.items() for number in rang
 @pytest.fixture(scope="module")
 def results_of(tiny_model, tmp_path_factory):
     """Function: name of a group -> the results of its runs; the ranks start once."""
-
-    @cache
-    def train(name):
-        kind, world_size, runs = GROUPS[name]
-        runs, folder = [kind | run for run in runs], tmp_path_factory.mktemp("group")
-        return run_ranks(train_each, tiny_model, runs, tmp_path=folder, world_size=world_size)[0]
-
-    return train
+    groups = {
+        name: (world_size, [kind | run for run in runs])
+        for name, (kind, world_size, runs) in GROUPS.items()
+    }
+    return run_groups_once(groups, train_each, tiny_model, tmp_path_factory)
 
 
 @pytest.mark.parametrize(("group", "number"), RUNS)

@@ -1,13 +1,13 @@
 """Packs give the losses and gradients of their documents at every stage and with checkpointing."""
 
-from functools import cache
+from functools import partial
 
 import pytest
 
 from pipeline.adapter.gather import gather_weights
 from pipeline.data.order.batches import build_batch
 from pipeline.data.order.steps import SeededBatch
-from tests.ranks import run_ranks
+from tests.ranks import run_groups_once, run_ranks
 from tests.tiny import Documents
 from tests.train_tiny import build_engine, distance, full_gradients
 
@@ -89,14 +89,8 @@ def documents_alone(tiny_model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def results_of(tiny_model, tmp_path_factory):
     """Function: name of a group -> the results of its runs on packs; the ranks start once."""
-
-    @cache
-    def train_group(name):
-        world_size, runs = GROUPS[name]
-        arguments, folder = (train_each, tiny_model, runs, PACKS), tmp_path_factory.mktemp("group")
-        return run_ranks(*arguments, tmp_path=folder, world_size=world_size)[0]
-
-    return train_group
+    train = partial(train_each, sequences=PACKS)
+    return run_groups_once(GROUPS, train, tiny_model, tmp_path_factory)
 
 
 @pytest.mark.parametrize(("group", "number"), RUNS)

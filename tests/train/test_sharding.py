@@ -1,7 +1,5 @@
 """hpZ, parameter offload and limits of live parameters do not change the numbers."""
 
-from functools import cache
-
 import pytest
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -16,7 +14,7 @@ from pipeline.train.engine import Engine
 from tests import train_tiny as tiny
 from tests.adapter.test_gather import MORE, STEPS, train_steps
 from tests.plans import with_layout
-from tests.ranks import run_ranks
+from tests.ranks import run_groups_once, run_ranks
 from tests.tiny import CONFIG, Documents, make_model, make_plan
 from tests.train.test_equality import NF4, assert_same, reference
 from tests.train_tiny import train_tiny, work
@@ -73,16 +71,11 @@ RUNS = [(name, number) for name, (*_, runs) in GROUPS.items() for number in rang
 @pytest.fixture(scope="module")
 def results_of(tiny_model, tmp_path_factory):
     """Function: name of a group -> the results of its runs; the ranks start once."""
-
-    @cache
-    def train(name):
-        kind, world_size, runs = GROUPS[name]
-        runs = [(kind | settings, changes) for settings, changes in runs]
-        arguments = (train_changed, tiny_model, runs)
-        folder = tmp_path_factory.mktemp("group")
-        return run_ranks(*arguments, tmp_path=folder, world_size=world_size)[0]
-
-    return train
+    groups = {
+        name: (world_size, [(kind | settings, changes) for settings, changes in runs])
+        for name, (kind, world_size, runs) in GROUPS.items()
+    }
+    return run_groups_once(groups, train_changed, tiny_model, tmp_path_factory)
 
 
 @pytest.mark.parametrize(("group", "number"), RUNS)

@@ -6,7 +6,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.adapter.gather import OptimizerState, gather_moments, gather_weights, restore
 from pipeline.adapter.publish import on_unchanged_base, publish_adapter
 from pipeline.errors import RankZeroError
 from pipeline.files import read_json
@@ -19,8 +18,8 @@ from tests.messages import refused
 from tests.model.models import build, cache_shape
 from tests.models.kinds import ALL
 from tests.ranks import run_ranks
-from tests.tiny import Documents, make_model, make_plan
-from tests.train_tiny import distance, work
+from tests.tiny import make_model, make_plan
+from tests.train_tiny import assert_stages_equal_and_resumes_exact, three_steps
 
 pytestmark = pytest.mark.engine
 
@@ -55,22 +54,9 @@ def train_at_each_stage(session, folder, options, checkpoint):
             split_base._set_matrices = None  # an SVD would raise an error
         model, initial = build_model(plan, session, checkpoint if is_resumed else None)
         engine = Engine(model, plan)
-        result = {"initial": initial, "logits at step 0": logits_of(engine), "losses": []}
-        if is_resumed:
-            weights, moments = runs["zero2"]["state"]
-            state = OptimizerState(moments=moments, step=1)
-            restore(engine.deepspeed, engine.parameters, weights, state)
-        for step in range(1 if is_resumed else 0, 3):
-            batches, supervised = work(plan, Documents(), step, session.placement.rank)
-            lr = plan.learning_rate(step)
-            loss = engine.optimizer_step(batches, supervised, lr).loss_sum
-            result["losses"].append(session.sum_over_ranks([loss])[0] / supervised)
-            if step == 0:
-                parameters = engine.parameters
-                result["state"] = (
-                    gather_weights(parameters, keep=True), gather_moments(parameters, keep=True)
-                )  # fmt: skip
-        result["final"] = gather_weights(engine.parameters, keep=True)
+        result = {"initial": initial, "logits at step 0": logits_of(engine)}
+        state = runs["zero2"]["state"] if is_resumed else None
+        result |= three_steps(session, plan, engine, state)
         result["logits"] = logits_of(engine)
         runs[name] = result
         if name == "zero2":
@@ -105,13 +91,7 @@ def test_the_output_at_step_0_is_that_of_the_base(split):
 
 def test_stages_have_equal_losses_and_a_resumed_run_needs_no_second_svd(split):
     _, runs, _ = split
-    losses, final = runs["zero2"]["losses"], runs["zero2"]["final"]
-    for name in ("zero1", "zero3"):
-        assert runs[name]["losses"] == pytest.approx(losses, rel=1e-6)
-        assert distance(runs[name]["final"], final) < 1e-5
-    assert runs["zero2 resumed"]["losses"] == losses[1:]
-    assert all(torch.equal(t, final[key]) for key, t in runs["zero2 resumed"]["final"].items())
-    assert runs["zero3 resumed"]["losses"] == pytest.approx(losses[1:], rel=1e-6)
+    assert_stages_equal_and_resumes_exact(runs)
 
 
 def test_the_initial_matrices_are_those_of_peft(split):

@@ -242,7 +242,12 @@ def _moments(
     # computes the gradient of the copy (peft 0.21.2 tuners/trainable_tokens/layer.py, forward).
     embedding_bytes = layout.bytes_per_value * shape.vocab_size * shape.hidden_size
     embedding_copy = embedding_bytes if settings.new_tokens else 0
-    dequantised = shape.largest_linear * layout.bytes_per_value
+    dequantised = shape.largest_linear * layout.bytes_per_value if settings.is_quantised else 0
+    in_backward = accumulated | filling_bucket | (reduction if is_reduced_early else {})
+    in_backward |= {
+        "saved_gradients": saved_gradients.in_early_reduction,
+        "dequantised_weight": dequantised,
+    }
     return {
         "the loss": earlier_gradients
         | {
@@ -275,27 +280,19 @@ def _moments(
             "activations": kept.in_first_block,
             "working_set": max(block.in_tiles for block in acts.blocks),
             "gathered_layers": largest_block + kept_experts,
-            "dequantised_weight": dequantised if settings.is_quantised else 0,
+            "dequantised_weight": dequantised,
         },
-        "a later tiled MLP's backward pass": accumulated
-        | filling_bucket
-        | (reduction if is_reduced_early else {})
-        | {"saved_gradients": saved_gradients.in_early_reduction}
+        "a later tiled MLP's backward pass": in_backward
         | {
             "activations": kept.in_later_block,
             "working_set": max(block.in_tiles for block in acts.blocks),
             "gathered_layers": largest_block + kept_experts,
-            "dequantised_weight": dequantised if settings.is_quantised else 0,
         },
-        "a block's backward pass": accumulated
-        | filling_bucket
-        | (reduction if is_reduced_early else {})
-        | {"saved_gradients": saved_gradients.in_early_reduction}
+        "a block's backward pass": in_backward
         | {
             "activations": kept.in_first_block - kept.input_of_tiles,
             "working_set": max(block.working for block in acts.blocks),
             "gathered_layers": 2 * largest_block + kept_experts,
-            "dequantised_weight": dequantised if settings.is_quantised else 0,
         },
         "the backward pass of the embeddings": earlier_gradients
         | {

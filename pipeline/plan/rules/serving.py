@@ -96,7 +96,7 @@ SERVING_RULES: tuple[Rule[PlanContext], ...] = (
     Rule(
         id="loftq-when-served",
         level="warn",
-        applies=lambda s: s.settings.corrects_quantisation,
+        applies=lambda run: run.settings.corrects_quantisation,
         reason="init_lora_weights: loftq: the adapter also corrects the errors of the 4-bit base, "
         "so a server that loads it on the 16-bit base gives wrong answers, without a message",
         remedy="serve the merged model, which `launch/merge.py` merges onto the 4-bit weights",
