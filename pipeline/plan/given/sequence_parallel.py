@@ -40,7 +40,7 @@ def require_groups(size: int, nodes: int, ranks_per_node: int) -> None:
         of_nodes = f" of {nodes} nodes" if nodes > 1 else ""
         raise UserError(
             f"sequence_parallel_size: {size}: groups of this size do not fill a node{of_nodes} "
-            f"with {ranks_per_node} ranks; possible are {', '.join(map(str, possible))}"
+            f"with {ranks_per_node} ranks; possible: {', '.join(map(str, possible))}"
         )
 
 
