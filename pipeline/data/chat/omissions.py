@@ -184,14 +184,14 @@ def _omitted_blocks(
 
 def _are_within(gaps: Sequence[Span], blocks: Sequence[tuple[Span, Span]], value: str) -> bool:
     """Whether each gap has characters of reasoning blocks, and otherwise only white space."""
-
-    def is_in_block(i: int) -> bool:
-        return any(first <= i < last for (first, last), _ in blocks)
-
     for start, stop in gaps:
-        outside = [i for i in range(start, stop) if not is_in_block(i)]
-        has_text_outside = any(not value[i].isspace() for i in outside)
-        if has_text_outside or len(outside) == stop - start:
+        outside, position = "", start
+        for (first, last), _ in blocks:
+            if first < stop and last > start:
+                outside += value[position:first]
+                position = min(last, stop)
+        outside += value[position:stop]
+        if outside.strip() or len(outside) == stop - start:
             return False
     return True
 
