@@ -68,8 +68,13 @@ _MEDIA = re.compile(
     r"|pixel_values|documents|multi_?modal_data|mm_data",
     re.IGNORECASE,
 )
-# An image of a container with its tag, such as `python:3.11`, in rows of coding agents.
-_CONTAINER_IMAGE = re.compile(r"(?:[\w.-]+(?::\d+)?/)*[\w.-]+:\w[\w.-]*")
+# An image of a container with its tag, such as `python:3.11`, in rows of coding agents. A file in
+# an archive, such as `images.tar:1.jpg`, has the same form.
+_CONTAINER_IMAGE = re.compile(
+    r"(?!.*\.(?:avif|bmp|flac|gif|jpe?g|mkv|mov|mp[34]|ogg|png|tiff?|wav|webm|webp)$)"
+    r"(?:[\w.-]+(?::\d+)?/)*[\w.-]+:\w[\w.-]*",
+    re.IGNORECASE,
+)
 _MEDIA_FIELDS, _SOUND_FIELDS = {"bytes", "path"}, {"array", "sampling_rate"}  # of `datasets`
 _DATA_URI = re.compile("data:(image|audio|video)/", re.IGNORECASE)
 # Names of columns with a chosen or rejected answer, as in preference data for DPO.

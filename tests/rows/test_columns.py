@@ -174,7 +174,10 @@ def test_an_image_of_a_container_is_no_picture(value):
     assert read_example(row).unread == ("environment", "image")
 
 
-@pytest.mark.parametrize("value", ["a.png", "https://h/a.png", "data:image/png;base64,AA", "a:b/c"])
+PICTURES = ["a.png", "https://h/a.png", "data:image/png;base64,AA", "a:b/c", "a/b.tar:1.JPG"]
+
+
+@pytest.mark.parametrize("value", PICTURES)
 def test_other_texts_in_a_column_of_pictures_refuse_the_row(value):
     for others in ({"image": value}, {"environment": {"image": value}}):
         with refused("image", error=RowError):
