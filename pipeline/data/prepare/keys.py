@@ -17,7 +17,7 @@ from pipeline.rows.content import detect_kind
 from pipeline.rows.sources import Source
 
 FINGERPRINTS = "fingerprints.json"
-_FORMAT = 9  # version; raise it when the documents, their files or their order change
+_FORMAT = 10  # version; raise it if the used rows, documents, files or their order change
 _TOKENIZER_FILES = (
     "tokenizer*",
     "*chat_template*",
