@@ -276,6 +276,16 @@ def test_evaluation_sees_every_sequence_as_an_epoch_does(sequences, ranks, micro
     assert seen == sorted(sequences.of_epoch())
 
 
+def test_the_ranks_of_an_evaluation_have_equally_many_tokens():
+    """Lengths 64, 63, ..., 1: the direction alternates, so no rank always has the longer one."""
+    lengths = np.arange(1, 65)
+    work = evaluation_work(
+        sequences_of(lengths, lengths, are_packs=True), data_parallel_size=4, micro_batch_size=2
+    )
+    tokens = [sum(int(lengths[list(m.sequences)].sum()) for m in rank) for rank in work]
+    assert tokens == [lengths.sum() / 4] * 4
+
+
 def test_seeds_of_forward_passes_differ():
     seeds = {
         forward_seed(s, t, f, place)
