@@ -133,6 +133,15 @@ class TestSpecialTokensInPlainText:
         answer = row.text if isinstance(row, Text) else row.completion
         assert trained.removesuffix(end) == answer.removesuffix(end)[isinstance(row, Text) :]
 
+    def test_as_text_no_token_spans_prompt_and_completion(self):
+        tokenizer = sentence_piece()
+        (document,) = encoder(tokenizer, special_tokens_in_text="as-text").encode(
+            Completion("yes</s> n", "o</s> yes")  # `no` is a token, too
+        )
+        trained = tokenizer.convert_ids_to_tokens(document.ids[document.supervised])
+        assert trained[0] == "o"
+        assert tokenizer.decode(document.ids[document.supervised]) == "o</s> yes</s>"
+
     def test_a_bos_and_an_end_around_a_text_are_not_counted(self):
         tokenizer = bos_tokenizer()
         text = f"{tokenizer.bos_token}one{tokenizer.eos_token}"
