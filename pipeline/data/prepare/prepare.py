@@ -285,7 +285,7 @@ def _save_rejects_on_refusal(rejects: Sequence[Path], data_dir: Path | None) -> 
             join_files(data_dir / REJECTS, rejects)
         except OSError:  # a full disk: the original error is raised
             raise error from None
-        raise UserError(f"{error}; each row is named in {data_dir / REJECTS}") from None
+        raise UserError(f"{error}\nall rejected rows are in {data_dir / REJECTS}") from None
 
 
 @contextmanager

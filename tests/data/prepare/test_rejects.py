@@ -175,6 +175,15 @@ def test_each_reason_is_given_once_with_its_first_row_and_number_of_rows(run, ch
     assert str(caught.value).count("no known format") == 1
 
 
+def test_the_file_with_all_rejected_rows_is_not_named_as_part_of_a_reason(run):
+    write_lines(run.train, ["{", row(" ")])
+    with refused(run.data / "rejects.jsonl", "2 of 2 rows") as caught:
+        prepare_data(run.settings(), run.data)
+    reasons = [line for line in str(caught.value).splitlines() if line.startswith(f"{run.train}:")]
+    assert len(reasons) == 2
+    assert not any("rejects.jsonl" in line for line in reasons)
+
+
 def test_checking_rows_needs_no_torch(run):
     code = (
         "import sys\n"
