@@ -23,6 +23,7 @@ _ADAMW = (
 _BETAS = "set betas and eps in optimizer.params of a deepspeed_json; the defaults are AdamW's"
 _UNSUPPORTED = "not supported; docs/adapters.md has the options of the LoRA adapter"
 _NOT_NESTED = "keys are not nested: lora_r, lora_alpha, lr and so on, each in a line of its own"
+_LOFTQ = "init_lora_weights: loftq, with load_in_4bit: true"
 _NEW_TOKENS = (
     "new_tokens adds tokens, which are not special, and trains their rows of embeddings and head"
 )
@@ -155,7 +156,12 @@ ADVICE: Mapping[str, str] = {
     "pissa_convert": "not needed: the saved adapter belongs to the unchanged base; remove it",
     "loraplus_*": _UNSUPPORTED,
     "lorap_*": _UNSUPPORTED,
-    "loftq_config": _UNSUPPORTED,
+    "peft": _LOFTQ,
+    "loftq_*": _LOFTQ,
+    "peft_layer_replication": _UNSUPPORTED,
+    "peft_layers_pattern": "not needed: layers_to_transform counts the transformer blocks; "
+    "remove it",
+    "peft_autocast_adapter_dtype": "not needed: the adapter has fp32 masters; remove it",
     "lora_bias": _UNSUPPORTED,
     "lora_config": _NOT_NESTED,
     "peft_config": _NOT_NESTED,
@@ -169,8 +175,9 @@ ADVICE: Mapping[str, str] = {
     "add_special_tokens": _NEW_TOKENS,
     "new_special_tokens": _NEW_TOKENS,
     "additional_special_tokens": _NEW_TOKENS,
-    "trainable_token*": _NEW_TOKENS,
-    "ensure_weight_tying": "not needed: modules_to_save keeps a tied pair tied; remove it",
+    "*trainable_token*": "not supported: modules_to_save trains all rows, new_tokens the rows of "
+    "tokens that it adds",
+    "*ensure_weight_tying": "not needed: modules_to_save keeps a tied pair tied; remove it",
     "lora_target_linear": "lora_target_modules: all-linear",
     "gradient_checkpointing_kwargs": _CHECKPOINTING,
     "use_reentrant*": _CHECKPOINTING,
@@ -279,7 +286,6 @@ ADVICE: Mapping[str, str] = {
     "quantization_config": "load_in_4bit: true or load_in_8bit: true; both are bitsandbytes",
     "bnb_config": "load_in_4bit: true or load_in_8bit: true; both are bitsandbytes",
     "gptq*": "load_in_4bit: true or load_in_8bit: true; both are bitsandbytes",
-    "peft_*": _ONLY_LORA,
     "lora_task_type": _ONLY_LORA,
     "sft_type": _ONLY_LORA,
     "apply_lora_to_*": "lora_target_modules: auto has all linear layers of the blocks",

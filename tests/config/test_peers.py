@@ -75,6 +75,10 @@ def test_case_hyphens_and_dashes_of_an_option_do_not_matter(key):
         ("rope_scaling", "config.json"), ("response_template", "train_on: assistant"),
         ("dataloader_pin_memory", "memory-mapped"), ("ddp_bucket_cap_mb", "DeepSpeed"),
         ("add_tokens", "new_tokens"), ("new_special_tokens", "new_tokens"),
+        ("peft_layers_pattern", "layers_to_transform"), ("loftq_bits", "init_lora_weights: loftq"),
+        ("peft_trainable_token_indices", "modules_to_save"), ("peft", "init_lora_weights: loftq"),
+        ("peft_autocast_adapter_dtype", "fp32"), ("peft_layer_replication", "not supported"),
+        ("peft_ensure_weight_tying", "modules_to_save"),
         ("lora_bias", "LoRA"), ("quantization_bit", "load_in_4bit: true"),
     ],
 )  # fmt: skip
