@@ -5,7 +5,6 @@ nothing.
 """
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import webbrowser
 from pathlib import Path
 
 from download_model import download_model
+from launcher import launcher
 from make_data import make_data
 from summary import print_summary
 
@@ -22,7 +22,6 @@ from pipeline.cluster.progress import duration
 
 FOLDER, RUN_FILE = Path("quickstart"), "launch/runs/quickstart.yaml"
 RUN = FOLDER / "run"
-DEFAULT_PORT = 29500  # of DeepSpeed's launcher
 
 
 def run(command: str, source: Path, output: Path) -> None:
@@ -36,18 +35,6 @@ def run(command: str, source: Path, output: Path) -> None:
         sys.exit(f"the command ended with exit code {code}")
 
 
-def other_port() -> str:
-    """Option with a free port, if another run on this machine uses DeepSpeed's default port."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", DEFAULT_PORT))
-        except OSError:
-            probe.bind(("", 0))
-            return f" --master_port {probe.getsockname()[1]}"
-    return ""
-
-
 def main() -> None:
     hardware = detect_hardware()
     if hardware.kind == "cpu":
@@ -55,12 +42,11 @@ def main() -> None:
     download_model(FOLDER / "smollm2-135m-instruct")
     start = time.monotonic()
     make_data(FOLDER)
-    ranks = 2 if hardware.kind == "cpu" else min(2, hardware.devices_per_node)
-    launcher = f"deepspeed --quiet --num_accelerators {ranks}{other_port()}"
+    deepspeed = launcher(hardware)
     trained, merged = RUN / "adapter/README.md", RUN / "merged/config.json"
-    run(f"{launcher} launch/train.py {RUN_FILE}", FOLDER / "train.jsonl", trained)
+    run(f"{deepspeed} launch/train.py {RUN_FILE}", FOLDER / "train.jsonl", trained)
     run(f"python launch/merge.py {RUN}", trained, merged)
-    run(f"{launcher} launch/score.py {RUN}", merged, RUN / "score.json")
+    run(f"{deepspeed} launch/score.py {RUN}", merged, RUN / "score.json")
     run(f"python launch/report.py {RUN}", RUN / "score.json", RUN / "report.html")
     print_summary(RUN, RUN_FILE)
     print(f"Time without the download: {duration(time.monotonic() - start)}")

@@ -1,0 +1,25 @@
+"""Command line of DeepSpeed's launcher on this machine."""
+
+import socket
+
+from pipeline.plan.given.hardware import Hardware
+
+_DEFAULT_PORT = 29500  # of DeepSpeed's launcher
+
+
+def launcher(hardware: Hardware) -> str:
+    """The launcher with its options, for two ranks, or one on a machine with a single GPU."""
+    ranks = 2 if hardware.kind == "cpu" else min(2, hardware.devices_per_node)
+    return f"deepspeed --quiet --num_accelerators {ranks}{_port_option()}"
+
+
+def _port_option() -> str:
+    """A free port, if another run on this machine uses the default port; else empty."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", _DEFAULT_PORT))
+        except OSError:
+            probe.bind(("", 0))
+            return f" --master_port {probe.getsockname()[1]}"
+    return ""
