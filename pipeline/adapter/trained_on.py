@@ -74,7 +74,9 @@ def require_corrected_base(adapter: Path, settings: RunSettings | None, remedy: 
     quantised = read_json_or_empty(adapter / TRAINED_ON).get(QUANTISED)
     if not isinstance(quantised, dict):
         return
-    present = None if settings is None else {name: getattr(settings, name) for name in quantised}
+    present = None
+    if settings is not None:
+        present = {name: getattr(settings, name) for name in _QUANTISATION}
     if present != quantised:
         options = ", ".join(f"{name}: {str(value).lower()}" for name, value in quantised.items())
         raise UserError(

@@ -11,7 +11,14 @@ import torch
 
 from pipeline.adapter.products import is_merged_from, mark_outdated
 from pipeline.adapter.publish import publish_adapter
-from pipeline.adapter.trained_on import TRAINED_ON, adapter_sha256, require_same_base
+from pipeline.adapter.trained_on import (
+    QUANTISED,
+    TRAINED_ON,
+    adapter_sha256,
+    require_corrected_base,
+    require_same_base,
+)
+from pipeline.config.settings import RunSettings
 from pipeline.files import read_json
 from pipeline.model.adapter import expected_shapes
 from pipeline.model.fingerprint import base_fingerprint, sampled_fingerprint
@@ -105,6 +112,14 @@ def test_an_adapter_of_the_first_release_is_compared_by_samples(base, tmp_path, 
 
 def test_an_adapter_without_a_record_is_accepted(base, tmp_path):
     require_same_base(base, tmp_path)
+
+
+def test_a_corrected_base_with_options_that_no_setting_has_is_refused(tmp_path):
+    settings = RunSettings(model="m", train_data="t", output_dir="o", load_in_4bit=True)
+    options = {"load_in_4bit": True, "quant_block": 32}
+    (tmp_path / TRAINED_ON).write_text(json.dumps({QUANTISED: options}))
+    with refused(str(tmp_path), "quant_block: 32", "use its run"):
+        require_corrected_base(tmp_path, settings, "use its run")
 
 
 def test_products_of_an_earlier_adapter_are_marked_as_outdated(pair, tmp_path):
