@@ -38,9 +38,9 @@ class BatchResult:
             # JSON has null for a loss that is not a finite number.
             loss_sums = [math.nan if value is None else value for value in values["loss_sums"]]
             result = cls(**values | {"loss_sums": loss_sums})
+            is_complete = len(result.answers) == len(result.loss_sums) == len(rows)
         except (TypeError, KeyError):
             return None
-        is_complete = len(result.answers) == len(result.loss_sums) == len(rows)
         return result if is_complete and result.rows == rows else None
 
 

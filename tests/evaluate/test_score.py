@@ -18,6 +18,7 @@ from pipeline.cluster.session import Session
 from pipeline.config.load import load_settings
 from pipeline.errors import SingleRankError
 from pipeline.evaluate import generate, loading, score
+from pipeline.evaluate.answers import AnswerFile, BatchResult
 from pipeline.evaluate.generate import Generator, plan_batches
 from pipeline.evaluate.measures import parse_pattern
 from pipeline.evaluate.rows import examples_of_file, held_out_examples
@@ -161,6 +162,17 @@ def test_a_killed_score_generates_no_written_answer_again(run, tmp_path, monkeyp
     counted.clear()
     assert numbers(score_of(alone(), tmp_path / "answers", [run])) == numbers(expected)
     assert not counted
+
+
+@pytest.mark.parametrize("change", [{"answers": None}, {"answers": 5}, {"loss_sums": None}])
+def test_a_line_of_answers_that_is_not_of_this_form_is_scored_again(tmp_path, change):
+    file = AnswerFile(tmp_path, {}, rank=0)
+    result = BatchResult(batch=0, rows=[3], loss_sums=[1.0], answers=["a"], seconds=1.0)
+    file.append(result)
+    assert file.read([[3]]) == {0: result}
+    damaged = dataclasses.asdict(result) | change
+    next(tmp_path.iterdir()).write_text(json.dumps(damaged))
+    assert file.read([[3]]) == {}
 
 
 def other_adapter(run, tmp_path):
