@@ -415,8 +415,9 @@ def computation_changes(
 
     Each is a text `NAME: BEFORE -> NOW`, for a package version, a fast path (a faster computation
     with slightly different rounding), or the division of a step over ranks, on which the masks of
-    dropout depend. `about`: entries of state.json in this run's checkpoints. Checkpoints of earlier
-    versions have no division, so it is not compared with theirs.
+    dropout depend. A fast path that was off and is off for another reason is no change. `about`:
+    entries of state.json in this run's checkpoints. Checkpoints of earlier versions have no
+    division, so it is not compared with theirs.
     """
     state = _read_state(path)
     changes = []
@@ -426,6 +427,7 @@ def computation_changes(
             f"{name}: {before.get(name, 'not used')} -> {value}"
             for name, value in now.items()
             if before.get(name) != value
+            and (entry == "versions" or "on" in (before.get(name), value))
         ]
     before, now = state.get(DIVISION, {}), about.get(DIVISION, {})
     divided = {name for name in now if before and before.get(name) != now[name]}

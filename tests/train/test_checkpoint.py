@@ -55,7 +55,11 @@ def test_a_resume_with_other_fast_paths_or_versions_is_not_bitwise(checkpoints):
     checkpoints.about = about
     path = write(checkpoints, 3)
     assert computation_changes(path, about) == []
-    assert [text.split(":")[0] for text in computation_changes(old, about)] == ["a", "b", "torch"]
+    # a fast path that the earlier version did not have is no change while it is off
+    assert [text.split(":")[0] for text in computation_changes(old, about)] == ["a", "torch"]
+    assert computation_changes(path, about | {"fast_paths": {"a": "on", "b": "other"}}) == []
+    [change] = computation_changes(path, about | {"fast_paths": {"a": "one rank", "b": "off"}})
+    assert_mentions(change, "a: on -> one rank")
     [change] = computation_changes(path, about | {"versions": {"torch": "2"}})
     assert_mentions(change, "torch", "1", "2")
 
