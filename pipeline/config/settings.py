@@ -196,8 +196,11 @@ class RunSettings(AdapterKeys, RunKeys, DataKeys):
 
     @property
     def corrects_quantisation(self) -> bool:
-        """Whether A and B start with a correction of the 4-bit base: LoftQ."""
-        return self.init_lora_weights == "loftq"
+        """Whether A and B start with a correction of the 4-bit base: LoftQ.
+
+        A run with `init_adapter` starts with the values of that adapter instead.
+        """
+        return self.init_lora_weights == "loftq" and self.init_adapter is None
 
     @property
     def is_quantised(self) -> bool:

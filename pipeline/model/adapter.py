@@ -34,8 +34,7 @@ def lora_config(settings: RunSettings) -> LoraConfig:
     rows = token_rows(shape, settings)
     # With pissa, olora or loftq, peft would change the base while it attaches the adapter.
     # split_base.py and loftq.py set the initial values instead.
-    is_set_later = settings.initialises_from_base or settings.corrects_quantisation
-    initial: Any = True if is_set_later else settings.init_lora_weights
+    initial: Any = "gaussian" if settings.init_lora_weights == "gaussian" else True
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_r,

@@ -12,10 +12,14 @@ from pipeline.adapter.gather import gather_weights
 from pipeline.adapter.initial import initial_adapter_of, require_startable
 from pipeline.adapter.merge_plan import TrainedBase
 from pipeline.adapter.publish import publish_adapter
-from pipeline.adapter.trained_on import corrects_quantisation, require_corrected_base
+from pipeline.adapter.trained_on import (
+    corrected_base,
+    corrects_quantisation,
+    require_corrected_base,
+)
 from pipeline.files import read_json
 from pipeline.model import loftq
-from pipeline.model.adapter import frozen_checksum
+from pipeline.model.adapter import frozen_checksum, lora_config
 from pipeline.model.base import _quantization, load_plain
 from pipeline.model.fingerprint import base_fingerprint
 from pipeline.plan.given.shape import read_shape
@@ -175,3 +179,11 @@ def test_a_run_that_starts_from_the_adapter_inherits_the_corrected_base(trained,
     assert corrects_quantisation(tmp_path / "second")
     card = (tmp_path / "second/README.md").read_text()
     assert_mentions(card, "BitsAndBytesConfig(load_in_4bit=True", "vllm serve MERGED")
+
+
+def test_a_run_from_an_adapter_without_correction_corrects_nothing(tmp_path):
+    """Else its adapter would be merged onto the 4-bit base, whose errors it does not correct."""
+    plan = make_plan(make_model(tmp_path / "base"), **LOFTQ, init_adapter="other")
+    assert corrected_base(plan.settings, None) is None
+    assert lora_config(plan.settings).init_lora_weights is True
+    assert plan.decompositions is None
