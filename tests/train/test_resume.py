@@ -16,10 +16,6 @@ from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.engine
 
-FP32, BF16, NF4 = {}, {"bf16": True}, {"load_in_4bit": True}
-MAX_RELATIVE_ERROR = {"float32": 1e-5, "bfloat16": 2e-3}
-
-
 # World size and stage of a run, world size and stage at which it is resumed, kind.
 CASES = [
     # All pairs of different stages in fp32; test_gather.py compares equal stages bitwise. In 4 bits
