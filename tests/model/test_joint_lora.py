@@ -83,6 +83,13 @@ def test_layers_that_share_an_input_share_a_dropout_mask():
         torch.testing.assert_close(actual, layer.base_layer(x) + added)
 
 
+def test_a_model_in_evaluation_mode_has_no_dropout():
+    model = adapted(lora_dropout=0.5).eval()
+    expected = results(model)
+    join_lora(model)
+    assert_same(results(model), expected)
+
+
 def test_one_product_serves_the_layers_that_share_an_input(monkeypatch):
     model = adapted()
     join_lora(model)
