@@ -146,11 +146,17 @@ def _fp8(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> dict[str
     return packed
 
 
-def _block(values: Part, scales: Part, size: tuple[int, int]) -> tuple[int, int]:
+def _block(values: Part, scales: Part, size: Any) -> tuple[int, int]:
     """Rows and columns of the weight with a common scale; the last blocks may be smaller.
 
-    `size`: rows and columns of a block according to config.json.
+    `size`: rows and columns of a block according to config.json, which may have other values.
     """
+    is_pair = isinstance(size, list | tuple) and len(size) == 2
+    if not is_pair or not all(isinstance(length, int) and length > 0 for length in size):
+        raise UserError(
+            f"model: {values.path.parent / 'config.json'}: weight_block_size is {size!r}, but must "
+            "be two positive integers; download the model again"
+        )
     shape, grid = values.entry.shape, scales.entry.shape
     if math.prod(grid) == 1:
         return shape[-2], shape[-1]

@@ -154,6 +154,16 @@ def test_scales_that_do_not_fit_their_blocks_are_refused(tmp_path):
         checkpoint_files(folder)
 
 
+@pytest.mark.parametrize("size", [128, [128], [0, 32], "12", [48, 32, 1]])
+def test_a_block_size_that_is_not_two_positive_integers_is_refused(tmp_path, size):
+    folder = make_packed("deepseek_v3/fp8", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["weight_block_size"] = size
+    (folder / "config.json").write_text(json.dumps(config))
+    with refused("weight_block_size", size, folder / "config.json"):
+        checkpoint_files(folder)
+
+
 def test_scales_with_fewer_dimensions_than_their_weight_are_refused(tmp_path):
     folder = make_packed("deepseek_v3/fp8", tmp_path)
     for path in folder.glob("*.safetensors"):
