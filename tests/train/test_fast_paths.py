@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 
 from pipeline.plan.given.catalogue import cpu_of
+from pipeline.train import engine
 from tests.ranks import run_ranks
 from tests.train.test_packed import PACKS
 from tests.train.test_packed import train as train_packed
@@ -82,15 +83,23 @@ def test_gradients_of_packs_equal_those_of_the_plain_computation(tiny_model, tmp
 
 
 def in_fp32_and_bf16(session, folder, settings):
-    """First gradients in fp32, and in bf16 with and without the fast paths."""
-    bf16 = {"bf16": True, "hardware": replace(cpu_of(2, 2**34), is_slow_in_bf16=True)}
-    variants = ({}, bf16, bf16 | {"fast_paths": False})
-    return [train_tiny(session, folder, settings | each, 1)["gradients"] for each in variants]
+    """First gradients in fp32, then in bf16 with fp32 kernels, only for attention, and without."""
+    slow = {"bf16": True, "hardware": replace(cpu_of(2, 2**34), is_slow_in_bf16=True)}
+    results = [train_tiny(session, folder, settings | each, 1)["gradients"] for each in ({}, slow)]
+    engine.multiply_in_fp32 = lambda model: None
+    results += [
+        train_tiny(session, folder, settings | each, 1)["gradients"]
+        for each in (slow, {"bf16": True})
+    ]
+    return results
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_gradients_of_fp32_kernels_are_as_exact_as_in_bf16(tiny_model, tmp_path, stage):
     settings = {"zero_stage": stage, "batch_size": 4, "gradient_checkpointing": stage == 3}
     results = run_ranks(in_fp32_and_bf16, tiny_model, settings, tmp_path=tmp_path)
-    exact, fast, plain = results[0]
-    assert 0 < distance(fast, exact) < 1.1 * distance(plain, exact) < 0.1
+    exact, fast, only_attention, plain = results[0]
+    assert distance(fast, exact) < 1.1 * distance(plain, exact) < 0.1
+    # both kinds of kernels are used
+    assert distance(fast, only_attention) > 0
+    assert distance(only_attention, plain) > 0
