@@ -7,10 +7,12 @@ constraint; for a setting that is `auto`, all useful values are tried.
 Layouts that fit in memory are ranked in this order: first those that keep the frozen base and the
 activations on the devices, then those that offload activations to host memory, then those that
 offload the base. Among these, layouts that replicate the base on every device come before layouts
-that shard it (ZeRO-3). The rest is decided by the predicted seconds per step. A layout that shards
-or offloads may be predicted to be a little faster, because it checkpoints fewer blocks. It is still
-not preferred: its time depends on link rates, the least certain part of the prediction. Optimizer
-states are never offloaded, because those of an adapter are small.
+that shard it (ZeRO-3). The rest is decided by the predicted seconds per sequence. (The time of a
+step would not do: with `batch_size` alone, larger sequence-parallel groups have a smaller global
+batch.) A layout that shards or offloads may be predicted to be a little faster, because it
+checkpoints fewer blocks. It is still not preferred: its time depends on link rates, the least
+certain part of the prediction. Optimizer states are never offloaded, because those of an adapter
+are small.
 """
 
 from collections.abc import Iterator
@@ -222,7 +224,7 @@ def preference(candidate: Candidate) -> tuple[bool, bool, bool, bool, float]:
     if candidate.refusal is not None:
         return True, False, False, False, candidate.memory.device_need
     is_offloaded = layout.offload_param != "none"
-    seconds = candidate.speed.seconds_per_step
+    seconds = candidate.speed.seconds_per_step / layout.global_batch_size
     return False, is_offloaded, layout.offload_activations, layout.is_sharded, seconds
 
 

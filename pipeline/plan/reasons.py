@@ -76,16 +76,23 @@ def _compare_with_alternative(key: str, chosen: Candidate, ranked: Sequence[Cand
     name = f"{key} {getattr(best.layout, key)}"
     if best.refusal is not None:
         return f"no alternative: {name} {best.refusal}"
-    chosen_time, best_time = (_seconds_text(c.speed.seconds_per_step) for c in (chosen, best))
     if best.layout.is_sharded and not chosen.layout.is_sharded:
         return "the base fits on each rank: only adapter gradients are communicated"
     if best.layout.offload_param != chosen.layout.offload_param:
         return "the sharded base fits on the devices"
+    if best.layout.offload_activations and not chosen.layout.offload_activations:
+        return f"no alternative: {name} would need offload_activations"
+    # The candidates may have different global batches, so the times are for the chosen one.
+    sequences = chosen.layout.global_batch_size
+    chosen_time, best_time = (
+        _seconds_text(c.speed.seconds_per_step * sequences / c.layout.global_batch_size)
+        for c in (chosen, best)
+    )
     if chosen_time == best_time:
         return f"no alternative is faster: predicted {chosen_time}/step, also for {name}"
     return (
         f"the fastest that fits: predicted {chosen_time}/step, and {best_time}/step with {name} "
-        "(for sequences of max_length tokens)"
+        f"(for a global batch of {sequences} and sequences of max_length tokens)"
     )
 
 

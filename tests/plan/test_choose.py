@@ -255,6 +255,29 @@ def test_a_group_that_is_chosen_does_not_change_the_global_batch(ranked, nodes, 
     assert plan_overview(plan).count(f"{plan.layout.sequence_parallel_size} ranks") == 1
 
 
+def test_layouts_with_unequal_global_batches_are_compared_by_the_time_of_a_sequence(ranked):
+    """With `batch_size` alone, a larger group has a smaller global batch, and so shorter steps."""
+    keys = {"batch_size": 1, "gradient_checkpointing": True, "offload_param": "none"}
+    plan, every = ranked(max_length=131_072, hardware=gpu_named("a100-40gb"), **keys)
+    fitting = [candidate for candidate in every if candidate.refusal is None]
+    replicated = [c for c in fitting
+        if not c.layout.is_sharded and not c.layout.offload_activations]  # fmt: skip
+    assert len({candidate.layout.global_batch_size for candidate in replicated}) > 1
+    assert plan.speed.tokens_per_second == max(c.speed.tokens_per_second for c in replicated)
+    times = re.findall(r"([\d.]+) s/step", plan.why["sequence_parallel_size"])
+    assert len(times) == 2
+    assert float(times[0]) <= float(times[1])
+
+
+def test_a_reason_says_if_the_alternative_would_offload_activations(ranked):
+    """Its time is then no reason: such a layout is not preferred even if it is faster."""
+    keys = {"max_length": 65_536, "offload_param": "cpu", "nodes": 4, "ranks": 2}
+    plan = ranked(hardware=gpu_named("l4-24gb"), **keys)[0]
+    assert not plan.layout.offload_activations
+    assert "fastest" not in plan.why["sequence_parallel_size"]
+    assert_mentions(plan.why["sequence_parallel_size"], "offload_activations")
+
+
 def test_host_memory_holds_the_inputs_of_the_fewest_checkpointed_layers(ranked):
     """Checkpointing more layers than the device needs would need more host memory."""
     keys = {"max_length": 164_000, "ranks": 1, "zero_stage": 2, "mlp_tiles": 64, "lora_dropout": 0}
