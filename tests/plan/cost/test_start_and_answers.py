@@ -7,6 +7,8 @@ import pytest
 
 from pipeline.config.frequency import Frequency
 from pipeline.config.settings import RunSettings
+from pipeline.plan.cost.per_token import cost_per_token
+from pipeline.plan.cost.speed import KERNEL_S
 from pipeline.plan.given.data_size import LengthLoss
 from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import make_plan
@@ -60,6 +62,13 @@ def test_the_cost_follows_the_shapes_of_the_decomposed_weights(plan):
     assert many < exact.seconds
 
 
+def test_ranks_on_one_cpu_share_its_rate_while_rank_0_decomposes(plan):
+    cpu = replace(CPU, device_bytes=2**40, host_bytes=2**40)
+    keys = {"hardware": cpu, "zero_stage": 2, "init_lora_weights": "olora"}
+    one, four = (plan(ranks=ranks, **keys).decompositions.seconds for ranks in (1, 4))
+    assert four == pytest.approx(4 * one)
+
+
 def test_the_memory_while_loading_includes_the_largest_decomposition(plan):
     plain, exact = plan(zero_stage=2), plan(zero_stage=2, init_lora_weights="pissa")
     more = exact.memory.loading_tensors - plain.memory.loading_tensors
@@ -91,6 +100,15 @@ def test_ranks_share_batches_of_answers_and_each_token_is_a_pass(plan):
         zero_stage=2,
     )
     assert on_cpu.answers.seconds > 10 * one.seconds
+
+
+def test_on_a_fast_gpu_a_pass_takes_the_time_of_its_launches(plan):
+    fast = replace(gpu(80), flops=1e20, memory_bandwidth=1e18)
+    made = plan(**ANSWERS, ranks=1, hardware=fast)
+    dtype = made.training_dtype
+    kernels = cost_per_token(made.shape, made.settings, dtype, is_sharded=False).kernels
+    launches = made.answers.passes * kernels * KERNEL_S
+    assert made.answers.seconds == pytest.approx(launches, rel=0.01)
 
 
 def test_the_length_of_answers_is_that_of_the_supervised_tokens_once_they_are_counted(plan):
