@@ -13,9 +13,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from pipeline.plan.cost.answers import BATCH_ROWS
-
-_BATCH_TOKENS = 2**15  # of prompts and answers with padding; bounds the key-value cache
+from pipeline.plan.cost.answers import batch_rows
 
 
 def plan_batches(
@@ -31,8 +29,7 @@ def plan_batches(
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         first = batches[-1][0] if batches else i
         width = max_new_tokens + lengths[first]
-        limit = min(BATCH_ROWS, max(1, _BATCH_TOKENS // max(width, 1)))
-        if not batches or len(batches[-1]) >= limit or space[first] != space[i]:
+        if not batches or len(batches[-1]) >= batch_rows(width) or space[first] != space[i]:
             batches.append([])
         batches[-1].append(i)
     return batches

@@ -17,7 +17,7 @@ from pipeline.cluster.progress import Work
 from pipeline.cluster.session import Session
 from pipeline.config.load import load_settings
 from pipeline.errors import SingleRankError
-from pipeline.evaluate import generate, loading, score
+from pipeline.evaluate import loading, score
 from pipeline.evaluate.answers import AnswerFile, BatchResult
 from pipeline.evaluate.generate import Generator, plan_batches
 from pipeline.evaluate.measures import parse_pattern
@@ -25,6 +25,7 @@ from pipeline.evaluate.rows import examples_of_file, held_out_examples
 from pipeline.evaluate.score import ScoreOptions, score_models
 from pipeline.evaluate.subjects import subjects_of
 from pipeline.model.fingerprint import base_fingerprint
+from pipeline.plan.cost import answers as cost_of_answers
 from tests.evaluate.runs import make_run
 from tests.messages import assert_mentions, refused
 from tests.plans import gpu
@@ -40,7 +41,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    monkeypatch.setattr(generate, "BATCH_ROWS", 3)
+    monkeypatch.setattr(cost_of_answers, "BATCH_ROWS", 3)
 
 
 def score_of(session, answers, arguments, *, data=None, rows=200, regex=None, max_new_tokens=None):
@@ -97,7 +98,7 @@ def test_base_and_adapter_are_scored_with_intervals(run, tmp_path):
 
 
 def on_rank(session, run, answers):
-    generate.BATCH_ROWS = 3
+    cost_of_answers.BATCH_ROWS = 3
     return score_of(session, answers, [run])
 
 
@@ -123,7 +124,7 @@ def test_a_rank_of_two_shows_the_number_of_all_rows(run, tmp_path):
 
 
 def progress_texts(session, run, answers):
-    generate.BATCH_ROWS = 3
+    cost_of_answers.BATCH_ROWS = 3
     texts = []
 
     @contextmanager

@@ -15,6 +15,7 @@ from pipeline.plan.given.layout import Layout
 from pipeline.plan.given.shape import ModelShape
 
 BATCH_ROWS = 32  # answers of a batch; 27 % less CPU time for an answer than with 16 (docs/log.md)
+_BATCH_TOKENS = 2**15  # of prompts and answers with padding; bounds the key-value cache
 # Tokens generated beyond the longest expected answer, so that a longer answer does not match it.
 EXTRA_TOKENS = 8
 # The cache of keys and values is read by attention, and copied for each token (transformers 5.23
@@ -36,6 +37,11 @@ class Answers:
     seconds: float
 
 
+def batch_rows(width: int) -> int:
+    """Number of answers of a batch; `width`: tokens of a prompt and its answer."""
+    return min(BATCH_ROWS, max(1, _BATCH_TOKENS // max(width, 1)))
+
+
 def answers(
     shape: ModelShape,
     settings: RunSettings,
@@ -51,8 +57,8 @@ def answers(
     if settings.eval_generate is None:
         return None
     prompt, tokens = lengths[0], ceil(lengths[1]) + EXTRA_TOKENS
-    rounds = ceil(ceil(settings.eval_generate / BATCH_ROWS) / layout.world_size)
-    rows = min(BATCH_ROWS, settings.eval_generate)
+    rows = min(batch_rows(ceil(prompt) + tokens), settings.eval_generate)
+    rounds = ceil(ceil(settings.eval_generate / rows) / layout.world_size)
     cost = cost_per_token(shape, settings, layout.training_dtype, is_sharded=layout.is_sharded)
     rates = reachable_rates(layout, hardware)
     fetches = cost.modules * FETCH_S if layout.is_sharded else 0.0

@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.config.frequency import Frequency
 from pipeline.config.settings import RunSettings
+from pipeline.plan.cost.answers import answers, batch_rows
 from pipeline.plan.cost.per_token import cost_per_token
 from pipeline.plan.cost.speed import KERNEL_S
 from pipeline.plan.given.data_size import LengthLoss
@@ -44,7 +45,13 @@ def test_only_runs_that_decompose_weights_have_the_line_and_the_time(plan):
         assert made.decompositions.matrices == 7 * 32
         assert_mentions(plan_text(made), "initial ", kind, "224 weights")
         assert made.seconds - plan().seconds == pytest.approx(made.decompositions.seconds, rel=1e-6)
-    assert plan(init_lora_weights="loftq", load_in_4bit=True).decompositions.matrices == 7 * 32
+    loftq = {"init_lora_weights": "loftq", "load_in_4bit": True}
+    assert plan(**loftq).decompositions.matrices == 7 * 32
+    started = plan(**loftq, init_adapter="folder")
+    assert started.decompositions is None
+    rules = {rule.id: rule.message for rule in started.rules}
+    assert_mentions(rules["without-effect"], "init_lora_weights", "init_adapter")
+    assert not [rule for rule in rules if "loftq" in rule]
 
 
 def test_the_cost_follows_the_shapes_of_the_decomposed_weights(plan):
@@ -100,6 +107,14 @@ def test_ranks_share_batches_of_answers_and_each_token_is_a_pass(plan):
         zero_stage=2,
     )
     assert on_cpu.answers.seconds > 10 * one.seconds
+
+
+def test_longer_answers_are_in_smaller_batches(plan):
+    made = plan(**ANSWERS, ranks=1)
+    lengths = 3000, 1000
+    long = answers(made.shape, made.settings, made.layout, made.hardware, lengths)
+    assert batch_rows(3000 + long.tokens) == 8
+    assert long.passes == 8 * long.tokens  # 64 rows
 
 
 def test_on_a_fast_gpu_a_pass_takes_the_time_of_its_launches(plan):
