@@ -1,4 +1,4 @@
-"""Argument parser of all commands: shared arguments, and errors as UserError."""
+"""The argument parser of all commands, with the arguments that several commands share."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +10,10 @@ from pipeline.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser that raises UserError, so that only one rank prints an error."""
+    """Argument parser that raises UserError for a wrong command line.
+
+    `run_main` prints a UserError on one rank only; argparse itself would print on every rank.
+    """
 
     def __init__(self, description: str | None) -> None:
         super().__init__(
@@ -20,11 +23,14 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Raise UserError instead of printing the usage on every rank, as argparse does."""
+        """Called by argparse if the command line is wrong."""
         raise UserError(f"{self.prog}: {message}; --help lists the arguments")
 
     def add_run_file(self, *, is_required: bool = True) -> None:
-        """Add RUN.yaml and `key=value` overrides; parse with `parse_intermixed_args`."""
+        """Add RUN.yaml and `key=value` overrides.
+
+        Parse with `parse_intermixed_args`, so that options may stand between the overrides.
+        """
         self.add_argument(
             "run_file",
             type=Path,
@@ -55,7 +61,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def require_folder(run_folder: Path) -> None:
-    """Raise UserError unless an argument is an existing folder."""
+    """Raise UserError unless a run folder given as an argument exists."""
     try:
         is_folder = run_folder.is_dir()
     except (OSError, ValueError):  # a name that is too long, or with a NUL
@@ -75,7 +81,8 @@ def run_settings(run_folder: Path) -> RunSettings:
 
 def count(text: str) -> int:
     """Value of an argument that must be a whole number of at least 1."""
-    if not (text.isascii() and text.isdigit()) or not 0 < len(text) < 10 or int(text) < 1:
+    is_number = text.isascii() and text.isdigit() and len(text) <= 9
+    if not is_number or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 999999999")
     return int(text)
 

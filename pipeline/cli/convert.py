@@ -26,14 +26,14 @@ def convert() -> None:
         "--gpus",
         type=count,
         default=1,
-        help="number of GPUs that the configuration is used with, for global_batch_size; default 1",
+        help="number of GPUs that the other program used; global_batch_size depends on it (1)",
     )
     arguments = parser.parse_args()
     sys.stdout.write(run_file_text(read_peer_config(arguments.config), arguments.gpus))
 
 
 def main() -> None:
-    """Run the verb and end the process with its exit code."""
+    """Run this command and end the process with its exit code."""
     run_main(convert)
 
 

@@ -8,6 +8,7 @@ llama.cpp's own converters and quantiser from DIR, by default $LLAMA_CPP_DIR.
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.adapter.adapter_file import require_adapter
@@ -18,7 +19,7 @@ from pipeline.adapter.export import (
     export_gguf,
     find_llama_cpp,
 )
-from pipeline.adapter.ollama import go_template, modelfile
+from pipeline.adapter.ollama import Message, go_template, modelfile
 from pipeline.adapter.products import is_merged_from
 from pipeline.adapter.serving import vllm_command
 from pipeline.adapter.trained_on import corrects_quantisation, require_same_base
@@ -48,8 +49,10 @@ def export() -> None:
     if (args.quantize or args.llama_cpp) and not args.gguf:
         parser.error("--quantize and --llama-cpp need --gguf")
     merged = run_folder / "merged"
-    is_merged = corrects_quantisation(adapter)
-    command = vllm_command(settings, str(adapter), str(merged), is_merged=is_merged)
+    # An adapter that corrects the errors of a 4-bit base (LoftQ) is wrong on the base that vLLM
+    # would load, so vLLM serves the merged model.
+    serves_merged = corrects_quantisation(adapter)
+    command = vllm_command(settings, str(adapter), str(merged), is_merged=serves_merged)
     print(f"vLLM       {command}")
     if not args.gguf:
         return
@@ -63,16 +66,16 @@ def export() -> None:
         trust_remote_code=settings.trust_remote_code,
     )
     out = run_folder / "gguf"
-    text = _modelfile(settings, merged)
-    for path in export_gguf(tools, sources, out, args.quantize, text):
+    modelfile_text = _modelfile_text(settings, merged)
+    for path in export_gguf(tools, sources, out, args.quantize, modelfile_text):
         print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
-    model = next(out.glob("model*.gguf"))
-    print(f"llama.cpp  llama-server -m {model} --jinja")
+    merged_gguf = next(out.glob("model*.gguf"))
+    print(f"llama.cpp  llama-server -m {merged_gguf} --jinja")
     print(f"Ollama     ollama create NAME -f {out / 'Modelfile'}")
 
 
 def require_merged(run_folder: Path) -> None:
-    """Raise UserError if a run has no merged model, or one that has an earlier adapter."""
+    """Raise UserError if a run has no merged model, or one merged from an earlier adapter."""
     merged = run_folder / "merged"
     if not (merged / "config.json").is_file():
         raise UserError(f"{run_folder} has no merged model; run launch/merge.py {run_folder} first")
@@ -82,36 +85,42 @@ def require_merged(run_folder: Path) -> None:
         )
 
 
-def _modelfile(settings: RunSettings, merged: Path) -> str:
-    """The Modelfile with the trained chat template, if Go can express it, and the end tokens."""
+def _modelfile_text(settings: RunSettings, merged: Path) -> str:
+    """Ollama's Modelfile, with the tokens that end an answer and the trained chat template.
+
+    Ollama's templates are Go templates. A chat template that has no equivalent Go template is left
+    out, with a warning.
+    """
     from pipeline.data.chat.encoder import Encoder  # imports tokenizers
     from pipeline.data.chat.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(merged, settings.trust_remote_code)
-    ends = sorted(Encoder(tokenizer, settings).ends)
+    end_ids = sorted(Encoder(tokenizer, settings).ends)
     template = None
     if tokenizer.chat_template is not None:
-        template = go_template(
-            lambda chat: str(
-                tokenizer.apply_chat_template(
-                    list(chat),
-                    tokenize=False,
-                    add_generation_prompt=True,
-                    **settings.chat_template_kwargs,
-                )
+
+        def render(chat: Sequence[Message]) -> str:
+            text = tokenizer.apply_chat_template(
+                list(chat),
+                tokenize=False,
+                add_generation_prompt=True,
+                **settings.chat_template_kwargs,
             )
-        )
+            return str(text)
+
+        template = go_template(render)  # compares renderings of sample conversations
     if template is None:
         logger.warning(
             "Modelfile: the chat template has no equivalent in Ollama's language that could be "
             "checked; llama.cpp's server evaluates the template itself (--jinja)"
         )
-    stops = [str(tokenizer.convert_ids_to_tokens(end)) for end in ends]
+    stops = [str(tokenizer.convert_ids_to_tokens(end_id)) for end_id in end_ids]
+    # export_gguf replaces {model} by the name of the GGUF file.
     return modelfile("{model}", template, stops)
 
 
 def main() -> None:
-    """Run the verb and end the process with its exit code."""
+    """Run this command and end the process with its exit code."""
     run_main(export)
 
 

@@ -3,8 +3,8 @@
     python launch/merge.py RUN_FOLDER [--onto original|dequantized] [--check]
     python launch/merge.py --base MODEL --adapter FOLDER[:WEIGHT] ... --out DIR
 
-Writes RUN_FOLDER/merged, or with --undo RUN_FOLDER/unmerged. If it is interrupted, the same command
-continues with the shards that are missing. docs/merging.md says which options to choose.
+Writes RUN_FOLDER/merged, or with --undo RUN_FOLDER/unmerged. If the merge is interrupted, the same
+command writes the shards that are missing. docs/merging.md says which options to choose.
 """
 
 import argparse
@@ -32,12 +32,16 @@ from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.files import dump_json, read_json, write_text
 
+# Values of --dtype -> dtypes as safetensors names them; None: the dtype of the base.
 _DTYPES: dict[str, Any] = {"keep": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Merge:
-    """Inputs and output of the command, with the defaults of the run."""
+class _MergeRequest:
+    """The arguments of the command; those not given are taken from the run.
+
+    `run_folder`, `settings`: of the run; None for a merge of adapters without a run.
+    """
 
     run_folder: Path | None
     settings: RunSettings | None
@@ -48,21 +52,21 @@ class _Merge:
 
 
 def merge() -> None:
-    """Parse the command line, merge, and compare the merged model if that is asked for."""
+    """Parse the command line, merge and, with --check, compare with base plus adapter."""
     parser = _parser()
-    given = parser.parse_args()
-    if given.run_folder is None and not (given.adapter and given.base and given.out):
+    args = parser.parse_args()
+    if args.run_folder is None and not (args.adapter and args.base and args.out):
         parser.error("name a run folder, or --adapter, --base and --out")
-    request = _request(given)
+    request = _complete_arguments(args)
     report = merge_adapters(request.base, request.adapters, request.out, request.options)
     print(
         f"{request.out}: {report.tensors_merged} weights of {request.base} "
-        f"{'unmerged' if given.undo else 'merged'}\n"
+        f"{'unmerged' if args.undo else 'merged'}\n"
         f"  {report.shards} shard(s), {report.num_bytes / 2**20:.0f} MiB, {report.seconds:.1f} s\n"
         f"  largest change {100 * report.largest_change:.2g} %: {report.most_changed}"
     )
-    if given.check or (given.check is None and _is_checked_by_default(request)):
-        _check(request)
+    if args.check or (args.check is None and _is_checked_by_default(request)):
+        _check_merged_model(request)
 
 
 def _parser() -> Parser:
@@ -105,6 +109,7 @@ def _parser() -> Parser:
 
 
 def _weighted_adapter(text: str) -> WeightedAdapter:
+    """Value of --adapter: FOLDER:WEIGHT, or FOLDER, whose name may contain a colon."""
     folder, colon, weight = text.rpartition(":")
     if not colon or Path(text).is_dir():
         return WeightedAdapter(Path(text))
@@ -117,51 +122,51 @@ def _weighted_adapter(text: str) -> WeightedAdapter:
     return WeightedAdapter(Path(folder), value)
 
 
-def _request(given: argparse.Namespace) -> _Merge:
+def _complete_arguments(args: argparse.Namespace) -> _MergeRequest:
     """Complete the arguments from the run; UserError if one is missing or contradicts another."""
-    run_folder: Path | None = given.run_folder
+    run_folder: Path | None = args.run_folder
     settings = None if run_folder is None else run_settings(run_folder)
-    adapters = tuple(given.adapter)
+    adapters = tuple(args.adapter)
     if run_folder is not None and not adapters:
         adapters = (WeightedAdapter(require_adapter(run_folder)),)
-    if given.undo and (given.check or given.onto == "dequantized"):
+    if args.undo and (args.check or args.onto == "dequantized"):
         raise UserError("--undo cannot be combined with --check or --onto")
-    base = _base(given, settings, adapters)
-    onto = _onto(given, run_folder, settings, adapters)
-    if given.check and (settings is None or settings.eval_data is None):
+    base = _base_folder(args, settings, adapters)
+    trained_base = _trained_base_to_merge_into(args, run_folder, settings, adapters)
+    if args.check and (settings is None or settings.eval_data is None):
         raise UserError("--check needs a run folder with held-out rows (eval_data)")
-    if given.device == "cuda":
+    if args.device == "cuda":
         _require_cuda()
-    out = given.out
+    out = args.out
     if out is None:
         assert run_folder is not None
-        out = run_folder / ("unmerged" if given.undo else "merged")
-    return _Merge(
+        out = run_folder / ("unmerged" if args.undo else "merged")
+    return _MergeRequest(
         run_folder=run_folder,
         settings=settings,
         base=base,
         adapters=adapters,
         out=out,
         options=MergeOptions(
-            dtype=_DTYPES[given.dtype],
-            device=given.device,
-            onto=onto,
-            is_undone=given.undo,
+            dtype=_DTYPES[args.dtype],
+            device=args.device,
+            onto=trained_base,
+            is_undone=args.undo,
             trust_remote_code=settings is not None and settings.trust_remote_code,
         ),
     )
 
 
-def _base(
-    given: argparse.Namespace,
+def _base_folder(
+    args: argparse.Namespace,
     settings: RunSettings | None,
     adapters: tuple[WeightedAdapter, ...],
 ) -> Path:
     """The base to merge into: --base, else the run's base; with --undo the run's merged model."""
-    if given.base is not None:
-        return _model_folder(given.base)
-    if given.undo:
-        merged: Path = given.run_folder / "merged"
+    if args.base is not None:
+        return _model_folder(args.base)
+    if args.undo:
+        merged: Path = args.run_folder / "merged"
         _require_merged_from(merged, adapters)
         return merged
     assert settings is not None
@@ -174,6 +179,7 @@ def _base(
 
 
 def _model_folder(model: str) -> Path:
+    """The folder of --base. Raises UserError if it is neither a folder nor a cached hub model."""
     folder = Path(model).expanduser()
     folder = folder if folder.is_dir() else snapshot_folder(model) or folder
     if not folder.is_dir():
@@ -184,28 +190,30 @@ def _model_folder(model: str) -> Path:
     return folder
 
 
-def _onto(
-    given: argparse.Namespace,
+def _trained_base_to_merge_into(
+    args: argparse.Namespace,
     run_folder: Path | None,
     settings: RunSettings | None,
     adapters: tuple[WeightedAdapter, ...],
 ) -> TrainedBase | None:
-    """The quantised base to merge into; None for the original one.
+    """The quantised base of the run if the adapters are merged into it; None for the original base.
 
-    Raises UserError if an adapter corrects a quantised base other than this one (LoftQ).
+    An adapter that was initialised with LoftQ corrects the errors of its 4-bit base, and is merged
+    into that base by default. Raises UserError if it would be merged into another base.
     """
-    if given.undo:
+    if args.undo:
         return None
-    is_corrected = settings is not None and settings.load_in_4bit and run_folder is not None
-    if given.onto is None and is_corrected:
-        is_dequantised = any(corrects_quantisation(each.folder) for each in adapters)
+    has_4bit_run = settings is not None and settings.load_in_4bit and run_folder is not None
+    if args.onto is None and has_4bit_run:
+        is_dequantised = any(corrects_quantisation(adapter.folder) for adapter in adapters)
     else:
-        is_dequantised = given.onto == "dequantized"
-    onto = _trained_base(run_folder, settings) if is_dequantised else None
-    for each in adapters:
+        is_dequantised = args.onto == "dequantized"
+    trained_base = _trained_base(run_folder, settings) if is_dequantised else None
+    quantised_settings = None if trained_base is None else trained_base.settings
+    for adapter in adapters:
         remedy = "name its run folder, without --onto original"
-        require_corrected_base(each.folder, None if onto is None else onto.settings, remedy)
-    return onto
+        require_corrected_base(adapter.folder, quantised_settings, remedy)
+    return trained_base
 
 
 def _trained_base(run_folder: Path | None, settings: RunSettings | None) -> TrainedBase:
@@ -227,19 +235,21 @@ def _trained_base(run_folder: Path | None, settings: RunSettings | None) -> Trai
 
 
 def _require_merged_from(merged: Path, adapters: tuple[WeightedAdapter, ...]) -> None:
-    """Raise UserError unless the folder's record says that these adapters were merged into it."""
+    """Raise UserError unless these adapters, with these weights, were merged into the folder.
+
+    The folder's file MARKER records the adapters.
+    """
     if not merged.is_dir():
         raise UserError(f"--undo: {merged} does not exist; name the merged model with --base")
     try:
-        recorded = [
-            (each["sha256"], each["weight"]) for each in read_json(merged / MARKER)["adapters"]
-        ]
+        entries = read_json(merged / MARKER)["adapters"]
+        recorded = [(entry["sha256"], entry["weight"]) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"--undo: {merged} has no record of its adapters ({MARKER}); name it with --base to "
             "subtract the adapter anyway"
         ) from None
-    if recorded != [(adapter_sha256(each.folder), each.weight) for each in adapters]:
+    if recorded != [(adapter_sha256(adapter.folder), adapter.weight) for adapter in adapters]:
         raise UserError(
             f"--undo: {merged} was merged from other adapters or weights; name those with --adapter"
         )
@@ -252,7 +262,8 @@ def _require_cuda() -> None:
         raise UserError("--device cuda: torch finds no CUDA device; use --device cpu")
 
 
-def _is_checked_by_default(request: _Merge) -> bool:
+def _is_checked_by_default(request: _MergeRequest) -> bool:
+    """Whether the run quantised its base, and has prepared held-out rows for the comparison."""
     settings = request.settings
     return (
         settings is not None
@@ -264,19 +275,19 @@ def _is_checked_by_default(request: _Merge) -> bool:
     )
 
 
-def _check(request: _Merge) -> None:
-    """Print the differences to base plus adapter, and add them to the record of the merge."""
+def _check_merged_model(request: _MergeRequest) -> None:
+    """Compare the merged model with base plus adapter; print and record the differences."""
     assert request.run_folder is not None
     assert request.settings is not None
     from pipeline.evaluate.merge_check import MergedModel, compare_merged  # imports torch
 
     settings = request.settings
-    trained = _trained_base(request.run_folder, settings) if settings.is_quantised else None
+    trained_base = _trained_base(request.run_folder, settings) if settings.is_quantised else None
     merged = MergedModel(
         folder=request.out,
         base=request.base,
         adapters=request.adapters,
-        trained=trained,
+        trained=trained_base,
         trust_remote_code=settings.trust_remote_code,
     )
     differences = compare_merged(request.run_folder, merged)
@@ -286,26 +297,31 @@ def _check(request: _Merge) -> None:
 
 
 def _print_differences(differences: dict[str, Any]) -> None:
+    """Print a table of the result of `compare_merged`.
+
+    `differences`: two numbers, `positions` and `loss`, and a dict for each base with which the
+    merged model was compared.
+    """
     table = Table(
         title=f"logits at {differences['positions']} held-out positions; loss of the merged model "
         f"{differences['loss']:.4f}"
     )
-    columns = ("merged model", "difference", "mean", "largest", "KL", "loss of the other")
-    for column in columns:
-        table.add_column(column, justify="right" if column != columns[0] else "left")
-    for name, each in differences.items():
-        if isinstance(each, dict):
+    table.add_column("merged model")
+    for column in ("difference", "mean", "largest", "KL", "loss of base + adapter"):
+        table.add_column(column, justify="right")
+    for name, difference in differences.items():
+        if isinstance(difference, dict):
             table.add_row(
                 name,
-                f"{100 * each['relative']:.2g} %",
-                *(f"{each[key]:.2g}" for key in ("mean_logit", "largest_logit", "kl")),
-                f"{each['loss']:.4f}",
+                f"{100 * difference['relative']:.2g} %",
+                *(f"{difference[key]:.2g}" for key in ("mean_logit", "largest_logit", "kl")),
+                f"{difference['loss']:.4f}",
             )
     Console().print(table)
 
 
 def main() -> None:
-    """Run the verb and end the process with its exit code."""
+    """Run this command and end the process with its exit code."""
     run_main(merge)
 
 

@@ -34,9 +34,9 @@ from pipeline.plan.plan import DoesNotFitError, Plan, plan_and_candidates
 from pipeline.plan.render import candidates_text, plan_json, plan_text
 from pipeline.plan.rules.rule import raise_refusals, refusals_text
 
-# The sbatch command requests this multiple of the predicted host memory, because Python, CUDA and
-# the reading of files need more at the start.
-_SPARE_MEMORY = 1.25
+# The printed sbatch command requests this multiple of the predicted host memory, because Python,
+# CUDA and the reading of files need more at the start.
+_HOST_MEMORY_FACTOR = 1.25
 _CPUS_PER_GPU = 4  # one for the training process, three for reading and preparing its input
 
 
@@ -48,35 +48,42 @@ def plan() -> None:
         return
     settings = _settings(args)
     hardware = hardware_from_options(args.gpu, args.gpu_memory_gib, args.gpu_tflops)
-    ranks = args.gpus_per_node or hardware.devices_per_node
+    ranks_per_node = args.gpus_per_node or hardware.devices_per_node
     if args.fits:
-        cluster = Cluster(hardware=hardware, nodes=args.nodes, ranks_per_node=ranks)
+        cluster = Cluster(hardware=hardware, nodes=args.nodes, ranks_per_node=ranks_per_node)
         print(fits_text(fit_rows(published_models(), settings, cluster), settings, cluster))
         return
-    counts = {"nodes": args.nodes, "ranks_per_node": ranks}
     try:
-        best, ranked = plan_and_candidates(settings, _shape(settings), hardware, **counts)
+        best, candidates = plan_and_candidates(
+            settings,
+            _shape(settings),
+            hardware,
+            nodes=args.nodes,
+            ranks_per_node=ranks_per_node,
+        )
     except DoesNotFitError as error:
         if args.json:
             print(dump_json(plan_json(error.nearest)), end="")
         elif args.all:
             print(candidates_text(error.ranked), end="\n\n")
-        if refused := refusals_text(error.nearest.rules):
-            raise UserError(f"{error}\n{refused}") from None
+        if refusals := refusals_text(error.nearest.rules):
+            raise UserError(f"{error}\n{refusals}") from None
         raise
     if (size := data_size(best.settings)) is not None:
-        best = best.with_data(size)
+        best = best.with_data(size)  # adds the number of steps
     if args.json:
         print(dump_json(plan_json(best)), end="")
     else:
         print(plan_text(best), *_next_steps(best, args), sep="\n")
         if args.all:
-            print(f"\n{candidates_text(ranked)}")
-    raise_refusals(best.rules)  # of a model planned by its name: a folder's plan has raised them
+            print(f"\n{candidates_text(candidates)}")
+    # `plan_and_candidates` raises the refusals of a model in a folder. Those of a published model
+    # are raised here, after its plan was printed.
+    raise_refusals(best.rules)
 
 
 def _settings(args: argparse.Namespace) -> RunSettings:
-    """The settings of the run file or, without a run file, of a run with the model of `--model`."""
+    """The settings of the run file or, without a run file, default settings with `--model`."""
     # If there is no run file, argparse parses the first key=value as the run file.
     if args.run_file is not None and "=" in str(args.run_file):
         args.overrides.insert(0, str(args.run_file))
@@ -91,7 +98,10 @@ def _settings(args: argparse.Namespace) -> RunSettings:
 
 
 def _shape(settings: RunSettings) -> ModelShape:
-    """The shape of the model, from its folder or, if it has none, from the published models."""
+    """The sizes of the model, from its folder or, if it has none, from the list of this package.
+
+    Raises UserError if the folder's checkpoint lacks tensors that the model needs.
+    """
     folder = settings.model_folder
     if not folder.exists():
         return published_shape(settings.model)
@@ -114,26 +124,27 @@ def _next_steps(plan: Plan, args: argparse.Namespace) -> list[str]:
 
 def start_commands(plan: Plan, run_file: Path, overrides: Sequence[str]) -> list[str]:
     """Command line that starts the planned run; for GPUs also a command line for sbatch."""
-    words = shlex.join([str(run_file), *overrides])
+    arguments = shlex.join([str(run_file), *overrides])
     is_clone = Path("launch/train.py").is_file()  # an installed package has no launch/
     script = "launch/train.py" if is_clone else "--module pipeline.cli.train"
-    single = f"python launch/train.py {words}" if is_clone else f"rankzero train {words}"
+    single_process = f"{'python launch/train.py' if is_clone else 'rankzero train'} {arguments}"
     ranks, nodes = plan.layout.ranks_per_node, plan.layout.nodes
     if plan.hardware.kind == "cpu":
-        command = f"deepspeed --num_accelerators {ranks} {script} {words}"
-        return [f"start      {command if ranks > 1 else single}"]
+        command = f"deepspeed --num_accelerators {ranks} {script} {arguments}"
+        return [f"start      {command if ranks > 1 else single_process}"]
     # --num_gpus only if the run uses fewer GPUs than are visible: with this option DeepSpeed's
     # launcher ignores CUDA_VISIBLE_DEVICES (0.19.8 launcher/runner.py), which a scheduler may set.
-    fewer = f"--num_gpus {ranks} " if ranks < plan.hardware.devices_per_node else ""
-    hosts = f"--hostfile HOSTS --num_nodes {nodes} " if nodes > 1 else ""
-    command = f"deepspeed {hosts}{fewer}{script} {words}"
+    num_gpus = f"--num_gpus {ranks} " if ranks < plan.hardware.devices_per_node else ""
+    hostfile = f"--hostfile HOSTS --num_nodes {nodes} " if nodes > 1 else ""
+    command = f"deepspeed {hostfile}{num_gpus}{script} {arguments}"
     if nodes == ranks == 1:
-        command = single
-    memory = math.ceil(plan.memory.host_peak_bytes * _SPARE_MEMORY / GIB)
+        command = single_process
+    memory_gib = math.ceil(plan.memory.host_peak_bytes * _HOST_MEMORY_FACTOR / GIB)
     options = (
-        f"--nodes={nodes} --gpus-per-node={ranks} --cpus-per-gpu={_CPUS_PER_GPU} --mem={memory}G"
+        f"--nodes={nodes} --gpus-per-node={ranks} --cpus-per-gpu={_CPUS_PER_GPU} "
+        f"--mem={memory_gib}G"
     )
-    return [f"start      {command}", f"sbatch     sbatch {options} slurm/train.sbatch {words}"]
+    return [f"start      {command}", f"sbatch     sbatch {options} slurm/train.sbatch {arguments}"]
 
 
 def _parser() -> Parser:
@@ -164,12 +175,14 @@ def _parser() -> Parser:
         "--gpu-tflops", type=positive, metavar="TFLOPS", help="dense 16-bit rate of this GPU"
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    parser.add_argument("--all", action="store_true", help="list all candidates, best first")
+    parser.add_argument(
+        "--all", action="store_true", help="list all layouts considered, best first"
+    )
     return parser
 
 
 def main() -> None:
-    """Run the verb and end the process with its exit code."""
+    """Run this command and end the process with its exit code."""
     run_main(plan)
 
 

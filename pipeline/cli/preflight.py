@@ -20,7 +20,7 @@ def preflight() -> None:
 
 
 def main() -> None:
-    """Run the verb and end the process with its exit code."""
+    """Run this command and end the process with its exit code."""
     run_main(preflight)
 
 

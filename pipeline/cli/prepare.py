@@ -51,13 +51,13 @@ def prepare() -> None:
     data_dir = folder / "data"
     require_own_folder(folder)
     require_writable(folder)
-    # Prepare removes outdated data, so no run may read data/ at the same time.
+    # This command removes outdated data, so no run may read data/ at the same time.
     with Ownership(folder, "launch/prepare.py"):
-        settings = _with_checked_class(settings)
+        settings = _require_trainable_model(settings)
         fetch(settings.train_sources, "train_data")
         fetch(settings.eval_sources, "eval_data")
-        check_first_rows(settings)
-        if not settings.trust_remote_code:
+        check_first_rows(settings)  # reports wrong columns before the long tokenisation
+        if not settings.trust_remote_code:  # the model's own code may need torch
             exclude_torch()
         index = prepare_data(settings, data_dir)
     if args.show:
@@ -65,29 +65,30 @@ def prepare() -> None:
         show_documents(console, open_split(index.train), tokenizer, args.show)
     audit = json.loads((data_dir / "audit.json").read_text(encoding="utf-8"))
     console.print(audit_table(audit))
-    for text in _length_texts(settings, index.train.size):
-        console.print(text, soft_wrap=True)
+    for sentence in _length_sentences(settings, index.train.size):
+        console.print(sentence, soft_wrap=True)
     console.print(f"prepared in {data_dir}; rejected rows: {data_dir / 'rejects.jsonl'}")
 
 
-def _length_texts(settings: RunSettings, size: DataSize) -> list[str]:
-    """Sentences about documents longer than `max_length`, with the needs on this machine."""
+def _length_sentences(settings: RunSettings, size: DataSize) -> list[str]:
+    """Sentences about documents longer than `max_length`, and the memory that they would need."""
     shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
     try:
         hardware = detect_hardware()
         cluster = Cluster(hardware=hardware, nodes=1, ranks_per_node=hardware.devices_per_node)
-        texts = length_texts(size, settings, shape, cluster)
-    except UserError:  # no device to plan for, or batch keys for another number of devices
-        texts = length_texts(size, settings, shape, None)
-    if texts:
-        texts.append("for another machine: launch/plan.py RUN.yaml --gpu NAME max_length=N")
-    return texts
+        sentences = length_texts(size, settings, shape, cluster)
+    except UserError:  # no device here, or a global_batch_size for another number of devices
+        sentences = length_texts(size, settings, shape, None)
+    if sentences:
+        sentences.append("for another machine: launch/plan.py RUN.yaml --gpu NAME max_length=N")
+    return sentences
 
 
-def _with_checked_class(settings: RunSettings) -> RunSettings:
-    """The settings, with `packing: false` if the model's class mixes packed documents.
+def _require_trainable_model(settings: RunSettings) -> RunSettings:
+    """Raise UserError if weights are missing, or the model's class cannot be trained correctly.
 
-    Raises UserError if the class cannot be trained correctly, or its weights are not complete.
+    Returns the settings, with `packing: false` if tokens of a packed document depend on the other
+    documents of its sequence in this class. The results of the checks of a class are cached.
     """
     shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
     require_complete(shape, trust_remote_code=settings.trust_remote_code)
@@ -99,7 +100,7 @@ def _with_checked_class(settings: RunSettings) -> RunSettings:
 
 
 def main() -> None:
-    """Run the verb and end the process with its exit code."""
+    """Run this command and end the process with its exit code."""
     run_main(prepare)
 
 

@@ -25,7 +25,7 @@ from pipeline.errors import RankZeroError
 
 
 def publish() -> None:
-    """Parse the command line, gather and check the files, and send them."""
+    """Parse the command line, collect and check the files, and send them."""
     parser = Parser(__doc__)
     parser.add_run_folder()
     parser.add_argument("--to", metavar="ORG/NAME", help="repository on the hub (required)")
@@ -55,11 +55,13 @@ def publish() -> None:
             gather_files(publication, Path(folder))
             print(upload(Path(folder), name, is_private=args.private))
     except OSError as error:
-        raise RankZeroError(f"{run_folder}: the files cannot be gathered: {error}") from error
+        raise RankZeroError(
+            f"{run_folder}: the files to publish cannot be collected: {error}"
+        ) from error
 
 
 def main() -> None:
-    """Run the verb and end the process with its exit code."""
+    """Run this command and end the process with its exit code."""
     run_main(publish)
 
 

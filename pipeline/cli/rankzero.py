@@ -24,6 +24,7 @@ VERBS = {
     "slurm": "write the batch scripts for Slurm",
 }
 _VERBS_ON_ALL_GPUS = ("train", "preflight", "score")
+# With these options the verbs above run in one process.
 _SINGLE_PROCESS_OPTIONS = {"-h", "--help", "--debug", "--tasks"}
 
 
@@ -37,13 +38,15 @@ def main() -> None:
         problem = f"{verb!r} is not a verb" if verb else "the verb is missing"
         print(f"rankzero: {problem}\n{_usage()}", file=sys.stderr)
         sys.exit(2)
-    is_single = bool(_SINGLE_PROCESS_OPTIONS & {word.partition("=")[0] for word in sys.argv[2:]})
-    if verb in _VERBS_ON_ALL_GPUS and not is_single and _has_idle_gpus():
+    options = {word.partition("=")[0] for word in sys.argv[2:]}
+    is_single_process = bool(_SINGLE_PROCESS_OPTIONS & options)
+    if verb in _VERBS_ON_ALL_GPUS and not is_single_process and _has_unused_gpus():
         command = deepspeed_command(verb, sys.argv[2:])
-        print(f"rankzero: several GPUs; starting {' '.join(['deepspeed', *command[3:]])}")
+        words_after_runner = command[3:]  # command begins with: python -m deepspeed.launcher.runner
+        print(f"rankzero: several GPUs; starting {' '.join(['deepspeed', *words_after_runner])}")
         sys.stdout.flush()
         os.execv(command[0], command)
-    sys.argv[:2] = [f"rankzero {verb}"]
+    sys.argv[:2] = [f"rankzero {verb}"]  # the name that usage messages show
     import_module(f"pipeline.cli.{verb}").main()
 
 
@@ -59,8 +62,8 @@ def deepspeed_command(verb: str, arguments: list[str]) -> list[str]:
     return [*runner, *quiet, "--module", f"pipeline.cli.{verb}", *arguments]
 
 
-def _has_idle_gpus() -> bool:
-    """Whether this process is the only one of its run on a machine with several GPUs."""
+def _has_unused_gpus() -> bool:
+    """Whether this machine has several GPUs, and no launcher has started a process for each."""
     from pipeline.cluster.devices import detect_hardware
     from pipeline.cluster.placement import from_environment
     from pipeline.errors import UserError
@@ -69,7 +72,7 @@ def _has_idle_gpus() -> bool:
         is_alone = from_environment(os.environ).launcher == "one process"
         return is_alone and detect_hardware().devices_per_node > 1
     except UserError:
-        return False  # the verb itself reports it
+        return False  # the verb reports the same error
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ def report() -> None:
 
 
 def _announce(path: Path) -> None:
+    """Called by `watch_run` when the report is first written."""
     print(path)
     print(
         "open it in a browser, where it follows the run; Ctrl-C here does not stop the run",
@@ -46,7 +47,7 @@ def _announce(path: Path) -> None:
 
 
 def main() -> None:
-    """Run the verb and end the process with its exit code."""
+    """Run this command and end the process with its exit code."""
     run_main(report)
 
 

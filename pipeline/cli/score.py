@@ -31,31 +31,33 @@ from pipeline.evaluate.rows import examples_of_file, held_out_examples
 from pipeline.evaluate.subjects import subjects_of
 from pipeline.files import dump_json, write_text
 
+# Keys of the scores in score.json -> headings of the printed table.
 _COLUMNS = {
     "loss": "loss", "perplexity": "perplexity", "exact_match": "exact match",
     "regex_match": "regex match", "valid_json": "valid JSON",
 }  # fmt: skip
-_FORMS = {"loss": "{:.4f}", "perplexity": "{:.4g}"}
-_SHARES = ("exact_match", "regex_match", "valid_json")
+_FORMATS = {"loss": "{:.4f}", "perplexity": "{:.4g}"}
+_SHARES = ("exact_match", "regex_match", "valid_json")  # shares of rows, shown in per cent
 
 
 def score() -> None:
     """Parse the command line, score, write the results and print a table. Collective."""
     args = _parser().parse_intermixed_args()
-    overrides = [word for word in args.run_folder if "=" in word and not Path(word).exists()]
-    names = [word for word in args.run_folder if word not in overrides]
+    words = args.run_folder  # run folders, models and overrides
+    overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    names = [word for word in words if word not in overrides]  # of run folders and models
     if not names:
         raise UserError("run_folder: name a run folder or a model; --help lists the arguments")
     pattern = None if args.regex is None else parse_pattern(args.regex)
     if args.tasks is not None:
         if from_environment(os.environ, allow_single_process=True).world_size > 1:
             raise UserError("--tasks: lm-evaluation-harness runs in one process; use python")
-        run_harness(subjects_of(names, overrides, args.data), args.tasks, _output(args, names))
+        run_harness(subjects_of(names, overrides, args.data), args.tasks, _output_file(args, names))
         return
-    use_waiting_threads()
+    let_waiting_threads_sleep()
     placement, hardware, _ = set_up_rank(os.environ, allow_single_process=True)
     subjects = subjects_of(names, overrides, args.data)
-    out, settings = _output(args, names), subjects[0].settings
+    out, settings = _output_file(args, names), subjects[0].settings
     if args.data is None and not subjects[0].adapter:
         raise UserError(
             f"{names[0]}: is a model, which has no held-out rows; name rows with --data"
@@ -83,11 +85,12 @@ def score() -> None:
             print_table(scores)
 
 
-def use_waiting_threads() -> None:
-    """Make waiting threads sleep; call this function before torch is imported.
+def let_waiting_threads_sleep() -> None:
+    """Make idle OpenMP threads sleep; call this function before torch is imported.
 
-    If they spun, they would take cores from the threads that compute when other programs use the
-    machine too: 8 times the time on 2 busy cores (docs/log.md, 2026-11-30).
+    By default an idle thread occupies its core in a busy loop. When other programs use the machine
+    too, this takes cores from the threads that compute: scoring took 8 times as long on 2 busy
+    cores (docs/log.md, 2026-11-30).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -131,16 +134,20 @@ def _parser() -> Parser:
     return parser
 
 
-def _output(args: argparse.Namespace, names: list[str]) -> Path:
-    """The file to write. Scores on other rows or of several models never replace RUN/score.json."""
+def _output_file(args: argparse.Namespace, names: list[str]) -> Path:
+    """The JSON file to write.
+
+    RUN/score.json has the scores of one run on its own held-out rows; all other scores go to
+    scores.json in the current folder.
+    """
     if args.out is not None:
         out: Path = args.out
         if out.is_dir() or not out.absolute().parent.is_dir():
             raise UserError(f"--out: {out} is not a file in an existing folder")
         return out
     folder = Path(names[0]).expanduser()
-    is_own = len(set(names)) == 1 and args.data is None and (folder / "run.yaml").is_file()
-    return folder / "score.json" if is_own else Path("scores.json")
+    is_one_run = len(set(names)) == 1 and (folder / "run.yaml").is_file()
+    return folder / "score.json" if is_one_run and args.data is None else Path("scores.json")
 
 
 def _write(out: Path, scores: dict[str, Any]) -> None:
@@ -154,36 +161,45 @@ def _write(out: Path, scores: dict[str, Any]) -> None:
 
 
 def print_table(scores: dict[str, Any]) -> None:
-    """Print the scores that a model has, with their intervals."""
+    """Print a row for each model, with each score that any model has, and its interval.
+
+    `scores`: the contents of score.json.
+    """
     models: dict[str, dict[str, Any]] = scores["models"]
-    columns = [key for key in _COLUMNS if any(key in each for each in models.values())]
+    columns = [
+        key for key in _COLUMNS if any(key in model_scores for model_scores in models.values())
+    ]
     table = Table(title=f"{scores['rows']} rows, with 95 % intervals")
     for name in ("", *(_COLUMNS[key] for key in columns)):
         table.add_column(name, justify="right" if name else "left", overflow="fold")
-    for name, each in models.items():
-        table.add_row(name, *(_cell(each, key) for key in columns))
+    for name, model_scores in models.items():
+        table.add_row(name, *(_cell(model_scores, key) for key in columns))
     Console(markup=False).print(table)  # a name may contain brackets
+    # These are shares of the rows whose expected answer has a match or is JSON.
     for key in ("regex_match", "valid_json"):
-        rows = {each[f"{key}_rows"] for each in models.values() if key in each}
-        if rows and rows != {scores["rows"]}:
-            print(f"{_COLUMNS[key]}: {max(rows)} of the rows have one in the expected answer")
+        row_counts = {
+            model_scores[f"{key}_rows"] for model_scores in models.values() if key in model_scores
+        }
+        if row_counts and row_counts != {scores["rows"]}:
+            print(f"{_COLUMNS[key]}: {max(row_counts)} of the rows have one in the expected answer")
 
 
-def _cell(scores: dict[str, Any], key: str) -> str:
-    value, interval = scores.get(key), scores.get(f"{key}_interval")
+def _cell(model_scores: dict[str, Any], key: str) -> str:
+    """Text of a score of a model, with the bounds of its interval on a second line."""
+    value, interval = model_scores.get(key), model_scores.get(f"{key}_interval")
     if value is None:
         return "-"
     is_share = key in _SHARES
-    form, unit, factor = ("{:.1f}", " %", 100) if is_share else (_FORMS[key], "", 1)
-    text = form.format(factor * value) + unit
+    number_format, unit, factor = ("{:.1f}", " %", 100) if is_share else (_FORMATS[key], "", 1)
+    text = number_format.format(factor * value) + unit
     if interval is None or None in interval:
         return text
-    low, high = (form.format(factor * bound) for bound in interval)
+    low, high = (number_format.format(factor * bound) for bound in interval)
     return f"{text}\n{low} to {high}"
 
 
 def main() -> None:
-    """Run the verb and end the process with its exit code."""
+    """Run this command and end the process with its exit code."""
     run_main(score)
 
 

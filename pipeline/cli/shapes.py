@@ -1,8 +1,10 @@
-"""Write published_shapes.json: the shapes of published models, counted on their classes.
+"""Write published_shapes.json: layer sizes and parameter counts of published models.
+
+They are counted on the model's class in transformers, which is built without weights.
 
 python -m pipeline.cli.shapes [--check]
 
-Needs torch and transformers and takes about a minute; no weights are read.
+Needs torch and transformers and takes about a minute.
 """
 
 import json
@@ -18,15 +20,15 @@ from pipeline.plan.given.published import SHAPES_FILE, PublishedModel, published
 
 
 def shapes() -> None:
-    """Write the file, or with `--check` compare it with the classes."""
+    """Write the file, or with `--check` compare it with the present classes."""
     parser = Parser(__doc__)
     parser.add_argument("--check", action="store_true", help="only compare; exit code 2 if stale")
     args = parser.parse_args()
     counted = {
         model.name: shape_by_class(model) for model in published_models() if model.needs_class
-    }
+    }  # model name -> its shape
     if not args.check:
-        write_text(SHAPES_FILE, text_of(counted))
+        write_text(SHAPES_FILE, shapes_text(counted))
         print(f"{SHAPES_FILE}: {len(counted)} shapes")
     elif read_json(SHAPES_FILE)["shapes"] != counted:
         raise UserError(
@@ -35,10 +37,12 @@ def shapes() -> None:
 
 
 def shape_by_class(model: PublishedModel) -> dict[str, Any]:
-    """The shape of a model, counted on its class, or the reason why the class is refused."""
+    """The shape of a model, counted on its class; {"refused": REASON} if it cannot be trained."""
     from pipeline.model.class_shape import count_shape  # imports torch and transformers
 
+    # The sizes are those of the dequantised model, because training dequantises it.
     config = {key: value for key, value in model.config.items() if key != "quantization_config"}
+    # `counted_as`: the type to count instead if transformers has no class for the model's type.
     config["model_type"] = model.counted_as or config["model_type"]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -48,8 +52,11 @@ def shape_by_class(model: PublishedModel) -> dict[str, Any]:
             return {"refused": str(error)}
 
 
-def text_of(counted: dict[str, dict[str, Any]]) -> str:
-    """JSON text with one line for each model, so that a diff shows which model changed."""
+def shapes_text(counted: dict[str, dict[str, Any]]) -> str:
+    """JSON text with one line for each model, so that a diff shows which model changed.
+
+    `counted`: model name -> its shape.
+    """
     from importlib.metadata import version
 
     versions = json.dumps({name: version(name) for name in ("torch", "transformers")})
@@ -58,7 +65,7 @@ def text_of(counted: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Run the command and end the process with its exit code."""
+    """Run this command and end the process with its exit code."""
     run_main(shapes)
 
 

@@ -22,9 +22,9 @@ def slurm() -> None:
     parser.add_argument("folder", type=Path, help="folder for slurm/; created if it is missing")
     folder = parser.parse_args().folder / "slurm"
     texts = {folder / name: (_SCRIPTS / name).read_text(encoding="utf-8") for name in _NAMES}
-    if existing := [path for path, text in texts.items() if _differs(path, text)]:
+    if changed := [path for path, text in texts.items() if _differs(path, text)]:
         raise UserError(
-            f"{existing[0]} exists and differs from the file of this package; move it, or name "
+            f"{changed[0]} exists and differs from the file of this package; move it, or name "
             "another folder"
         )
     try:
@@ -39,6 +39,7 @@ def slurm() -> None:
 
 
 def _differs(path: Path, text: str) -> bool:
+    """Whether the file exists and its content is not `text`."""
     try:
         return path.read_text(encoding="utf-8") != text
     except FileNotFoundError:
@@ -48,7 +49,7 @@ def _differs(path: Path, text: str) -> bool:
 
 
 def main() -> None:
-    """Run the verb and end the process with its exit code."""
+    """Run this command and end the process with its exit code."""
     run_main(slurm)
 
 

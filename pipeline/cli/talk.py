@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from pipeline.cli.arguments import Parser, count, require_folder
-from pipeline.cli.score import use_waiting_threads
+from pipeline.cli.score import let_waiting_threads_sleep
 from pipeline.cluster.devices import detect_hardware, set_environment
 from pipeline.cluster.exits import run_main
 from pipeline.cluster.placement import Placement
@@ -40,17 +40,19 @@ def talk() -> None:
     )
     args = parser.parse_args()
     require_folder(args.run_folder)
-    use_waiting_threads()
-    subjects = subjects_of([str(args.run_folder)], (), None)[:2]
+    let_waiting_threads_sleep()
+    base_and_adapter = slice(2)  # without the merged model, which would be the third
+    subjects = subjects_of([str(args.run_folder)], (), None)[base_and_adapter]
     if subjects[0].adapter is None:
         raise UserError(f"{args.run_folder}: is a model; give the output_dir of a run")
     hardware = detect_hardware()
-    set_environment(Placement(), hardware)
+    single_process = Placement()
+    set_environment(single_process, hardware)
     with show_progress("importing PyTorch"):
         from pipeline.evaluate.loading import ModelLoader
         from pipeline.evaluate.talk import Talk
 
-    loader = ModelLoader(Session(Placement(), hardware).device)
+    loader = ModelLoader(Session(single_process, hardware).device)
     conversation = Talk(subjects, loader, args.max_new_tokens)
     conversation.load()
     print(_COMMANDS)
@@ -111,7 +113,7 @@ def _write(text: str) -> None:
 
 
 def main() -> None:
-    """Run the verb and end the process with its exit code."""
+    """Run this command and end the process with its exit code."""
     run_main(talk)
 
 

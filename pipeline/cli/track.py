@@ -50,7 +50,8 @@ def track() -> None:
 
 def _send_once(folder: Path, name: str) -> None:
     try:
-        send_run(folder, name, wait=lambda _: True)  # training has ended
+        # `wait` returns whether training has ended. Here it has, so there is no line to wait for.
+        send_run(folder, name, wait=lambda seconds: True)
     except Exception as error:
         install = f"; pip install -e '.[{name}]'" if isinstance(error, ImportError) else ""
         raise RankZeroError(f"tracker {name}: {type(error).__name__}: {error}{install}") from error
@@ -60,17 +61,19 @@ def _send_once(folder: Path, name: str) -> None:
 def _send_during_training(folder: Path, name: str) -> None:
     """Send metrics while training writes them, and the results after it has ended.
 
-    Training closes standard input when it ends. The process then has FINAL_SEND_S seconds to send
-    the remaining data. A failure is printed once.
+    The training process starts this command, and closes its standard input when training ends. Then
+    FINAL_SEND_S seconds remain to send the rest. A failure is printed once on the terminal; all
+    other output, also that of the tracker's library, goes to RUN/tracking/NAME.log.
     """
     terminal = os.fdopen(os.dup(2), "w", buffering=1)
-    log = folder / "tracking" / f"{name}.log"  # all output of the library
+    log = folder / "tracking" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
+        for output_stream in (1, 2):  # standard output, standard error
+            os.dup2(file.fileno(), output_stream)
 
     def wait(seconds: float) -> bool:
+        """Wait for the end of training, at most for these seconds; return whether it has ended."""
         has_ended = bool(select.select([sys.stdin], [], [], seconds)[0])
         if has_ended:
             call_later(FINAL_SEND_S, lambda: end_process(1))
@@ -87,11 +90,11 @@ def _send_during_training(folder: Path, name: str) -> None:
             file=terminal,
         )
         end_process(1)
-    end_process(0)
+    end_process(0)  # without joining the library's threads, which may never end
 
 
 def main() -> None:
-    """Run the command and end the process with its exit code."""
+    """Run this command and end the process with its exit code."""
     run_main(track)
 
 

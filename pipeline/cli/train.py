@@ -28,7 +28,8 @@ def train() -> None:
 
 
 def main() -> None:
-    """Run the verb and end the process with its exit code."""
+    """Run this command and end the process with its exit code."""
+    # A run whose console output is lost, for example on a full disk, has still succeeded.
     run_main(train, tracebacks="--debug" in sys.argv, needs_output=False)
 
 

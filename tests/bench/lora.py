@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, stdev
 
-from pipeline.cli.score import use_waiting_threads
+from pipeline.cli.score import let_waiting_threads_sleep
 from pipeline.config.load import load_settings
 from tests import ROOT
 from tests.bench.quickstart_data import NUM_TRAIN, make_data
@@ -139,7 +139,7 @@ def score(adapter: Path, heldout: Path, settings: dict) -> tuple[float, float]:
     Greedy decoding answers these rows exactly. A forward pass over prompt and answer costs much
     less than decoding.
     """
-    use_waiting_threads()
+    let_waiting_threads_sleep()
     import torch
     from peft import PeftModel
     from torch.nn.functional import cross_entropy

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.cli.shapes import shape_by_class, text_of
+from pipeline.cli.shapes import shape_by_class, shapes_text
 from pipeline.files import read_json
 from pipeline.plan.given.published import SHAPES_FILE, published_models
 
@@ -21,4 +21,4 @@ def test_a_shipped_shape_equals_that_of_the_model_class(name):
 def test_the_file_has_the_layout_that_the_command_writes():
     text = SHAPES_FILE.read_text(encoding="utf-8")
     shapes = read_json(SHAPES_FILE)["shapes"]
-    assert text.splitlines()[2:] == text_of(shapes).splitlines()[2:]
+    assert text.splitlines()[2:] == shapes_text(shapes).splitlines()[2:]
