@@ -92,13 +92,15 @@ class _Draft:
             elif self.values.setdefault(setting, converted) != converted:
                 reason = f"another option already sets {setting}"
                 self.left_out.append(_LeftOut(option, value, reason))
-            elif setting not in self.origins:
-                self.origins[setting] = (option, value)
+            else:
+                self.origins.setdefault(setting, (option, value))
                 if converted != value:
                     origin = _one_line(option, value)
                 else:
                     origin = option if option != setting else ""
-                self.comments[setting] = "; ".join(filter(None, (origin, outcome.note)))
+                # a second option may give the same value
+                remarks = self.comments.get(setting), origin, outcome.note
+                self.comments[setting] = "; ".join(filter(None, remarks))
 
 
 def run_file_text(config: PeerConfig, gpus: int) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline.config.convert import run_file_text
@@ -249,6 +249,7 @@ VALUES = st.one_of(
 
 
 @given(st.dictionaries(st.sampled_from(OPTIONS), VALUES, max_size=8))
+@example({"eval_data": 1, "eval_dataset": 1})  # two options with the same value for one setting
 def test_any_options_give_a_run_file_that_names_them_all(options: dict[str, Any]) -> None:
     kinds = ("adapter", "finetuning_type", "train_type", "tuner_type", "stage", "rl", "rlhf_type")
     options = {name: value for name, value in options.items() if name not in kinds}
