@@ -27,8 +27,8 @@ from pipeline.cluster.session import Session
 from pipeline.errors import RankZeroError, UserError
 from pipeline.evaluate.harness import run_harness
 from pipeline.evaluate.measures import parse_pattern
+from pipeline.evaluate.model_specs import model_specs
 from pipeline.evaluate.rows import examples_of_file, held_out_examples
-from pipeline.evaluate.subjects import subjects_of
 from pipeline.files import dump_json, write_text
 
 # Keys of the scores in score.json -> headings of the printed table.
@@ -52,13 +52,13 @@ def score() -> None:
     if args.tasks is not None:
         if from_environment(os.environ, allow_single_process=True).world_size > 1:
             raise UserError("--tasks: lm-evaluation-harness runs in one process; use python")
-        run_harness(subjects_of(names, overrides, args.data), args.tasks, _output_file(args, names))
+        run_harness(model_specs(names, overrides, args.data), args.tasks, _output_file(args, names))
         return
     let_waiting_threads_sleep()
     placement, hardware, _ = set_up_rank(os.environ, allow_single_process=True)
-    subjects = subjects_of(names, overrides, args.data)
-    out, settings = _output_file(args, names), subjects[0].settings
-    if args.data is None and not subjects[0].adapter:
+    specs = model_specs(names, overrides, args.data)
+    out, settings = _output_file(args, names), specs[0].settings
+    if args.data is None and not specs[0].adapter:
         raise UserError(
             f"{names[0]}: is a model, which has no held-out rows; name rows with --data"
         )
@@ -79,7 +79,7 @@ def score() -> None:
         answers=out.with_name(f"{out.stem}-answers"),
     )
     with Session(placement, hardware) as session:
-        scores = score_models(subjects, examples, options, session)
+        scores = score_models(specs, examples, options, session)
         if session.is_rank_zero:
             _write(out, scores)
             print_table(scores)

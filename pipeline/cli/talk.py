@@ -20,7 +20,7 @@ from pipeline.cluster.placement import Placement
 from pipeline.cluster.progress import show_progress
 from pipeline.cluster.session import Session
 from pipeline.errors import UserError
-from pipeline.evaluate.subjects import subjects_of
+from pipeline.evaluate.model_specs import model_specs
 
 if TYPE_CHECKING:
     from pipeline.evaluate.talk import Talk
@@ -42,8 +42,8 @@ def talk() -> None:
     require_folder(args.run_folder)
     let_waiting_threads_sleep()
     base_and_adapter = slice(2)  # without the merged model, which would be the third
-    subjects = subjects_of([str(args.run_folder)], (), None)[base_and_adapter]
-    if subjects[0].adapter is None:
+    specs = model_specs([str(args.run_folder)], (), None)[base_and_adapter]
+    if specs[0].adapter is None:
         raise UserError(f"{args.run_folder}: is a model; give the output_dir of a run")
     hardware = detect_hardware()
     single_process = Placement()
@@ -53,7 +53,7 @@ def talk() -> None:
         from pipeline.evaluate.talk import Talk
 
     loader = ModelLoader(Session(single_process, hardware).device)
-    conversation = Talk(subjects, loader, args.max_new_tokens)
+    conversation = Talk(specs, loader, args.max_new_tokens)
     conversation.load()
     print(_COMMANDS)
     if not conversation.is_chat:

@@ -1,7 +1,8 @@
-"""Results of scored batches on the disk, with which a stopped `launch/score.py` continues.
+"""Files with the results of finished batches, from which a stopped `launch/score.py` resumes.
 
-A file has the results of one model on one set of rows with one set of options. Its name is the hash
-of model, rows and options. Each rank appends to a separate file, one line for each batch.
+A file has the results of one model on one set of rows with one set of options. Its name begins with
+a hash of model, rows and options, and ends with the rank. Each rank appends one line for each batch
+to its file.
 """
 
 import hashlib
@@ -20,9 +21,9 @@ from pipeline.files import dump_json
 class BatchResult:
     """Losses and answers of one batch.
 
-    `batch`: number of the batch. `rows`: indexes of its rows. `loss_sums`: for each row the sum of
-    the losses of its supervised tokens. `answers`: for each row the generated answer, None if the
-    row has no prompt, such as a plain text. `seconds`: time to score the batch.
+    `batch`: number of the batch. `rows`: indexes of its rows among all rows. `loss_sums`: for each
+    row the sum of the losses of its supervised tokens. `answers`: for each row the generated
+    answer, None if the row has no prompt, such as a plain text. `seconds`: time to score the batch.
     """
 
     batch: int
@@ -45,7 +46,11 @@ class BatchResult:
 
 
 class AnswerFile:
-    """The results of one model. `identity`: JSON data with everything on which they depend."""
+    """The results of one model.
+
+    `identity`: JSON data with everything on which the results depend. `key`: hash of `identity`,
+    with which the names of the files begin.
+    """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], rank: int) -> None:
         text = json.dumps(identity, sort_keys=True)
@@ -55,7 +60,7 @@ class AnswerFile:
     def read(self, batches: list[list[int]]) -> dict[int, BatchResult]:
         """Number of a batch -> its result, from the files of all ranks and earlier starts.
 
-        `batches`: the rows of each batch.
+        `batches`: for each batch the indexes of its rows.
         """
         results: dict[int, BatchResult] = {}
         for path in sorted(self._folder.glob(f"{self.key}-*.jsonl")):

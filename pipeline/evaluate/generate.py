@@ -15,30 +15,39 @@ from transformers.generation.streamers import BaseStreamer
 
 from pipeline.plan.cost.answers import batch_rows
 
+_UNLIMITED = 2**31  # tokens; more than any model supports
+
 
 def plan_batches(
     lengths: Sequence[int], max_new_tokens: int, max_positions: int | None = None
 ) -> list[list[int]]:
     """Indexes of prompts of similar length in batches, longest first.
 
-    `lengths`: tokens of each prompt. All answers of a batch have the same limit. Therefore a prompt
-    that leaves fewer than `max_new_tokens` positions shares its batch only with equally long ones.
+    `lengths`: tokens of each prompt. `max_positions`: longest sequence in tokens that the model
+    supports; None if there is no limit. All answers of a batch have the same limit in tokens.
+    Therefore a prompt that leaves fewer than `max_new_tokens` positions shares its batch only with
+    prompts of the same length.
     """
     batches: list[list[int]] = []
-    space = [min(max_new_tokens, (max_positions or 2**31) - length) for length in lengths]
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        first = batches[-1][0] if batches else i
-        width = max_new_tokens + lengths[first]
-        if not batches or len(batches[-1]) >= batch_rows(width) or space[first] != space[i]:
-            batches.append([])
-        batches[-1].append(i)
+    positions = max_positions or _UNLIMITED
+    answer_limits = [min(max_new_tokens, positions - length) for length in lengths]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches:
+            longest = batches[-1][0]  # prompt of the present batch
+            is_full = len(batches[-1]) >= batch_rows(lengths[longest] + max_new_tokens)
+            if not is_full and answer_limits[longest] == answer_limits[i]:
+                batches[-1].append(i)
+                continue
+        batches.append([i])
     return batches
 
 
 def end_token_ids(model: Any, ends: frozenset[int]) -> list[int]:
     """Tokens that end an answer: those of training and of the model's generation config."""
-    ids = model.generation_config.eos_token_id
-    return sorted({*ends, *(ids if isinstance(ids, list) else [] if ids is None else [ids])})
+    ids = model.generation_config.eos_token_id  # a list, an id or None
+    if ids is None:
+        return sorted(ends)
+    return sorted({*ends, *(ids if isinstance(ids, list) else [ids])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +55,7 @@ class Generator:
     """Generates greedy answers of at most `max_new_tokens` tokens.
 
     `ends`: tokens that end an answer, in addition to those of the model's generation config.
-    `max_positions`: number of tokens that the model supports; None if there is no limit.
+    `max_positions`: longest sequence in tokens that the model supports; None if there is no limit.
     """
 
     tokenizer: Any
@@ -68,16 +77,18 @@ class Generator:
 
         The answer to a prompt that fills all positions of the model is empty. `is_synced`: the
         model is sharded, so the ranks run equally many forward passes. Then all ranks must call
-        this method, and a rank without prompts passes none. `streamer`: gets the tokens of the only
-        prompt as they are generated.
+        this method, and a rank without prompts passes none. `streamer`: receives each token of the
+        answer as soon as it is generated; only for a single prompt.
         """
         ids = self._prompt_ids(prompts)
-        limit = self.max_positions or 2**31
-        chosen = [i for i, tokens in enumerate(ids) if 0 < len(tokens) < limit]
+        limit = self.max_positions or _UNLIMITED
+        answerable = [i for i, tokens in enumerate(ids) if 0 < len(tokens) < limit]
         answers = [""] * len(prompts)
-        if not chosen and not is_synced:
+        if not answerable and not is_synced:
             return answers
-        inputs = self._padded([ids[i] for i in chosen] or [[self._pad_id]], model.device)
+        # Without an answerable prompt, this rank still takes part in the forward passes, with one
+        # padding token as its prompt.
+        inputs = self._padded([ids[i] for i in answerable] or [[self._pad_id]], model.device)
         width = inputs["input_ids"].shape[1]
         config = GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=False,
@@ -94,7 +105,7 @@ class Generator:
                 streamer=streamer,
             )
         texts = self.tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
-        for i, text in zip(chosen, texts, strict=False):  # one more text if there is no prompt
+        for i, text in zip(answerable, texts, strict=False):  # not strict: the padding token's text
             answers[i] = text
         return answers
 
@@ -111,9 +122,10 @@ class Generator:
 
     @property
     def _pad_id(self) -> int:
-        tokenizer = self.tokenizer
-        known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-        return next((number for number in known if number is not None), 0)
+        for token_id in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token_id is not None:
+                return int(token_id)
+        return 0
 
     def _padded(self, ids: Sequence[Sequence[int]], device: torch.device) -> dict[str, Any]:
         """Token ids and attention mask, padded on the left, so that all answers start together."""
@@ -128,7 +140,8 @@ class Generator:
 
 @contextmanager
 def _called_before_forward(model: Any, function: Callable[[], None]) -> Iterator[None]:
-    """Call a function before each forward pass of a causal model."""
+    """In the body, call a function before each forward pass of a model."""
+    # The generate method of a PeftModel calls the model inside it, not the PeftModel's forward.
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     hook = causal.register_forward_pre_hook(lambda module, inputs: function())
     try:

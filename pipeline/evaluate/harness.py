@@ -1,4 +1,4 @@
-"""Benchmarks of lm-evaluation-harness (package lm_eval), which runs as a separate command."""
+"""Run benchmarks with lm-evaluation-harness (package lm_eval), as a separate process."""
 
 import logging
 import shlex
@@ -10,61 +10,68 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RankZeroError, UserError
-from pipeline.evaluate.subjects import Subject
+from pipeline.evaluate.model_specs import ModelSpec
 from pipeline.model.packed_files import is_packed
 
 logger = logging.getLogger(__name__)
 
 
-def run_harness(subjects: Sequence[Subject], tasks: str, out: Path) -> None:
+def run_harness(specs: Sequence[ModelSpec], tasks: str, out: Path) -> None:
     """Run tasks of lm-evaluation-harness for each model.
 
-    `tasks`: names or YAML files, separated by commas. `out`: path of the score file, such as
-    RUN/score.json; the results are then in RUN/score-tasks. Raises UserError if the package is
-    missing.
+    `specs`: the models. `tasks`: names or YAML files, separated by commas. `out`: path of the score
+    file, such as RUN/score.json; the results are then in RUN/score-tasks. Raises UserError if the
+    package is missing.
     """
     if find_spec("lm_eval") is None:
         raise UserError(
             "--tasks: lm-evaluation-harness is not installed; pip install 'lm_eval[hf]'"
         )
-    for subject in subjects:
-        if is_packed(subject.folder):
+    for spec in specs:
+        if is_packed(spec.folder):  # the folder has quantised weights
             logger.warning(
                 "--tasks: %s: lm_eval loads the base with its mxfp4 or fp8 weights, but "
                 "training dequantised them, so the results may differ from those of other models",
-                subject.name,
+                spec.name,
             )
-        name = subject.name.replace("/", "_").replace(" ", "-")
-        folder = out.with_name(f"{out.stem}-tasks") / name
-        command = harness_command(subject, tasks, folder)
-        logger.info("%s: %s", subject.name, shlex.join(["python", *command[1:]]))
+        folder_name = spec.name.replace("/", "_").replace(" ", "-")
+        folder = out.with_name(f"{out.stem}-tasks") / folder_name
+        command = harness_command(spec, tasks, folder)
+        logger.info("%s: %s", spec.name, shlex.join(["python", *command[1:]]))
         if code := subprocess.run(command, check=False).returncode:
-            raise RankZeroError(f"--tasks: lm_eval ended with exit code {code} for {subject.name}")
-        logger.info("%s: results in %s", subject.name, folder)
+            raise RankZeroError(f"--tasks: lm_eval ended with exit code {code} for {spec.name}")
+        logger.info("%s: results in %s", spec.name, folder)
 
 
-def _tokenizer_folder(subject: Subject) -> Path:
-    """The folder of the model's tokenizer. That of the base lacks the tokens of `new_tokens`."""
-    if not subject.settings.new_tokens:
-        return subject.settings.model_folder
-    if subject.is_adapter_used and subject.adapter is not None:
-        return subject.adapter
-    return subject.folder
+def _tokenizer_folder(spec: ModelSpec) -> Path:
+    """The folder of the model's tokenizer.
+
+    The base's tokenizer lacks the tokens of the setting `new_tokens`; those of the adapter and of
+    the merged model have them.
+    """
+    if not spec.settings.new_tokens:
+        return spec.settings.model_folder
+    if spec.is_adapter_used and spec.adapter is not None:
+        return spec.adapter
+    return spec.folder
 
 
-def harness_command(subject: Subject, tasks: str, folder: Path) -> list[str]:
-    """The command for one model. If training quantised the base, lm_eval quantises it likewise."""
-    settings = subject.settings
+def harness_command(spec: ModelSpec, tasks: str, folder: Path) -> list[str]:
+    """The command line for one model, which writes its results to `folder`.
+
+    If training quantised the base, lm_eval is told to quantise it in the same way.
+    """
+    settings = spec.settings
     arguments: dict[str, Any] = {
-        "pretrained": subject.folder,
-        "tokenizer": _tokenizer_folder(subject),
+        "pretrained": spec.folder,
+        "tokenizer": _tokenizer_folder(spec),
         "dtype": "auto",
     }
-    if subject.adapter is not None and subject.is_adapter_used:
-        arguments["peft"] = subject.adapter
+    if spec.adapter is not None and spec.is_adapter_used:
+        arguments["peft"] = spec.adapter
     if settings.trust_remote_code:
         arguments["trust_remote_code"] = "True"
-    if settings.is_quantised and not subject.is_merged:
+    if settings.is_quantised and not spec.is_merged:
         arguments["load_in_4bit" if settings.load_in_4bit else "load_in_8bit"] = "True"
         if settings.load_in_4bit:
             compute_dtype: str = settings.bnb_4bit_compute_dtype

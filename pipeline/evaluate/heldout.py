@@ -22,20 +22,24 @@ def held_out_loss(
 
     `summed_loss`: returns the sum of the losses of a batch's supervised tokens. In a
     sequence-parallel group, where a rank has only some of the tokens of a sequence, it is the sum
-    over these tokens. `show`: context manager that shows the progress, given a text and the number
-    of batches.
+    over these tokens. `layout`: numbers of data-parallel and sequence-parallel ranks, and the
+    micro-batch size. `show`: context manager that shows the progress, called with a text and the
+    number of batches.
     """
-    work = evaluation_work(
+    micro_batches_by_group = evaluation_work(
         split.sequences,
         data_parallel_size=layout.data_parallel_size,
         micro_batch_size=layout.micro_batch_size,
     )
-    size = layout.sequence_parallel_size
-    group, rank_in_group = divmod(session.placement.rank, size)
-    micro_batches = work[group]
-    total = 0.0
+    # Consecutive ranks form a sequence-parallel group. They have the same sequences, and each has
+    # one part of the tokens of each sequence.
+    group_size = layout.sequence_parallel_size
+    group, rank_in_group = divmod(session.placement.rank, group_size)
+    micro_batches = micro_batches_by_group[group]
+    part = SequencePart(group_size, rank_in_group)
+    loss_sum = 0.0
     with show("measuring the held-out loss", len(micro_batches)) as progress:
-        for batch, _ in batches_of(split, micro_batches, part=SequencePart(size, rank_in_group)):
-            total += summed_loss(batch)
+        for batch, _ in batches_of(split, micro_batches, part=part):
+            loss_sum += summed_loss(batch)
             progress.advance()
-    return session.sum_over_ranks([total])[0] / split.sequences.supervised_tokens
+    return session.sum_over_ranks([loss_sum])[0] / split.sequences.supervised_tokens

@@ -13,55 +13,56 @@ from pipeline.cluster.devices import detect_hardware
 from pipeline.cluster.progress import show_progress
 from pipeline.config.settings import RunSettings
 from pipeline.errors import SingleRankError
-from pipeline.evaluate.subjects import Subject
+from pipeline.evaluate.model_specs import ModelSpec
 from pipeline.model.base import DTYPES, load_base, load_plain
 from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import Plan, make_plan
 
 
 class ModelLoader:
-    """Loads the model of a `Subject`, which is a row of the table of scores.
+    """Loads the model that a `ModelSpec` describes, and keeps it until another one is loaded.
 
-    Base and adapter of a run are two subjects with the same model, which is loaded once.
+    The specs of base and adapter of a run differ only in whether the adapter is active. So their
+    model is loaded once.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._model: Any = None
-        self._key: Any = None
+        self._loaded_key: Any = None
 
     @contextmanager
-    def loaded(self, subject: Subject) -> Iterator[Any]:
-        """The model in evaluation mode; its adapter is disabled if the subject is the base."""
-        key = (subject.folder, subject.adapter, subject.is_merged)
-        if key != self._key:
-            self._model = self._key = None
+    def loaded(self, spec: ModelSpec) -> Iterator[Any]:
+        """The model in evaluation mode; its adapter is disabled for the spec of the base."""
+        key = (spec.folder, spec.adapter, spec.is_merged)
+        if key != self._loaded_key:
+            self._model = self._loaded_key = None
             gc.collect()
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()  # frees the memory of the previous model
-            with show_progress("loading the model"), report_out_of_memory(subject.name):
-                self._model = self._load(subject).eval()
-            self._key = key
-        if subject.adapter is None or subject.is_adapter_used:
+            with show_progress("loading the model"), report_out_of_memory(spec.name):
+                self._model = self._load(spec).eval()
+            self._loaded_key = key
+        if spec.adapter is None or spec.is_adapter_used:
             yield self._model
         else:
             with self._model.disable_adapter():
                 yield self._model
 
-    def _load(self, subject: Subject) -> Any:
+    def _load(self, spec: ModelSpec) -> Any:
         """Base and adapter, quantised as in training; or a merged model in the training dtype."""
-        plan = single_process_plan(subject.settings)
-        if subject.is_merged:
+        plan = single_process_plan(spec.settings)
+        if spec.is_merged:
             model: Any = load_plain(
-                subject.folder,
+                spec.folder,
                 dtype=DTYPES[plan.training_dtype],
-                trust_remote_code=subject.settings.trust_remote_code,
+                trust_remote_code=spec.settings.trust_remote_code,
             )
             return model.to(self._device)
         base = load_base(plan, self._device)
-        if subject.adapter is None:
+        if spec.adapter is None:
             return base
-        return PeftModel.from_pretrained(base, subject.adapter, autocast_adapter_dtype=False)
+        return PeftModel.from_pretrained(base, spec.adapter, autocast_adapter_dtype=False)
 
 
 @contextmanager
@@ -78,6 +79,7 @@ def report_out_of_memory(name: str) -> Iterator[None]:
 
 def single_process_plan(settings: RunSettings) -> Plan:
     """A plan for loading the model on one device, without sharding and activation checkpointing."""
+    # These settings of the run may need several ranks, or apply only to training.
     unsharded = settings.model_copy(
         update={
             "zero_stage": "auto",

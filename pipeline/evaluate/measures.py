@@ -77,14 +77,18 @@ def _warn_of_slow_search(pattern: str) -> None:
 
 
 def scores_of(rows: Sequence[AnsweredRow], pattern: regex.Pattern[str] | None) -> dict[str, Any]:
-    """All scores of a model; for each also NAME_interval, and for a share NAME_rows.
+    """All scores of a model: for each NAME also NAME_interval, and for a share NAME_rows.
 
-    Scores that cannot be computed from the rows are absent. `valid_json` is a share of the rows
-    whose expected answer is a JSON object or list; `regex_match` is a share of the rows whose
-    expected answer has a match of the pattern.
+    NAME_rows is the number of rows of which the score is a share. Scores that cannot be computed
+    from the rows are absent. `valid_json` is a share of the rows whose expected answer is a JSON
+    object or list; `regex_match` is a share of the rows whose expected answer has a match of the
+    pattern.
     """
     scores = _loss_scores(rows)
-    exact_match, valid_json, regex_match = [], [], []  # for each row that counts: is it right?
+    # For each row that the share is a share of: whether the answer is right.
+    exact_match: list[bool] = []
+    valid_json: list[bool] = []
+    regex_match: list[bool] = []
     for row in rows:
         if row.expected is None:
             continue
@@ -99,7 +103,7 @@ def scores_of(rows: Sequence[AnsweredRow], pattern: regex.Pattern[str] | None) -
 
 
 def is_json(text: str) -> bool:
-    """Whether a text is a JSON object or list, and nothing else but white space around it."""
+    """Whether a text is a JSON object or list, apart from white space around it."""
     if text.strip()[:1] not in ("{", "["):
         return False
     try:
@@ -130,10 +134,11 @@ def wilson_interval(successes: int, count: int) -> Interval:
     """Wilson's 95 % score interval of a share."""
     share, square = successes / count, _Z**2
     centre = (share + square / (2 * count)) / (1 + square / count)
-    half = _Z * math.sqrt(share * (1 - share) / count + square / (4 * count**2))
-    half /= 1 + square / count
-    low = 0.0 if successes == 0 else centre - half
-    return low, 1.0 if successes == count else centre + half
+    half_width = _Z * math.sqrt(share * (1 - share) / count + square / (4 * count**2))
+    half_width /= 1 + square / count
+    # The exact bounds 0 and 1, without rounding errors.
+    low = 0.0 if successes == 0 else centre - half_width
+    return low, 1.0 if successes == count else centre + half_width
 
 
 def _loss_scores(rows: Sequence[AnsweredRow]) -> dict[str, Any]:
@@ -145,8 +150,8 @@ def _loss_scores(rows: Sequence[AnsweredRow]) -> dict[str, Any]:
     scores: dict[str, Any] = {"loss": loss, "loss_interval": None}
     scores |= {"perplexity": _exp(loss), "perplexity_interval": None, "tokens": num_tokens}
     if len(rows) > 1 and math.isfinite(loss):  # one row has no variance
-        squares = sum((row.loss_sum - loss * row.tokens) ** 2 for row in rows)
-        standard_error = math.sqrt(squares * len(rows) / (len(rows) - 1)) / num_tokens
+        squared_residuals = sum((row.loss_sum - loss * row.tokens) ** 2 for row in rows)
+        standard_error = math.sqrt(squared_residuals * len(rows) / (len(rows) - 1)) / num_tokens
         bounds = [loss - _Z * standard_error, loss + _Z * standard_error]
         scores["loss_interval"] = bounds
         scores["perplexity_interval"] = [_exp(bound) for bound in bounds]

@@ -5,7 +5,6 @@ The weights are read block by block (model/streamed.py), so that large models fi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.adapter.merge_plan import TrainedBase, WeightedAdapter
 from pipeline.adapter.trained_on import WEIGHTS
-from pipeline.cluster.progress import Work, show_progress
+from pipeline.cluster.progress import show_progress
 from pipeline.data.dataset.reader import DataIndex, open_split
 from pipeline.data.order.batches import Batch, build_batch
 from pipeline.errors import UserError
@@ -29,7 +28,6 @@ from pipeline.model.streamed import StreamedWeights, Transform, streamed_model
 from pipeline.plan.given.shape import read_shape
 
 _NUM_SEQUENCES = 8  # of the held-out split
-_ADAPTER_NAME = "merged{}"  # name of an adapter in peft; {} is its number
 _MAX_LOGITS_BYTES = 2**28  # of one model, in fp32; limits the number of compared positions
 
 
@@ -54,16 +52,23 @@ def compare_merged(run_folder: Path, merged: MergedModel) -> dict[str, Any]:
     the quantised one. Raises UserError if the run has no held-out rows.
     """
     batch = _held_out_batch(run_folder)
-    bases: dict[str, Transform | None] = {"base": None}  # name -> change of its stored weights
+    # Name of a base -> function that changes its stored weights; None: they are used as stored.
+    bases: dict[str, Transform | None] = {"base": None}
     if merged.trained is not None:
         bits = "4-bit" if merged.trained.settings.load_in_4bit else "8-bit"
         bases = {"16-bit base": None, f"{bits} base": _quantise_and_dequantise(merged)}
-    num_bytes = sum(path.stat().st_size for path in merged.base.glob("*.safetensors"))
-    with (
-        show_progress("comparing", num_bytes * (1 + len(bases)), in_bytes=True) as work,
-        torch.no_grad(),
-    ):
-        logits_of = partial(_logits, batch, work, merged.trust_remote_code)
+    # One pass over the weights of each model. The merged model is about as large as its base.
+    bytes_per_model = sum(path.stat().st_size for path in merged.base.glob("*.safetensors"))
+    num_bytes = bytes_per_model * (1 + len(bases))
+    with show_progress("comparing", num_bytes, in_bytes=True) as work, torch.no_grad():
+
+        def logits_of(
+            folder: Path, adapters: Sequence[WeightedAdapter], transform: Transform | None
+        ) -> torch.Tensor:
+            causal = streamed_model(folder, trust_remote_code=merged.trust_remote_code)
+            weights = StreamedWeights(folder, causal, work.advance, transform)
+            return _logits(batch, causal, weights, adapters)
+
         logits = logits_of(merged.folder, (), None)
         base_logits = {
             name: logits_of(merged.base, merged.adapters, transform)
@@ -129,10 +134,11 @@ def _quantise_and_dequantise(merged: MergedModel) -> Transform:
     return transform
 
 
-class _Logits(SummedLoss):
-    """Logits at the first supervised positions, as many as fit into `_MAX_LOGITS_BYTES`.
+class _SupervisedLogits(SummedLoss):
+    """Module that returns logits at the first supervised positions instead of a loss.
 
-    The base class computes the hidden states of these positions and calls `_loss_sum`.
+    Their number is limited by `_MAX_LOGITS_BYTES`. The base class computes the hidden states at all
+    supervised positions, and returns the result of `_loss_sum`, which is replaced here.
     """
 
     def _loss_sum(self, causal: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -142,51 +148,52 @@ class _Logits(SummedLoss):
 
 
 def _logits(
-    batch: Batch,
-    work: Work,
-    trust_remote_code: bool,
-    folder: Path,
-    *variant: Any,
+    batch: Batch, causal: Any, weights: StreamedWeights, adapters: Sequence[WeightedAdapter]
 ) -> torch.Tensor:
-    """Logits of a model.
+    """Logits of a model with adapters.
 
-    `variant`: two arguments, the adapters of the model, and a function that changes its weights or
-    None.
+    `causal`: the model on the meta device. `weights`: reads its weights during the forward pass.
     """
-    adapters, transform = variant
-    causal = streamed_model(folder, trust_remote_code=trust_remote_code)
-    weights = StreamedWeights(folder, causal, work.advance, transform)
     model: Any = causal
     if adapters:
         model = _with_adapters(causal, adapters)
         weights.adapters = {
-            _ADAPTER_NAME.format(i): load_file(adapter.folder / WEIGHTS)
+            _adapter_name(i): load_file(adapter.folder / WEIGHTS)
             for i, adapter in enumerate(adapters)
         }
     with weights.attached(model):
-        logits: torch.Tensor = _Logits(model)(batch.input_ids, batch.labels, batch.documents)
+        logits_at = _SupervisedLogits(model)
+        logits: torch.Tensor = logits_at(batch.input_ids, batch.labels, batch.documents)
     return logits
 
 
-def _add_rows(causal: Any, indices: dict[str, list[int]] | list[int] | None) -> None:
-    """Add rows, without values, for the new tokens of an adapter to embeddings and head.
+def _adapter_name(index: int) -> str:
+    """Name under which peft knows an adapter of the model."""
+    return f"merged{index}"
 
-    `indices`: peft's `trainable_token_indices`: a list, or module name -> list.
+
+def _add_embedding_rows(causal: Any, indices: dict[str, list[int]] | list[int] | None) -> None:
+    """Add rows for the new tokens of an adapter to embeddings and head, on the meta device.
+
+    `indices`: peft's `trainable_token_indices`: a list of token ids, or module name -> list.
     """
     lists = indices.values() if isinstance(indices, dict) else [indices or []]
-    num_rows = max((max(rows, default=-1) + 1 for rows in lists), default=0)
+    num_rows = max((max(token_ids, default=-1) + 1 for token_ids in lists), default=0)
     if num_rows > causal.get_input_embeddings().weight.shape[0]:
         causal.resize_token_embeddings(num_rows, mean_resizing=False)
 
 
 def _with_adapters(causal: Any, adapters: Sequence[WeightedAdapter]) -> PeftModel:
-    """The model with all adapters active, without values; user weights are part of the scaling."""
-    names = [_ADAPTER_NAME.format(i) for i in range(len(adapters))]
+    """The model with all adapters active, on the meta device.
+
+    The weight that the user gave an adapter multiplies its LoRA scaling.
+    """
+    names = [_adapter_name(i) for i in range(len(adapters))]
     model: Any = None
     for name, adapter in zip(names, adapters, strict=True):
         config = LoraConfig.from_pretrained(str(adapter.folder), inference_mode=True)
         config.init_lora_weights = False
-        _add_rows(causal, config.trainable_token_indices)
+        _add_embedding_rows(causal, config.trainable_token_indices)
         if model is None:
             model = PeftModel(causal, config, name)
         else:

@@ -1,7 +1,7 @@
 """Rows on which models are scored: documents for the loss, and prompts with expected answers.
 
 The documents are the same as in training: rendered with the run's chat template, and truncated at
-`max_length`. A question is the prompt of the row's last answer, with the expected answer.
+`max_length`. A question is a prompt, which ends before the last answer of the row, and this answer.
 """
 
 import hashlib
@@ -38,12 +38,12 @@ class Question:
 
 
 @dataclass(frozen=True)
-class ScoredRow:
-    """A row, encoded by one tokenizer.
+class EncodedRow:
+    """A row, encoded with the tokenizer of one model.
 
-    `documents`: the documents that training would make of the row, for the loss. `question`: None
-    if the row has no prompt with an answer. `is_truncated`: whether a document was truncated at
-    `max_length`.
+    `documents`: token ids and loss mask of each document that training would make of the row.
+    `question`: None if the row has no prompt with an answer. `is_truncated`: whether a document was
+    truncated at `max_length`.
     """
 
     documents: tuple[Window, ...]
@@ -82,7 +82,7 @@ class RowEncoder:
         self._settings = settings
         self.ends = self._encoder.ends
 
-    def encode(self, example: Example) -> ScoredRow:
+    def encode(self, example: Example) -> EncodedRow:
         """Encode an example. Raises RowError if training would not use it."""
         max_length, over_length = self._settings.max_length, self._settings.over_length
         documents, is_truncated = [], False
@@ -93,6 +93,7 @@ class RowEncoder:
                     f"longer than max_length ({max_length}), and over_length is not truncate"
                 )
             is_truncated |= is_too_long and over_length == "truncate"
+            # A document longer than max_length is truncated or split.
             documents += windows(document.ids, document.supervised, max_length, over_length)
         if not documents:
             raise RowError("no supervised token")
@@ -100,7 +101,7 @@ class RowEncoder:
             question = question_of(example, self._encoder)
         except RowError:
             question = None
-        return ScoredRow(tuple(documents), question, is_truncated)
+        return EncodedRow(tuple(documents), question, is_truncated)
 
     def prompt_of(self, example: Example) -> str:
         """The prompt of the last answer of an example. Raises RowError if it has none."""
@@ -123,19 +124,22 @@ def examples_of_file(path: str, settings: RunSettings) -> Iterator[Example | Row
     """The examples in the file of `--data`; for a row that cannot be read, a RowError instead."""
     for source in resolve_sources([DataSource(path=path)], "--data"):
         for line in read_lines(source):
-            _, result = read_line(line, settings)
-            yield RowError(result) if isinstance(result, str) else result.example
+            _, example_or_reason = read_line(line, settings)
+            if isinstance(example_or_reason, str):
+                yield RowError(example_or_reason)
+            else:
+                yield example_or_reason.example
 
 
 def encode_rows(
     examples: Iterable[Example | RowError], encoders: Sequence[RowEncoder], limit: int
-) -> list[list[ScoredRow]]:
+) -> list[list[EncodedRow]]:
     """Encode the first `limit` rows that every encoder can encode; a list for each encoder.
 
-    Logs how many rows before the last one were skipped, with the reasons. Raises UserError if no
-    row can be encoded.
+    Logs how many rows were skipped until `limit` was reached, with the reasons. Raises UserError if
+    no row can be encoded.
     """
-    rows: list[list[ScoredRow]] = [[] for _ in encoders]
+    rows: list[list[EncodedRow]] = [[] for _ in encoders]
     rejected: Counter[str] = Counter()
     for example in examples:
         try:
@@ -162,7 +166,7 @@ def encode_rows(
     return rows
 
 
-def digest_of(rows: Sequence[ScoredRow]) -> str:
+def digest_of(rows: Sequence[EncodedRow]) -> str:
     """SHA-256 of the rows' token ids, loss masks, prompts and expected answers."""
     digest = hashlib.sha256()
     for row in rows:

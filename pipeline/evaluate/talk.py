@@ -13,8 +13,8 @@ from pipeline.data.dataset.reader import DataIndex
 from pipeline.errors import UserError
 from pipeline.evaluate.generate import Generator
 from pipeline.evaluate.loading import ModelLoader
+from pipeline.evaluate.model_specs import ModelSpec
 from pipeline.evaluate.rows import RowEncoder
-from pipeline.evaluate.subjects import Subject
 from pipeline.plan.given.shape import read_shape
 from pipeline.rows.examples import Completion, Conversation, Message, RowError
 
@@ -32,10 +32,10 @@ class Talk:
     """
 
     def __init__(
-        self, subjects: Sequence[Subject], loader: ModelLoader, max_new_tokens: int
+        self, specs: Sequence[ModelSpec], loader: ModelLoader, max_new_tokens: int
     ) -> None:
-        settings = subjects[0].settings
-        self._subjects = {subject.name: subject for subject in subjects}
+        settings = specs[0].settings
+        self._specs = {spec.name: spec for spec in specs}
         self._loader, self._encoder = loader, RowEncoder(settings)
         shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
         self._generator = Generator(
@@ -44,19 +44,19 @@ class Talk:
             max_new_tokens=max_new_tokens,
             max_positions=shape.max_positions,
         )
-        self.is_chat = _is_trained_on_chats(subjects[0])
+        self.is_chat = _is_trained_on_chats(specs[0])
         self.system = ""
         self._histories: dict[str, list[Message]] = {}
         self.reset()
 
     def load(self) -> None:
-        """Load the model, before the first prompt."""
-        with self._loader.loaded(next(iter(self._subjects.values()))):
+        """Load base and adapter, which are one model; otherwise the first answer loads them."""
+        with self._loader.loaded(next(iter(self._specs.values()))):
             pass
 
     def reset(self) -> None:
         """Forget all turns, but not the system prompt."""
-        self._histories = {name: [] for name in self._subjects}
+        self._histories = {name: [] for name in self._specs}
 
     def answer(self, name: str, text: str, write: Callable[[str], None]) -> bool:
         """Stream the answer of the model `name` to `write`; False if Ctrl-C stopped it.
@@ -80,7 +80,7 @@ class Talk:
 
         streamer, is_complete = _Streamer(self._encoder.tokenizer, write_and_store), True
         try:
-            with self._loader.loaded(self._subjects[name]) as model:
+            with self._loader.loaded(self._specs[name]) as model:
                 self._generator.answers(model, [prompt], lambda: None, streamer=streamer)
         except KeyboardInterrupt:
             is_complete = False
@@ -113,11 +113,11 @@ class _Streamer(TextStreamer):
         self._write(text)
 
 
-def _is_trained_on_chats(subject: Subject) -> bool:
-    """Whether the run was trained on conversations; True if its data folder is missing."""
-    assert subject.adapter is not None
+def _is_trained_on_chats(spec: ModelSpec) -> bool:
+    """Whether the run was trained on conversations; True if its prepared data does not tell."""
+    assert spec.adapter is not None
     with suppress(UserError):
-        index = DataIndex.load(subject.adapter.parent / "data")
+        index = DataIndex.load(spec.adapter.parent / "data")
         formats = {name for source in index.train.sources for name in source.formats}
         return not formats or not formats.isdisjoint(_CHAT_FORMATS)
     return True

@@ -1,4 +1,4 @@
-"""A run folder with an untrained adapter that changes the outputs, for the tests of evaluation."""
+"""A run folder with a random adapter, for the tests of evaluation."""
 
 from pathlib import Path
 
@@ -13,7 +13,11 @@ SETTINGS = {
 
 
 def make_run(folder: Path, *, rows: int = 10, **settings) -> Path:
-    """Write base, rows, prepared data, run.yaml and adapter; returns the run folder."""
+    """Write FOLDER/base, train.jsonl, heldout.jsonl and run; return the run folder FOLDER/run.
+
+    `rows`: number of held-out rows. `settings`: added to run.yaml. The adapter is random in A and
+    B, so that the outputs with it differ from those of the base.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -32,6 +36,7 @@ def make_run(folder: Path, *, rows: int = 10, **settings) -> Path:
     (run / "run.yaml").write_text(yaml.safe_dump(values | SETTINGS | settings))
     prepare_data(load_settings(run / "run.yaml"), run / "data", processes=1)
     torch.manual_seed(1)
+    # init_lora_weights=False: B is random instead of zero.
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     model.save_pretrained(run / "adapter")

@@ -1,4 +1,4 @@
-"""Scores of runs and models: same numbers for all ranks and interruptions, and what is refused."""
+"""Scores depend neither on the number of ranks nor on an interruption; bad input is refused."""
 
 import dataclasses
 import json
@@ -21,9 +21,9 @@ from pipeline.evaluate import loading, score
 from pipeline.evaluate.answers import AnswerFile, BatchResult
 from pipeline.evaluate.generate import Generator, plan_batches
 from pipeline.evaluate.measures import parse_pattern
+from pipeline.evaluate.model_specs import model_specs
 from pipeline.evaluate.rows import examples_of_file, held_out_examples
 from pipeline.evaluate.score import ScoreOptions, score_models
-from pipeline.evaluate.subjects import subjects_of
 from pipeline.model.fingerprint import base_fingerprint
 from pipeline.plan.cost import answers as cost_of_answers
 from tests.evaluate.runs import make_run
@@ -34,21 +34,33 @@ from tests.ranks import run_ranks
 pytestmark = pytest.mark.tensor
 
 
+ROWS_PER_BATCH = 3  # so that the 10 held-out rows of the run are 4 batches
+NUM_ROWS = 10
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("score"))
+    """The folder of a run with 10 held-out rows. Its parent has the folder `base` of its model."""
+    return make_run(tmp_path_factory.mktemp("score"), rows=NUM_ROWS)
 
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    monkeypatch.setattr(cost_of_answers, "BATCH_ROWS", 3)
+    monkeypatch.setattr(cost_of_answers, "BATCH_ROWS", ROWS_PER_BATCH)
 
 
-def score_of(session, answers, arguments, *, data=None, rows=200, regex=None, max_new_tokens=None):
-    subjects = subjects_of([str(each) for each in arguments], (), data)
-    settings = subjects[0].settings
+def compute_scores(
+    session, answers, folders, *, data=None, rows=200, regex=None, max_new_tokens=None
+):
+    """The contents of score.json for run folders and model folders.
+
+    `answers`: folder for the results of batches. `data`: file with rows; None for the held-out rows
+    of the first run.
+    """
+    specs = model_specs([str(folder) for folder in folders], (), data)
+    settings = specs[0].settings
     examples = (
-        held_out_examples(arguments[0], settings)
+        held_out_examples(folders[0], settings)
         if data is None
         else examples_of_file(str(data), settings)
     )
@@ -56,289 +68,335 @@ def score_of(session, answers, arguments, *, data=None, rows=200, regex=None, ma
         rows=rows, max_new_tokens=max_new_tokens, answers=answers,
         pattern=None if regex is None else parse_pattern(regex),
     )  # fmt: skip
-    return score_models(subjects, examples, options, session)
+    return score_models(specs, examples, options, session)
 
 
-def alone():
+def single_process():
     return Session(Placement(), detect_hardware())
 
 
-def numbers(scores):
+def without_seconds(scores):
     """The scores without the measured time."""
-    models = {name: {**each, "seconds": 0} for name, each in scores["models"].items()}
+    models = {
+        name: {**scores_of_model, "seconds": 0}
+        for name, scores_of_model in scores["models"].items()
+    }
     return {**scores, "models": models}
 
 
-def count_answers(monkeypatch, *, fail_after=10**9):
-    """Replace the generation by one that counts prompts, and fails after `fail_after` batches."""
-    counted, original = [], Generator.answers
+def count_generated(monkeypatch, *, interrupt_after=10**9):
+    """Returns a list, to which each batch that is generated from now on appends its number of rows.
 
-    def answers(self, model, prompts, on_token, **options):
-        if len(counted) >= fail_after:
+    After `interrupt_after` batches, Ctrl-C interrupts the generation.
+    """
+    batch_sizes, original = [], Generator.answers
+
+    def count_and_answer(self, model, prompts, on_token, **options):
+        if len(batch_sizes) >= interrupt_after:
             raise KeyboardInterrupt
-        counted.append(len(prompts))
+        batch_sizes.append(len(prompts))
         return original(self, model, prompts, on_token, **options)
 
-    monkeypatch.setattr(Generator, "answers", answers)
-    return counted
+    monkeypatch.setattr(Generator, "answers", count_and_answer)
+    return batch_sizes
 
 
 def test_base_and_adapter_are_scored_with_intervals(run, tmp_path):
-    scores = score_of(alone(), tmp_path / "answers", [run], regex=r"(\d+)$")
-    assert (scores["rows"], [*scores["models"]]) == (10, ["base", "adapter"])
+    scores = compute_scores(single_process(), tmp_path / "answers", [run], regex=r"(\d+)$")
+    assert (scores["rows"], [*scores["models"]]) == (NUM_ROWS, ["base", "adapter"])
     base, adapter = scores["models"].values()
-    for each in (base, adapter):
-        low, high = each["loss_interval"]
-        assert low < each["loss"] < high
-        assert {"perplexity", "exact_match_interval", "regex_match_interval"} <= each.keys()
+    for model_scores in (base, adapter):
+        low, high = model_scores["loss_interval"]
+        assert low < model_scores["loss"] < high
+        assert {"perplexity", "exact_match_interval", "regex_match_interval"} <= model_scores.keys()
     assert base["loss"] != adapter["loss"]
-    assert len(scores["answers"]) == 10
+    assert len(scores["answers"]) == NUM_ROWS
     assert any(row["base"] != row["adapter"] for row in scores["answers"])
-    json.dumps(scores, allow_nan=False)
-
-
-def on_rank(session, run, answers):
-    cost_of_answers.BATCH_ROWS = 3
-    return score_of(session, answers, [run])
+    json.dumps(scores, allow_nan=False)  # raises an error for a number that is not finite
 
 
 def test_the_progress_names_all_rows_and_ends_at_100_percent(run, tmp_path, monkeypatch):
-    works = {}
+    shown = {}  # text of the progress -> the work
 
     @contextmanager
-    def recorded(text, total=None, **_):
-        works[text] = work = Work(text, total)
+    def record_progress(text, total=None, **_):
+        shown[text] = work = Work(text, total)
         work.total = total
         yield work
 
-    monkeypatch.setattr(score, "show_progress", recorded)
-    score_of(alone(), tmp_path / "answers", [run])
+    monkeypatch.setattr(score, "show_progress", record_progress)
+    compute_scores(single_process(), tmp_path / "answers", [run])
     for name in ("base", "adapter"):
-        work = works[f"{name}: scoring 10 rows"]
+        work = shown[f"{name}: scoring {NUM_ROWS} rows"]
         assert work.done == work.total
 
 
-def test_a_rank_of_two_shows_the_number_of_all_rows(run, tmp_path):
+def test_the_progress_of_each_of_two_ranks_names_the_rows_of_both(run, tmp_path):
     texts = run_ranks(progress_texts, run, tmp_path / "answers", tmp_path=tmp_path)
-    assert texts == [["base: scoring 10 rows", "adapter: scoring 10 rows"]] * 2
+    assert texts == [[f"{name}: scoring {NUM_ROWS} rows" for name in ("base", "adapter")]] * 2
 
 
 def progress_texts(session, run, answers):
-    cost_of_answers.BATCH_ROWS = 3
+    """Runs on each rank: the texts of the progress of scoring."""
+    cost_of_answers.BATCH_ROWS = ROWS_PER_BATCH
     texts = []
 
     @contextmanager
-    def recorded(text, total=None, **_):
+    def record_progress(text, total=None, **_):
         texts.append(text)
         yield Work(text, total)
 
-    score.show_progress = recorded
-    score_of(session, answers, [run])
+    score.show_progress = record_progress
+    compute_scores(session, answers, [run])
     return [text for text in texts if "scoring" in text]
 
 
-def test_two_ranks_have_the_numbers_of_one(run, tmp_path):
-    expected = score_of(alone(), tmp_path / "one", [run])
-    first, second = run_ranks(on_rank, run, tmp_path / "two", tmp_path=tmp_path)
-    assert second == {}
-    assert numbers(first) == numbers(expected)
-    texts = [path.read_text() for path in (tmp_path / "two").iterdir()]
-    batches = [line for text in texts for line in text.split("\n") if line]
-    assert (len(texts), len(batches)) == (4, 8)  # 2 ranks x 2 models; each batch is scored once
+def test_scores_of_two_ranks_equal_those_of_one(run, tmp_path):
+    expected = compute_scores(single_process(), tmp_path / "one", [run])
+    scores, scores_of_rank_1 = run_ranks(
+        compute_scores_on_rank, run, tmp_path / "two", tmp_path=tmp_path
+    )
+    assert without_seconds(scores) == without_seconds(expected)
+    assert scores_of_rank_1 == {}
+    answer_files = [path.read_text() for path in (tmp_path / "two").iterdir()]
+    assert len(answer_files) == 2 * 2  # of 2 ranks and 2 models
+    lines = [line for text in answer_files for line in text.split("\n") if line]
+    assert len(lines) == 2 * 4  # of 2 models with 4 batches: each batch is scored once
 
 
-def test_a_killed_score_generates_no_written_answer_again(run, tmp_path, monkeypatch):
-    expected = score_of(alone(), tmp_path / "whole", [run])
+def compute_scores_on_rank(session, run, answers):
+    """Runs on each rank."""
+    cost_of_answers.BATCH_ROWS = ROWS_PER_BATCH
+    return compute_scores(session, answers, [run])
+
+
+def test_an_interrupted_score_resumes_without_generating_a_written_answer_again(
+    run, tmp_path, monkeypatch
+):
+    expected = compute_scores(single_process(), tmp_path / "uninterrupted", [run])
     with monkeypatch.context() as patch:
-        count_answers(patch, fail_after=2)
+        count_generated(patch, interrupt_after=2)
         with pytest.raises(KeyboardInterrupt):
-            score_of(alone(), tmp_path / "answers", [run])
+            compute_scores(single_process(), tmp_path / "answers", [run])
     (file,) = (tmp_path / "answers").iterdir()
     with file.open("ab") as stream:
-        stream.write(b'{"batch": 2, "rows": [1')  # cut by the kill
-    counted = count_answers(monkeypatch)
-    scores = score_of(alone(), tmp_path / "answers", [run])
-    assert sum(counted) == 10 - 2 * 3 + 10  # the rest of the base, and the adapter
-    assert numbers(scores) == numbers(expected)
-    counted.clear()
-    assert numbers(score_of(alone(), tmp_path / "answers", [run])) == numbers(expected)
-    assert not counted
+        stream.write(b'{"batch": 2, "rows": [1')  # an incomplete line, as after a kill
+    batch_sizes = count_generated(monkeypatch)
+    scores = compute_scores(single_process(), tmp_path / "answers", [run])
+    remaining_of_base = NUM_ROWS - 2 * ROWS_PER_BATCH
+    assert sum(batch_sizes) == remaining_of_base + NUM_ROWS  # and all rows of the adapter
+    assert without_seconds(scores) == without_seconds(expected)
+    batch_sizes.clear()
+    again = compute_scores(single_process(), tmp_path / "answers", [run])
+    assert without_seconds(again) == without_seconds(expected)
+    assert not batch_sizes
 
 
 @pytest.mark.parametrize("change", [{"answers": None}, {"answers": 5}, {"loss_sums": None}])
-def test_a_line_of_answers_that_is_not_of_this_form_is_scored_again(tmp_path, change):
+def test_a_damaged_line_of_an_answer_file_is_ignored(tmp_path, change):
     file = AnswerFile(tmp_path, {}, rank=0)
     result = BatchResult(batch=0, rows=[3], loss_sums=[1.0], answers=["a"], seconds=1.0)
     file.append(result)
-    assert file.read([[3]]) == {0: result}
+    rows_of_batches = [[3]]
+    assert file.read(rows_of_batches) == {0: result}
     damaged = dataclasses.asdict(result) | change
     next(tmp_path.iterdir()).write_text(json.dumps(damaged))
-    assert file.read([[3]]) == {}
+    assert file.read(rows_of_batches) == {}
 
 
-def other_adapter(run, tmp_path):
-    weights = run / "adapter/adapter_config.json"
-    config = json.loads(weights.read_text())
-    weights.write_text(json.dumps(config | {"lora_alpha": 3}))
+def copy_run(run, folder):
+    """Copy a run and its base to a folder; return the run folder of the copy."""
+    shutil.copytree(run.parent, folder)
+    run_file = folder / "run/run.yaml"
+    run_file.write_text(run_file.read_text().replace(str(run.parent), str(folder)))
+    return folder / "run"
+
+
+# Each of these functions changes something on which the answers depend: a file of the run, or an
+# argument of compute_scores, which the function returns.
+
+
+def change_adapter(run, tmp_path):
+    path = run / "adapter/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 3}))
     return {}
 
 
-def other_base(run, tmp_path):
-    config = run.parent / "base/config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 1e-3}))
+def change_base(run, tmp_path):
+    path = run.parent / "base/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 1e-3}))
     return {}
 
 
-def other_rows(run, tmp_path):
+def change_rows(run, tmp_path):
     path = tmp_path / "other.jsonl"
     path.write_text((run.parent / "heldout.jsonl").read_text().replace("ask", "tell"))
     return {"data": path}
 
 
-def other_length(run, tmp_path):
+def change_answer_length(run, tmp_path):
     return {"max_new_tokens": 3}
 
 
 @pytest.mark.parametrize(
-    ("change", "generated"),
-    [(other_adapter, 10), (other_base, 20), (other_rows, 20), (other_length, 20)],
+    ("change", "num_generated"),
+    [
+        (change_adapter, NUM_ROWS),  # the answers of the base are reused
+        (change_base, 2 * NUM_ROWS),
+        (change_rows, 2 * NUM_ROWS),
+        (change_answer_length, 2 * NUM_ROWS),
+    ],
 )
 def test_answers_of_another_adapter_base_rows_or_length_are_not_reused(
-    run, tmp_path, monkeypatch, change, generated
+    run, tmp_path, monkeypatch, change, num_generated
 ):
-    shutil.copytree(run.parent, tmp_path / "copy")
-    own = tmp_path / "copy/run"
-    text = (own / "run.yaml").read_text()
-    (own / "run.yaml").write_text(text.replace(str(run.parent), str(tmp_path / "copy")))
-    score_of(alone(), tmp_path / "answers", [own])
-    options = change(own, tmp_path)
-    counted = count_answers(monkeypatch)
-    score_of(alone(), tmp_path / "answers", [own], **options)
-    assert sum(counted) == generated
+    copy = copy_run(run, tmp_path / "copy")
+    compute_scores(single_process(), tmp_path / "answers", [copy])
+    options = change(copy, tmp_path)
+    batch_sizes = count_generated(monkeypatch)
+    compute_scores(single_process(), tmp_path / "answers", [copy], **options)
+    assert sum(batch_sizes) == num_generated
 
 
-def test_runs_and_models_are_scored_on_the_same_rows_and_equal_models_once(run, tmp_path):
+def test_equal_models_under_different_names_are_scored_once(run, tmp_path):
     base = run.parent / "base"
-    scores = score_of(alone(), tmp_path / "answers", [run, base], rows=4)
-    assert [*scores["models"]] == [f"{run} base", f"{run} adapter"]  # the model is the run's base
+    scores = compute_scores(single_process(), tmp_path / "answers", [run, base], rows=4)
+    assert [*scores["models"]] == [f"{run} base", f"{run} adapter"]
     (tmp_path / "other").mkdir()
-    other = make_run(tmp_path / "other")
-    scores = score_of(alone(), tmp_path / "answers", [run, other], rows=4)
-    assert [*scores["models"]] == [f"{run} base", f"{run} adapter"]  # equal weights
+    run_with_equal_weights = make_run(tmp_path / "other")
+    scores = compute_scores(
+        single_process(), tmp_path / "answers", [run, run_with_equal_weights], rows=4
+    )
+    assert [*scores["models"]] == [f"{run} base", f"{run} adapter"]
     assert "adapter_sha256" in scores
 
 
-def test_rows_of_every_kind_are_scored(run, tmp_path):
+def test_rows_of_every_format_are_scored(run, tmp_path):
     turns = [{"role": "user", "content": "größe ✓"}, {"role": "assistant", "content": "ok ✓"}]
     rows = [
         {"messages": turns},
         {"prompt": "2 + 2 =", "completion": " 4"},
         {"prompt": "", "completion": "no question"},
         {"text": "a text without a question"},
+        # Skipped, because truncation at max_length leaves no supervised token.
         {"prompt": "long " * 200, "completion": "longer than the model"},
-        {"nothing": 1},
-    ]  # fmt: skip
+        {"nothing": 1},  # skipped: no format has this column
+    ]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    scores = score_of(alone(), tmp_path / "answers", [run], data=data)
-    assert scores["rows"] == 4  # the long prompt has no supervised token within max_length
+    scores = compute_scores(single_process(), tmp_path / "answers", [run], data=data)
+    assert scores["rows"] == 4
     assert [row["expected"] for row in scores["answers"]] == ["ok ✓", " 4"]
     assert scores["models"]["base"]["exact_match_rows"] == 2
 
 
-def test_rows_that_cannot_be_read_are_reported_also_if_enough_others_follow(run, tmp_path, caplog):
+def test_rows_that_cannot_be_read_are_reported_even_if_enough_rows_follow(run, tmp_path, caplog):
     data = tmp_path / "rows.jsonl"
-    good = json.dumps({"prompt": "a b c", "completion": "d e"})
-    data.write_text("\n".join(["not JSON", good, good + "\n"]), encoding="utf-8")
+    row = json.dumps({"prompt": "a b c", "completion": "d e"})
+    data.write_text(f"not JSON\n{row}\n{row}\n", encoding="utf-8")
     with caplog.at_level("INFO"):
-        score_of(alone(), tmp_path / "answers", [run], data=data, rows=1)
+        compute_scores(single_process(), tmp_path / "answers", [run], data=data, rows=1)
     assert_mentions(caplog.text, "1 rows skipped", "JSON")
 
 
-def test_one_row_is_scored_and_none_is_refused(run, tmp_path):
-    scores = score_of(alone(), tmp_path / "answers", [run], rows=1)
+def test_a_single_row_is_scored_without_an_interval(run, tmp_path):
+    scores = compute_scores(single_process(), tmp_path / "answers", [run], rows=1)
     assert scores["models"]["base"]["loss_interval"] is None
+
+
+def test_data_without_usable_rows_and_a_pattern_without_matches_are_refused(run, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"nothing": 1}\n')
     with refused("no usable row"):
-        score_of(alone(), tmp_path / "answers", [run], data=tmp_path / "bad.jsonl")
+        compute_scores(single_process(), tmp_path / "answers", [run], data=tmp_path / "bad.jsonl")
     with refused("--data", "missing.jsonl"):
-        score_of(alone(), tmp_path / "answers", [run], data=tmp_path / "missing.jsonl")
+        compute_scores(
+            single_process(), tmp_path / "answers", [run], data=tmp_path / "missing.jsonl"
+        )
     with refused("--regex", "eval_regex=null", "matches no expected answer"):
-        score_of(alone(), tmp_path / "answers", [run], regex="never")
+        compute_scores(single_process(), tmp_path / "answers", [run], regex="never")
 
 
-def test_a_full_disk_keeps_the_written_answers(run, tmp_path, monkeypatch):
-    (tmp_path / "answers").write_text("a file, so that no answer can be written")
+def test_if_answers_cannot_be_written_the_message_says_how_to_continue(run, tmp_path):
+    (tmp_path / "answers").write_text("a file in the place of the folder for the answers")
     with pytest.raises(SingleRankError) as error:
-        score_of(alone(), tmp_path / "answers", [run])
+        compute_scores(single_process(), tmp_path / "answers", [run])
     assert_mentions(str(error.value), tmp_path / "answers", "start again")
 
 
 def test_a_base_that_differs_in_one_byte_is_refused_before_it_is_loaded(run, tmp_path):
-    shutil.copytree(run.parent, tmp_path / "copy")
-    own, base = tmp_path / "copy/run", tmp_path / "copy/base"
-    text = (own / "run.yaml").read_text()
-    (own / "run.yaml").write_text(text.replace(str(run.parent), str(tmp_path / "copy")))
+    copy = copy_run(run, tmp_path / "copy")
+    base = tmp_path / "copy/base"
     record = {"base": "org/name", "fingerprint": base_fingerprint(base).as_json()}
-    (own / "adapter" / TRAINED_ON).write_text(json.dumps(record))
+    (copy / "adapter" / TRAINED_ON).write_text(json.dumps(record))
     (shard,) = base.glob("*.safetensors")
     content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
+    content[-1] ^= 1  # flips one bit
     shard.write_bytes(content)
     with refused(base, "1 of", "model."):
-        subjects_of([str(own)], (), None)
+        model_specs([str(copy)], (), None)
 
 
-def test_batches_hold_prompts_of_similar_length_and_bound_the_cache():
+def test_batches_have_prompts_of_similar_length_and_a_limited_number_of_tokens():
     lengths = [5, 900, 20, 7, 900, 1, 0, 6]
-    batches = plan_batches(lengths, 10)
-    assert sorted(i for batch in batches for i in batch) == [*range(8)]
-    assert batches[0][:2] == [1, 4]  # the longest first, ties in the order of the rows
-    assert all(len(batch) <= 3 for batch in batches)
-    assert [len(batch) for batch in plan_batches([20000, 20000], 10)] == [1, 1]
-    assert plan_batches([], 10) == []
+    batches = plan_batches(lengths, max_new_tokens=10)
+    assert sorted(i for batch in batches for i in batch) == [*range(len(lengths))]
+    assert batches[0][:2] == [1, 4]  # the longest first, equal lengths in the order of the rows
+    assert all(len(batch) <= ROWS_PER_BATCH for batch in batches)
+    # A batch may have 32768 tokens of prompts and answers, which is less than 2 x 20010.
+    assert plan_batches([20000, 20000], max_new_tokens=10) == [[0], [1]]
+    assert plan_batches([], max_new_tokens=10) == []
 
 
 def test_prompts_near_the_last_position_of_the_model_share_batches_only_with_equally_long_ones():
-    assert plan_batches([5, 28, 25, 3, 28], 10, 30) == [[1, 4], [2], [0, 3]]
+    # Prompts of 28 and 25 tokens leave 2 and 5 of 30 positions, less than max_new_tokens.
+    batches = plan_batches([5, 28, 25, 3, 28], max_new_tokens=10, max_positions=30)
+    assert batches == [[1, 4], [2], [0, 3]]
 
 
 def test_a_long_prompt_does_not_shorten_the_answers_to_others(run, tmp_path):
-    def answer_to_short(*prompts):
+    def answer_to_last(*prompts):
         data = tmp_path / f"{len(prompts)}.jsonl"
         rows = [{"prompt": prompt, "completion": " 1"} for prompt in prompts]
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         answers = tmp_path / f"answers-{len(prompts)}"
-        scores = score_of(alone(), answers, [run], data=data, max_new_tokens=200)
+        scores = compute_scores(single_process(), answers, [run], data=data, max_new_tokens=200)
         return scores["answers"][-1]["base"]
 
-    assert answer_to_short("a" * 100, "one") == answer_to_short("one")
+    # With the 256 positions of the model, the long prompt leaves fewer than max_new_tokens.
+    assert answer_to_last("a" * 100, "one") == answer_to_last("one")
 
 
 def test_a_merged_model_and_the_same_folder_as_a_model_are_loaded_separately(run, monkeypatch):
-    (subject, *_), loaded = subjects_of([str(run)], (), None), []
-    for name in ("load_base", "load_plain"):
-        monkeypatch.setattr(
-            loading, name, lambda *a, name=name, **k: loaded.append(name) or torch.nn.Module()
-        )
+    calls = []  # names of the functions that load a model
+
+    def replace_loading(function_name):
+        def load(*args, **options):
+            calls.append(function_name)
+            return torch.nn.Module()
+
+        monkeypatch.setattr(loading, function_name, load)
+
+    replace_loading("load_base")
+    replace_loading("load_plain")  # loads a merged model
+    spec = model_specs([str(run)], (), None)[0]
     loader = loading.ModelLoader(torch.device("cpu"))
-    for is_merged in (True, False, False):
-        same_folder = dataclasses.replace(subject, adapter=None, is_merged=is_merged)
-        with loader.loaded(same_folder):
+    for is_merged in (True, False, False):  # the second model is loaded only once
+        with loader.loaded(dataclasses.replace(spec, adapter=None, is_merged=is_merged)):
             pass
-    assert loaded == ["load_plain", "load_base"]
+    assert calls == ["load_plain", "load_base"]
 
 
-def test_a_score_needs_neither_the_ranks_nor_the_host_memory_of_the_training(run, monkeypatch):
-    small = dataclasses.replace(gpu(80, count=1), host_bytes=6 * 2**30)
-    monkeypatch.setattr(loading, "detect_hardware", lambda: small)
-    long = {"max_length": 2**28, "offload_activations": True, "mlp_tiles": 8}
-    groups = {"sequence_parallel_size": 4, "zero_stage": 3, "hpz_partition_size": 4}
-    settings = load_settings(run / "run.yaml").model_copy(update=long | groups)
+def test_a_score_needs_neither_the_ranks_nor_the_memory_of_the_training(run, monkeypatch):
+    one_gpu = dataclasses.replace(gpu(80, count=1), host_bytes=6 * 2**30)
+    monkeypatch.setattr(loading, "detect_hardware", lambda: one_gpu)
+    needs_much_memory = {"max_length": 2**28, "offload_activations": True, "mlp_tiles": 8}
+    needs_4_ranks = {"sequence_parallel_size": 4, "zero_stage": 3, "hpz_partition_size": 4}
+    settings = load_settings(run / "run.yaml")
+    settings = settings.model_copy(update=needs_much_memory | needs_4_ranks)
     assert loading.single_process_plan(settings).world_size == 1
 
 
-def test_a_prompt_that_fills_the_model_has_an_empty_answer(run):
+def test_a_prompt_that_fills_all_positions_of_the_model_has_an_empty_answer(run):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     base = run.parent / "base"
@@ -347,17 +405,18 @@ def test_a_prompt_that_fills_the_model_has_an_empty_answer(run):
         tokenizer=AutoTokenizer.from_pretrained(base), ends=frozenset(), max_new_tokens=50,
         max_positions=30,
     )  # fmt: skip
-    steps = []
-    answers = generator.answers(model, ["a" * 30, "b" * 25], lambda: steps.append(1))
+    forward_passes = []
+    prompts = ["a" * 30, "b" * 25]  # of 30 and 25 tokens
+    answers = generator.answers(model, prompts, lambda: forward_passes.append(1))
     assert answers[0] == ""
-    assert len(steps) <= 5  # the second prompt has 25 of 30 positions
+    assert len(forward_passes) <= 5  # tokens that the second answer may have
 
 
 def test_a_run_without_held_out_rows_is_refused_before_torch_is_imported(run, tmp_path):
     text = (run / "run.yaml").read_text()
     shutil.copytree(run / "adapter", tmp_path / "run/adapter")
-    kept = [line for line in text.splitlines() if not line.startswith("eval_data")]
-    (tmp_path / "run/run.yaml").write_text("\n".join(kept))
+    lines = [line for line in text.splitlines() if not line.startswith("eval_data")]
+    (tmp_path / "run/run.yaml").write_text("\n".join(lines))
     script = (
         "import sys\n"
         "from pipeline.cli.score import score\n"
@@ -370,4 +429,5 @@ def test_a_run_without_held_out_rows_is_refused_before_torch_is_imported(run, tm
     )
     command = [sys.executable, "-c", script]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
+    # The last word is that torch is not imported.
     assert_mentions(result.stdout, tmp_path / "run", "no eval_data", "--data", "False")

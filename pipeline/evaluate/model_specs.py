@@ -1,4 +1,4 @@
-"""Subject: a model to score. It is base, adapter or merged model of a run, or another model."""
+"""ModelSpec: a model to score, which may be base, adapter or merged model of a run."""
 
 import logging
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ from pipeline.plan.given.shape import read_shape
 
 logger = logging.getLogger(__name__)
 
-# Settings of a run that also apply to another model scored on the run's rows: how the rows are
-# read, and the dtype.
+# A model that is not a run's is scored on the rows of the first run with these settings of that
+# run: how the rows are read, and the dtype.
 _SHARED_SETTINGS = (
     "data_format", "columns", "max_length", "over_length", "train_on", "split_turns",
     "special_tokens_in_text", "bf16", "fp16",
@@ -36,8 +36,8 @@ _PACKAGES = ("torch", "transformers", "peft", "tokenizers")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
-    """A model to score.
+class ModelSpec:
+    """A model to score: where its weights are, and how they are loaded.
 
     `name`: its name in the table of scores. `settings`: settings of its tokenizer, chat template
     and loading. `folder`: folder of the model. `adapter`: folder of the adapter that is loaded with
@@ -75,9 +75,9 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in _BASE_LOCATION_KEYS}
 
 
-def subjects_of(
+def model_specs(
     arguments: Sequence[str], overrides: Sequence[str], data: str | None
-) -> list[Subject]:
+) -> list[ModelSpec]:
     """The models that the arguments name: run folders, model folders, cached hub models.
 
     A run folder gives its base, its adapter and, if there is one, its merged model. If there are
@@ -85,18 +85,18 @@ def subjects_of(
     settings. `data`: the file of --data. Raises UserError if an argument names neither a run nor a
     model, if a run has no adapter, or if its adapter was trained on another base.
     """
-    subjects: list[Subject] = []
+    specs: list[ModelSpec] = []
     for argument in dict.fromkeys(arguments):
         prefix = f"{argument} " if len({*arguments}) > 1 else ""
         folder = _run_or_model_folder(argument)
         if (folder / "run.yaml").is_file():
             settings = load_settings(folder / "run.yaml", overrides)
-            subjects += _subjects_of_run(folder, prefix, settings)
+            specs += _specs_of_run(folder, prefix, settings)
         else:
-            first_settings = subjects[0].settings if subjects else None
+            first_settings = specs[0].settings if specs else None
             settings = _model_settings(folder, overrides, data, first_settings)
-            subjects.append(Subject(name=argument, settings=settings, folder=folder))
-    return subjects
+            specs.append(ModelSpec(name=argument, settings=settings, folder=folder))
+    return specs
 
 
 def _run_or_model_folder(argument: str) -> Path:
@@ -125,13 +125,13 @@ def _run_or_model_folder(argument: str) -> Path:
     )
 
 
-def _subjects_of_run(folder: Path, prefix: str, settings: RunSettings) -> list[Subject]:
+def _specs_of_run(folder: Path, prefix: str, settings: RunSettings) -> list[ModelSpec]:
     """Base, adapter and merged model of a run; their names begin with `prefix`."""
     adapter, base = folder / "adapter", settings.model_folder
     require_adapter(folder)
     require_same_base(base, adapter, "restore the model that was used in training")
-    subjects = [
-        Subject(
+    specs = [
+        ModelSpec(
             name=f"{prefix}{name}", settings=settings, folder=base, adapter=adapter,
             is_adapter_used=name == "adapter",
         )
@@ -140,8 +140,8 @@ def _subjects_of_run(folder: Path, prefix: str, settings: RunSettings) -> list[S
     merged = folder / "merged"
     if merged.is_dir() and _has_scorable_merged_model(folder):
         name = f"{prefix}merged"
-        subjects.append(Subject(name=name, settings=settings, folder=merged, is_merged=True))
-    return subjects
+        specs.append(ModelSpec(name=name, settings=settings, folder=merged, is_merged=True))
+    return specs
 
 
 def _has_scorable_merged_model(run_folder: Path) -> bool:
@@ -166,6 +166,7 @@ def _model_settings(
     folder: Path, overrides: Sequence[str], data: str | None, run_settings: RunSettings | None
 ) -> RunSettings:
     """Settings to score a model folder. `run_settings`: those of the run whose rows are used."""
+    # train_data and output_dir are required settings that scoring does not use.
     values: dict[str, Any] = {"model": str(folder), "train_data": data or "-", "output_dir": "-"}
     if run_settings is not None:
         values |= {key: getattr(run_settings, key) for key in _SHARED_SETTINGS}
