@@ -1,4 +1,4 @@
-"""Fixtures of the tests of training: model folders, and a function that starts a run."""
+"""Fixtures of the tests of training: model folders, and a run folder to start runs in."""
 
 import pytest
 
@@ -11,9 +11,10 @@ from tests.tiny import make_plan, make_tokenizer
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
-    """Function: kind of model -> its folder.
+    """Function: name of a small model in tests/models/kinds.py -> its model folder.
 
-    The sizes of the model are in the cache of class_shape.py, so that a plan starts no subprocess.
+    The parameter counts of the model are in the cache of class_shape.py, so that making a plan
+    starts no subprocess.
     """
     folders = {}
 
@@ -30,13 +31,16 @@ def folder_of(tmp_path_factory):
 
 @pytest.fixture
 def begin(tmp_path, tiny_model):
-    """A run folder, and a function that starts a run in it and returns new, resume or done."""
+    """A run folder, and the function `start(**settings)`, which opens it as for a training run.
+
+    `start` returns the decision (new, resume or done) and trains nothing.
+    """
     folder = tmp_path / "run"
 
     def start(is_debug: bool = False, **settings) -> str:
         plan = make_plan(tiny_model, **settings)
-        decided = decide_start(folder, plan, is_debug=is_debug)
-        open_run(folder, plan, decided, is_debug=is_debug)
-        return decided
+        decision = decide_start(folder, plan, is_debug=is_debug)
+        open_run(folder, plan, decision, is_debug=is_debug)
+        return decision
 
     return folder, start

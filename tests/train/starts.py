@@ -1,16 +1,22 @@
-"""Files that an earlier start left in a run folder, and settings of later starts in it."""
+"""Files that an earlier run left in its folder, and changed settings for a later start there."""
 
 import json
 from pathlib import Path
 
+# A change of the number of steps, which these settings accept, and one that nothing accepts. The
+# earlier run has epochs: 1 and lr: 0.001.
 ACCEPTED = {"epochs": 2, "accept_changes": ["total_steps"]}
 OTHER = {"lr": 0.5}
 
 
 def leave_files(folder: Path, state: str, *, adapter: bool = True, checkpoint: bool = True) -> None:
-    """Write the files of an earlier start, in addition to those of `open_run`."""
-    fields = {"state": state, "host": "elsewhere", "heartbeat": 0, "pids": [1]}
-    (folder / "status.json").write_text(json.dumps(fields))
+    """Write the status and results of a run that has ended, beside the files of `open_run`.
+
+    The checkpoint and the adapter are empty folders.
+    """
+    # Without a recent heartbeat, a process on another host counts as dead.
+    status = {"state": state, "host": "elsewhere", "heartbeat": 0, "pids": [1]}
+    (folder / "status.json").write_text(json.dumps(status))
     if checkpoint:
         (folder / "checkpoints/step-00000009").mkdir(parents=True, exist_ok=True)
     if adapter:
@@ -18,4 +24,5 @@ def leave_files(folder: Path, state: str, *, adapter: bool = True, checkpoint: b
 
 
 def has_results(folder: Path) -> bool:
+    """Whether the checkpoint or the adapter of `leave_files` is there."""
     return (folder / "checkpoints/step-00000009").exists() or (folder / "adapter").exists()

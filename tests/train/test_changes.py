@@ -1,4 +1,4 @@
-"""Which changes of settings and data a run in the folder accepts when it is started again."""
+"""Changed settings and data at a later start in a run folder: accepted, or refused with the key."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.unit
 
 
 @pytest.mark.parametrize("state", ["stopped", "done"])
-def test_a_change_is_accepted_only_by_its_own_word_of_accept_changes(begin, state):
+def test_a_change_of_epochs_is_accepted_only_by_total_steps_in_accept_changes(begin, state):
     folder, start = begin
     start(epochs=1)
     leave_files(folder, state)
@@ -32,7 +32,8 @@ def test_a_change_is_accepted_only_by_its_own_word_of_accept_changes(begin, stat
     assert has_results(folder)
 
 
-def test_a_setting_that_an_older_version_did_not_have_is_no_change(begin):
+def test_a_setting_that_is_missing_in_the_old_run_yaml_counts_as_its_default(begin):
+    """An older version did not have the setting."""
     folder, start = begin
     start()
     leave_files(folder, "done")
@@ -44,7 +45,8 @@ def test_a_setting_that_an_older_version_did_not_have_is_no_change(begin):
         start(min_lr_ratio=0.5)
 
 
-OTHER_DOCUMENTS = {
+# Settings that decide the tokens of the documents, with values other than those of make_plan.
+CHANGED_DOCUMENTS = {
     "chat_template": "chatml",
     "columns": {"prompt": "question"},
     "data_format": "text",
@@ -59,19 +61,19 @@ OTHER_DOCUMENTS = {
 }
 
 
-@pytest.mark.parametrize("key", OTHER_DOCUMENTS)
-def test_settings_of_the_documents_are_accepted_as_data(begin, key):
+@pytest.mark.parametrize("key", CHANGED_DOCUMENTS)
+def test_a_change_of_the_documents_is_accepted_by_data_in_accept_changes(begin, key):
     folder, start = begin
     start()
     leave_files(folder, "stopped")
-    changed = {key: OTHER_DOCUMENTS[key]}
+    changed = {key: CHANGED_DOCUMENTS[key]}
     with refused(f"{key}: ", "accept_changes: [data]"):
         start(**changed)
     assert start(**changed, accept_changes=["data"]) == "resume"
 
 
-def test_every_setting_of_the_documents_is_tried_here():
-    assert OTHER_DOCUMENTS.keys() == settings_with_change("documents")
+def test_every_setting_of_the_documents_is_in_this_test():
+    assert CHANGED_DOCUMENTS.keys() == settings_with_change("documents")
 
 
 def test_limits_on_bad_rows_may_change_after_the_run(begin):
@@ -89,7 +91,8 @@ def test_evaluation_settings_may_change_unless_they_select_the_adapter(begin, se
     leave_files(folder, "done")
     assert start(**held_out, eval_steps=7) == "done"
     assert start(**held_out | {"evaluation_strategy": "epoch"}) == "done"
-    with refused(f"{next(iter(selection))}: "):
+    [selecting_key] = selection
+    with refused(f"{selecting_key}: "):
         start(**held_out, **selection)
     start(**held_out, **selection, overwrite=True)
     leave_files(folder, "done")
@@ -97,7 +100,7 @@ def test_evaluation_settings_may_change_unless_they_select_the_adapter(begin, se
         start(**held_out, **selection, eval_steps=7)
 
 
-def test_accept_changes_is_offered_only_where_it_covers_every_change(begin):
+def test_accept_changes_is_suggested_only_if_it_accepts_every_change(begin):
     folder, start = begin
     start()
     leave_files(folder, "stopped")
@@ -114,46 +117,55 @@ def test_a_requeued_job_resumes_the_run_that_it_started_itself(begin, monkeypatc
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert start(resume="never") == "new"
     never = RunSettings(model="m", train_data="t", output_dir=str(folder), resume="never")
-    for job, count, resume in (("7", "1", "auto"), ("7", "0", "never"), ("8", "1", "never")):
-        env = {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": count}
+    # Job id, number of requeues of the job, and the value of `resume` that replaces `never`.
+    for job, requeues, resume in (("7", "1", "auto"), ("7", "0", "never"), ("8", "1", "never")):
+        env = {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": requeues}
         assert requeued_settings(never, env).resume == resume
+
+
+def write_text_row(path: Path, text: str) -> str:
+    path.write_text(json.dumps({"text": text}) + "\n")
+    return str(path)
 
 
 def test_the_same_rows_by_another_path_are_the_same_run(begin, tmp_path, tiny_model):
     folder, start = begin
-    names = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
-    for name, text in zip(names, ("x", "x", "y"), strict=True):
-        Path(name).write_text(f'{{"text": "{text}"}}\n')
-    start(train_data=names[0])
+    rows = write_text_row(tmp_path / "rows.jsonl", "x")
+    copy = write_text_row(tmp_path / "copy.jsonl", "x")
+    other = write_text_row(tmp_path / "other.jsonl", "y")
+    start(train_data=rows)
     leave_files(folder, "stopped", adapter=False)
-    key = train_key(make_plan(tiny_model, train_data=names[0]).settings)
+    # The start compares the key of the rows with the one that the checkpoint recorded.
+    key = train_key(make_plan(tiny_model, train_data=rows).settings)
     state = folder / "checkpoints/step-00000009/state.json"
     state.write_text(json.dumps({"identity": {"data": key}}))
-    assert start(train_data=names[1]) == "resume"
+    assert start(train_data=copy) == "resume"
     with refused("train_data", "accept_changes: [data]"):
-        start(train_data=names[2])
+        start(train_data=other)
 
 
 def test_held_out_rows_and_a_template_by_another_path_are_no_change(begin, tmp_path, tiny_model):
     folder, start = begin
-    rows = {name: tmp_path / f"{name}.jsonl" for name in ("train", "a", "b", "other")}
-    for name, path in rows.items():
-        path.write_text(f'{{"text": "{"a" if name == "b" else name}"}}\n')
-    for name in ("x.jinja", "y.jinja"):
-        (tmp_path / name).write_text(CHATML)
-    same = {"train_data": str(rows["train"]), "chat_template": str(tmp_path / "x.jinja")}
-    start(eval_data=str(rows["a"]), **same)
+    train = write_text_row(tmp_path / "train.jsonl", "train")
+    held_out = write_text_row(tmp_path / "held_out.jsonl", "held out")
+    copy = write_text_row(tmp_path / "copy.jsonl", "held out")
+    other = write_text_row(tmp_path / "other.jsonl", "other")
+    template, copied_template = tmp_path / "template.jinja", tmp_path / "copy.jinja"
+    for path in (template, copied_template):
+        path.write_text(CHATML)
+    unchanged = {"train_data": train, "chat_template": str(template)}
+    start(eval_data=held_out, **unchanged)
     leave_files(folder, "done")
-    settings = make_plan(tiny_model, eval_data=str(rows["a"]), **same).settings
+    settings = make_plan(tiny_model, eval_data=held_out, **unchanged).settings
     prepare_data(settings, folder / "data")
-    assert start(eval_data=str(rows["b"]), **same) == "done"
-    with refused("eval_data", rows["other"]):
-        start(eval_data=str(rows["other"]), **same)
-    moved = same | {"chat_template": str(tmp_path / "y.jinja")}
-    assert start(eval_data=str(rows["b"]), **moved) == "done"
-    (tmp_path / "y.jinja").write_text(CHATML + " ")
+    assert start(eval_data=copy, **unchanged) == "done"
+    with refused("eval_data", other):
+        start(eval_data=other, **unchanged)
+    moved = unchanged | {"chat_template": str(copied_template)}
+    assert start(eval_data=copy, **moved) == "done"
+    copied_template.write_text(CHATML + " ")
     with refused("chat_template"):
-        start(eval_data=str(rows["b"]), **moved)
+        start(eval_data=copy, **moved)
 
 
 def test_the_same_base_by_another_path_is_no_change(tmp_path, tiny_model):
@@ -166,7 +178,7 @@ def test_the_same_base_by_another_path_is_no_change(tmp_path, tiny_model):
     assert decide_start(folder, make_plan(copy), is_debug=False) == "done"
     (weights,) = copy.glob("*.safetensors")
     content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
+    content[-1] ^= 1  # one bit of the last weight
     weights.write_bytes(content)
     with refused("model", copy, "accept_changes: [base]"):
         decide_start(folder, make_plan(copy), is_debug=False)

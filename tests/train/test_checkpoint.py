@@ -25,7 +25,11 @@ pytestmark = pytest.mark.tensor
 
 IDENTITY = Identity(data="d", base="b", total_steps=9, adapter="lora_r 4")
 WEIGHTS = {"k.lora_A.weight": torch.randn(4, 8), "k.lora_B.weight": torch.randn(8, 4)}
-MOMENTS = {f"{k}/{m}": torch.randn_like(v) for k, v in WEIGHTS.items() for m in ("a", "b")}
+MOMENTS = {  # the two moments of Adam
+    f"{key}/{moment}": torch.randn_like(weight)
+    for key, weight in WEIGHTS.items()
+    for moment in ("exp_avg", "exp_avg_sq")
+}
 
 
 @pytest.fixture
@@ -46,42 +50,46 @@ def test_a_checkpoint_is_read_exactly_as_written(checkpoints):
         assert read.keys() == written.keys()
         assert all(torch.equal(read[key], written[key]) for key in written)
     size = sum(file.stat().st_size for file in path.iterdir())
-    assert size < 12 * 64 + 4096  # fp32 weights, two moments, and headers
+    # 4 bytes for each of 64 weights and for each of its two moments, and at most 4 KiB of headers
+    assert size < 12 * 64 + 4096
 
 
-def test_a_resume_with_other_fast_paths_or_versions_is_not_bitwise(checkpoints):
-    about = {"fast_paths": {"a": "on", "b": "off"}, "versions": {"torch": "1"}}
-    old, path = write(checkpoints, 2), None
-    checkpoints.about = about
+def test_changed_fast_paths_and_versions_are_reported_at_a_resume(checkpoints):
+    """Either can change the rounding, so that the resumed run is not bitwise equal."""
+    recorded = {"fast_paths": {"a": "on", "b": "off"}, "versions": {"torch": "1"}}
+    of_earlier_version = write(checkpoints, 2)  # records neither
+    checkpoints.about = recorded
     path = write(checkpoints, 3)
-    assert computation_changes(path, about) == []
-    # a fast path that the earlier version did not have is no change while it is off
-    assert [text.split(":")[0] for text in computation_changes(old, about)] == ["a", "torch"]
-    assert computation_changes(path, about | {"fast_paths": {"a": "on", "b": "other"}}) == []
-    [change] = computation_changes(path, about | {"fast_paths": {"a": "one rank", "b": "off"}})
+    assert computation_changes(path, recorded) == []
+    # A fast path that the earlier version did not have is no change while it is off.
+    changes = computation_changes(of_earlier_version, recorded)
+    assert [change.split(":")[0] for change in changes] == ["a", "torch"]
+    assert computation_changes(path, recorded | {"fast_paths": {"a": "on", "b": "other"}}) == []
+    [change] = computation_changes(path, recorded | {"fast_paths": {"a": "one rank", "b": "off"}})
     assert_mentions(change, "a: on -> one rank")
-    [change] = computation_changes(path, about | {"versions": {"torch": "2"}})
+    [change] = computation_changes(path, recorded | {"versions": {"torch": "2"}})
     assert_mentions(change, "torch", "1", "2")
 
 
-def test_a_resume_with_another_division_is_not_bitwise_and_dropout_has_other_masks(checkpoints):
-    about = {"division": {"ranks": 4, "zero_stage": 2, "sequence_parallel_size": 2}}
-    old, path = write(checkpoints, 2), None
-    checkpoints.about = about
+def test_a_changed_division_over_ranks_and_changed_dropout_masks_are_reported(checkpoints):
+    recorded = {"division": {"ranks": 4, "zero_stage": 2, "sequence_parallel_size": 2}}
+    of_earlier_version = write(checkpoints, 2)  # records no division
+    checkpoints.about = recorded
     path = write(checkpoints, 3)
-    assert computation_changes(path, about, has_dropout=True) == []
-    # a checkpoint of an earlier version does not have its division
-    assert computation_changes(old, about, has_dropout=True) == []
-    changed = {"division": about["division"] | {"sequence_parallel_size": 4}}
-    [change] = computation_changes(path, changed)
+    assert computation_changes(path, recorded, has_dropout=True) == []
+    assert computation_changes(of_earlier_version, recorded, has_dropout=True) == []
+    split_over_4 = {"division": recorded["division"] | {"sequence_parallel_size": 4}}
+    [change] = computation_changes(path, split_over_4)
     assert_mentions(change, "sequence_parallel_size: 2 -> 4")
-    assert_mentions(computation_changes(path, changed, has_dropout=True)[1], "lora_dropout")
-    staged = {"division": about["division"] | {"zero_stage": 3}}
-    assert len(computation_changes(path, staged, has_dropout=True)) == 1
+    _, dropout_change = computation_changes(path, split_over_4, has_dropout=True)
+    assert_mentions(dropout_change, "lora_dropout")
+    # The ZeRO stage does not change the dropout masks.
+    zero3 = {"division": recorded["division"] | {"zero_stage": 3}}
+    assert len(computation_changes(path, zero3, has_dropout=True)) == 1
 
 
-def test_only_the_newest_are_kept(checkpoints, tmp_path):
-    for step in (2, 4, 100_000_000 - 1):
+def test_only_the_two_newest_checkpoints_are_kept(checkpoints, tmp_path):
+    for step in (2, 4, 99_999_999):  # the largest number that has eight digits
         write(checkpoints, step)
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000004", "step-99999999"]
@@ -92,6 +100,8 @@ def damage_manifest(path):
 
 
 def flip(name):
+    """A function that flips one bit in a file of a checkpoint."""
+
     def damage(path):
         content = bytearray((path / name).read_bytes())
         content[len(content) // 2] ^= 1
@@ -105,12 +115,13 @@ def truncate(name):
 
 
 NAMES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
+# Name of the damage -> function that damages the folder of a checkpoint.
 DAMAGES = {
     "manifest": damage_manifest,
     "no manifest": lambda path: (path / "manifest.json").unlink(),
     "short manifest": lambda path: (path / "manifest.json").write_text('{"files": {}}'),
-    "list": lambda path: (path / "manifest.json").write_text("[]"),
-    "foreign": lambda path: (path / "planted.pkl").write_bytes(b"cos\nsystem\n"),
+    "manifest is a list": lambda path: (path / "manifest.json").write_text("[]"),
+    "file not in manifest": lambda path: (path / "planted.pkl").write_bytes(b"cos\nsystem\n"),
     "empty": lambda path: [file.unlink() for file in path.iterdir()],
     **{f"flipped {name}": flip(name) for name in NAMES},
     **{f"truncated {name}": truncate(name) for name in NAMES},
@@ -149,9 +160,9 @@ def test_a_new_run_does_not_resume_from_checkpoints_of_an_earlier_one(checkpoint
     assert checkpoint_to_resume(checkpoints, "auto", "new") == (None, [])
 
 
-@pytest.mark.parametrize(("owner", "function"), [(Path, "iterdir"), (hashlib, "file_digest")])
+@pytest.mark.parametrize(("namespace", "function"), [(Path, "iterdir"), (hashlib, "file_digest")])
 def test_an_unreadable_checkpoint_is_an_error_and_not_skipped(
-    checkpoints, monkeypatch, owner, function
+    checkpoints, monkeypatch, namespace, function
 ):
     """For example files of another user, or a network disk that does not answer."""
     write(checkpoints, 3)
@@ -160,7 +171,7 @@ def test_an_unreadable_checkpoint_is_an_error_and_not_skipped(
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error", "somewhere")
 
-    monkeypatch.setattr(owner, function, fail)
+    monkeypatch.setattr(namespace, function, fail)
     with refused("somewhere", "Input/output error"):
         checkpoints.newest()
 
@@ -169,8 +180,9 @@ def test_the_checkpoint_just_written_is_never_pruned(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints", IDENTITY, keep=1)
     damaged = write(checkpoints, 9)
     flip("adapter.safetensors")(damaged)
-    resumed = write(checkpoints, 3)  # from before the damaged one
-    assert checkpoints.newest() == (resumed, [])
+    # The run restarted before the damaged checkpoint, so the next one has a lower step.
+    just_written = write(checkpoints, 3)
+    assert checkpoints.newest() == (just_written, [])
     assert not damaged.exists()
     assert (tmp_path / "checkpoints/step-00000009-skipped-1").is_dir()
 
@@ -179,25 +191,26 @@ def test_another_run_is_refused_with_the_differences(checkpoints, tmp_path):
     path = write(checkpoints, 3)
     identity = Identity(data="d", base="other", total_steps=10, adapter="lora_r 4")
 
-    def other(*accepted: str) -> Checkpoints:
-        return Checkpoints(tmp_path / "checkpoints", identity, keep=2, accepted=accepted)
+    def other_run(*accept_changes: str) -> Checkpoints:
+        return Checkpoints(tmp_path / "checkpoints", identity, keep=2, accepted=accept_changes)
 
     facts = ("base: b -> other", "total_steps: 9 -> 10", "accept_changes: [base, total_steps]")
     with refused(path, *facts):
-        other().require_resumable(path)
+        other_run().require_resumable(path)
     with refused("total_steps: 9 -> 10"):
-        other("base").require_resumable(path)
-    assert other("base", "total_steps").require_resumable(path).step == 3
+        other_run("base").require_resumable(path)
+    assert other_run("base", "total_steps").require_resumable(path).step == 3
 
 
 @pytest.mark.parametrize("split", ["d", "e"])  # keys of the training and the held-out documents
 def test_other_tokens_of_the_same_data_are_refused_with_the_versions(checkpoints, tmp_path, split):
-    def run_with(tokens, transformers, *accepted, folder="checkpoints"):
+    def run_with(digest, transformers, *accept_changes, folder="checkpoints"):
+        """Checkpoints of a run whose tokens have this digest, made by a transformers version."""
         return Checkpoints(
             tmp_path / folder,
-            replace(IDENTITY, tokens={"d": "same", "e": "same", split: tokens}),
+            replace(IDENTITY, tokens={"d": "same", "e": "same", split: digest}),
             keep=2,
-            accepted=accepted,
+            accepted=accept_changes,
             about={"data_made_with": {"transformers": transformers, "jinja2": "3.1"}},
         )
 
@@ -210,32 +223,32 @@ def test_other_tokens_of_the_same_data_are_refused_with_the_versions(checkpoints
     facts = ("transformers 5.0", "6.0", tmp_path / "data", "accept_changes: [data]")
     with refused(path, name, *facts):
         run_with("def", "6.0").require_resumable(path)
-    with refused(path, "chat_template_kwargs", "date"):
+    with refused(path, "chat_template_kwargs", "date"):  # the likely cause at equal versions
         run_with("def", "5.0").require_resumable(path)
     assert run_with("def", "6.0", "data").require_resumable(path).step == 3
-    with refused(path, "transformers 5.0"):  # the checkpoint of another run
+    # A run in another folder may not accept other data of the checkpoint that it starts from.
+    with refused(path, "transformers 5.0"):
         run_with("def", "6.0", "data", folder="other").require_resumable(path)
-    old = write(checkpoints, 4)  # of a version that did not record tokens
-    assert first.require_resumable(old).step == 4
+    without_digests = write(checkpoints, 4)  # as an earlier version wrote it
+    assert first.require_resumable(without_digests).step == 4
+
+
+def with_digests(folder, tokens) -> Checkpoints:
+    """Checkpoints of a run; `tokens`: key of the documents of a split -> digest of their tokens."""
+    return Checkpoints(folder / "checkpoints", replace(IDENTITY, tokens=tokens), keep=2)
 
 
 def test_a_run_resumes_with_other_held_out_data(tmp_path):
-    def run_with(tokens):
-        return Checkpoints(tmp_path / "checkpoints", replace(IDENTITY, tokens=tokens), keep=2)
-
-    path = write(run_with({"d": "abc", "e": "def"}), 3)
-    assert run_with({"d": "abc"}).require_resumable(path).step == 3
-    assert run_with({"d": "abc", "f": "xyz"}).require_resumable(path).step == 3
+    path = write(with_digests(tmp_path, {"d": "abc", "e": "def"}), 3)
+    assert with_digests(tmp_path, {"d": "abc"}).require_resumable(path).step == 3
+    assert with_digests(tmp_path, {"d": "abc", "f": "xyz"}).require_resumable(path).step == 3
 
 
 def test_a_digest_recorded_by_an_earlier_version_is_compared_with_the_training_data(tmp_path):
-    def run_with(tokens):
-        return Checkpoints(tmp_path / "checkpoints", replace(IDENTITY, tokens=tokens), keep=2)
-
-    path = write(run_with("abc"), 3)
-    assert run_with({"d": "abc", "e": "def"}).require_resumable(path).step == 3
+    path = write(with_digests(tmp_path, "abc"), 3)  # one digest, without a key
+    assert with_digests(tmp_path, {"d": "abc", "e": "def"}).require_resumable(path).step == 3
     with refused(path, "training data"):
-        run_with({"d": "other"}).require_resumable(path)
+        with_digests(tmp_path, {"d": "other"}).require_resumable(path)
 
 
 def test_a_user_s_copies_are_neither_pruned_nor_resumed_from(checkpoints, tmp_path):
@@ -255,7 +268,7 @@ def test_a_user_s_copies_are_neither_pruned_nor_resumed_from(checkpoints, tmp_pa
     assert checkpoints.newest() == (None, [])
 
 
-def test_another_adapter_is_refused_whatever_is_accepted(checkpoints, tmp_path):
+def test_another_adapter_is_refused_with_every_value_of_accept_changes(checkpoints, tmp_path):
     path = write(checkpoints, 3)
     other = Checkpoints(
         tmp_path / "checkpoints",
@@ -310,26 +323,28 @@ def test_the_best_adapter_is_kept_while_a_checkpoint_names_it(checkpoints, tmp_p
 def test_a_checkpoint_with_a_truncated_file_is_skipped(checkpoints, name):
     older, newer = write(checkpoints, 3), write(checkpoints, 6)
     whole = (newer / name).read_bytes()
-    for part in range(20):
-        (newer / name).write_bytes(whole[: part * len(whole) // 20])
-        assert checkpoints.newest()[0] == older, part
+    for twentieths in range(20):
+        (newer / name).write_bytes(whole[: twentieths * len(whole) // 20])
+        assert checkpoints.newest()[0] == older, twentieths
 
 
-def test_resume_path_takes_the_newest_descendant_of_the_named_checkpoint(checkpoints, tmp_path):
+def test_resume_path_takes_the_newest_checkpoint_written_after_that_resume(checkpoints, tmp_path):
+    """The setting `resume` names step 3, which is `origin`."""
     first = write(checkpoints, 3)
     write(checkpoints, 6)
-    named = Checkpoints(tmp_path / "checkpoints", IDENTITY, keep=2, origin=str(first.absolute()))
-    path, notes = named.newest()
+    folder, origin = tmp_path / "checkpoints", str(first.absolute())
+    resumed_run = Checkpoints(folder, IDENTITY, keep=2, origin=origin)
+    path, notes = resumed_run.newest()
     assert path == first  # though step 6 is newer
     assert len(notes) == 1
     assert_mentions(notes[0], "step-00000006 is skipped", first)
-    later = write(named, 5)
-    assert named.newest() == (later, [])  # for a second start
+    later = write(resumed_run, 5)
+    assert resumed_run.newest() == (later, [])  # for a second start with the same settings
     assert (tmp_path / "checkpoints/step-00000006-skipped-1").is_dir()
     flip("state.json")(first)
     flip("state.json")(later)
     with refused("resume", first, "state.json"):
-        named.newest()
+        resumed_run.newest()
 
 
 def test_the_checkpoint_of_the_lowest_loss_is_kept_as_well(checkpoints, tmp_path):
@@ -346,28 +361,30 @@ def test_there_are_never_more_checkpoints_than_predicted(checkpoints, tmp_path, 
 
     def write_and_count(*args):
         write_folder(*args)
-        for kind, numbers in counts.items():
-            numbers.append(len(list((tmp_path / "checkpoints").glob(f"{kind}-*"))))
+        for prefix, numbers in counts.items():
+            numbers.append(len(list((tmp_path / "checkpoints").glob(f"{prefix}-*"))))
 
     monkeypatch.setattr(checkpoints, "_write_folder", write_and_count)
-    for step in range(1, 25):  # the loss falls until step 8, and again at 16 and 18
-        best = max(b for b in (1, 2, 3, 4, 5, 6, 7, 8, 16, 18) if b <= step)
+    steps_with_a_new_lowest_loss = (1, 2, 3, 4, 5, 6, 7, 8, 16, 18)
+    for step in range(1, 25):
+        best = max(best for best in steps_with_a_new_lowest_loss if best <= step)
         progress = Progress(step=step, best_step=best, optimizer_step=step)
         if best == step:
             checkpoints.write_best(WEIGHTS, progress)
         if step % 4 == 0:
             checkpoints.write(WEIGHTS, MOMENTS, progress)
             assert checkpoints.has_best(progress)
-        named = step // 4 * 4
-        if named:  # a kill here must leave the best adapter of the newest checkpoint
+        newest_step = step // 4 * 4
+        if newest_step:  # a kill here must leave the best adapter of the newest checkpoint
             resumed = checkpoints.require_resumable(checkpoints.newest()[0])
-            assert resumed.step == named
+            assert resumed.step == newest_step
             assert checkpoints.has_best(resumed)
     assert max(counts["step"]) == 2 + 2
     assert max(counts["best"]) == 2
 
 
-def test_a_kill_between_two_renames_leaves_the_old_checkpoint(checkpoints):
+# A checkpoint is replaced by two renames: of the old folder to .NAME.old, and of the new to NAME.
+def test_a_kill_between_the_two_renames_leaves_the_old_checkpoint(checkpoints):
     path = write(checkpoints, 3)
     path.rename(path.with_name(f".{path.name}.old"))
     assert checkpoints.newest() == (path, [])
@@ -393,16 +410,16 @@ def test_state_json_has_the_schedule_the_versions_and_the_progress(tmp_path):
     assert checkpoints.require_resumable(path) == progress
 
 
-def foreign(tmp_path, path, **fields) -> Checkpoints:
-    """The checkpoints of another run folder that resumes from `path`."""
+def of_another_folder(tmp_path, path, **fields) -> Checkpoints:
+    """The checkpoints of a run in another folder, whose setting `resume` is `path`."""
     values = {"identity": IDENTITY, "keep": 2, "origin": str(path.resolve())} | fields
     return Checkpoints(tmp_path / "other/checkpoints", **values)
 
 
-def test_a_checkpoint_of_another_folder_resumes_the_same_data_and_schedule(checkpoints, tmp_path):
+def test_a_run_in_another_folder_resumes_with_the_same_data_and_schedule(checkpoints, tmp_path):
     path = write(checkpoints, 3)
-    assert foreign(tmp_path, path).newest() == (path, [])
-    assert foreign(tmp_path, path).require_resumable(path).step == 3
+    assert of_another_folder(tmp_path, path).newest() == (path, [])
+    assert of_another_folder(tmp_path, path).require_resumable(path).step == 3
 
 
 @pytest.mark.parametrize("total_steps", [2, 3, 20])
@@ -411,7 +428,7 @@ def test_another_data_set_or_schedule_needs_a_new_run(checkpoints, tmp_path, dat
     """The position in the epoch and the learning rate would be those of the other run."""
     path = write(checkpoints, 3)
     identity = replace(IDENTITY, data=data, total_steps=total_steps)
-    other = foreign(tmp_path, path, identity=identity, accepted=("data", "total_steps"))
+    other = of_another_folder(tmp_path, path, identity=identity, accepted=("data", "total_steps"))
     with refused("resume", path, "total_steps: 9 -> ", "new run", "output_dir"):
         other.require_resumable(path)
 
@@ -420,7 +437,7 @@ def test_another_data_set_or_schedule_needs_a_new_run(checkpoints, tmp_path, dat
 def test_a_finished_run_of_another_folder_has_no_step_left(checkpoints, tmp_path, step):
     path = write(checkpoints, step)
     with refused(path, f"step {step}", "step 9", "max_steps"):
-        foreign(tmp_path, path).require_resumable(path)
+        of_another_folder(tmp_path, path).require_resumable(path)
 
 
 def with_total_steps(checkpoints, total_steps) -> Checkpoints:
@@ -440,6 +457,7 @@ def test_a_run_cannot_be_shortened_below_its_checkpoint(checkpoints):
         with_total_steps(checkpoints, 5).require_resumable(path)
 
 
+# Shapes of the tensors of the only target module k, which WEIGHTS has.
 A, B = {"k.lora_A.weight": (4, 8)}, {"k.lora_B.weight": (8, 4)}
 
 
@@ -466,7 +484,7 @@ def test_other_target_modules_are_refused_before_the_model_is_loaded(checkpoints
 
 
 def test_tensors_of_fused_experts_do_not_count_as_target_modules(checkpoints):
-    """They are compared when the model is built, like other kinds of tensors."""
+    """Only tensors of linear layers are compared before the model is loaded, the others after."""
     experts = {
         "l.experts.lora_A.weight": torch.zeros(2, 3),
         "l.experts.base_layer.lora_B.weight": torch.zeros(3, 2),

@@ -1,4 +1,10 @@
-"""Losses, gradients and weights are equal for every split of a global batch and ZeRO stage."""
+"""Losses, gradients and weights are equal for every ZeRO stage, micro-batch size and world size.
+
+The global batch has 8 documents in every run. A "split" is one division of them: the number of
+ranks, the ZeRO stage and the micro-batch size.
+"""
+
+from functools import partial
 
 import pytest
 
@@ -17,7 +23,8 @@ CHECKPOINTED = {"gradient_checkpointing": True}
 NF4 = {"load_in_4bit": True}
 FP4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
 INT8 = {"load_in_8bit": True}
-# Kind of the base, number of ranks, and the splits that these ranks train one after the other.
+# Name of a group -> quantisation of its base, number of ranks, and settings of the runs that these
+# ranks train one after the other.
 GROUPS = {
     "1 rank": (
         {}, 1,
@@ -50,15 +57,15 @@ GROUPS = {
         [{"zero_stage": 1, "batch_size": 1}, {"zero_stage": 2, "batch_size": 1} | CHECKPOINTED],
     ),
 }  # fmt: skip
-SPLITS = [(name, number) for name, (*_, splits) in GROUPS.items() for number in range(len(splits))]
-_references: dict[str, dict] = {}
+SPLITS = [(name, index) for name, (*_, splits) in GROUPS.items() for index in range(len(splits))]
+_references: dict[str, dict] = {}  # quantisation -> results of `train_tiny`
 
 
-def reference(tiny_model, tmp_path, kind: dict) -> dict:
+def reference(tiny_model, tmp_path, quantisation: dict) -> dict:
     """Results of one rank with eight micro-batches of one document: no padding, no sharding."""
-    key = str(kind)
+    key = str(quantisation)
     if key not in _references:
-        settings = kind | {"zero_stage": 2, "batch_size": 1}
+        settings = quantisation | {"zero_stage": 2, "batch_size": 1}
         [_references[key]] = run_ranks(
             train_tiny, tiny_model, settings, tmp_path=tmp_path, world_size=1
         )
@@ -76,47 +83,39 @@ def assert_same(result: dict, expected: dict) -> None:
 def results_of(tiny_model, tmp_path_factory):
     """Function: name of a group -> the results of its splits; the ranks start once."""
     groups = {
-        name: (world_size, [kind | split for split in splits])
-        for name, (kind, world_size, splits) in GROUPS.items()
+        name: (world_size, [quantisation | split for split in splits])
+        for name, (quantisation, world_size, splits) in GROUPS.items()
     }
     return run_groups_once(groups, train_each, tiny_model, tmp_path_factory)
 
 
-@pytest.mark.parametrize(("group", "number"), SPLITS)
+@pytest.mark.parametrize(("group", "index"), SPLITS)
 def test_training_is_the_same_for_every_split_and_stage(
-    tiny_model, tmp_path, results_of, group, number
+    tiny_model, tmp_path, results_of, group, index
 ):
-    kind, *_ = GROUPS[group]
-    assert_same(results_of(group)[number], reference(tiny_model, tmp_path, kind))
+    quantisation, *_ = GROUPS[group]
+    assert_same(results_of(group)[index], reference(tiny_model, tmp_path, quantisation))
 
 
 def train_over_a_short_step(session, folder, runs):
-    """Steps of 8, 5, 8 and 5 documents: two epochs."""
+    """Two epochs of 13 documents, in four steps of 8, 5, 8 and 5."""
     return train_each(session, folder, runs, 4, 13)
 
 
 def test_a_short_last_step_is_the_same_for_every_split_and_so_are_epochs_after_it(
     tiny_model, tmp_path
 ):
-    [whole], splits = (
-        run_ranks(
-            train_over_a_short_step, tiny_model, runs, tmp_path=tmp_path, world_size=world_size
-        )[0]
-        for world_size, runs in (
-            (1, [{"zero_stage": 2, "batch_size": 8}]),
-            (
-                2,
-                [
-                    {"zero_stage": 2, "batch_size": 1},
-                    {"zero_stage": 3, "batch_size": 1},
-                    {"zero_stage": 3, "batch_size": 2} | CHECKPOINTED,
-                ],
-            ),
-        )
-    )
-    assert len(whole["losses"]) == 4
-    for result in splits:
-        assert_same(result, whole)
+    on_one_rank = [{"zero_stage": 2, "batch_size": 8}]
+    on_two_ranks = [
+        {"zero_stage": 2, "batch_size": 1},
+        {"zero_stage": 3, "batch_size": 1},
+        {"zero_stage": 3, "batch_size": 2} | CHECKPOINTED,
+    ]
+    train = partial(run_ranks, train_over_a_short_step, tiny_model, tmp_path=tmp_path)
+    [expected] = train(on_one_rank, world_size=1)[0]
+    assert len(expected["losses"]) == 4
+    for result in train(on_two_ranks, world_size=2)[0]:
+        assert_same(result, expected)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -132,9 +131,11 @@ def test_the_storage_dtype_of_4_bit_weights_does_not_change_the_numbers(
 
 
 def test_the_reference_learns_and_quantisation_changes_its_losses(tiny_model, tmp_path):
-    plain, nf4, int8 = (reference(tiny_model, tmp_path, kind) for kind in ({}, NF4, INT8))
-    moved = [key for key, value in plain["weights"].items() if "lora_B" in key and value.any()]
-    assert len(moved) == 2 * 7
+    plain, nf4, int8 = (
+        reference(tiny_model, tmp_path, quantisation) for quantisation in ({}, NF4, INT8)
+    )
+    trained = [key for key, value in plain["weights"].items() if "lora_B" in key and value.any()]
+    assert len(trained) == 2 * 7  # seven linear layers in each of two decoder layers
     assert abs(nf4["losses"][0] / plain["losses"][0] - 1) > 1e-4
     assert abs(int8["losses"][0] / plain["losses"][0] - 1) > 1e-7
 
@@ -160,7 +161,8 @@ def test_zero1_in_bf16_uses_the_optimizer_class_of_zero2(tiny_model, tmp_path):
 
 
 def train_in_chunks(session, folder, runs):
-    loss_module.LOGITS_CHUNK_BYTES = 4 * 259 * 5  # five rows of logits in a chunk
+    # A chunk has the logits of five tokens: 4 bytes for each of the 259 tokens in the vocabulary.
+    loss_module.LOGITS_CHUNK_BYTES = 4 * 259 * 5
     return train_each(session, folder, runs)
 
 

@@ -15,7 +15,7 @@ from tests.tiny import Documents, make_plan, make_tokenizer
 from tests.train_tiny import build_engine, work
 
 pytestmark = pytest.mark.engine
-PROMPTS = ["one", "two two", "a longer prompt", "x", "y z"]
+PROMPTS = ["one", "two two", "a longer prompt", "x", "y z"]  # not divisible by two ranks
 
 
 def generator():
@@ -25,7 +25,11 @@ def generator():
 
 
 def train(session, folder, settings, *, answers_after):
-    """Answers after some of four steps with dropout; at the end the adapter and a held-out loss."""
+    """Train four steps with dropout. Returns the answers, the final adapter and held-out loss.
+
+    `answers_after`: steps after which the ranks answer PROMPTS. Each entry of the answers is the
+    list of answers that this rank generated in one batch.
+    """
     plan, engine = build_engine(session, folder, {"lora_dropout": 0.2, **settings})
     rank, size = session.placement.rank, session.placement.world_size
     answers = []
@@ -34,8 +38,8 @@ def train(session, folder, settings, *, answers_after):
         engine.optimizer_step(batches, supervised, 1e-2)
         if step in answers_after:
             for first in range(0, len(PROMPTS), size):  # in the last pass some ranks have none
-                own = PROMPTS[first + rank : first + rank + 1]
-                answers.append(engine.answers(generator(), own, lambda: None))
+                prompts_of_rank = PROMPTS[first + rank : first + rank + 1]
+                answers.append(engine.answers(generator(), prompts_of_rank, lambda: None))
     weights = gather_weights(engine.parameters, keep=True)
     # At one document in a micro-batch, the second of two ranks has an empty one.
     loss = held_out_loss(engine.evaluate, Documents(5), session, plan.layout)
@@ -43,7 +47,7 @@ def train(session, folder, settings, *, answers_after):
 
 
 def with_and_without_answers(session, folder):
-    """By stage: answers of the rank and weights of a run with answers, and weights without."""
+    """Stage -> answers of the rank, weights of the run with answers, weights of one without."""
     results = {}
     for stage in (2, 3):
         settings = {"zero_stage": stage, "batch_size": 2, "gradient_checkpointing": True}
@@ -56,62 +60,81 @@ def with_and_without_answers(session, folder):
 def test_answers_leave_the_adapter_bitwise_unchanged(tiny_model, tmp_path):
     by_rank = run_ranks(with_and_without_answers, tiny_model, tmp_path=tmp_path)
     for stage in (2, 3):
-        _, weights, without = by_rank[0][stage]
-        assert weights == without
-        assert [len(each) for each in by_rank[0][stage][0]] == [1, 1, 1] * 3
-        assert [len(each) for each in by_rank[1][stage][0]] == [1, 1, 0] * 3
+        (answers, weights, weights_without_answers), (answers_of_rank_1, *_) = (
+            results[stage] for results in by_rank
+        )
+        assert weights == weights_without_answers
+        # Rank 1 has no prompt in the third batch of each of three evaluations.
+        assert [len(batch) for batch in answers] == [1, 1, 1] * 3
+        assert [len(batch) for batch in answers_of_rank_1] == [1, 1, 0] * 3
 
 
-KEYS = [{"mlp_tiles": 3}, {"new_tokens": ["<a>"]}]
+# Settings that change the modules which generation calls: the MLP, and the embedding and the head.
+MODULE_CHANGES = [{"mlp_tiles": 3}, {"new_tokens": ["<a>"]}]
 
 
 def answers_and_losses(session, folder, runs):
+    """Of each run: its answers after the last step, and its held-out loss."""
     results = (train(session, folder, settings, answers_after=(3,)) for settings in runs)
     return [(answers, loss) for answers, _, loss in results]
 
 
-def test_answers_are_equal_at_every_stage_and_number_of_ranks(tiny_model, tmp_path):
-    def in_order(results):
-        answers = [answers for answers, _ in results]
-        return [text for texts in zip(*answers, strict=True) for each in texts for text in each]
+def in_order_of_prompts(results_by_rank):
+    """The answers of all ranks. Prompt i was answered by rank i modulo the number of ranks."""
+    answers_by_rank = [answers for answers, _ in results_by_rank]
+    in_order = []
+    for batches in zip(*answers_by_rank, strict=True):  # a batch of each rank
+        for batch in batches:
+            in_order += batch
+    return in_order
 
-    runs = [{"batch_size": 1, "lora_dropout": 0.0, **keys} for keys in KEYS]
-    alone = [settings | {"zero_stage": 2, "mlp_tiles": 1} for settings in runs]
-    whole_runs = run_ranks(answers_and_losses, tiny_model, alone, tmp_path=tmp_path, world_size=1)
-    sharded = [settings | {"zero_stage": 3} for settings in runs]
-    sharded_runs = run_ranks(answers_and_losses, tiny_model, sharded, tmp_path=tmp_path)
-    for number in range(len(runs)):
-        whole = [results[number] for results in whole_runs]
-        sharded = [results[number] for results in sharded_runs]
-        assert len(in_order(whole)) == len(PROMPTS)
-        assert any(in_order(whole))
-        assert in_order(sharded) == in_order(whole)
+
+def test_answers_are_equal_at_every_stage_and_number_of_ranks(tiny_model, tmp_path):
+    runs = [{"batch_size": 1, "lora_dropout": 0.0, **change} for change in MODULE_CHANGES]
+    settings = [run | {"zero_stage": 2, "mlp_tiles": 1} for run in runs]
+    on_one_rank = run_ranks(
+        answers_and_losses, tiny_model, settings, tmp_path=tmp_path, world_size=1
+    )
+    settings = [run | {"zero_stage": 3} for run in runs]
+    on_two_ranks = run_ranks(answers_and_losses, tiny_model, settings, tmp_path=tmp_path)
+    for index in range(len(runs)):
+        [(_, expected_loss)] = expected = [results[index] for results in on_one_rank]
+        sharded = [results[index] for results in on_two_ranks]
+        answers = in_order_of_prompts(expected)
+        assert len(answers) == len(PROMPTS)
+        assert any(answers)
+        assert in_order_of_prompts(sharded) == answers
         for _, loss in sharded:
-            assert loss == pytest.approx(whole[0][1], rel=1e-5)
+            assert loss == pytest.approx(expected_loss, rel=1e-5)
 
 
 def questions_of(session, run, settings):
+    """Number of questions, batches of the rank (indices of questions), and scores of a perfect run.
+
+    Or the message, if the held-out rows are refused.
+    """
     plan = make_plan(run.parent / "base", session.placement.world_size, **settings)
     try:
         questions = held_out_questions(plan, DataIndex.load(run / "data"), session)
     except UserError as error:
         return str(error)
     batches = [list(batch) for batch in questions.batches_of_rank(session.placement)]
-    expected = list(enumerate(questions.expected))
-    return len(questions.prompts), batches, questions.scores(expected)
+    perfect_answers = list(enumerate(questions.expected))
+    return len(questions.prompts), batches, questions.scores(perfect_answers)
 
 
 def test_every_rank_gets_equally_many_batches_of_questions(tmp_path):
     run = make_run(tmp_path, rows=20)
     data = {"eval_data": str(tmp_path / "heldout.jsonl"), "output_dir": str(run)}
-    first, second = run_ranks(
-        questions_of, run, data | {"eval_generate": 17, "eval_regex": r"\d+"}, tmp_path=tmp_path
+    settings = data | {"eval_generate": 17, "eval_regex": r"\d+"}  # 17 is odd, for two ranks
+    (total, batches, scores), (total_1, batches_1, _) = run_ranks(
+        questions_of, run, settings, tmp_path=tmp_path
     )
-    assert first[0] == second[0] == 17
-    assert len(first[1]) == len(second[1])
-    assert sorted(i for batch in first[1] + second[1] for i in batch) == [*range(17)]
-    assert first[2]["exact_match"] == first[2]["regex_match"] == 1
-    assert "loss" not in first[2]
+    assert total == total_1 == 17
+    assert len(batches) == len(batches_1)
+    assert sorted(index for batch in batches + batches_1 for index in batch) == [*range(17)]
+    assert scores["exact_match"] == scores["regex_match"] == 1
+    assert "loss" not in scores
 
 
 def test_held_out_rows_without_questions_are_refused_on_all_ranks(tmp_path):

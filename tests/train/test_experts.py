@@ -1,4 +1,7 @@
-"""Adapters of fused experts train, load in plain peft, and resume."""
+"""Adapters of fused experts train, load in plain peft, and resume.
+
+Fused experts are one 3-D weight for all experts of a layer, to which peft attaches LoRA matrices.
+"""
 
 from functools import cache
 
@@ -16,16 +19,16 @@ from tests.train_tiny import build_engine, distance, train_tiny, work
 
 pytestmark = pytest.mark.engine
 
-KINDS = [
-    "qwen3_moe",  # in the table of families
+KINDS = [  # small models of tests/models/kinds.py
+    "qwen3_moe",  # its sizes are in a table, without building the model class
     "gpt_oss",  # transposed weights with biases
     "deepseek_v3",  # a dense first layer, and multi-head latent attention
     "llama4_text",  # experts that process every token
     "qwen3_next",  # hybrid layers
 ]
 EXPERTS = {"lora_target_modules": ["auto", "experts"], "batch_size": 2}
-IDS = torch.arange(3, 35).reshape(2, 16)
-STEPS = 2  # B is zero before the first step, so A moves in the second
+IDS = torch.arange(3, 35).reshape(2, 16)  # token ids of two sequences, whose logits are compared
+STEPS = 2  # LoRA's B is zero before the first step, so A has a gradient only in the second
 
 
 def train_and_gather(session, folder, settings, saved=None):
@@ -65,7 +68,10 @@ def published_settings(stage):
 
 
 def train_all(session, folder, kind):
-    """First gradients of the GRADIENT_RUNS of a kind, and its PUBLISHED runs by stage."""
+    """The GRADIENT_RUNS of a kind: first gradients of each. Its PUBLISHED runs, by stage.
+
+    The latter are results of `train_and_gather`.
+    """
     gradients = [
         train_tiny(session, folder, EXPERTS | settings, 1)["gradients"]
         for settings in GRADIENT_RUNS[kind]
@@ -79,7 +85,7 @@ def train_all(session, folder, kind):
 
 @pytest.fixture(scope="module")
 def two_ranks(folder_of, tmp_path_factory):
-    """Function: kind -> the results of `train_all`; the ranks start once for each kind."""
+    """Function: kind -> `train_all` on two ranks; the ranks start once for each kind."""
 
     @cache
     def train(kind):
@@ -91,13 +97,16 @@ def two_ranks(folder_of, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_first_gradients_of_two_ranks_equal_those_of_one(folder_of, two_ranks, tmp_path, kind):
-    arguments = (train_tiny, folder_of(kind), EXPERTS | {"zero_stage": 2}, 1)
-    one = run_ranks(*arguments, tmp_path=tmp_path, world_size=1)[0]["gradients"]
-    nonzero = [key for key, gradient in one.items() if gradient.any()]
+    settings = EXPERTS | {"zero_stage": 2}
+    [result] = run_ranks(train_tiny, folder_of(kind), settings, 1, tmp_path=tmp_path, world_size=1)
+    expected = result["gradients"]
+    nonzero = [key for key, gradient in expected.items() if gradient.any()]
+    # The two weights of the experts: peft wraps one adapter around the other.
     assert [key for key in nonzero if ".experts.base_layer.lora_B" in key]
     assert [key for key in nonzero if ".experts.lora_B" in key]
-    for settings, two in zip(GRADIENT_RUNS[kind], two_ranks(kind)[0], strict=True):
-        assert distance(two, one) < 1e-6, settings
+    gradients_of_two_ranks, _ = two_ranks(kind)
+    for run, gradients in zip(GRADIENT_RUNS[kind], gradients_of_two_ranks, strict=True):
+        assert distance(gradients, expected) < 1e-6, run
 
 
 @pytest.mark.parametrize(
@@ -106,7 +115,8 @@ def test_first_gradients_of_two_ranks_equal_those_of_one(folder_of, two_ranks, t
 def test_the_published_adapter_has_its_logits_in_plain_peft(
     folder_of, two_ranks, tmp_path, kind, stage
 ):
-    folder, result = folder_of(kind), two_ranks(kind)[1][stage]
+    _, published_runs = two_ranks(kind)
+    folder, result = folder_of(kind), published_runs[stage]
     plan = make_plan(folder, 2, 40, **published_settings(stage))
     publish_adapter(
         plan, result["weights"], tmp_path / "adapter", step=STEPS, base=base_fingerprint(folder)

@@ -1,4 +1,8 @@
-"""The fast paths give the gradients of the plain computation, at every stage and for every base."""
+"""The fast paths give the gradients of the plain computation, at every stage and for every base.
+
+`fast_paths` are faster computations of the same numbers; `fast_paths: false` computes as PyTorch
+and DeepSpeed do.
+"""
 
 from dataclasses import replace
 from functools import cache
@@ -20,7 +24,7 @@ NF4, INT8, CHECKPOINTED = (
     {"gradient_checkpointing": True},
 )
 STEPS = 3
-# Runs that the same ranks train one after the other.
+# Name of a group -> name -> settings of the runs that its ranks train one after the other.
 GROUPS = {
     "lora": {
         "zero1": {"zero_stage": 1},
@@ -38,8 +42,8 @@ GROUPS = {
 }
 
 
-def on_and_off(session, train, folder, runs, *arguments):
-    """Results of each run with and without the fast paths."""
+def train_with_and_without(session, train, folder, runs, *arguments):
+    """Name of each run -> its results with the fast paths, and without."""
     return {
         name: [
             train(session, folder, settings | {"fast_paths": is_fast}, *arguments)
@@ -63,7 +67,8 @@ def results_of(tiny_model, tmp_path_factory):
     def train(name):
         runs = {key: {"batch_size": 2} | settings for key, settings in GROUPS[name].items()}
         folder = tmp_path_factory.mktemp("group")
-        return run_ranks(on_and_off, train_tiny, tiny_model, runs, STEPS, tmp_path=folder)[0]
+        arguments = (train_tiny, tiny_model, runs, STEPS)
+        return run_ranks(train_with_and_without, *arguments, tmp_path=folder)[0]
 
     return train
 
@@ -77,29 +82,36 @@ def test_gradients_equal_those_of_the_plain_computation(results_of, group, name)
 
 def test_gradients_of_packs_equal_those_of_the_plain_computation(tiny_model, tmp_path):
     runs = {stage: {"zero_stage": stage, "batch_size": 1} for stage in (1, 2, 3)}
-    results = run_ranks(on_and_off, train_packed, tiny_model, runs, PACKS, tmp_path=tmp_path)[0]
+    arguments = (train_packed, tiny_model, runs, PACKS)
+    results = run_ranks(train_with_and_without, *arguments, tmp_path=tmp_path)[0]
     for fast, plain in results.values():
         assert_same(fast, plain)
 
 
 def in_fp32_and_bf16(session, folder, settings):
-    """First gradients in fp32, then in bf16 with fp32 kernels, only for attention, and without."""
-    slow = {"bf16": True, "hardware": replace(cpu_of(2, 2**34), is_slow_in_bf16=True)}
-    results = [train_tiny(session, folder, settings | each, 1)["gradients"] for each in ({}, slow)]
-    engine.multiply_in_fp32 = lambda model: None
-    results += [
-        train_tiny(session, folder, settings | each, 1)["gradients"]
-        for each in (slow, {"bf16": True})
-    ]
-    return results
+    """First gradients of four runs.
+
+    In fp32; in bf16 with fp32 kernels; in bf16 with fp32 kernels only for attention; in bf16.
+    """
+
+    def first_gradients(**change):
+        return train_tiny(session, folder, settings | change, 1)["gradients"]
+
+    bf16_is_slow = replace(cpu_of(2, 2**34), is_slow_in_bf16=True)
+    exact = first_gradients()
+    fast = first_gradients(bf16=True, hardware=bf16_is_slow)
+    engine.multiply_in_fp32 = lambda model: None  # linear layers keep their bf16 kernels
+    only_attention = first_gradients(bf16=True, hardware=bf16_is_slow)
+    return exact, fast, only_attention, first_gradients(bf16=True)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_gradients_of_fp32_kernels_are_as_exact_as_in_bf16(tiny_model, tmp_path, stage):
+def test_fp32_kernels_on_a_cpu_that_is_slow_in_bf16_are_as_exact_as_bf16(
+    tiny_model, tmp_path, stage
+):
     settings = {"zero_stage": stage, "batch_size": 4, "gradient_checkpointing": stage == 3}
     results = run_ranks(in_fp32_and_bf16, tiny_model, settings, tmp_path=tmp_path)
     exact, fast, only_attention, plain = results[0]
     assert distance(fast, exact) < 1.1 * distance(plain, exact) < 0.1
-    # both kinds of kernels are used
-    assert distance(fast, only_attention) > 0
-    assert distance(only_attention, plain) > 0
+    assert distance(fast, only_attention) > 0  # the fp32 kernels of linear layers were used
+    assert distance(only_attention, plain) > 0  # those of attention were used

@@ -1,4 +1,4 @@
-"""The message about an adapter that cannot be published names the checkpoint to resume from."""
+"""If the final adapter cannot be written, the message names the checkpoint to resume from."""
 
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ from tests.tiny import make_plan
 pytestmark = pytest.mark.tensor
 
 WEIGHTS, MOMENTS = {"k": torch.randn(4)}, {"k/exp_avg": torch.randn(4)}
-FULL = OSError("no space left")
+DISK_IS_FULL = OSError("no space left")
 
 
 @pytest.fixture
@@ -26,49 +26,50 @@ def writer(tmp_path):
 
 @pytest.fixture
 def publish(writer, tmp_path, tiny_model, monkeypatch):
-    """Function: makes publishing fail with a cause and returns the message.
+    """Function: publish the adapter of a run, which fails with `cause`; returns the message.
 
     `resumed`: progress of the checkpoint from which the run was resumed.
     """
 
-    def fail(resumed: Progress | None, cause: Exception | None) -> str:
-        run = SimpleNamespace(
+    def failure_message(resumed: Progress | None, cause: Exception | None) -> str:
+        run = SimpleNamespace(  # the attributes of a TrainingState that publishing reads
             plan=make_plan(tiny_model),
             folder=SimpleNamespace(path=tmp_path, checkpoints=SimpleNamespace(initial={})),
             progress=Progress(step=9), writer=writer, saved=resumed,
         )  # fmt: skip
 
-        def refuse(*given, **named):
+        def fail(*_, **__):
             raise RankZeroError("adapter cannot be written") from cause
 
-        monkeypatch.setattr(finish, "publish_adapter", refuse)
+        monkeypatch.setattr(finish, "publish_adapter", fail)
         with pytest.raises(RankZeroError) as caught:
             finish._publish(run, WEIGHTS)
         return str(caught.value)
 
-    return fail
+    return failure_message
 
 
-def test_without_a_checkpoint_a_new_start_begins_at_step_0(publish):
-    assert_mentions(publish(None, FULL), "no checkpoint", "step 0")
+def test_without_a_checkpoint_the_message_says_that_a_new_start_begins_at_step_0(publish):
+    assert_mentions(publish(None, DISK_IS_FULL), "no checkpoint", "step 0")
 
 
 def test_the_resumed_checkpoint_is_named(publish):
-    assert_mentions(publish(Progress(step=6), FULL), "checkpoint of step 6", "start again")
+    assert_mentions(publish(Progress(step=6), DISK_IS_FULL), "checkpoint of step 6", "start again")
 
 
 def test_the_latest_written_checkpoint_is_named(publish, writer):
     writer.save(WEIGHTS, MOMENTS, Progress(step=8))
-    assert_mentions(publish(Progress(step=6), FULL), "checkpoint of step 8", "start again")
+    assert_mentions(publish(Progress(step=6), DISK_IS_FULL), "checkpoint of step 8", "start again")
 
 
 def test_a_checkpoint_that_could_not_be_written_is_named(publish, writer, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/.step-00000009.new").write_text("a file where the folder should be")
     writer.save(WEIGHTS, MOMENTS, Progress(step=9))
-    message = publish(Progress(step=6), FULL)
+    message = publish(Progress(step=6), DISK_IS_FULL)
     assert_mentions(message, "step 9 is not saved", "start again")
 
 
-def test_the_message_about_a_wrong_adapter_mentions_no_new_start(publish):
+def test_a_failure_that_a_new_start_would_repeat_suggests_no_new_start(publish):
+    """An error without an OSError as its cause is about the weights, such as NaN."""
     assert publish(Progress(step=6), None) == "adapter cannot be written"

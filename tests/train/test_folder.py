@@ -1,4 +1,4 @@
-"""status.json has the outcome of a run, whichever process ends it."""
+"""status.json has the outcome of a run, whether the main thread, the watchdog or a rank ends it."""
 
 import json
 import os
@@ -19,6 +19,9 @@ from tests.messages import refused
 from tests.tiny import make_plan, make_rows
 
 pytestmark = pytest.mark.unit
+
+
+NO_SUCH_PID = 2**22 + 1  # above the largest process id of Linux
 
 
 class SingleProcess:
@@ -70,7 +73,7 @@ def test_a_start_that_is_refused_before_the_folder_is_open_leaves_the_earlier_st
     assert not (folder.path / OWNER).exists()
 
 
-def test_a_refused_first_start_records_its_reason(folder):
+def test_the_first_start_in_a_folder_records_why_it_is_refused(folder):
     folder.status.write_start()
     with pytest.raises(UserError), folder.outcome_recorded():
         raise UserError("the model class cannot be trained")
@@ -94,7 +97,7 @@ def test_a_run_is_replaced_only_when_the_folder_is_opened(folder):
     assert not (folder.path / "metrics.jsonl").exists()
 
 
-def test_a_run_without_an_error_is_done_and_its_folder_free(folder):
+def test_a_run_without_an_error_is_done_and_no_longer_owns_its_folder(folder):
     folder.status.write_start()
     with folder.outcome_recorded():
         pass
@@ -103,7 +106,7 @@ def test_a_run_without_an_error_is_done_and_its_folder_free(folder):
 
 
 @pytest.mark.parametrize("error", [RankZeroError("not finite"), ValueError("no memory")])
-def test_an_error_waits_for_the_checkpoint_in_flight(folder, error):
+def test_the_checkpoint_in_flight_is_written_before_an_error_ends_the_run(folder, error):
     waits = []
     folder.wait_for_writes = waits.append
     folder.status.write_start()
@@ -112,21 +115,22 @@ def test_an_error_waits_for_the_checkpoint_in_flight(folder, error):
     assert len(waits) == 1
 
 
-def test_a_lost_connection_is_left_to_the_watchdog(folder):
+def test_a_lost_connection_does_not_change_the_status(folder):
+    """The watchdog will write it: it knows which rank ended and why."""
     folder.status.write_start()
     with pytest.raises(RuntimeError), folder.outcome_recorded():
         raise RuntimeError("Connection closed by peer")
     assert final_status(folder)[0] == "running"
 
 
-def test_the_watchdogs_status_is_final(folder):
-    """The main thread continues for a moment and raises another error."""
+def test_the_status_of_the_watchdog_is_final(folder):
+    """The main thread continues for a moment after the watchdog and raises another error."""
     folder.status.write_start()
 
     def end_twice():
         with folder.outcome_recorded():
             folder.end_by_watchdog("rank 1 got a stop request", 75)
-            raise ValueError("the next")
+            raise ValueError("a later error of the main thread")
 
     with pytest.raises(ValueError):  # noqa: PT011 - raised above
         end_twice()
@@ -141,7 +145,7 @@ def test_a_stop_by_the_watchdog_removes_the_stop_file(folder):
 
 
 def test_a_start_that_the_watchdog_ended_first_writes_no_status(folder):
-    """The run ends before the start writes "running" (`claim`), so there is no status to change."""
+    """The watchdog ends the run before the start writes "running", so no status is changed."""
     folder.end_by_watchdog("stopped", 75)
     with pytest.raises(AssertionError):
         folder.status.write_start()
@@ -168,12 +172,13 @@ def test_an_update_of_the_status_keeps_its_other_fields(tmp_path):
 
 
 def test_another_rank_ends_the_status_only_if_its_owner_is_dead(tmp_path):
+    """Rank 0 owns the folder. If it is killed, another rank calls `end_for_dead_owner`."""
     path = tmp_path / "status.json"
-    mine = identity() | {"state": "running", "started": time.time(), "step": 4}
-    path.write_text(json.dumps(mine | {"pids": [os.getppid()]}))
+    running = identity() | {"state": "running", "started": time.time(), "step": 4}
+    path.write_text(json.dumps(running | {"pids": [os.getppid()]}))
     end_for_dead_owner(path, "rank 0 ended")
     assert read_status(path)["state"] == "running"  # the owner lives
-    path.write_text(json.dumps(mine | {"pids": [2**22 + 1]}))
+    path.write_text(json.dumps(running | {"pids": [NO_SUCH_PID]}))
     (tmp_path / OWNER).write_text(path.read_text())
     end_for_dead_owner(path, "rank 0 ended")
     fields = read_status(path)
@@ -182,15 +187,16 @@ def test_another_rank_ends_the_status_only_if_its_owner_is_dead(tmp_path):
     assert not (tmp_path / OWNER).exists()  # so another machine can start at once
 
 
-def test_an_owner_on_another_machine_is_dead_without_a_heartbeat(tmp_path, monkeypatch):
+def test_an_owner_on_another_machine_is_dead_if_its_heartbeat_stands_still(tmp_path, monkeypatch):
+    """`end_for_dead_owner` sleeps between two readings of the heartbeat."""
     path = tmp_path / "status.json"
     fields = identity() | {"machine": "another", "state": "running", "heartbeat": time.time()}
     path.write_text(json.dumps(fields))
 
-    def beat(_):
+    def heartbeat_advances(_seconds):
         path.write_text(json.dumps(fields | {"heartbeat": time.time() + 1}))
 
-    monkeypatch.setattr("pipeline.train.status.time.sleep", beat)
+    monkeypatch.setattr("pipeline.train.status.time.sleep", heartbeat_advances)
     end_for_dead_owner(path, "rank 0 ended")
     assert read_status(path)["state"] == "running"
     monkeypatch.setattr("pipeline.train.status.time.sleep", lambda _: None)

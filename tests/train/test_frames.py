@@ -1,4 +1,7 @@
-"""There are at most 8 frames of this project between `main()` and the forward pass."""
+"""At most 8 stack frames of this project lie between `main()` and the forward pass.
+
+So a traceback from the forward pass stays readable.
+"""
 
 import pytest
 import yaml
@@ -7,7 +10,8 @@ from tests.commands import run
 from tests.tiny import make_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(200)]
-MOST_FRAMES = 8
+MAX_FRAMES = 8
+# launch/train.py, which also prints the functions on the stack at the first forward of training.
 CODE = """
 import sys, traceback
 sys.argv = ["train.py", sys.argv[1]]
@@ -40,4 +44,4 @@ def test_at_most_8_frames_are_between_main_and_the_forward_pass(tmp_path, tiny_m
     (line,) = [line for line in output.splitlines() if line.startswith("FRAMES")]
     frames = line.split()[1:]
     assert frames[-1] == "_forward"
-    assert len(frames) <= MOST_FRAMES, frames
+    assert len(frames) <= MAX_FRAMES, frames

@@ -1,4 +1,4 @@
-"""The environment in which a run looks for DeepSpeed's launchers."""
+"""A run detects its launcher by the environment variables from before it sets its own."""
 
 import os
 import signal
@@ -20,10 +20,13 @@ def interrupt_handler():
 
 
 @pytest.mark.usefixtures("interrupt_handler")
-def test_the_variables_that_a_run_sets_itself_name_no_launcher(monkeypatch, tmp_path):
-    """CROSS_RANK means that DeepSpeed's launcher started the rank; placement sets it for all."""
+def test_a_launcher_is_not_detected_by_variables_that_the_run_sets_itself(monkeypatch, tmp_path):
+    """In the environment of a start, CROSS_RANK means that DeepSpeed's launcher started the rank.
 
-    def watch(env, request_stop):
+    The run then sets CROSS_RANK for DeepSpeed on every rank.
+    """
+
+    def check_environment(env, request_stop):
         del request_stop
         assert "CROSS_RANK" in os.environ
         assert "CROSS_RANK" not in env
@@ -32,7 +35,7 @@ def test_the_variables_that_a_run_sets_itself_name_no_launcher(monkeypatch, tmp_
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
     environment = {name: value for name, value in os.environ.items() if name not in names}
     monkeypatch.setattr(os, "environ", environment | {"DS_ACCELERATOR": "cpu"})
-    monkeypatch.setattr(run, "watch_launchers", watch)
+    monkeypatch.setattr(run, "watch_launchers", check_environment)
     settings = RunSettings(model="m", train_data="d", output_dir=str(tmp_path / "run"))
     with pytest.raises(UserError, match="the check is complete"):
         run.run_training(settings)

@@ -1,4 +1,7 @@
-"""LoftQ: A and B correct the 4-bit base at each stage, and the adapter belongs to that base."""
+"""LoftQ: the initial A and B correct the errors of the 4-bit base at each ZeRO stage.
+
+The published adapter is therefore only right on that 4-bit base.
+"""
 
 import pytest
 import torch
@@ -33,11 +36,12 @@ from tests.train_tiny import assert_stages_equal_and_resumes_exact, build_engine
 
 pytestmark = pytest.mark.engine
 
-IDS = torch.arange(3, 35).reshape(2, 16)
+IDS = torch.arange(3, 35).reshape(2, 16)  # token ids of two sequences, whose logits are compared
 LOFTQ = {
     "init_lora_weights": "loftq", "load_in_4bit": True, "rank_pattern": {"q_proj": 2},
     "use_rslora": True, "lr": 1e-2, "batch_size": 2,
 }  # fmt: skip
+# Name -> settings, and whether the run resumes from the checkpoint of "zero2" after a step.
 RUNS = {
     "zero1": ({"zero_stage": 1}, False),
     "zero2": ({"zero_stage": 2}, False),
@@ -48,10 +52,10 @@ RUNS = {
 
 
 def train_at_each_stage(session, folder):
-    """Train the runs of RUNS. The resumed ones continue zero2 after a step."""
+    """Train the runs of RUNS; results by name, and the checksum of a base without LoftQ."""
     runs = {}
     _, plain = build_engine(session, folder, {"load_in_4bit": True, "zero_stage": 2})
-    runs["checksum"] = frozen_checksum(plain.deepspeed.module)
+    checksum_without_loftq = frozen_checksum(plain.deepspeed.module)
     for name, (settings, is_resumed) in RUNS.items():
         plan = make_plan(folder, 2, 40, **LOFTQ, **settings)
         if is_resumed:
@@ -67,15 +71,22 @@ def train_at_each_stage(session, folder):
             with torch.no_grad():
                 result["logits"] = engine.deepspeed.module.model(input_ids=IDS).logits
         runs[name] = result
-    return runs
+    return runs, checksum_without_loftq
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The runs, the base, and the adapter of the run at ZeRO-2."""
+def trained_on_two_ranks(tmp_path_factory):
+    """The folder of the base, and the results of `train_at_each_stage`."""
     folder = tmp_path_factory.mktemp("loftq")
     base = make_model(folder / "base")
-    runs = run_ranks(train_at_each_stage, base, tmp_path=folder)[0]
+    return base, *run_ranks(train_at_each_stage, base, tmp_path=folder)[0]
+
+
+@pytest.fixture(scope="module")
+def trained(trained_on_two_ranks, tmp_path_factory):
+    """The plan at ZeRO-2, the runs, and the folders of the base and of the adapter of "zero2"."""
+    base, runs, _ = trained_on_two_ranks
+    folder = tmp_path_factory.mktemp("published")
     plan = make_plan(base, 2, 40, zero_stage=2, **LOFTQ)
     adapter = folder / "adapter"
     publish_adapter(plan, runs["zero2"]["final"], adapter, step=3, base=base_fingerprint(base))
@@ -83,7 +94,7 @@ def trained(tmp_path_factory):
 
 
 def peft_model(plan, base, **options):
-    """The 4-bit base with an adapter of peft, and peft's own LoftQ matrices by key."""
+    """The 4-bit base with an adapter that peft attaches."""
     config = _quantization(plan.settings, read_shape(str(base)), torch.float32)
     model = load_plain(
         base, dtype=torch.float32, quantization_config=config, device_map={"": "cpu"}
@@ -93,24 +104,26 @@ def peft_model(plan, base, **options):
 
 
 def test_without_a_scaling_the_initial_matrices_are_those_of_peft(tmp_path, monkeypatch):
+    """peft's LoftQ ignores the scaling alpha / r, so the two agree only if it is 1."""
     base = make_model(tmp_path / "base")
     settings = LOFTQ | {"use_rslora": False, "lora_alpha": 4.0, "rank_pattern": {}}
     plan = make_plan(base, **settings)
     model = peft_model(plan, base, lora_alpha=4)
-    to = torch.Tensor.to  # peft computes on CUDA only
+    original_to = torch.Tensor.to
 
-    def on_cpu(tensor, *args, **options):
+    def to_cpu_instead_of_cuda(tensor, *args, **options):
         device = {"device": "cpu"} if options.get("device") == "cuda" else {}
-        return to(tensor, *args, **options | device)
+        return original_to(tensor, *args, **options | device)
 
-    monkeypatch.setattr(torch.Tensor, "to", on_cpu)
+    # peft's function moves tensors to CUDA, which this test does not need.
+    monkeypatch.setattr(torch.Tensor, "to", to_cpu_instead_of_cuda)
     replace_lora_weights_loftq(model, str(base / "model.safetensors"))
     errors = loftq._QuantisationErrors(plan, torch.device("cpu"))
     for layer in loftq.adapted_layers(plan.shape, plan.settings):
         module = model.get_submodule(f"base_model.model.{layer.name}")
-        ours = loftq.low_rank_factors(errors.of(layer.name), layer)
-        for part, matrix in zip((module.lora_A, module.lora_B), ours, strict=True):
-            torch.testing.assert_close(matrix, part["default"].weight.data, rtol=1e-5, atol=1e-7)
+        a, b = loftq.low_rank_factors(errors.of(layer.name), layer)
+        for matrix, by_peft in ((a, module.lora_A["default"]), (b, module.lora_B["default"])):
+            torch.testing.assert_close(matrix, by_peft.weight.data, rtol=1e-5, atol=1e-7)
 
 
 def test_the_product_of_the_initial_matrices_is_the_nearest_correction_of_each_weight(trained):
@@ -120,24 +133,25 @@ def test_the_product_of_the_initial_matrices_is_the_nearest_correction_of_each_w
         module = model.get_submodule(f"base_model.model.{layer.name}").base_layer
         assert isinstance(module, Linear4bit)
         weight = load_file(base / "model.safetensors")[f"{layer.name}.weight"]
-        error = weight - loftq_dequantised(module)
+        error = weight - dequantised(module)
         key = f"base_model.model.{layer.name}"
         a, b = initial[f"{key}.lora_A.weight"], initial[f"{key}.lora_B.weight"]
         assert a.shape[0] == layer.r
-        values = torch.linalg.svdvals(error)
         remainder = torch.linalg.norm(error - layer.scaling * (b @ a))
-        assert remainder == pytest.approx(float(values[layer.r :].norm()), rel=1e-4)
+        # No product of rank r leaves less than the singular values after the first r.
+        singular_values = torch.linalg.svdvals(error)
+        assert remainder == pytest.approx(float(singular_values[layer.r :].norm()), rel=1e-4)
 
 
-def loftq_dequantised(module):
+def dequantised(module):
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(module.weight.data, module.weight.quant_state)
 
 
-def test_the_base_in_memory_is_that_of_a_run_without_loftq(trained):
-    _, runs, *_ = trained
-    assert runs["zero2"]["checksum"] == runs["checksum"]
+def test_the_base_in_memory_is_that_of_a_run_without_loftq(trained_on_two_ranks):
+    _, runs, checksum_without_loftq = trained_on_two_ranks
+    assert runs["zero2"]["checksum"] == checksum_without_loftq
 
 
 def test_stages_are_equal_and_a_resumed_run_needs_no_second_svd(trained):
@@ -163,9 +177,9 @@ def test_the_adapter_is_refused_on_a_base_without_the_corrected_errors(trained, 
     for settings in (None, other):
         with refused("load_in_4bit: true", "nf4", "loftq.yaml"):
             require_corrected_base(adapter, settings, "name loftq.yaml")
-    start = {"init_adapter": str(adapter), **{key: LOFTQ[key] for key in ("rank_pattern",)}}
+    unquantised = {"init_adapter": str(adapter), "rank_pattern": LOFTQ["rank_pattern"]}
     with refused("init_adapter", "load_in_4bit: true"):
-        require_startable(make_plan(base, use_rslora=True, **start))
+        require_startable(make_plan(base, use_rslora=True, **unquantised))
 
 
 def test_a_run_that_starts_from_the_adapter_inherits_the_corrected_base(trained, tmp_path):
@@ -181,8 +195,8 @@ def test_a_run_that_starts_from_the_adapter_inherits_the_corrected_base(trained,
     assert_mentions(card, "BitsAndBytesConfig(load_in_4bit=True", "vllm serve MERGED")
 
 
-def test_a_run_from_an_adapter_without_correction_corrects_nothing(tmp_path):
-    """Else its adapter would be merged onto the 4-bit base, whose errors it does not correct."""
+def test_a_loftq_run_from_an_adapter_without_correction_does_not_correct_the_base(tmp_path):
+    """Else the trained adapter would be merged onto the 4-bit base, which it does not correct."""
     plan = make_plan(make_model(tmp_path / "base"), **LOFTQ, init_adapter="other")
     assert corrected_base(plan.settings, None) is None
     assert lora_config(plan.settings).init_lora_weights is True

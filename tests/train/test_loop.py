@@ -19,69 +19,78 @@ from tests.train_tiny import build_engine, work
 pytestmark = pytest.mark.engine
 
 
-def run_of(debug: bool = False):
+NAN, INF = float("nan"), float("inf")
+
+
+def new_run(is_debug: bool = False):
     """The attributes of a TrainingState that are needed to count steps."""
     steps = SimpleNamespace(steps_per_epoch=5)
     return SimpleNamespace(
         plan=SimpleNamespace(steps=steps),
         progress=Progress(),
-        context=SimpleNamespace(is_debug=debug),
+        context=SimpleNamespace(is_debug=is_debug),
     )
 
 
-def result(was_applied=True, can_lower_scale=False):
-    return StepResult(
+def step(run, loss=1.0, *, was_applied=True, can_lower_scale=False, documents=4):
+    """Count a step, and check that it is finite.
+
+    DeepSpeed skips an update (`was_applied` is False) if a gradient is not finite.
+    """
+    result = StepResult(
         loss_sum=1.0, tokens=1, grad_norm=1.0, was_applied=was_applied,
         can_lower_scale=can_lower_scale,
     )  # fmt: skip
-
-
-def advance(run, loss, step_result, documents=4):
-    loop._count(run, loss, step_result, documents)
+    loop._count(run, loss, result, documents)
     loop._require_finite(run, loss)
 
 
 def test_three_consecutive_steps_that_are_not_finite_end_the_run():
-    run = run_of()
-    for loss, each in ((float("nan"), result(False)), (1.0, result(False)), (1.0, result())):
-        advance(run, loss, each)
+    run = new_run()
+    step(run, NAN, was_applied=False)
+    step(run, was_applied=False)
+    step(run)  # finite, so the next three count from one again
     assert (run.progress.step, run.progress.optimizer_step, run.progress.skipped_steps) == (3, 1, 2)
-    advance(run, 1.0, result(False))
-    advance(run, float("inf"), result(False))
+    step(run, was_applied=False)
+    step(run, INF, was_applied=False)
     with refused("step 6", "not finite", "3 steps", "unchanged", error=RankZeroError):
-        advance(run, 1.0, result(False))
+        step(run, was_applied=False)
+
+
+def test_one_step_that_is_not_finite_ends_a_debug_run():
     with refused("1 steps", error=RankZeroError):
-        advance(run_of(debug=True), 1.0, result(False))
+        step(new_run(is_debug=True), was_applied=False)
 
 
 def test_overflows_while_the_loss_scale_can_shrink_do_not_end_the_run():
-    run = run_of()
+    run = new_run()
     for _ in range(20):
-        advance(run, 1.0, result(False, can_lower_scale=True))
+        step(run, was_applied=False, can_lower_scale=True)
     assert (run.progress.skipped_steps, run.progress.bad_steps) == (20, 0)
-    for _ in range(2):
-        advance(run, float("nan"), result(False, can_lower_scale=True))
+    for _ in range(2):  # the loss itself is NaN, which a smaller scale does not change
+        step(run, NAN, was_applied=False, can_lower_scale=True)
     with refused("not finite", error=RankZeroError):
-        advance(run, float("nan"), result(False, can_lower_scale=True))
+        step(run, NAN, was_applied=False, can_lower_scale=True)
 
 
 def test_a_loss_of_zero_is_finite():
     """In fp32 a short, learned answer has loss 0 and a non-zero gradient."""
-    run = run_of()
+    run = new_run()
     for _ in range(5):
-        advance(run, 0.0, result())
+        step(run, 0.0)
     assert (run.progress.optimizer_step, run.progress.bad_steps) == (5, 0)
 
 
-def test_the_position_in_the_epoch_is_in_documents():
-    run, positions = run_of(), []
-    for documents in (4, 4, 4, 4, 2, 4, 4):
-        advance(run, 1.0, result(), documents)
+def test_progress_counts_the_documents_of_the_epoch():
+    run, positions = new_run(), []
+    for documents in (4, 4, 4, 4, 2, 4, 4):  # an epoch has 18 documents, in five steps
+        step(run, documents=documents)
         positions.append(run.progress.documents)
     assert positions == [4, 8, 12, 16, 18, 4, 8]
 
 
 def run_with_batches(heartbeat, agreements, batches_per_agreement=1):
+    """The attributes that `_with_stop_checks` reads; each agreement of the ranks is recorded."""
     return SimpleNamespace(
         heartbeat=heartbeat,
         progress=Progress(step=4),
@@ -93,19 +102,19 @@ def run_with_batches(heartbeat, agreements, batches_per_agreement=1):
 
 
 @pytest.mark.parametrize(
-    ("batches_per_agreement", "agreements"), [(1, 6), (2, 3), (4, 2), (6, 1), (99, 1)]
+    ("batches_per_agreement", "num_agreements"), [(1, 6), (2, 3), (4, 2), (6, 1), (99, 1)]
 )
-def test_ranks_agree_on_stops_at_the_start_of_a_step_and_after_so_many_batches(
-    batches_per_agreement, agreements
+def test_ranks_agree_on_stops_at_the_start_of_a_step_and_after_batches_per_agreement(
+    batches_per_agreement, num_agreements
 ):
-    made = []
-    run = run_with_batches(Heartbeat(), made, batches_per_agreement)
+    agreements = []
+    run = run_with_batches(Heartbeat(), agreements, batches_per_agreement)
     assert list(loop._with_stop_checks(run, range(6))) == list(range(6))
-    assert len(made) == agreements
+    assert len(agreements) == num_agreements
 
 
 def test_waiting_for_input_is_a_separate_phase_of_the_heartbeat():
-    """The watchdog names the phase: hanging input must not appear as the previous collective."""
+    """The watchdog names the phase of a hanging rank: here not the backward pass before it."""
     heartbeat = Heartbeat()
     run = run_with_batches(heartbeat, agreements=[])
     phases = []
@@ -122,9 +131,10 @@ def test_waiting_for_input_is_a_separate_phase_of_the_heartbeat():
 
 
 def two_steps(session, folder, lr):
+    """Train two steps; the message if the adapter counts as untrained, else an empty string."""
     plan, engine = build_engine(session, folder, {"zero_stage": 2, "batch_size": 2})
-    for step in range(2):
-        batches, supervised = work(plan, Documents(), step, session.placement.rank)
+    for index in range(2):
+        batches, supervised = work(plan, Documents(), index, session.placement.rank)
         engine.optimizer_step(batches, supervised, lr)
     run = SimpleNamespace(engine=engine, session=session, plan=plan)
     try:
@@ -138,6 +148,7 @@ def test_an_adapter_that_does_not_change_in_two_steps_ends_the_run_on_all_ranks(
     tiny_model, tmp_path
 ):
     assert run_ranks(two_steps, tiny_model, 1e-3, tmp_path=tmp_path) == ["", ""]
-    messages = run_ranks(two_steps, tiny_model, 1e-60, tmp_path=tmp_path)  # too small for fp32
+    # In fp32 this learning rate is 0.
+    messages = run_ranks(two_steps, tiny_model, 1e-60, tmp_path=tmp_path)
     assert messages[0] == messages[1]
     assert_mentions(messages[0], "14 of 14 lora_B")
