@@ -1,7 +1,7 @@
-"""Run folders of version 0.1.0 are never retrained or cleared unasked, and are still usable.
+"""Run folders of version 0.1.0 are never retrained or cleared, and finished ones are still usable.
 
-`run_folders_0.1.0/` was written by 0.1.0 (commit dd0e0d6) from its two run files; the unfinished
-run was stopped by its stop file at step 5 of 240.
+`run_folders_0.1.0/` was written by 0.1.0 (commit dd0e0d6) from the run files done.yaml and
+unfinished.yaml in it. The unfinished run was stopped at step 5 of 240 by its file `stop`.
 """
 
 import json
@@ -23,18 +23,20 @@ def workspace(tmp_path_factory) -> Path:
     return folder
 
 
-def verb(name: str, *arguments: str, cwd: Path) -> tuple[int, str]:
+def run_command(name: str, *arguments: str, cwd: Path) -> tuple[int, str]:
+    """Exit code and output of a command of this project, such as train."""
     return run("-m", f"pipeline.cli.{name}", *arguments, cwd=cwd)
 
 
 def content(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file in a folder, by its path there."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_a_done_run_is_not_trained_again(workspace):
     before = content(workspace / "done")
-    code, output = verb("train", "done.yaml", cwd=workspace)
+    code, output = run_command("train", "done.yaml", cwd=workspace)
     assert code == 0, output
     assert_mentions(output, "done is done", "nothing to do")
     assert content(workspace / "done") == before
@@ -42,7 +44,7 @@ def test_a_done_run_is_not_trained_again(workspace):
 
 def test_a_done_run_with_other_settings_is_refused(workspace):
     before = content(workspace / "done")
-    code, output = verb("train", "done.yaml", "lr=0.5", cwd=workspace)
+    code, output = run_command("train", "done.yaml", "lr=0.5", cwd=workspace)
     assert code == 2, output
     assert_mentions(output, "lr: 0.005 -> 0.5", "overwrite: true")
     assert "Traceback" not in output
@@ -50,8 +52,9 @@ def test_a_done_run_with_other_settings_is_refused(workspace):
 
 
 def assert_not_continued(workspace, name, *changes):
+    """Assert that a start with the changes is refused, and changes no file of the run `name`."""
     before = content(workspace / name)
-    code, output = verb("train", "done.yaml", f"output_dir={name}", *changes, cwd=workspace)
+    code, output = run_command("train", "done.yaml", f"output_dir={name}", *changes, cwd=workspace)
     assert code == 2, output
     assert_mentions(output, "output_dir", name, "RankZero 0.1.0")
     assert content(workspace / name) == before
@@ -71,7 +74,7 @@ def test_a_done_run_without_its_adapter_is_not_trained_again(workspace):
 def test_an_unfinished_run_names_the_version_that_can_finish_it(workspace):
     """Documents are prepared differently since, so the position of the checkpoint is unknown."""
     before = content(workspace / "unfinished")
-    code, output = verb("train", "unfinished.yaml", cwd=workspace)
+    code, output = run_command("train", "unfinished.yaml", cwd=workspace)
     assert code == 2, output
     assert_mentions(output, "output_dir", "unfinished", "finish it with RankZero 0.1.0")
     assert "Traceback" not in output
@@ -80,7 +83,7 @@ def test_an_unfinished_run_names_the_version_that_can_finish_it(workspace):
 
 def test_a_done_run_can_be_merged_scored_and_reported(workspace):
     for name in ("merge", "score", "report"):
-        code, output = verb(name, "done", cwd=workspace)
+        code, output = run_command(name, "done", cwd=workspace)
         assert code == 0, output
     scores = json.loads((workspace / "done/score.json").read_text())["models"]
     assert scores.keys() == {"base", "adapter", "merged"}

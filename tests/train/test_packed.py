@@ -13,11 +13,12 @@ from tests.train_tiny import build_engine, distance, full_gradients
 
 pytestmark = pytest.mark.engine
 
-# A step has 12 documents, or the same documents in 4 packs. Pack i has SIZES[i] documents, and the
-# first of them is FIRSTS[i].
+# A step has 12 documents, or the same documents in 4 packs. Pack i of a step has SIZES[i] documents
+# from document FIRSTS[i] of the step.
 DOCUMENTS, PACKS, FIRSTS, SIZES = 12, 4, (0, 1, 6, 9), (1, 5, 3, 3)
 STEPS = 3
-# Number of ranks, and the runs on packs that these ranks train one after the other.
+# Name of a group -> number of ranks, and settings of the runs on packs that these ranks train one
+# after the other.
 GROUPS = {
     "1 rank": (1, [{"zero_stage": 2, "batch_size": 4}]),
     "2 ranks": (
@@ -32,32 +33,34 @@ GROUPS = {
         ],
     ),
 }
-RUNS = [(name, number) for name, (_, runs) in GROUPS.items() for number in range(len(runs))]
+RUNS = [(name, index) for name, (_, runs) in GROUPS.items() for index in range(len(runs))]
 
 
 class Packed(Documents):
-    """The same documents in packs of one to five."""
+    """A split with the same documents in packs of one to five."""
 
     def sequence(self, i):
+        """The documents of pack i of the split."""
         step, pack = divmod(i, PACKS)
         first = step * DOCUMENTS + FIRSTS[pack]
         return [self.document(first + k) for k in range(SIZES[pack])]
 
 
-def train(session, folder, settings, sequences):
+def train(session, folder, settings, num_sequences):
     """Losses, gradients of the first step, final weights.
 
-    `sequences`: number of sequences in a step, which are packs if it is PACKS, else documents.
+    `num_sequences` of a step: with PACKS the split has packs, with DOCUMENTS single documents.
     """
-    split = (Packed if sequences == PACKS else Documents)(STEPS * DOCUMENTS)
-    plan, engine = build_engine(session, folder, settings | {"global_batch_size": sequences})
-    micro, rank = plan.layout.micro_batch_size, session.placement.rank
+    split = (Packed if num_sequences == PACKS else Documents)(STEPS * DOCUMENTS)
+    plan, engine = build_engine(session, folder, settings | {"global_batch_size": num_sequences})
+    micro_batch_size, rank = plan.layout.micro_batch_size, session.placement.rank
     losses, gradients = [], {}
     for step in range(STEPS):
-        of_rank = range(step * sequences, (step + 1) * sequences)[rank :: plan.world_size]
+        of_step = range(step * num_sequences, (step + 1) * num_sequences)
+        of_rank = of_step[rank :: plan.world_size]
         batches = [
-            SeededBatch(build_batch(split, of_rank[at : at + micro]), seed=at)
-            for at in range(0, len(of_rank), micro)
+            SeededBatch(build_batch(split, of_rank[first : first + micro_batch_size]), seed=first)
+            for first in range(0, len(of_rank), micro_batch_size)
         ]
         supervised = split.supervised_counts[step * DOCUMENTS : (step + 1) * DOCUMENTS].sum()
         if step == 0:  # the gradients are read before the optimizer step
@@ -73,15 +76,17 @@ def train(session, folder, settings, sequences):
     return {"losses": losses, "gradients": gradients, "weights": weights}
 
 
-def train_each(session, folder, runs, sequences):
+def train_each(session, folder, runs, num_sequences):
     """Results of `train` for several settings; the ranks start once for all of them."""
-    return [train(session, folder, settings, sequences) for settings in runs]
+    return [train(session, folder, settings, num_sequences) for settings in runs]
 
 
 @pytest.fixture(scope="module")
 def documents_alone(tiny_model, tmp_path_factory):
-    """Runs on one rank with one document in a forward pass: in fp32, and in 4 bits."""
-    runs = [{"zero_stage": 2, "batch_size": 1, "load_in_4bit": on} for on in (False, True)]
+    """Results on one rank with one document in a forward pass: of an fp32 and of a 4-bit base."""
+    runs = [
+        {"zero_stage": 2, "batch_size": 1, "load_in_4bit": is_4bit} for is_4bit in (False, True)
+    ]
     arguments = (train_each, tiny_model, runs, DOCUMENTS)
     return run_ranks(*arguments, tmp_path=tmp_path_factory.mktemp("alone"), world_size=1)[0]
 
@@ -89,16 +94,18 @@ def documents_alone(tiny_model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def results_of(tiny_model, tmp_path_factory):
     """Function: name of a group -> the results of its runs on packs; the ranks start once."""
-    train = partial(train_each, sequences=PACKS)
-    return run_groups_once(GROUPS, train, tiny_model, tmp_path_factory)
+    train_on_packs = partial(train_each, num_sequences=PACKS)
+    return run_groups_once(GROUPS, train_on_packs, tiny_model, tmp_path_factory)
 
 
-@pytest.mark.parametrize(("group", "number"), RUNS)
+@pytest.mark.parametrize(("group", "index"), RUNS)
 def test_packs_have_the_losses_gradients_and_weights_of_their_documents(
-    documents_alone, results_of, group, number
+    documents_alone, results_of, group, index
 ):
-    is_4bit = "load_in_4bit" in GROUPS[group][1][number]
-    expected, packed = documents_alone[is_4bit], results_of(group)[number]
+    _, runs = GROUPS[group]
+    in_fp32, in_4_bits = documents_alone
+    expected = in_4_bits if "load_in_4bit" in runs[index] else in_fp32
+    packed = results_of(group)[index]
     assert packed["losses"] == pytest.approx(expected["losses"], rel=1e-6)
     assert distance(packed["gradients"], expected["gradients"]) < 1e-6
     assert distance(packed["weights"], expected["weights"]) < 1e-5

@@ -1,4 +1,4 @@
-"""Gradients are reduced once a step, in fp32, and not at all after a failure."""
+"""Gradients are reduced over ranks once a step, and not at all after a failed micro-batch."""
 
 import deepspeed
 import pytest
@@ -9,19 +9,19 @@ from tests.train_tiny import build_engine, distance, train_tiny, work
 
 pytestmark = pytest.mark.engine
 
-COLLECTIVES = ("all_reduce", "reduce", "reduce_scatter_fn")
+REDUCING_FUNCTIONS = ("all_reduce", "reduce", "reduce_scatter_fn")  # of deepspeed.comm
 
 
-class Collectives:
+class ReductionCounter:
     """Counts DeepSpeed's calls of collective operations that reduce."""
 
     def __init__(self):
         self.count = 0
-        for name in COLLECTIVES:
-            setattr(deepspeed.comm, name, self.counted(getattr(deepspeed.comm, name)))
+        for name in REDUCING_FUNCTIONS:
+            setattr(deepspeed.comm, name, self.counting(getattr(deepspeed.comm, name)))
 
-    def counted(self, operation):
-        """The operation, counted."""
+    def counting(self, operation):
+        """A function that counts its call and calls the operation."""
 
         def call(*arguments, **keywords):
             self.count += 1
@@ -31,51 +31,52 @@ class Collectives:
 
 
 def reductions(session, folder, settings):
-    """Collectives in the backward passes of a step."""
+    """Number of reductions in the backward passes of a step."""
     plan, engine = build_engine(session, folder, settings)
     batches, supervised = work(plan, Documents(40), 0, session.placement.rank)
     engine.deepspeed.train()
-    collectives = Collectives()
+    counter = ReductionCounter()
     engine.backward_passes(batches, supervised)
-    return collectives.count
+    return counter.count
 
 
 def reductions_after_a_failure(session, folder, settings):
-    """Collectives after a micro-batch that could not be read."""
+    """Number of reductions after the second micro-batch of a step could not be read."""
     plan, engine = build_engine(session, folder, settings)
     batches, supervised = work(plan, Documents(40), 0, session.placement.rank)
     engine.deepspeed.train()
-    collectives, before = Collectives(), None
+    counter, count_at_failure = ReductionCounter(), None
 
-    def failing():
-        nonlocal before
+    def failing_batches():
+        nonlocal count_at_failure
         yield batches[0]
-        before = collectives.count
+        count_at_failure = counter.count
         raise OSError("cannot be read")
 
     with pytest.raises(OSError, match="cannot be read"):
-        engine.backward_passes(failing(), supervised)
-    return collectives.count - before
+        engine.backward_passes(failing_batches(), supervised)
+    return counter.count - count_at_failure
 
 
 def run_at_each_stage(session, folder):
-    """By stage: numbers of reductions; gradients of the first step, reduced in fp32 and in bf16."""
-    return {
-        stage: {
-            "four": reductions(session, folder, {"zero_stage": stage, "batch_size": 1}),
-            "one": reductions(session, folder, {"zero_stage": stage, "batch_size": 4}),
-            "failed": reductions_after_a_failure(
-                session, folder, {"zero_stage": stage, "batch_size": 1}
-            ),
+    """ZeRO stage -> numbers of reductions, and gradients of the first step of three runs.
+
+    The runs: in fp32; in bf16 with one reduction a step; in bf16 with one for each micro-batch.
+    """
+    results = {}
+    for stage in (1, 2, 3):
+        four_micro_batches = {"zero_stage": stage, "batch_size": 1}
+        one_micro_batch = {"zero_stage": stage, "batch_size": 4}
+        results[stage] = {
+            "of four micro-batches": reductions(session, folder, four_micro_batches),
+            "of one micro-batch": reductions(session, folder, one_micro_batch),
+            "after a failure": reductions_after_a_failure(session, folder, four_micro_batches),
             "gradients": [
-                train_tiny(
-                    session, folder, {"zero_stage": stage, "batch_size": 1} | options, 1
-                )["gradients"]
+                train_tiny(session, folder, four_micro_batches | options, 1)["gradients"]
                 for options in ({}, {"bf16": True}, {"bf16": True, "fast_paths": False})
             ],
         }
-        for stage in (1, 2, 3)
-    }  # fmt: skip
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -86,15 +87,17 @@ def results(tiny_model, tmp_path_factory):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_four_micro_batches_need_as_many_reductions_as_one(results, stage):
-    assert results[0][stage]["four"] == results[0][stage]["one"] > 0
+    counts = results[0][stage]
+    assert counts["of four micro-batches"] == counts["of one micro-batch"] > 0
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_nothing_is_reduced_after_a_failure(results, stage):
-    assert [by_stage[stage]["failed"] for by_stage in results] == [0, 0]
+    assert [by_stage[stage]["after a failure"] for by_stage in results] == [0, 0]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_one_reduction_in_bf16_is_as_exact_as_one_for_each_micro_batch(results, stage):
-    exact, once, often = results[0][stage]["gradients"]
-    assert distance(once, exact) < 1.1 * distance(often, exact)
+    exact, one_reduction, four_reductions = results[0][stage]["gradients"]
+    # At most 10 % less exact.
+    assert distance(one_reduction, exact) < 1.1 * distance(four_reductions, exact)

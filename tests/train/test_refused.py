@@ -1,4 +1,4 @@
-"""A refused start (exit code 2) does not change a byte of the run folder."""
+"""A refused start (exit code 2) changes no byte of the run folder and does not import torch."""
 
 import json
 import os
@@ -23,7 +23,10 @@ TRAIN = str(ROOT / "launch/train.py")
 
 @pytest.fixture(scope="module")
 def unfinished(tiny_model, tmp_path_factory) -> Path:
-    """A folder with the model, the rows, and a run with checkpoints of steps 2 and 4 of 6."""
+    """A folder with the model, the rows, and a run with checkpoints of steps 2 and 4 of 6.
+
+    The run was finished; its status and files are then changed to those of a stop at step 4.
+    """
     workspace = tmp_path_factory.mktemp("refused")
     shutil.copytree(tiny_model, workspace / "model")
     make_rows(workspace / "train.jsonl")
@@ -37,8 +40,8 @@ def unfinished(tiny_model, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def case(unfinished, tmp_path) -> Path:
-    """A copy of the unfinished run that a test may change."""
+def workspace(unfinished, tmp_path) -> Path:
+    """A copy of the unfinished run, with its model and rows, that a test may change."""
     return Path(shutil.copytree(unfinished, tmp_path / "copy"))
 
 
@@ -69,11 +72,13 @@ def train_in_a_new_interpreter(workspace: Path, **change) -> tuple[int, str]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file in a folder, by its path there."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def assert_refused(workspace: Path, *facts: object, **change) -> None:
+    """Assert that a start with changed settings is refused, with these facts in its message."""
     before = content(workspace / "run")
     code, output = train_in_a_new_interpreter(workspace, **change)
     assert code == 2, output
@@ -83,39 +88,39 @@ def assert_refused(workspace: Path, *facts: object, **change) -> None:
     assert content(workspace / "run") == before
 
 
-def test_a_base_with_a_changed_tensor_is_refused(case):
-    weights = load_file(case / "model/model.safetensors")
+def test_a_base_with_a_changed_tensor_is_refused(workspace):
+    weights = load_file(workspace / "model/model.safetensors")
     name = next(name for name in weights if "down_proj" in name)
     weights[name][3, 5] += 0.25
-    save_file(weights, case / "model/model.safetensors", metadata={"format": "pt"})
-    assert_refused(case, "base", name, "accept_changes: [base]")
+    save_file(weights, workspace / "model/model.safetensors", metadata={"format": "pt"})
+    assert_refused(workspace, "base", name, "accept_changes: [base]")
 
 
-def test_a_base_other_than_that_of_the_checkpoint_is_refused(case):
+def test_a_base_other_than_that_of_the_checkpoint_is_refused(workspace):
     """base.json is missing, so the identity in the checkpoint is compared."""
-    (case / "run/base.json").unlink()
-    config = json.loads((case / "model/config.json").read_text())
-    (case / "model/config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
-    assert_refused(case, "step-00000004", "base:", "accept_changes: [base]")
+    (workspace / "run/base.json").unlink()
+    config = json.loads((workspace / "model/config.json").read_text())
+    (workspace / "model/config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+    assert_refused(workspace, "step-00000004", "base:", "accept_changes: [base]")
 
 
-def test_a_checkpoint_beyond_the_last_step_is_refused(case):
+def test_a_checkpoint_beyond_the_last_step_is_refused(workspace):
     change = {"max_steps": 3, "accept_changes": ["total_steps"]}
-    assert_refused(case, "step-00000004", "step 4", "step 3", "max_steps", **change)
+    assert_refused(workspace, "step-00000004", "step 4", "step 3", "max_steps", **change)
 
 
-def test_a_checkpoint_of_another_run_with_other_targets_is_refused(case):
+def test_a_checkpoint_of_another_run_with_other_targets_is_refused(workspace):
     change = {
         "output_dir": "other", "resume": "run/checkpoints/step-00000004",
         "lora_target_modules": ["k_proj", "q_proj"],
     }  # fmt: skip
-    assert_refused(case, "resume", "step-00000004", **change)
-    assert not content(case / "other")
+    assert_refused(workspace, "resume", "step-00000004", **change)
+    assert not content(workspace / "other")
 
 
-def test_a_refused_run_resumes_after_the_cause_is_removed(case):
-    assert train(case, max_steps=3, accept_changes=["total_steps"])[0] == 2
-    code, output = train(case)
+def test_a_refused_run_resumes_after_the_cause_is_removed(workspace):
+    assert train(workspace, max_steps=3, accept_changes=["total_steps"])[0] == 2
+    code, output = train(workspace)
     assert code == 0, output
     assert_mentions(output, "resuming from step 4")
-    assert (case / "run/adapter").is_dir()
+    assert (workspace / "run/adapter").is_dir()

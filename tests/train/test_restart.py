@@ -43,14 +43,15 @@ def done(workspace, tmp_path) -> Path:
 
 
 def start(workspace: Path, run_folder: Path, *overrides: str) -> tuple[int, str]:
+    """Exit code and output of launch/train.py with the settings of the workspace."""
     return run("launch/train.py", workspace / "run.yaml", f"output_dir={run_folder}", *overrides)
 
 
-def steps(folder: Path) -> list[int]:
+def logged_steps(folder: Path) -> list[int]:
     return [line["step"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
 
 
-def adapter(folder: Path) -> bytes:
+def adapter_bytes(folder: Path) -> bytes:
     return (folder / "adapter/adapter_model.safetensors").read_bytes()
 
 
@@ -59,7 +60,7 @@ def test_a_missing_adapter_is_published_again_from_the_checkpoint(workspace, don
     code, output = start(workspace, done)
     assert code == 0, output
     assert "step 1/4" not in output
-    assert adapter(done) == adapter(workspace / "done")
+    assert adapter_bytes(done) == adapter_bytes(workspace / "done")
 
 
 def test_a_run_that_replaces_another_does_not_resume_its_linked_checkpoints(
@@ -70,8 +71,8 @@ def test_a_run_that_replaces_another_does_not_resume_its_linked_checkpoints(
     code, output = start(workspace, done, "lr=1e-4", "overwrite=true")
     assert code == 0, output
     assert "resuming" not in output
-    assert steps(done) == [1, 2, 3, 4]
-    assert adapter(done) != adapter(workspace / "done")
+    assert logged_steps(done) == [1, 2, 3, 4]
+    assert adapter_bytes(done) != adapter_bytes(workspace / "done")
     assert (done / "checkpoints").is_symlink()
 
 
@@ -84,11 +85,11 @@ def test_a_longer_run_with_other_held_out_rows_restarts_the_best_adapter(workspa
     code, output = start(workspace, done, *changes, "accept_changes=[data, total_steps]")
     assert code == 0, output
     assert_mentions(output, "resuming from step 4", "eval_data changed")
-    assert steps(done) == [1, 2, 3, 4, 5, 6]
+    assert logged_steps(done) == [1, 2, 3, 4, 5, 6]
 
 
 def test_lost_data_that_is_prepared_again_with_other_tokens_is_refused(workspace, tmp_path):
-    """A chat template that writes the time, as that of Llama 3.2 writes the date."""
+    """The chat template writes the time into each row, as that of Llama 3.2 writes the date."""
     template = tmp_path / "dated.jinja"
     template.write_text(CHATML.replace("{% for m", "{{ strftime_now('%f') }}{% for m"))
     run, changes = tmp_path / "run", (f"chat_template={template}", "max_steps=2")
@@ -96,8 +97,8 @@ def test_lost_data_that_is_prepared_again_with_other_tokens_is_refused(workspace
     assert code == 0, output
     changes += ("resume=must", "accept_changes=[total_steps]", "max_steps=3")
     shutil.copytree(run / "data", tmp_path / "saved")
-    for lost, name in (("train-*", "training data"), ("eval-*", "held-out data")):
-        shutil.rmtree(next((run / "data").glob(lost)))
+    for folder_pattern, name in (("train-*", "training data"), ("eval-*", "held-out data")):
+        shutil.rmtree(next((run / "data").glob(folder_pattern)))
         code, output = start(workspace, run, *changes)
         assert code == 2, output
         assert_mentions(output, name, "tokens", "chat_template_kwargs", "accept_changes: [data]")
@@ -184,5 +185,5 @@ def test_a_run_folder_with_another_scratch_path_is_the_same_run(workspace, tiny_
     code, output = run("launch/train.py", tmp_path / "run.yaml", SCRATCH=str(second))
     assert code == 0, output
     assert_mentions(output, "resuming from step 2")
-    assert steps(second / "run") == [1, 2, 3, 4]
-    assert adapter(second / "run") == adapter(workspace / "done")
+    assert logged_steps(second / "run") == [1, 2, 3, 4]
+    assert adapter_bytes(second / "run") == adapter_bytes(workspace / "done")

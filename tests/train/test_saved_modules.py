@@ -20,8 +20,9 @@ pytestmark = pytest.mark.engine
 
 RUNS = {
     "zero2": {"zero_stage": 2, "batch_size": 2},
-    "zero3 re-entrant": {"zero_stage": 3, "batch_size": 2, "gradient_checkpointing": True},
+    "zero3 checkpointed": {"zero_stage": 3, "batch_size": 2, "gradient_checkpointing": True},
 }
+# Whether embeddings and head are tied in the base, and the setting `modules_to_save`.
 MODULES = {
     "tied": (True, ["embed_tokens"]),
     "head": (False, ["lm_head"]),
@@ -30,7 +31,10 @@ MODULES = {
 
 
 def first_gradients(session, folder, modules, chunk_bytes):
-    """Gradients of the first step in each of RUNS, and masters and moments of a step in bf16."""
+    """Gradients of the first step in each of RUNS; fp32 masters and moments of a step in bf16.
+
+    "masters" has those before and after the step; "moments" only those of modules in full.
+    """
     loss.LOGITS_CHUNK_BYTES = chunk_bytes
     gradients = {}
     for name, settings in RUNS.items():
@@ -54,20 +58,21 @@ def first_gradients(session, folder, modules, chunk_bytes):
 
 @pytest.fixture(scope="module", params=MODULES)
 def run(request, tmp_path_factory):
+    """The plan at ZeRO-2, and the results of `first_gradients` on two ranks."""
     tied, modules = MODULES[request.param]
     folder = tmp_path_factory.mktemp("saved")
     base = make_model(folder / "base", tied=tied)
     plan = make_plan(base, 2, 40, zero_stage=2, modules_to_save=modules)
-    chunk_bytes = 12 * 4 * plan.shape.vocab_size  # several chunks in each micro-batch
+    # Chunks of 12 tokens' fp32 logits: several in each micro-batch.
+    chunk_bytes = 12 * 4 * plan.shape.vocab_size
     results = run_ranks(first_gradients, base, modules, chunk_bytes, tmp_path=folder)
     return plan, results[0]
 
 
 def gradients_of_peft(plan):
-    """Gradients of the mean loss of step 0, by peft and the logits of the model's class."""
+    """Gradients of the mean loss of step 0, computed in one process from the model's logits."""
     model = attach_adapter(load_base(plan, torch.device("cpu")), plan)
-    parts = [work(plan, Documents(), 0, rank) for rank in range(2)]
-    for batches, supervised in parts:
+    for batches, supervised in (work(plan, Documents(), 0, rank) for rank in range(2)):
         for seeded in batches:
             batch = seeded.batch
             logits = model(input_ids=batch.input_ids).logits[:, :-1].flatten(0, 1)
@@ -95,7 +100,7 @@ def test_modules_in_full_have_fp32_masters_in_a_bf16_run(run):
     for key in {name.rpartition("/")[0] for name in results["moments"]}:
         changed = (before[key] != after[key]).float().mean()
         is_rounded = torch.equal(after[key], after[key].bfloat16().float())
-        assert changed > 0.05, key
+        assert changed > 0.05, key  # of embeddings, only the rows of tokens in the step change
         assert not is_rounded, key
 
 
@@ -108,14 +113,17 @@ def test_a_module_without_a_gradient_is_reported(run):
 
 
 @pytest.mark.parametrize(
-    ("tied", "modules", "is_on"),
+    ("is_tied", "modules", "is_on"),
     [
         (False, ["embed_tokens"], True),
         (False, ["lm_head"], False),
         (True, ["embed_tokens"], False),
     ],
 )
-def test_the_loss_gradient_path_is_off_only_if_the_head_is_trained(tmp_path, tied, modules, is_on):
-    base = make_model(tmp_path / "base", tied=tied)
+def test_the_gradient_of_the_loss_is_computed_in_the_forward_pass_unless_the_head_is_trained(
+    tmp_path, is_tied, modules, is_on
+):
+    """plan.fast_paths has the reason why a fast path is off, or an empty string."""
+    base = make_model(tmp_path / "base", tied=is_tied)
     plan = make_plan(base, zero_stage=2, modules_to_save=modules)
     assert (plan.fast_paths["loss_gradient_in_forward"] == "") is is_on

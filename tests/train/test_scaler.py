@@ -33,13 +33,16 @@ def build_fp16(session, folder, settings):
     plan = make_plan(folder, session.placement.world_size, 40, **settings)
     layout = replace(plan.layout, training_dtype="float16")
     config = deepspeed_config(plan.shape, plan.settings, layout, is_cuda=False)
-    config["fp16"]["loss_scale_window"] = 2  # the scale soon overflows again
+    config["fp16"]["loss_scale_window"] = 2  # doubled after 2 steps, so it soon overflows again
     plan = replace(plan, layout=layout, deepspeed=config)
     return plan, Engine(attach_adapter(load_base(plan, session.device), plan), plan)
 
 
 def train_steps(session, plan, engine, first, count):
-    """Results of some steps; the first ones start at a scale that overflows."""
+    """Train steps `first` to `first + count - 1`; of each: its loss, and three facts.
+
+    These are: whether the update was applied, whether the scale can be lowered, and the scale.
+    """
     split, results = Documents(), []
     for step in range(first, first + count):
         batches, supervised = work(plan, split, step, session.placement.rank)
@@ -51,10 +54,11 @@ def train_steps(session, plan, engine, first, count):
 
 
 def scaled_run(session, folder, settings):
+    """Train `before` (14 steps), save the state, and train `after` (6 steps)."""
     keep = session.is_rank_zero
     plan, engine = build_fp16(session, folder, settings)
     assert is_scaled(engine.deepspeed)
-    engine.deepspeed.optimizer.loss_scaler.cur_scale = 2.0**24
+    engine.deepspeed.optimizer.loss_scaler.cur_scale = 2.0**24  # overflows in the first steps
     before = train_steps(session, plan, engine, 0, 14)
     num_applied = sum(applied for _, applied, *_ in before)
     saved = {
@@ -67,6 +71,7 @@ def scaled_run(session, folder, settings):
 
 
 def scaled_resume(session, folder, settings, saved):
+    """Results of the last 6 steps of `scaled_run`, resumed from its saved state."""
     plan, engine = build_fp16(session, folder, settings)
     restore(
         engine.deepspeed,
@@ -89,7 +94,7 @@ def scaled_resumes(session, folder, runs):
 
 @pytest.fixture(scope="module")
 def scaled(tiny_model, tmp_path_factory):
-    """By stage: an fp16 run, and the same run resumed by other processes."""
+    """ZeRO stage -> `scaled_run`, and `scaled_resume` in other processes."""
     folder = tmp_path_factory.mktemp("scaled")
     runs = [{"zero_stage": stage, "batch_size": 2, "lora_dropout": 0.1} for stage in (1, 2, 3)]
     uninterrupted = run_ranks(scaled_runs, tiny_model, runs, tmp_path=folder)[0]
@@ -101,11 +106,11 @@ def scaled(tiny_model, tmp_path_factory):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_resumed_fp16_run_has_the_same_scale(scaled, stage):
     uninterrupted, resumed = scaled[stage]
-    skipped = [not applied for _, applied, *_ in uninterrupted["before"]]
+    skipped = [not was_applied for _, was_applied, *_ in uninterrupted["before"]]
     assert skipped[0]
     assert any(skipped[1:])
     assert not all(skipped)
-    # Therefore no step counts as not finite.
+    # An overflow at such a scale does not count as a step that is not finite.
     assert all(can_lower_scale for _, _, can_lower_scale, _ in uninterrupted["before"])
     scales = [scale for *_, scale in uninterrupted["after"]]
     assert len(set(scales)) > 1  # so the resumed counters matter
@@ -113,82 +118,88 @@ def test_a_resumed_fp16_run_has_the_same_scale(scaled, stage):
 
 
 def overflow_at_the_smallest_scale(session, folder):
+    """Whether the update of such a step was applied, and whether the scale can be lowered."""
     plan, engine = build_fp16(session, folder, {"zero_stage": 2, "batch_size": 2})
     scaler = engine.deepspeed.optimizer.loss_scaler
     scaler.cur_scale = scaler.min_scale
     assert is_at_smallest_scale(engine.deepspeed)
-    poison(engine, session.placement.rank == 1)
+    if session.placement.rank == 1:
+        make_next_loss_infinite(engine)
     batches, supervised = work(plan, Documents(), 0, session.placement.rank)
     result = engine.optimizer_step(batches, supervised, 1e-3)
     return result.was_applied, result.can_lower_scale
 
 
 def test_an_overflow_at_the_smallest_scale_is_counted_and_not_raised(tiny_model, tmp_path):
-    assert (
-        run_ranks(overflow_at_the_smallest_scale, tiny_model, tmp_path=tmp_path)
-        == [(False, False)] * 2
-    )
+    by_rank = run_ranks(overflow_at_the_smallest_scale, tiny_model, tmp_path=tmp_path)
+    assert by_rank == [(False, False)] * 2
 
 
-def poison(engine, is_here: bool) -> None:
-    """Make the loss of the next forward pass infinite if `is_here`."""
-    if not is_here:
-        return
+def make_next_loss_infinite(engine) -> None:
+    """Make the loss of the next forward pass infinite, on this rank."""
     forward = engine._forward
 
-    def once(batch):
+    def infinite_once(batch):
         engine._forward = forward
         return forward(batch) * float("inf")
 
-    engine._forward = once
+    engine._forward = infinite_once
 
 
-def skip_one(session, folder, settings, bad_step):
-    """Train five steps; in step `bad_step`, the loss of rank 1 is infinite."""
+BAD_STEP = 2
+
+
+def train_with_bad_step(session, folder, settings):
+    """Train five steps; in BAD_STEP, the loss of rank 1 is infinite.
+
+    Returns whether each update was applied, and the final weights.
+    """
     plan, engine = build_engine(session, folder, settings)
     split, applied = Documents(), []
     for step in range(5):
         batches, supervised = work(plan, split, step, session.placement.rank)
-        poison(engine, step == bad_step and session.placement.rank == 1)
+        if step == BAD_STEP and session.placement.rank == 1:
+            make_next_loss_infinite(engine)
         applied.append(engine.optimizer_step(batches, supervised, 1e-3).was_applied)
     return applied, gather_weights(engine.parameters, keep=True)
 
 
-def train_without_step(session, folder, settings, bad_step):
+def train_without_bad_step(session, folder, settings):
+    """Final weights after the same steps without BAD_STEP."""
     plan, engine = build_engine(session, folder, settings)
     for step in range(5):
         batches, supervised = work(plan, Documents(), step, session.placement.rank)
-        if step != bad_step:
+        if step != BAD_STEP:
             engine.optimizer_step(batches, supervised, 1e-3)
     return gather_weights(engine.parameters, keep=True)
 
 
-RUNS = {
+RUNS = {  # each step has 2 micro-batches on a rank, the first of which is infinite in BAD_STEP
     (stage, dtype): {"zero_stage": stage, "batch_size": 2, "bf16": dtype == "bf16"}
     for stage in (1, 2, 3)
     for dtype in ("bf16", "fp32")
-}  # 2 micro-batches a step
+}
 
 
-def skip_and_omit(session, folder):
-    """Each of RUNS with a bad step 2, and without step 2."""
+def train_with_and_without_bad_step(session, folder):
     return {
         run: (
-            skip_one(session, folder, settings, 2), train_without_step(session, folder, settings, 2)
+            train_with_bad_step(session, folder, settings),
+            train_without_bad_step(session, folder, settings),
         )
         for run, settings in RUNS.items()
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
-def with_and_without_step(tiny_model, tmp_path_factory):
-    """The results of `skip_and_omit` by rank."""
-    return run_ranks(skip_and_omit, tiny_model, tmp_path=tmp_path_factory.mktemp("skip"))
+def results_by_rank(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("skip")
+    return run_ranks(train_with_and_without_bad_step, tiny_model, tmp_path=folder)
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(with_and_without_step, run):
-    results = [by_run[run] for by_run in with_and_without_step]
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(results_by_rank, run):
+    results = [results_of_rank[run] for results_of_rank in results_by_rank]
     assert [applied for (applied, _), _ in results] == [[True, True, False, True, True]] * 2
     (_, weights), expected = results[0]
     assert all(torch.equal(tensor, expected[key]) for key, tensor in weights.items())

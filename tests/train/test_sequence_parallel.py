@@ -1,6 +1,7 @@
 """Sequence parallelism changes no loss, gradient or weight: each run equals one on a single rank.
 
-First gradients are compared, because Adam hides a constant factor in the weights.
+The gradients of the first step are compared too, because Adam's update does not depend on a
+constant factor of the gradients.
 """
 
 import numpy as np
@@ -13,8 +14,9 @@ from tests.train_tiny import build_engine, distance, train_tiny
 
 pytestmark = pytest.mark.engine
 
-FIRST_GRADIENTS = LOSSES = 1e-6
-WEIGHTS_AFTER_5 = 1e-5
+# Relative errors of the gradients of the first step, the losses, and the weights after 5 steps.
+MAX_GRADIENT_ERROR = MAX_LOSS_ERROR = 1e-6
+MAX_WEIGHT_ERROR = 1e-5
 CHECKPOINTED = {"gradient_checkpointing": True}
 NF4 = {"load_in_4bit": True}
 LONG = {"mlp_tiles": 3, "offload_activations": True}
@@ -34,16 +36,16 @@ ON_FOUR_RANKS = {
     "zero 2, packs": (True, {"zero_stage": 2, "batch_size": 2}),
     "zero 3, documents, checkpointed": (False, {"zero_stage": 3, "batch_size": 2} | CHECKPOINTED),
 }
-HELD_OUT = "held-out loss"
-# World size and sequence_parallel_size. The tiny model has 2 key heads, which a group of 4
-# replicates.
+HELD_OUT = "held-out loss"  # a key of the results, beside the names of the runs
+# World size, and number of ranks that share a sequence. The tiny model has only 2 key heads, so
+# that 4 ranks which share a sequence replicate them.
 GROUPS = [(2, 2), (4, 2), (4, 4)]
 
 
 class Packed(Documents):
-    """Packs of one to four documents: sequence i has NUM_DOCUMENTS[i] documents.
+    """A split with packs of one to four documents.
 
-    FIRSTS[i] is the first of them.
+    Sequence i has NUM_DOCUMENTS[i] documents, from document FIRSTS[i] of the split.
     """
 
     NUM_DOCUMENTS = (1, 4, 2, 3, 1, 2, 4, 3) * 2
@@ -65,7 +67,7 @@ class Packed(Documents):
 
 
 def train_all(session, folder, runs, change):
-    """The results of several runs, by name; the ranks start once for all of them."""
+    """Name of a run -> results of `train_tiny`, with changed settings; and HELD_OUT -> a loss."""
     results = {
         name: train_tiny(
             session, folder, settings | change, split=(Packed if is_packed else Documents)(40)
@@ -79,9 +81,9 @@ def train_all(session, folder, runs, change):
 
 @pytest.fixture(scope="module")
 def on_one_rank(tiny_model, tmp_path_factory):
-    """Results of the runs on one rank: (is packed, is in 4 bits) -> result of `train_tiny`.
+    """Results of `train_all` on one rank; the names of the runs are (is packed, is in 4 bits).
 
-    Each forward pass has one sequence, so there is no padding. HELD_OUT -> held-out loss.
+    Each forward pass has one sequence, so there is no padding.
     """
     runs = {
         (is_packed, is_4_bit): (is_packed, {"zero_stage": 2} | (NF4 if is_4_bit else {}))
@@ -93,7 +95,7 @@ def on_one_rank(tiny_model, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("world_size", "group_size"), GROUPS)
-def test_a_group_has_the_losses_gradients_and_weights_of_one_rank(
+def test_ranks_that_share_sequences_have_the_losses_gradients_and_weights_of_one_rank(
     tiny_model, tmp_path, on_one_rank, world_size, group_size
 ):
     runs = ON_TWO_RANKS if world_size == 2 else ON_FOUR_RANKS
@@ -103,7 +105,7 @@ def test_a_group_has_the_losses_gradients_and_weights_of_one_rank(
     )[0]
     for name, (is_packed, settings) in runs.items():
         expected, result = on_one_rank[is_packed, "load_in_4bit" in settings], results[name]
-        assert result["losses"] == pytest.approx(expected["losses"], rel=LOSSES), name
-        assert distance(result["gradients"], expected["gradients"]) < FIRST_GRADIENTS, name
-        assert distance(result["weights"], expected["weights"]) < WEIGHTS_AFTER_5, name
-    assert results[HELD_OUT] == pytest.approx(on_one_rank[HELD_OUT], rel=LOSSES)
+        assert result["losses"] == pytest.approx(expected["losses"], rel=MAX_LOSS_ERROR), name
+        assert distance(result["gradients"], expected["gradients"]) < MAX_GRADIENT_ERROR, name
+        assert distance(result["weights"], expected["weights"]) < MAX_WEIGHT_ERROR, name
+    assert results[HELD_OUT] == pytest.approx(on_one_rank[HELD_OUT], rel=MAX_LOSS_ERROR)

@@ -1,4 +1,8 @@
-"""PiSSA and OLoRA: the base without A0 and B0 at each stage, and adapters for the whole base."""
+"""PiSSA and OLoRA runs at each stage, and their published adapters for the unchanged base.
+
+Both initialise the LoRA matrices A0 and B0 from each weight, and subtract their scaled product from
+the base, so that the model's output does not change at step 0.
+"""
 
 import pytest
 import torch
@@ -23,11 +27,12 @@ from tests.train_tiny import assert_stages_equal_and_resumes_exact, three_steps
 
 pytestmark = pytest.mark.engine
 
-IDS = torch.arange(3, 35).reshape(2, 16)
+IDS = torch.arange(3, 35).reshape(2, 16)  # token ids of two sequences, whose logits are compared
 OPTIONS = {
     "pissa": {"init_lora_weights": "pissa", "rank_pattern": {"q_proj": 2}, "use_rslora": True},
     "olora": {"init_lora_weights": "olora", "alpha_pattern": {"v_proj": 1.5}},
 }
+# Name -> settings, and whether the run resumes from the checkpoint of "zero2" after a step.
 RUNS = {
     "zero1": ({"zero_stage": 1}, False),
     "zero2": ({"zero_stage": 2}, False),
@@ -46,7 +51,7 @@ def logits_of(engine):
 
 
 def train_at_each_stage(session, folder, options, checkpoint):
-    """Train the runs of RUNS. The resumed ones start from the checkpoint of zero2 after a step."""
+    """Train the runs of RUNS; `checkpoint`: a folder for the initial matrices of "zero2"."""
     runs = {}
     for name, (settings, is_resumed) in RUNS.items():
         plan = make_plan(folder, 2, 40, lr=1e-2, batch_size=2, **settings, **options)
@@ -128,7 +133,7 @@ def test_plain_peft_has_the_outputs_of_training_on_the_unchanged_base(split):
     assert all(torch.equal(tensor, by_peft[key]) for key, tensor in merged.items())
 
 
-def test_a_b_that_is_still_its_initial_value_is_refused(split):
+def test_a_matrix_b_that_training_did_not_change_is_refused_at_publishing(split):
     _, runs, _ = split
     final, initial = runs["zero2"]["final"], runs["zero2"]["initial"]
     key = min(key for key in initial if ".lora_B." in key)
@@ -136,7 +141,7 @@ def test_a_b_that_is_still_its_initial_value_is_refused(split):
         on_unchanged_base(final | {key: initial[key]}, initial)
 
 
-def test_a_weight_that_several_blocks_share_is_refused(tmp_path):
+def test_a_base_with_a_weight_that_several_layers_share_is_refused(tmp_path):
     build("zamba2/shared", kinds=ALL).save_pretrained(tmp_path)
     cache_shape(tmp_path)
     with refused("init_lora_weights", "shared_transformer"):

@@ -1,4 +1,7 @@
-"""The start table of docs/reliability.md, row by row."""
+"""A start in a run folder is new, a resume, nothing to do, or refused: docs/reliability.md.
+
+STARTS is that table: state of the folder and change of the settings -> decision.
+"""
 
 import errno
 import json
@@ -20,8 +23,7 @@ from tests.train.starts import ACCEPTED, OTHER, has_results, leave_files
 
 pytestmark = pytest.mark.unit
 
-REFUSED = None
-
+REFUSED = None  # in place of a decision
 
 # State of the folder -> function that brings it into this state.
 STATES = {
@@ -70,7 +72,7 @@ ROWS = [
 @pytest.mark.parametrize(
     ("state", "settings", "expected"), [row for row in ROWS if row[2] is not REFUSED]
 )
-def test_a_start_decides_as_in_the_table(begin, state, settings, expected):
+def test_a_start_is_decided_as_in_the_table(begin, state, settings, expected):
     folder, start = begin
     STATES[state](folder, start)
     had_results = has_results(folder)
@@ -79,7 +81,7 @@ def test_a_start_decides_as_in_the_table(begin, state, settings, expected):
 
 
 @pytest.mark.parametrize(("state", "settings"), [row[:2] for row in ROWS if row[2] is REFUSED])
-def test_a_refusal_of_the_table_keeps_the_results(begin, state, settings):
+def test_a_start_that_the_table_refuses_keeps_the_results(begin, state, settings):
     folder, start = begin
     STATES[state](folder, start)
     had_results = has_results(folder)
@@ -148,7 +150,7 @@ def test_the_target_of_a_linked_folder_is_cleared_and_the_link_stays(begin, tmp_
     assert (other_disk / "someone_else").exists()
 
 
-def test_only_what_a_run_wrote_is_removed(begin):
+def test_a_new_run_removes_only_files_that_a_run_wrote(begin):
     folder, start = begin
     start()
     leave_files(folder, "done")
@@ -173,7 +175,7 @@ def test_a_file_that_cannot_be_removed_fails_the_start(begin, monkeypatch):
     def refuse(path, **_):
         raise OSError(errno.EBUSY, "Device or resource busy", str(path))
 
-    monkeypatch.setattr(os, "rmdir", refuse)  # as for a file that is open on a network disk
+    monkeypatch.setattr(os, "rmdir", refuse)  # for example a file is open on a network disk
     with refused("output_dir", folder, "Device or resource busy", error=RankZeroError):
         start(**OTHER, overwrite=True)
     assert read_status(folder / "status.json")["state"] == "failed"  # and no longer done
@@ -211,7 +213,7 @@ def test_debug_starts_again_in_a_folder_without_a_plan(begin):
 
 
 @pytest.mark.parametrize("state", ["done", "stopped", "failed"])
-def test_debug_replaces_no_other_run(begin, state):
+def test_debug_does_not_replace_a_run_without_debug(begin, state):
     folder, start = begin
     start()
     leave_files(folder, state)
@@ -240,31 +242,38 @@ def test_resume_is_a_keyword_or_the_path_of_an_existing_checkpoint(begin, tmp_pa
     assert start(resume=str(tmp_path / "other/checkpoints/step-00000004")) == "new"
 
 
-@pytest.mark.parametrize("settings", [{}, {"lr": 0.5, "overwrite": True}])
-def test_resume_must_starts_no_new_run_and_clears_nothing(begin, settings):
+def test_resume_must_without_a_checkpoint_is_refused(begin):
     folder, start = begin
     with refused("resume: must", folder, "resume: auto"):
         start(resume="must")
     start()
-    leave_files(folder, "stopped", checkpoint=bool(settings), adapter=False)
+    leave_files(folder, "stopped", checkpoint=False, adapter=False)
     with refused("resume: must", folder):
-        start(resume="must", **settings)
-    assert has_results(folder) == bool(settings)
+        start(resume="must")
 
 
-def test_another_adam_in_a_deepspeed_json_is_another_run(begin, tmp_path):
+def test_resume_must_with_overwrite_clears_no_run(begin):
     folder, start = begin
-    own = tmp_path / "ds.json"
-    own.write_text('{"steps_per_print": 5}')
+    start()
+    leave_files(folder, "stopped", adapter=False)
+    with refused("resume: must", folder):
+        start(resume="must", lr=0.5, overwrite=True)
+    assert has_results(folder)
+
+
+def test_other_adam_parameters_in_a_deepspeed_json_are_a_refused_change(begin, tmp_path):
+    folder, start = begin
+    deepspeed_json = tmp_path / "ds.json"
+    deepspeed_json.write_text('{"steps_per_print": 5}')  # does not change the result
     start()
     leave_files(folder, "stopped")
-    assert start(deepspeed_json=str(own)) == "resume"  # changes nothing of the result
-    own.write_text('{"optimizer": {"params": {"betas": [0.9, 0.95]}}}')
+    assert start(deepspeed_json=str(deepspeed_json)) == "resume"
+    deepspeed_json.write_text('{"optimizer": {"params": {"betas": [0.9, 0.95]}}}')
     with refused("optimizer.params.betas: [0.9, 0.999] ->"):
-        start(deepspeed_json=str(own))
-    own.write_text('{"optimizer": {"params": {"weight_decay": 0.5}}}')
+        start(deepspeed_json=str(deepspeed_json))
+    deepspeed_json.write_text('{"optimizer": {"params": {"weight_decay": 0.5}}}')
     with refused("weight_decay: 0.01 -> 0.5"):
-        start(deepspeed_json=str(own))
+        start(deepspeed_json=str(deepspeed_json))
 
 
 def test_prepared_data_is_kept(begin):
@@ -292,7 +301,7 @@ def test_unreadable_checkpoints_are_refused_and_not_treated_as_missing(begin, mo
 
 
 @pytest.mark.parametrize("name", ["merged", "checkpoints", "notes.txt"])
-def test_a_folder_with_foreign_files_is_refused(begin, name):
+def test_a_folder_with_files_of_no_run_is_refused(begin, name):
     folder, start = begin
     (folder / name).mkdir(parents=True)
     with refused("output_dir", name):
@@ -322,11 +331,11 @@ def test_a_start_is_refused_while_another_run_is_alive(begin):
     folder, start = begin
     start()
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as owner:
-        fields = {
+        status = {
             "state": "running", "started": time.time(), "heartbeat": 0,
             **identity(), "pids": [owner.pid],
         }  # fmt: skip
-        (folder / "status.json").write_text(json.dumps(fields))
+        (folder / "status.json").write_text(json.dumps(status))
         for settings in ({}, {"overwrite": True, "lr": 0.5}):
             with refused(f"process {owner.pid}"):
                 start(**settings)
@@ -334,21 +343,22 @@ def test_a_start_is_refused_while_another_run_is_alive(begin):
     assert start() == "new"  # it had no progress
 
 
-WRONG = {
+# Kind of directory entry -> function that creates it.
+ENTRIES = {
     "a folder": lambda path: path.mkdir(),
     "a file": lambda path: path.touch(),
     "a link to a missing target": lambda path: path.symlink_to("/no/such/target"),
     "a link to itself": lambda path: path.symlink_to(path.name),
 }
-
-
 FILE_NAMES = [*FILES, "stop", "data/audit.json"]
-WRONG_ENTRIES = [(name, kind) for name in FOLDERS for kind in WRONG if kind != "a folder"]
-WRONG_ENTRIES += [(name, kind) for name in FILE_NAMES for kind in WRONG if kind != "a file"]
+WRONG_ENTRIES = [(name, kind) for name in FOLDERS for kind in ENTRIES if kind != "a folder"]
+WRONG_ENTRIES += [(name, kind) for name in FILE_NAMES for kind in ENTRIES if kind != "a file"]
 
 
 @pytest.mark.parametrize(("name", "kind"), WRONG_ENTRIES)
-def test_an_entry_that_no_run_writes_under_this_name_is_refused(begin, name, kind):
+def test_a_run_folder_with_a_wrong_kind_of_entry_under_a_name_of_a_run_is_refused(
+    begin, name, kind
+):
     folder, start = begin
     start()
     leave_files(folder, "stopped")
@@ -357,13 +367,13 @@ def test_an_entry_that_no_run_writes_under_this_name_is_refused(begin, name, kin
     if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
-    WRONG[kind](path)
+    ENTRIES[kind](path)
     with refused("output_dir", path):
         start(**OTHER, overwrite=True)
     assert os.path.lexists(path)
 
 
-def test_a_stop_file_may_be_there_before_a_run(begin):
+def test_a_stop_file_may_be_in_the_folder_before_a_run(begin):
     folder, start = begin
     folder.mkdir()
     (folder / "stop").touch()
@@ -372,14 +382,14 @@ def test_a_stop_file_may_be_there_before_a_run(begin):
 
 
 @pytest.mark.parametrize("name", ["data", "logs"])
-def test_a_folder_that_may_be_there_before_a_run(begin, name):
+def test_data_and_logs_may_be_in_the_folder_before_a_run(begin, name):
     folder, start = begin
     (folder / name).mkdir(parents=True)
     assert start() == "new"
     assert (folder / name).exists()
 
 
-def test_hidden_files_of_a_killed_start_are_not_foreign(begin):
+def test_hidden_files_of_a_killed_start_do_not_refuse_the_next(begin):
     folder, start = begin
     folder.mkdir()
     for name in (".status.json.4711.tmp", ".owner.lock", ".nfs0001"):
@@ -387,12 +397,12 @@ def test_hidden_files_of_a_killed_start_are_not_foreign(begin):
     assert start() == "new"
 
 
-def test_a_run_is_alive_while_its_process_or_its_heartbeat_lives():
+def test_a_run_is_alive_if_its_process_lives_or_its_heartbeat_is_recent():
     now = time.time()
     running = {"state": "running", "host": "other", "pids": [1], "started": now}
     assert is_alive(running | {"heartbeat": now - 5})
     assert not is_alive(running | {"heartbeat": now - 500})
     assert not is_alive(running | {"heartbeat": now, "state": "stopped"})
-    # A later process with the same number is another one.
-    later = identity() | {"pids": [os.getppid()], "started": 1.0, "heartbeat": now}
-    assert not is_alive(running | later)
+    # A process that started after the run and has its process id is another one.
+    with_reused_pid = identity() | {"pids": [os.getppid()], "started": 1.0, "heartbeat": now}
+    assert not is_alive(running | with_reused_pid)

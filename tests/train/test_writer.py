@@ -14,7 +14,7 @@ from tests.messages import assert_mentions, refused
 pytestmark = pytest.mark.tensor
 
 WEIGHTS, MOMENTS = {"k": torch.randn(4)}, {"k/exp_avg": torch.randn(4)}
-DEADLINE_S = 30
+DEADLINE_S = 30  # for a thread of a test
 
 
 @pytest.fixture
@@ -28,18 +28,26 @@ def writer(checkpoints):
     return CheckpointWriter(checkpoints, lambda: None)
 
 
+def block_write(tmp_path, name):
+    """A file in place of the temporary folder of a write, which therefore fails."""
+    path = tmp_path / "checkpoints" / f".{name}.new"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("a file where the folder should be")
+    return path
+
+
 def test_training_does_not_wait_and_only_one_write_is_in_flight(writer, checkpoints, monkeypatch):
-    gate, written, started = threading.Event(), [], []
+    write_may_end, written, started = threading.Event(), [], []
     write = checkpoints.write
 
-    def slow(weights, moments, progress):
+    def slow_write(weights, moments, progress):
         started.append(progress.step)
         assert len(started) == len(written) + 1
-        assert gate.wait(DEADLINE_S)
+        assert write_may_end.wait(DEADLINE_S)
         write(weights, moments, progress)
         written.append(progress.step)
 
-    monkeypatch.setattr(checkpoints, "write", slow)
+    monkeypatch.setattr(checkpoints, "write", slow_write)
     progress = Progress(step=3, optimizer_step=3)
     writer.save(WEIGHTS, MOMENTS, progress)
     assert written == []  # save() has returned
@@ -48,7 +56,7 @@ def test_training_does_not_wait_and_only_one_write_is_in_flight(writer, checkpoi
     second.start()
     second.join(0.2)
     assert second.is_alive()  # it waits for the write in flight
-    gate.set()
+    write_may_end.set()
     second.join(DEADLINE_S)
     assert writer.wait() is None
     assert written == [3, 4]
@@ -60,8 +68,7 @@ def test_a_failed_write_is_reported_once_and_repaired_by_the_next(writer, checkp
     writer.save(WEIGHTS, MOMENTS, Progress(step=3))
     assert writer.wait() is None
     list(writer.finished_writes())
-    blocked = tmp_path / "checkpoints/.step-00000004.new"
-    blocked.write_text("a file where the folder should be")
+    obstacle = block_write(tmp_path, "step-00000004")
     writer.save(WEIGHTS, MOMENTS, Progress(step=4))
     assert "step 4 is not saved" in writer.wait()
     with refused("step 4", error=RankZeroError):
@@ -70,7 +77,7 @@ def test_a_failed_write_is_reported_once_and_repaired_by_the_next(writer, checkp
     assert "step 4 is not saved" in failure
     assert list(writer.finished_writes()) == []
     assert checkpoints.newest()[0].name == "step-00000003"
-    blocked.unlink()
+    obstacle.unlink()
     writer.save(WEIGHTS, MOMENTS, Progress(step=5))
     writer.require_written()
     assert checkpoints.newest()[0].name == "step-00000005"
@@ -79,42 +86,37 @@ def test_a_failed_write_is_reported_once_and_repaired_by_the_next(writer, checkp
 def test_a_failed_checkpoint_is_reported_although_a_best_adapter_follows(
     writer, checkpoints, tmp_path
 ):
-    blocked = tmp_path / "checkpoints/.step-00000004.new"
-    blocked.parent.mkdir()
-    blocked.write_text("a file where the folder should be")
+    obstacle = block_write(tmp_path, "step-00000004")
     writer.save(WEIGHTS, MOMENTS, Progress(step=4))
     writer.save_best(WEIGHTS, Progress(step=5, best_step=5, best_loss=1.0))
     assert "step 4 is not saved" in writer.wait()  # so that a stop writes it again
-    assert [
-        "step 4 is not saved" in (failure or "") for failure, _ in writer.finished_writes()
-    ] == [
-        True,
-        False,
-    ]
+    (of_checkpoint, _), (of_best_adapter, _) = writer.finished_writes()  # failure and seconds
+    assert "step 4 is not saved" in of_checkpoint
+    assert of_best_adapter is None
     with refused("step 4", error=RankZeroError):
         writer.require_written()
     assert checkpoints.has_best(Progress(best_step=5))
-    blocked.unlink()
+    obstacle.unlink()
     writer.save(WEIGHTS, MOMENTS, Progress(step=6))
     writer.require_written()
 
 
 def test_a_best_adapter_that_could_not_be_written_is_kept_in_memory(writer, checkpoints, tmp_path):
     progress = Progress(step=4, best_step=4, best_loss=1.0)
-    blocked = tmp_path / "checkpoints/.best-00000004.new"
-    blocked.parent.mkdir()
-    blocked.write_text("a file where the folder should be")
+    obstacle = block_write(tmp_path, "best-00000004")
     writer.save_best(WEIGHTS, progress)
     assert "the best adapter (step 4) is not saved" in writer.wait()
     assert torch.equal(writer.best(progress)["k"], WEIGHTS["k"])  # from memory
-    blocked.unlink()
+    obstacle.unlink()
     writer.save(WEIGHTS, MOMENTS, progress)
     assert writer.wait() is None
     assert checkpoints.has_best(progress)  # the next save wrote it too
     assert torch.equal(writer.best(progress)["k"], WEIGHTS["k"])
 
 
-def test_a_stop_longer_than_a_launcher_waits_gives_a_warning():
+def test_a_stop_longer_than_the_30_s_that_a_launcher_waits_gives_a_warning():
+    """Arguments: seconds of a save, and of a micro-batch, after which the ranks agree to stop."""
     assert slow_stop_warning(20.0, 9.0) is None
     assert_mentions(slow_stop_warning(20.0, 11.0), "20 s", "11 s", "stop", "save_steps")
-    assert_mentions(slow_stop_warning(26.0, 0.1), "26 s", "5 s")  # between two agreements
+    # With short micro-batches the ranks agree every 5 s.
+    assert_mentions(slow_stop_warning(26.0, 0.1), "26 s", "5 s")
