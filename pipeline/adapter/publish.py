@@ -284,12 +284,12 @@ base = AutoModelForCausalLM.from_pretrained({base}, {revision}{quantization}dtyp
 tokenizer = AutoTokenizer.from_pretrained(ADAPTER)
 ```
 
-To serve it, with `MERGED` as the path of the merged model (`launch/merge.py`):
+To serve it, with `MERGED` as the path of the merged model (`rankzero merge`):
 
 ```console
 {vllm}
 ```
 
-`launch/export.py RUN_FOLDER --gguf` writes the files for llama.cpp and Ollama.
+`rankzero export RUN_FOLDER --gguf` writes the files for llama.cpp and Ollama.
 
 {serving}"""

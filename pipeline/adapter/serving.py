@@ -1,4 +1,4 @@
-"""Commands and notes for serving an adapter, for its model card and for `launch/export.py`."""
+"""Commands and notes for serving an adapter, for its model card and for `rankzero export`."""
 
 import json
 import re

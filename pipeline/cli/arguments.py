@@ -4,20 +4,25 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
+from pipeline.commands import command, script
 from pipeline.config.load import load_settings
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser that raises UserError for a wrong command line.
+    """Argument parser of a verb that raises UserError for a wrong command line.
 
     `run_main` prints a UserError on one rank only; argparse itself would print on every rank.
+
+    `text`: docstring of the verb's module, in which {command} and {script} are replaced.
     """
 
-    def __init__(self, description: str | None) -> None:
+    def __init__(self, verb: str, text: str | None) -> None:
+        program = command(verb)
         super().__init__(
-            description=description,
+            prog=program,
+            description=(text or "").format(command=program, script=script(verb)),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )

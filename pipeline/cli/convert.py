@@ -3,7 +3,7 @@
 It reads files of axolotl, LLaMA-Factory, ms-swift, torchtune and TRL in YAML or JSON, and the
 options of a command in a shell script:
 
-    python launch/convert.py CONFIG.yaml --gpus 8 > RUN.yaml
+    {command} CONFIG.yaml --gpus 8 > RUN.yaml
 
 Comments in the run file name the option from which each setting comes. They also name the options
 that are not converted, with the reason.
@@ -20,7 +20,7 @@ from pipeline.config.peer_files import read_peer_config
 
 def convert() -> None:
     """Parse the command line and print the run file."""
-    parser = Parser(__doc__)
+    parser = Parser("convert", __doc__)
     parser.add_argument("config", type=Path, help="configuration of the other program")
     parser.add_argument(
         "--gpus",

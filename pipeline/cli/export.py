@@ -1,7 +1,7 @@
 """Print the command that serves a run's adapter with vLLM; write GGUF files for llama.cpp, Ollama.
 
-    python launch/export.py RUN_FOLDER
-    python launch/export.py RUN_FOLDER --gguf [--quantize q8_0|q4_k_m] [--llama-cpp DIR]
+    {command} RUN_FOLDER
+    {command} RUN_FOLDER --gguf [--quantize q8_0|q4_k_m] [--llama-cpp DIR]
 
 --gguf writes RUN_FOLDER/gguf: the adapter, the merged model and a Modelfile for Ollama. It runs
 llama.cpp's own converters and quantiser from DIR, by default $LLAMA_CPP_DIR.
@@ -25,6 +25,7 @@ from pipeline.adapter.serving import vllm_command
 from pipeline.adapter.trained_on import corrects_quantisation, require_same_base
 from pipeline.cli.arguments import Parser, run_settings
 from pipeline.cluster.exits import run_main
+from pipeline.commands import command
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 def export() -> None:
     """Parse the command line, write the files, and print the commands that serve them."""
-    parser = Parser(__doc__)
+    parser = Parser("export", __doc__)
     parser.add_run_folder()
     parser.add_argument("--gguf", action="store_true", help="write RUN_FOLDER/gguf")
     parser.add_argument(
@@ -78,10 +79,12 @@ def require_merged(run_folder: Path) -> None:
     """Raise UserError if a run has no merged model, or one merged from an earlier adapter."""
     merged = run_folder / "merged"
     if not (merged / "config.json").is_file():
-        raise UserError(f"{run_folder} has no merged model; run launch/merge.py {run_folder} first")
+        raise UserError(
+            f"{run_folder} has no merged model; run {command('merge')} {run_folder} first"
+        )
     if is_merged_from(run_folder) is False:
         raise UserError(
-            f"{merged} was not merged from the present adapter; run launch/merge.py {run_folder}"
+            f"{merged} was not merged from the present adapter; run {command('merge')} {run_folder}"
         )
 
 

@@ -1,7 +1,7 @@
 """Merge LoRA adapters into their base. The merged model loads without peft.
 
-    python launch/merge.py RUN_FOLDER [--onto original|dequantized] [--check]
-    python launch/merge.py --base MODEL --adapter FOLDER[:WEIGHT] ... --out DIR
+    {command} RUN_FOLDER [--onto original|dequantized] [--check]
+    {command} --base MODEL --adapter FOLDER[:WEIGHT] ... --out DIR
 
 Writes RUN_FOLDER/merged, or with --undo RUN_FOLDER/unmerged. If the merge is interrupted, the same
 command writes the shards that are missing. docs/merging.md says which options to choose.
@@ -70,7 +70,7 @@ def merge() -> None:
 
 
 def _parser() -> Parser:
-    parser = Parser(__doc__)
+    parser = Parser("merge", __doc__)
     parser.add_argument("run_folder", type=Path, nargs="?", help="output_dir of a run")
     parser.add_argument(
         "--onto",

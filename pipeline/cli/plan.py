@@ -1,9 +1,9 @@
 """Print the plan of a run for this machine or another. Needs no GPU, weights or torch.
 
-python launch/plan.py RUN.yaml [key=value ...] [--gpu h100-80gb --nodes N --gpus-per-node N] ...
-python launch/plan.py --model Qwen/Qwen3-32B [key=value ...] [--gpu ...]   before any download
-python launch/plan.py --fits [key=value ...] [--gpu ...]                   which models fit here
-python launch/plan.py --schema                                             JSON schema of RUN.yaml
+{command} RUN.yaml [key=value ...] [--gpu h100-80gb --nodes N --gpus-per-node N] ...
+{command} --model Qwen/Qwen3-32B [key=value ...] [--gpu ...]   before any download
+{command} --fits [key=value ...] [--gpu ...]                   which models fit here
+{command} --schema                                             JSON schema of RUN.yaml
 
 The sizes of about 60 models ship with the package. If the model is a folder or a hub model in the
 local cache, its own config.json is used.
@@ -18,6 +18,7 @@ from pathlib import Path
 from pipeline.cli.arguments import Parser, count, positive
 from pipeline.cluster.devices import hardware_from_options
 from pipeline.cluster.exits import run_main
+from pipeline.commands import command, script
 from pipeline.config.load import load_settings, settings_without_file
 from pipeline.config.schema import run_file_schema
 from pipeline.config.settings import RunSettings
@@ -125,30 +126,31 @@ def _next_steps(plan: Plan, args: argparse.Namespace) -> list[str]:
 def start_commands(plan: Plan, run_file: Path, overrides: Sequence[str]) -> list[str]:
     """Command line that starts the planned run; for GPUs also a command line for sbatch."""
     arguments = shlex.join([str(run_file), *overrides])
-    is_clone = Path("launch/train.py").is_file()  # an installed package has no launch/
-    script = "launch/train.py" if is_clone else "--module pipeline.cli.train"
-    single_process = f"{'python launch/train.py' if is_clone else 'rankzero train'} {arguments}"
+    single_process = f"{command('train')} {arguments}"
     ranks, nodes = plan.layout.ranks_per_node, plan.layout.nodes
     if plan.hardware.kind == "cpu":
-        command = f"deepspeed --num_accelerators {ranks} {script} {arguments}"
-        return [f"start      {command if ranks > 1 else single_process}"]
+        start = f"deepspeed --num_accelerators {ranks} {script('train')} {arguments}"
+        return [f"start      {start if ranks > 1 else single_process}"]
     # --num_gpus only if the run uses fewer GPUs than are visible: with this option DeepSpeed's
     # launcher ignores CUDA_VISIBLE_DEVICES (0.19.8 launcher/runner.py), which a scheduler may set.
     num_gpus = f"--num_gpus {ranks} " if ranks < plan.hardware.devices_per_node else ""
     hostfile = f"--hostfile HOSTS --num_nodes {nodes} " if nodes > 1 else ""
-    command = f"deepspeed {hostfile}{num_gpus}{script} {arguments}"
+    start = f"deepspeed {hostfile}{num_gpus}{script('train')} {arguments}"
     if nodes == ranks == 1:
-        command = single_process
+        start = single_process
     memory_gib = math.ceil(plan.memory.host_peak_bytes * _HOST_MEMORY_FACTOR / GIB)
     options = (
         f"--nodes={nodes} --gpus-per-node={ranks} --cpus-per-gpu={_CPUS_PER_GPU} "
         f"--mem={memory_gib}G"
     )
-    return [f"start      {command}", f"sbatch     sbatch {options} slurm/train.sbatch {arguments}"]
+    lines = [f"start      {start}", f"sbatch     sbatch {options} slurm/train.sbatch {arguments}"]
+    if not Path("slurm/train.sbatch").is_file():
+        lines.append("           (`rankzero slurm .` writes slurm/train.sbatch)")
+    return lines
 
 
 def _parser() -> Parser:
-    parser = Parser(__doc__)
+    parser = Parser("plan", __doc__)
     parser.add_run_file(is_required=False)
     parser.add_argument(
         "--model", metavar="NAME", help="plan for this model, with or without a run file"

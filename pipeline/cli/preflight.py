@@ -1,7 +1,7 @@
 """Check a run before it uses GPU hours: on this machine, or on all ranks that a launcher starts.
 
-python launch/preflight.py RUN.yaml [key=value ...] [--json]
-deepspeed launch/preflight.py RUN.yaml [key=value ...]    (torchrun, srun and mpirun likewise)
+{command} RUN.yaml [key=value ...] [--json]
+deepspeed {script} RUN.yaml [key=value ...]    (torchrun, srun and mpirun likewise)
 """
 
 from pipeline.cli.arguments import Parser
@@ -11,7 +11,7 @@ from pipeline.preflight.stages import check_run
 
 def preflight() -> None:
     """Parse the command line and run the checks. Collective."""
-    parser = Parser(__doc__)
+    parser = Parser("preflight", __doc__)
     parser.add_run_file()
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_local_rank()

@@ -1,6 +1,6 @@
 """Tokenise the data of a run file, and show what happened to its rows.
 
-    python launch/prepare.py RUN.yaml [key=value ...] [--show N]
+    {command} RUN.yaml [key=value ...] [--show N]
 
 Training does the same if the data has not been prepared yet.
 """
@@ -13,6 +13,7 @@ from rich.console import Console
 from pipeline.cli.arguments import Parser
 from pipeline.cluster.devices import detect_hardware
 from pipeline.cluster.exits import run_main
+from pipeline.commands import command
 from pipeline.config.load import load_settings
 from pipeline.config.settings import RunSettings
 from pipeline.data.chat.tokenizer import run_tokenizer
@@ -40,7 +41,7 @@ from pipeline.train.start import require_own_folder
 
 def prepare() -> None:
     """Parse the command line, fetch and tokenise the data, and print the audit."""
-    parser = Parser(__doc__)
+    parser = Parser("prepare", __doc__)
     parser.add_run_file()
     parser.add_argument(
         "--show", type=number_of_documents, default=0, metavar="N", help="print N documents"
@@ -52,7 +53,7 @@ def prepare() -> None:
     require_own_folder(folder)
     require_writable(folder)
     # This command removes outdated data, so no run may read data/ at the same time.
-    with Ownership(folder, "launch/prepare.py"):
+    with Ownership(folder, command("prepare")):
         settings = _require_trainable_model(settings)
         fetch(settings.train_sources, "train_data")
         fetch(settings.eval_sources, "eval_data")
@@ -80,7 +81,7 @@ def _length_sentences(settings: RunSettings, size: DataSize) -> list[str]:
     except UserError:  # no device here, or a global_batch_size for another number of devices
         sentences = length_texts(size, settings, shape, None)
     if sentences:
-        sentences.append("for another machine: launch/plan.py RUN.yaml --gpu NAME max_length=N")
+        sentences.append(f"for another machine: {command('plan')} RUN.yaml --gpu NAME max_length=N")
     return sentences
 
 

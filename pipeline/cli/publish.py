@@ -1,6 +1,6 @@
 """Publish the adapter or the merged model of a run on the Hugging Face hub.
 
-    python launch/publish.py RUN_FOLDER --to ORG/NAME [--merged] [--private] [--base-model ORG/NAME]
+    {command} RUN_FOLDER --to ORG/NAME [--merged] [--private] [--base-model ORG/NAME]
 
 Sends the weights, the tokenizer, a model card, the scores, the plan, and the counts of the data
 audit. No text of a row is sent, and nothing at all if a file has an access token or a path in the
@@ -26,7 +26,7 @@ from pipeline.errors import RankZeroError
 
 def publish() -> None:
     """Parse the command line, collect and check the files, and send them."""
-    parser = Parser(__doc__)
+    parser = Parser("publish", __doc__)
     parser.add_run_folder()
     parser.add_argument("--to", metavar="ORG/NAME", help="repository on the hub (required)")
     parser.add_argument("--merged", action="store_true", help="the merged model, not the adapter")

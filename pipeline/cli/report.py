@@ -1,8 +1,8 @@
 """Write the report of a run, or a comparison of runs, as one HTML file, and print its path.
 
-python launch/report.py RUN_FOLDER            writes RUN_FOLDER/report.html
-python launch/report.py RUN_FOLDER --watch    writes it again and again until the run ends
-python launch/report.py RUN_FOLDER RUN_FOLDER ...
+{command} RUN_FOLDER            writes RUN_FOLDER/report.html
+{command} RUN_FOLDER --watch    writes it again and again until the run ends
+{command} RUN_FOLDER RUN_FOLDER ...
                                               writes comparison.html beside the run folders
 """
 
@@ -18,7 +18,7 @@ from pipeline.report.watch import watch_run
 
 def report() -> None:
     """Parse the command line, write the page and print its path."""
-    parser = Parser(__doc__)
+    parser = Parser("report", __doc__)
     parser.add_argument("run_folders", type=Path, nargs="+", help="output_dir of one or more runs")
     parser.add_argument(
         "--watch", action="store_true", help="write the report again until the run ends"

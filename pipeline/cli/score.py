@@ -1,10 +1,10 @@
 """Score models side by side on the same rows, with 95 % intervals.
 
-python launch/score.py RUN                    base, adapter and merged model on the held-out rows
-python launch/score.py RUN --data FILE        on other rows
-python launch/score.py RUN RUN MODEL ...      several runs and models on the rows of the first run
-deepspeed launch/score.py RUN                 every GPU scores a part of the rows
-python launch/score.py RUN --tasks NAMES      hand over to lm-evaluation-harness
+{command} RUN                    base, adapter and merged model on the held-out rows
+{command} RUN --data FILE        on other rows
+{command} RUN RUN MODEL ...      several runs and models on the rows of the first run
+deepspeed {script} RUN                 every GPU scores a part of the rows
+{command} RUN --tasks NAMES      hand over to lm-evaluation-harness
 
 Writes RUN/score.json, which the report shows; with several models or --data scores.json in this
 folder. After a stop, the same command continues. docs/scoring.md explains the scores.
@@ -96,7 +96,7 @@ def let_waiting_threads_sleep() -> None:
 
 
 def _parser() -> Parser:
-    parser = Parser(__doc__)
+    parser = Parser("score", __doc__)
     parser.add_argument(
         "run_folder",
         nargs="+",

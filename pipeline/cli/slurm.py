@@ -1,6 +1,6 @@
 """Write the batch scripts of slurm/ into a folder, for an installed package without a clone.
 
-    rankzero slurm FOLDER        then: sbatch FOLDER/slurm/train.sbatch RUN.yaml
+    {command} FOLDER        then: sbatch FOLDER/slurm/train.sbatch RUN.yaml
 
 Change FOLDER/slurm/env.sh for your cluster. An existing file is never replaced.
 """
@@ -18,7 +18,7 @@ _NAMES = ("train.sbatch", "debug.sbatch", "env.sh", "README.md")
 
 def slurm() -> None:
     """Parse the command line, write the scripts and print the next step."""
-    parser = Parser(__doc__)
+    parser = Parser("slurm", __doc__)
     parser.add_argument("folder", type=Path, help="folder for slurm/; created if it is missing")
     folder = parser.parse_args().folder / "slurm"
     texts = {folder / name: (_SCRIPTS / name).read_text(encoding="utf-8") for name in _NAMES}

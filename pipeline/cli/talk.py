@@ -1,10 +1,10 @@
 """Talk to the base and the adapter of a run: both answer each prompt.
 
-python launch/talk.py RUN
-echo "two rye loaves, please" | python launch/talk.py RUN
+{command} RUN
+echo "two rye loaves, please" | {command} RUN
 
 Ctrl-C stops an answer, and the end of input (Ctrl-D) ends the program. The chat template and the
-tokens that end an answer are those of training. Answers are greedy, as in launch/score.py.
+tokens that end an answer are those of training. Answers are greedy, as in the verb score.
 """
 
 import sys
@@ -33,7 +33,7 @@ _COMMANDS = (
 
 def talk() -> None:
     """Parse the command line, load the model, and answer prompts until the input ends."""
-    parser = Parser(__doc__)
+    parser = Parser("talk", __doc__)
     parser.add_run_folder()
     parser.add_argument(
         "--max-new-tokens", type=count, default=512, metavar="N", help="longest answer (512 tokens)"

@@ -1,6 +1,6 @@
 """Send the data of a run that its experiment trackers have not received yet.
 
-    python launch/track.py RUN_FOLDER [--tracker NAME]
+    {command} RUN_FOLDER [--tracker NAME]
 
 Training sends its metrics itself. This command sends the rest: metrics of steps at which a tracker
 could not be reached, and scores that were computed after training. The settings `trackers`,
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 def track() -> None:
     """Parse the command line and send the run."""
-    parser = Parser(__doc__)
+    parser = Parser("track", __doc__)
     parser.add_run_folder()
     parser.add_argument(
         "--tracker", choices=TRACKERS, help="default: all of the setting `trackers`"

@@ -1,8 +1,8 @@
 """Train an adapter with the settings of a run file.
 
-deepspeed launch/train.py RUN.yaml [key=value ...]        every GPU of this machine
-python launch/train.py RUN.yaml [key=value ...]           one process
-python launch/train.py RUN.yaml --debug                   a short run with all checks
+deepspeed {script} RUN.yaml [key=value ...]        every GPU of this machine
+{command} RUN.yaml [key=value ...]           one process
+{command} RUN.yaml --debug                   a short run with all checks
 """
 
 import sys
@@ -16,7 +16,7 @@ from pipeline.train.run import run_training
 
 def train() -> None:
     """Parse the command line and train. Collective."""
-    parser = Parser(__doc__)
+    parser = Parser("train", __doc__)
     parser.add_run_file()
     parser.add_argument("--debug", action="store_true", help="few rows and steps, tracebacks shown")
     parser.add_verbose()

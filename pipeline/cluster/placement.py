@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.cluster.tasks import Task, detect_task, first_host, rendezvous_port, whole_number
+from pipeline.commands import command, script
 from pipeline.errors import UserError
 
 # DeepSpeed's launcher and torchrun set all of these variables for every rank. If some are missing,
@@ -130,7 +131,8 @@ def _from_rank_variables(env: Mapping[str, str]) -> Placement:
         present = [name for name in names if name in env]
         raise UserError(
             f"environment: {', '.join(present)} set, but not {', '.join(missing)}; start with "
-            "`deepspeed launch/train.py RUN.yaml`, or unset all of them to start a single process"
+            f"`deepspeed {script('train')} RUN.yaml`, or unset all of them to start a single "
+            "process"
         )
     local_sizes = _LOCAL_SIZES
     if launcher == "torchrun":  # does not set LOCAL_SIZE, which users set for DeepSpeed on CPUs
@@ -202,7 +204,7 @@ def _refuse_accelerate_options(env: Mapping[str, str]) -> None:
         raise UserError(
             f"environment: {options[0]}=true: accelerate's own DeepSpeed, FSDP or parallelism "
             "configuration is not read; set zero_stage and precision in the run file, and start "
-            "with `accelerate launch --multi_gpu --num_processes N launch/train.py RUN.yaml`"
+            f"with `accelerate launch --multi_gpu --num_processes N {script('train')} RUN.yaml`"
         )
     is_cpu = env.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if is_cpu and env.get("DS_ACCELERATOR") != "cpu":
@@ -215,7 +217,7 @@ def _refuse_accelerate_options(env: Mapping[str, str]) -> None:
         raise UserError(
             f"environment: MASTER_ADDR={env['MASTER_ADDR']} but no RANK: `accelerate launch` was "
             "to start several processes and has started one; add --multi_gpu, or on a CPU use "
-            "`torchrun --nproc-per-node N launch/train.py RUN.yaml`"
+            f"`torchrun --nproc-per-node N {script('train')} RUN.yaml`"
         )
 
 
@@ -237,8 +239,8 @@ def _require_one_launcher(placement: Placement, task: Task | None) -> None:
             f"WORLD_SIZE={placement.world_size} LOCAL_RANK={placement.local_rank} with "
             f"{placement.local_size} ranks on this node, in task {task.rank} of {task.source} "
             f"with local rank {task.local_rank} of {task.local_size} on this node; "
-            f"let {task.launcher} start every rank (`{task.launcher} ... python "
-            "launch/train.py RUN.yaml`), or one torchrun or deepspeed per node for all nodes"
+            f"let {task.launcher} start every rank (`{task.launcher} ... "
+            f"{command('train')} RUN.yaml`), or one torchrun or deepspeed per node for all nodes"
         )
 
 
@@ -256,22 +258,22 @@ def _require_all_started(env: Mapping[str, str], placement: Placement, task: Tas
         raise UserError(
             f"environment: PET_NNODES={pods or 1} PET_NPROC_PER_NODE={processes or 1} are meant "
             "for torchrun, but the pod started python; set the pod's command to `torchrun "
-            "launch/train.py RUN.yaml`"
+            f"{script('train')} RUN.yaml`"
         )
     nodes = env.get("SLURM_JOB_NUM_NODES", env.get("SLURM_NNODES", ""))
     if nodes.isdigit() and placement.nodes < int(nodes):
         raise UserError(
             f"environment: this Slurm job has {nodes} nodes, but ranks were started on "
             f"{placement.nodes}, without srun, so the other nodes would be idle; use `sbatch "
-            "slurm/train.sbatch RUN.yaml`, `srun python launch/train.py RUN.yaml`, `deepspeed` "
+            f"slurm/train.sbatch RUN.yaml`, `srun {command('train')} RUN.yaml`, `deepspeed` "
             "with a hostfile, or `srun --nodes=1 --ntasks=1` for one process"
         )
     num_tasks = env.get("SLURM_NTASKS", "1")
     if placement.world_size == 1 and num_tasks not in ("", "1"):
         raise UserError(
             f"environment: SLURM_NTASKS={num_tasks}, but one rank was started without srun, so the "
-            "other tasks of the job would be idle or train the same model; use `srun python "
-            "launch/train.py RUN.yaml`, one `torchrun` or `deepspeed` per node, or `srun "
+            "other tasks of the job would be idle or train the same model; use `srun "
+            f"{command('train')} RUN.yaml`, one `torchrun` or `deepspeed` per node, or `srun "
             "--ntasks=1` for one process"
         )
 

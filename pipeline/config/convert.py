@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from pipeline.commands import command
 from pipeline.config.load import value_problem
 from pipeline.config.located import parse_value
 from pipeline.config.peer_files import PeerConfig, Program
@@ -193,7 +194,7 @@ def _resolve_conflicts(draft: _Draft) -> None:
 
 def _render(draft: _Draft, config: PeerConfig) -> str:
     """The run file: settings in the order of docs/configuration.md, then the options left out."""
-    lines = [f"# Converted from {config.path.name} ({config.program}) by launch/convert.py."]
+    lines = [f"# Converted from {config.path.name} ({config.program}) by {command('convert')}."]
     values = dict.fromkeys(_REQUIRED) | draft.values
     for setting in RunSettings.model_fields:
         if setting in values:

@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+from pipeline.commands import command
 from pipeline.config.settings import settings_by_trait
 
 _TRACKER = "trackers: a list of wandb, tensorboard, mlflow or trackio"
 _VARIABLES = "trackers: [wandb]; WANDB_* environment variables set its other options"
 _OTHER_TRACKER = "not supported; trackers: a list of wandb, tensorboard, mlflow or trackio"
-_NO_HUB = "training uploads nothing; launch/publish.py uploads the adapter or the merged model"
+_NO_HUB = f"training uploads nothing; {command('publish')} uploads the adapter or the merged model"
 _ADAMW = (
     "AdamW in fp32 is the only optimizer: an adapter's optimizer states are small, so 8-bit or "
     "paged ones would save little; remove it"
@@ -60,9 +61,9 @@ ADVICE: Mapping[str, str] = {
     "stage": "supervised fine-tuning is the only kind of training",
     "rlhf_type": "supervised fine-tuning is the only kind of training",
     "rl": "supervised fine-tuning is the only kind of training",
-    "do_train": "launch/train.py always trains; remove it",
+    "do_train": f"{command('train')} always trains; remove it",
     "do_eval": "the held-out loss is measured if eval_data is set; remove it",
-    "do_predict": "launch/score.py generates answers after training; remove it",
+    "do_predict": f"{command('score')} generates answers after training; remove it",
     "quantization_bit": "load_in_4bit: true or load_in_8bit: true",
     "quant_bits": "load_in_4bit: true or load_in_8bit: true",
     "quantization_method": "load_in_4bit: true or load_in_8bit: true; both are bitsandbytes",
@@ -89,7 +90,7 @@ ADVICE: Mapping[str, str] = {
     "max_memory": "not needed: the plan keeps within the memory of each device; remove it",
     "low_cpu_mem_usage": "not needed: weights are loaded tensor by tensor; remove it",
     "gpu_memory_limit": "not needed: the plan keeps within the memory of each device, or within "
-    "--gpu-memory-gib of launch/plan.py; remove it",
+    f"--gpu-memory-gib of {command('plan')}; remove it",
     "fsdp*": _NO_FSDP,
     "tensor_parallel*": _NO_FSDP,
     "pipeline_parallel*": _NO_FSDP,
@@ -108,10 +109,10 @@ ADVICE: Mapping[str, str] = {
     "use_tensorboard": _TRACKER,
     "tensorboard*": _TRACKER,
     "logging_dir": _TRACKER,
-    "plot_loss": "launch/report.py draws the loss; remove it",
+    "plot_loss": f"{command('report')} draws the loss; remove it",
     "push_to_hub*": _NO_HUB,
     "hub_*": _NO_HUB,
-    "hf_use_auth_token": "not needed: launch/prepare.py uses the token of `hf auth login`",
+    "hf_use_auth_token": f"not needed: {command('prepare')} uses the token of `hf auth login`",
     "max_samples": "train_data: {path: ..., limit: N} takes the first N rows",
     "max_train_samples": "train_data: {path: ..., limit: N} takes the first N rows",
     "max_eval_samples": "eval_data: {path: ..., limit: N} takes the first N rows",
@@ -184,7 +185,7 @@ ADVICE: Mapping[str, str] = {
     "*eval_batch_size": _NO_EVAL_BATCH,
     "eval_accumulation_steps": _NO_EVAL_BATCH,
     "eval_delay": "not supported: evaluations start in the first epoch; remove it",
-    "eval_on_start": "launch/score.py measures the base and the adapter; remove it",
+    "eval_on_start": f"{command('score')} measures the base and the adapter; remove it",
     "metric_for_best_model": "keep_best uses the held-out loss; remove it",
     "greater_is_better": "keep_best uses the held-out loss; remove it",
     "compute_accuracy": "eval_generate: N measures exact match at evaluations",
@@ -192,7 +193,7 @@ ADVICE: Mapping[str, str] = {
     "save_only_model": "not needed: a checkpoint has 12 bytes per trainable parameter; remove it",
     "save_safetensors": "adapters and checkpoints are always safetensors; remove it",
     "save_first_step": "not supported; save_steps sets the interval of checkpoints",
-    "merge_*": "launch/merge.py merges the adapter after training",
+    "merge_*": f"{command('merge')} merges the adapter after training",
     "use_liger_kernel": _KERNELS,
     "enable_liger_kernel": _KERNELS,
     "liger_*": _KERNELS,
@@ -219,11 +220,11 @@ ADVICE: Mapping[str, str] = {
     "devices": _LAUNCHER,
     "accelerator*": _LAUNCHER,
     "log_peak_memory_stats": "not needed: metrics.jsonl has the memory of each step; remove it",
-    "save_adapter_weights_only": "only the adapter is saved; launch/merge.py merges it",
+    "save_adapter_weights_only": f"only the adapter is saved; {command('merge')} merges it",
     "eval_sample_packing": _EVAL_PACKING,
     "eval_packing": _EVAL_PACKING,
     "processor_type": "not needed: rows with pictures are refused; remove it",
-    "skip_prepare_dataset": "rows are always prepared; launch/prepare.py does it in advance",
+    "skip_prepare_dataset": f"rows are always prepared; {command('prepare')} does it in advance",
     "eot_tokens": _TEMPLATE,
     "quantize_moe_experts": "not supported: fused experts stay in 16 bits; remove it",
     "lora_target_parameters": "lora_target_modules: [auto, experts] adapts fused experts",
@@ -280,8 +281,8 @@ ADVICE: Mapping[str, str] = {
     "dataset_kwargs": _DETECTED_FORMAT,
     "system": "put the system prompt into each row, as a message with role system",
     "truncation_*": "over_length: truncate, drop, split or fail",
-    "eval_max_new_tokens": "launch/score.py generates answers after training; remove it",
-    "eval_table_size": "launch/score.py generates answers after training; remove it",
+    "eval_max_new_tokens": f"{command('score')} generates answers after training; remove it",
+    "eval_table_size": f"{command('score')} generates answers after training; remove it",
     "offload_optimizer": "not needed: the optimizer states of an adapter are small; remove it",
     "quantization_config": "load_in_4bit: true or load_in_8bit: true; both are bitsandbytes",
     "bnb_config": "load_in_4bit: true or load_in_8bit: true; both are bitsandbytes",

@@ -398,7 +398,8 @@ class RunKeys(BaseModel):
     eval_regex: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
         description="Regular expression that extracts the part of an answer to compare: the first "
-        "group, or else the whole, of its last match. Also the default of launch/score.py --regex.",
+        "group, or else the whole, of its last match. Also the default of "
+        "--regex of the verb score.",
         json_schema_extra=traits(change="run"),
     )
     save_strategy: Strategy = Field(
@@ -470,7 +471,7 @@ class RunKeys(BaseModel):
     tracker_uploads: list[Literal["adapter", "answers"]] = Field(
         default_factory=list,
         description="Files that the trackers get in addition to the metrics: the `adapter`, and "
-        "the `answers` to held-out rows that launch/score.py generated.",
+        "the `answers` to held-out rows that the verb score generated.",
         json_schema_extra=traits(needs="trackers", change="run"),
     )
     time_limit: str | None = Field(

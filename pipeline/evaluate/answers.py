@@ -1,4 +1,4 @@
-"""Files with the results of finished batches, from which a stopped `launch/score.py` resumes.
+"""Files with the results of finished batches, from which a stopped `rankzero score` resumes.
 
 A file has the results of one model on one set of rows with one set of options. Its name begins with
 a hash of model, rows and options, and ends with the rank. Each rank appends one line for each batch

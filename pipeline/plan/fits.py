@@ -1,4 +1,4 @@
-"""Table of the published models that fit on a machine: `launch/plan.py --fits`.
+"""Table of the published models that fit on a machine: `rankzero plan --fits`.
 
 For each model it has the longest sequence that fits and the predicted speed, with LoRA on a 16-bit
 base and with QLoRA on a 4-bit base.

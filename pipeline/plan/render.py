@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from pipeline.commands import command
 from pipeline.plan.choose import Candidate
 from pipeline.plan.cost.memory import disk_bytes
 from pipeline.plan.given.hardware import GIB
@@ -13,7 +14,7 @@ from pipeline.plan.rules.rule import PlanContext, Rule
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """The plan as the JSON object of `launch/plan.py --json`: sizes in bytes, times in seconds."""
+    """The plan as the JSON object of `rankzero plan --json`: sizes in bytes, times in seconds."""
     layout, memory, speed, shape = plan.layout, plan.memory, plan.speed, plan.shape
     return {
         "settings": plan.settings.model_dump(mode="json"),
@@ -176,7 +177,9 @@ def _step_lines(plan: Plan) -> list[str]:
     schedule, data = plan.schedule, plan.data
     hours = plan.seconds / 3600
     about = "" if data.is_exact else "about "
-    note = "" if data.is_exact else " (estimated from a sample; launch/prepare.py counts exactly)"
+    note = (
+        "" if data.is_exact else f" (estimated from a sample; {command('prepare')} counts exactly)"
+    )
     return [
         f"steps      {about}{schedule.total_steps} ({schedule.steps_per_epoch} an epoch), "
         f"{schedule.warmup_steps} of warm-up, {about}{_duration_text(hours)}{note}",

@@ -26,7 +26,7 @@ class RankContext:
     `missing_gpus`: an environment variable with its value, such as `CUDA_VISIBLE_DEVICES=0`, that
     assigns GPUs to this process although the driver detects none. `is_training`: whether this is
     the check at the start of training. A single process then probes only its first GPU; in
-    launch/preflight.py it probes all GPUs.
+    the verb preflight it probes all GPUs.
     """
 
     placement: Placement

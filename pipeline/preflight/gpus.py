@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.cluster.devices import compute_capability, visible_handles
 from pipeline.cluster.placement import device_index
+from pipeline.commands import script
 from pipeline.errors import UserError
 from pipeline.preflight.check import (
     Check,
@@ -202,8 +203,8 @@ def _unused_gpus(
         yield warn(
             f"{results.name_ranks(ranks)}: {visible} GPUs are visible on a node, but only "
             f"{num_used[results.hosts[ranks[0]]]} are used",
-            "start one rank per GPU (in a pod: `torchrun launch/train.py RUN.yaml`), or hide the "
-            "other GPUs with CUDA_VISIBLE_DEVICES",
+            f"start one rank per GPU (in a pod: `torchrun {script('train')} RUN.yaml`), or hide "
+            "the other GPUs with CUDA_VISIBLE_DEVICES",
             ranks,
         )
 

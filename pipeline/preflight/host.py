@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.host_memory import host_memory
+from pipeline.commands import command
 from pipeline.errors import UserError
 from pipeline.files import closest_existing, write_text
 from pipeline.plan.cost.memory import disk_bytes
@@ -134,7 +135,7 @@ def _assess_disk(results: ProbeResults) -> Iterable[Finding]:
         yield warn(
             f"{free} free: enough for the run ({need}), but not for merging afterwards ({merged} "
             "more)",
-            "free some space before you run launch/merge.py, or merge on another disk",
+            f"free some space before you run {command('merge')}, or merge on another disk",
         )
     else:
         yield ok(f"{free} free; the run needs {need}, and merging {merged} more")

@@ -7,6 +7,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+from pipeline.commands import command
 from pipeline.data.chat.tokenizer import require_tokenizer, run_tokenizer
 from pipeline.data.dataset.reader import INDEX, DataIndex
 from pipeline.data.prepare.prepare import check_rows, prepare_data
@@ -133,7 +134,7 @@ def _probe_prepared_data(context: RankContext) -> dict[str, str]:
 def _assess_prepared_data(results: ProbeResults) -> Iterable[Finding]:
     keys = ", ".join(f"{split} {key}" for split, key in results.first.items())
     not_prepared = (
-        "not prepared yet: rank 0 prepares the data when training starts, or launch/prepare.py "
+        f"not prepared yet: rank 0 prepares the data when training starts, or {command('prepare')} "
         "prepares it in advance"
     )
     remedy = "put output_dir on a file system that all nodes share"
@@ -197,7 +198,7 @@ def _assess_rows(results: ProbeResults) -> Iterable[Finding]:
         tokenised = sample if rows["documents"] else "no document was tokenised"
         yield warn(
             f"there are too many rows to read all of them in a preflight; {tokenised}",
-            "run launch/prepare.py before GPUs are allocated: it reads all rows",
+            f"run {command('prepare')} before GPUs are allocated: it reads all rows",
         )
 
 
@@ -219,14 +220,14 @@ PLAN = Check(
     "plan",
     _probe_plan,
     _assess_plan,
-    "run launch/plan.py, which shows what would fit",
+    f"run {command('plan')}, which shows what would fit",
     needs="settings",
 )
 MODEL = Check("model", _probe_model, _assess_model, "download the model again", runs_on="node")
 BASE = Check("base", _probe_base, _assess_base, "download the model again", runs_on="node")
 PREPARED_DATA = Check(
     "prepared data", _probe_prepared_data, _assess_prepared_data,
-    "run launch/prepare.py with the run file",
+    f"run {command('prepare')} with the run file",
 )  # fmt: skip
 TOKENIZER = Check(
     "tokenizer", _probe_tokenizer, _assess_tokenizer, "copy the model's tokenizer files again",
@@ -236,6 +237,6 @@ ROWS = Check(
     "rows",
     _probe_rows,
     _assess_rows,
-    "run launch/prepare.py, which shows details",
+    f"run {command('prepare')}, which shows details",
     runs_on="rank 0",
 )

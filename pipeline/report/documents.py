@@ -11,6 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from pipeline.commands import command
 from pipeline.data.dataset.reader import DataIndex, open_split
 from pipeline.data.prepare.show import supervised_segments
 from pipeline.errors import UserError
@@ -64,7 +65,7 @@ def first_documents(run: RunRecords) -> Documents:
     if path is None:
         return Documents(
             problem="No tokenizer.json is in adapter/, merged/ or the model's folder, so the "
-            "documents cannot be shown; launch/prepare.py --show prints them."
+            f"documents cannot be shown; {command('prepare')} --show prints them."
         )
     try:
         decoder: Any = _Decoder(path)

@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline import __version__
+from pipeline.commands import command
 from pipeline.errors import UserError
 from pipeline.files import write_text
 from pipeline.report import text
@@ -87,5 +88,6 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"cell": text.cell, "moment": text.moment, "pretty": text.pretty}
+    environment.globals["command"] = command
     environment.tests["link"] = lambda value: re.fullmatch(r"https?://\S+", str(value)) is not None
     return environment

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pipeline.commands import command, script
 from pipeline.report.folder import RunRecords, mapping
 
 
@@ -54,9 +55,9 @@ def _commands(run: RunRecords, versions: Mapping[str, str]) -> list[tuple[str, s
     if run.settings:
         again = shlex.join([f"{run.folder}/run.yaml", f"output_dir={run.folder}-again"])
         commands.append(("train again, into another folder", f"{_launcher(run)} {again}"))
-        commands.append(("merge", f"python launch/merge.py {folder}"))
+        commands.append(("merge", f"{command('merge')} {folder}"))
         if run.settings.get("eval_data"):
-            commands.append(("score", f"python launch/score.py {folder}"))
+            commands.append(("score", f"{command('score')} {folder}"))
     return commands
 
 
@@ -66,7 +67,7 @@ def _launcher(run: RunRecords) -> str:
     nodes = hardware.get("nodes", 1)
     ranks = hardware.get("ranks_per_node", hardware.get("ranks", 1))
     if nodes == 1 and ranks == 1:
-        return "python launch/train.py"
+        return command("train")
     count = "--num_accelerators" if hardware.get("kind") == "cpu" else "--num_gpus"
     hosts = f"--hostfile HOSTS --num_nodes {nodes} " if nodes != 1 else ""
-    return f"deepspeed {hosts}{count} {ranks} launch/train.py"
+    return f"deepspeed {hosts}{count} {ranks} {script('train')}"

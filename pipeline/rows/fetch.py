@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from pipeline.commands import command
 from pipeline.config.data_names import DataSource
 from pipeline.config.hub import HubSplit
 from pipeline.errors import UserError
@@ -22,12 +23,12 @@ def split_files(split: HubSplit, key: str) -> list[Path]:
     if snapshot is None:
         raise UserError(
             f"{key}: {split}: no such file, and no hub data set of this name and revision in the "
-            "local cache; download it: python launch/prepare.py RUN.yaml"
+            f"local cache; download it: {command('prepare')} RUN.yaml"
         )
     if not _is_complete(split, snapshot):
         raise UserError(
             f"{key}: {split}: the local cache lacks some of its files, as after an interrupted "
-            "download; download the rest: python launch/prepare.py RUN.yaml"
+            f"download; download the rest: {command('prepare')} RUN.yaml"
         )
     import datasets
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from pipeline.commands import command
 from pipeline.track.follow import SentRecord, sent_path
 from pipeline.track.lines import LineReader, parse_metrics
 
@@ -93,7 +94,7 @@ class TrackerProcesses:
         )
         return (
             f"tracker {name} has not received all data ({received}); the run is not affected; "
-            f"`rankzero track {self._folder}` sends the rest"
+            f"`{command('track')} {self._folder}` sends the rest"
         )
 
 

@@ -1,14 +1,14 @@
 """End of a run: gathers, verifies and publishes the adapter, or reports a stop."""
 
 import logging
-import sys
-from pathlib import Path
+import shlex
 
 import torch
 
 from pipeline.adapter.gather import gather_weights
 from pipeline.adapter.products import mark_outdated
 from pipeline.adapter.publish import on_unchanged_base, publish_adapter
+from pipeline.commands import command
 from pipeline.errors import RankZeroError, Stopped
 from pipeline.model.adapter import frozen_checksum
 from pipeline.model.fingerprint import base_of_run
@@ -52,16 +52,12 @@ def _next_commands(run: TrainingState) -> str:
     if run.eval_split is not None:
         commands["score"] = "compare it with the base"
     commands["report"] = "write report.html"
-    # launch/ exists in a clone only.
-    is_clone = Path(sys.argv[0]).parent.name == "launch"
-    program = "python launch/{}.py" if is_clone else "rankzero {}"
-    lines = [
-        (f"{program.format(verb)} {run.folder.path}", purpose) for verb, purpose in commands.items()
-    ]
-    width = max(len(command) for command, _ in lines)
+    folder = shlex.quote(str(run.folder.path))
+    lines = [(f"{command(verb)} {folder}", purpose) for verb, purpose in commands.items()]
+    width = max(len(line) for line, _ in lines)
     return "\n".join(
-        f"{'next' if i == 0 else '':<11}{command:<{width}}  # {purpose}"
-        for i, (command, purpose) in enumerate(lines)
+        f"{'next' if i == 0 else '':<11}{line:<{width}}  # {purpose}"
+        for i, (line, purpose) in enumerate(lines)
     )
 
 

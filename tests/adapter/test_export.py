@@ -129,7 +129,7 @@ def test_files_of_the_user_are_never_replaced(run, command):
         ("llama/convert_hf_to_gguf.py", ("--gguf",), (MODEL_CONVERTER, "--llama-cpp", "git clone")),
         ("llama/build/bin/llama-quantize", ("--gguf", "--quantize", "q8_0"),
          ("llama-quantize", "PATH", "cmake --build")),
-        ("run/merged/config.json", ("--gguf",), ("no merged model", "launch/merge.py")),
+        ("run/merged/config.json", ("--gguf",), ("no merged model", "rankzero merge")),
         ("run/adapter/adapter_model.safetensors", (), ("no adapter", "finish the training")),
         ("run/run.yaml", (), ("run.yaml", "output_dir")),
     ],
@@ -151,7 +151,7 @@ def test_a_merged_model_of_an_earlier_adapter_is_refused(run, command, original)
     make_adapter(original / "base", run / "adapter", lora_alpha=24)
     weights = run / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    with refused("merged", "launch/merge.py"):
+    with refused("merged", "rankzero merge"):
         command(run, "--gguf")
 
 

@@ -114,16 +114,17 @@ def test_the_text_has_layout_reasons_memory_and_start_commands(call):
     )  # fmt: skip
 
 
-def test_the_start_command_outside_a_clone_is_that_of_an_installed_package(call, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def test_the_start_command_of_an_installed_package_names_no_clone(call):
     (call.folder / "train.jsonl").write_text('{"text": "a b"}\n' * 500)
-    (call.folder / "launch").mkdir()
-    (call.folder / "launch/plan.py").symlink_to(ROOT / "launch/plan.py")
-    for gpus, command in (("8", "deepspeed --module pipeline.cli.train"), ("1", "rankzero train")):
-        code, out, _ = call("--gpu", "a100-80gb", "--gpus-per-node", gpus, cwd=call.folder)
-        assert code == 0
-        assert_mentions(out, command)
-        assert "launch/train.py" not in out
+    code = "import sys; from pipeline.cli.rankzero import main; sys.argv[0] = 'rankzero'; main()"
+    for gpus, start in (("8", "deepspeed --module pipeline.cli.train"), ("1", "rankzero train")):
+        options = ("--gpu", "a100-80gb", "--gpus-per-node", gpus)
+        result = subprocess.run(
+            [sys.executable, "-c", code, "plan", "RUN.yaml", *options],
+            cwd=call.folder, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert_mentions(result.stdout, f"start {start} RUN.yaml", "rankzero slurm .")
+        assert "launch/" not in result.stdout
 
 
 def test_the_cost_of_max_length_is_in_the_text_and_in_the_json(call):

@@ -238,7 +238,7 @@ ALONE = DEEPSPEED | {
     ("env", "facts"),
     [
         ({"SLURM_NTASKS": "16"}, ["SLURM_NTASKS=16", "one rank", "srun"]),
-        (BATCH, ["srun python"]),
+        (BATCH, ["srun rankzero train"]),
         # the interactive shell of salloc is a special step
         (BATCH | {"SLURM_STEP_ID": "4294967290"}, ["SLURM_NTASKS=8"]),
         (ALONE | {"SLURM_NTASKS": "16"}, ["SLURM_NTASKS=16"]),
@@ -344,7 +344,7 @@ def test_torchrun_in_a_pod_defines_the_ranks():
     ],
 )
 def test_pods_that_should_have_started_torchrun_are_refused(env):
-    with refused("environment", "PET_NPROC_PER_NODE", "torchrun launch/train.py"):
+    with refused("environment", "PET_NPROC_PER_NODE", "torchrun --module pipeline.cli.train"):
         from_environment(env)
 
 

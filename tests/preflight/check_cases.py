@@ -147,7 +147,7 @@ BAD = [
     ("gpus", {0: gpu("GPU-a"), 1: gpu("GPU-b") | {"requests_no_gpu": True}}, "warn",
         ["rank 1 (node2)", "requested no GPU"]),
     ("gpus", {0: gpu("GPU-a") | {"visible": 8}, 1: gpu("GPU-b") | {"visible": 8}}, "warn",
-        ["ranks 0-1", "8 GPUs are visible", "torchrun launch/train.py"]),
+        ["ranks 0-1", "8 GPUs are visible", "torchrun --module pipeline.cli.train"]),
     ("gpus", {0: gpu("GPU-a"), 1: gpu("GPU-b", name="H100 PCIe")}, "warn", ["PCIe", "node2"]),
     ("drivers", {0: gpu("GPU-a"), 1: gpu("GPU-b", driver="550.1")}, "warn", ["550.1", "580.65"]),
     ("plan", {0: {"micro": "1"}, 1: {"micro": "2"}}, "fail", ["micro", "rank 1"]),

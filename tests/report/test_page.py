@@ -98,7 +98,7 @@ def test_the_page_shows_every_file_of_the_run_folder(run):
         "1.1e-8 ✓ equal", "0.002 ✗ differs", "not merged: two tensors have no name",  # proof
         "without fast paths: the loss differs by 1e-2",
         "resumed from step 40", "stopped (exit code 75)", "time_limit",  # time line
-        "deepspeed --num_accelerators 2 launch/train.py", "torch==2.13.0", "2.13.0+cpu",
+        "deepspeed --num_accelerators 2 --module pipeline.cli.train", "torch==2.13.0", "2.13.0+cpu",
         "the largest up to 8 that fits", "another reason", "bfloat16",  # plan
         "0.251", "0.839", "1.317", "1.316 GiB", "1.330 GiB", "16.000", "1.1 % below",  # memory
         "cpu-bf16", "no bfloat16 units", "accelerator/cpu_accelerator.py",

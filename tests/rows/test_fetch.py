@@ -48,7 +48,7 @@ def test_a_split_of_a_cached_data_set_is_resolved_and_a_missing_one_refused(hub)
     with refused("eval_data", "org/name@main:dev", "train, test"):
         resolve_sources([DataSource(path="org/name:dev")], "eval_data")
     for missing in ("org/other@main:train", "org/name@fff:train"):
-        with refused("train_data", missing, "launch/prepare.py RUN.yaml"):
+        with refused("train_data", missing, "rankzero prepare RUN.yaml"):
             resolve_sources([DataSource(path=missing.replace("@main", ""))], "train_data")
 
 
@@ -91,7 +91,7 @@ def test_an_interrupted_download_is_refused_and_completed_by_fetch(hub, monkeypa
     files = {name: {"size": 1, "blob_id": "e"} for name in (*present, "data/train-1.parquet")}
     (hub / "trees").mkdir()
     (hub / "trees/abc123.json").write_text(json.dumps({"format_version": 1, "files": files}))
-    with refused("train_data", "org/name@main:train", "launch/prepare.py RUN.yaml"):
+    with refused("train_data", "org/name@main:train", "rankzero prepare RUN.yaml"):
         resolve_sources([DataSource(path="org/name:train")], "train_data")
     requested, download = [], huggingface_hub.snapshot_download
 
@@ -183,7 +183,7 @@ def test_a_fetched_data_set_is_read_without_a_request(tmp_path):
             )
             return result.stdout.strip() or result.stderr
 
-        assert "launch/prepare.py" in run(fetches=False)
+        assert "rankzero prepare" in run(fetches=False)
         assert not Hub.requested
         assert run(fetches=True) == f"org/other@{COMMIT}:train 3"
         assert any("train.jsonl" in path for path in Hub.requested)

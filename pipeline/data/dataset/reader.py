@@ -27,6 +27,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.commands import command
 from pipeline.data.dataset.sequences import Segment, Sequences
 from pipeline.errors import UserError
 from pipeline.files import read_json
@@ -34,7 +35,7 @@ from pipeline.plan.given.data_size import DataSize, LengthLoss
 
 Array = npt.NDArray[Any]
 INDEX, SEQUENCES, REJECTS = "index.json", "sequences.json", "rejects.jsonl"
-_PREPARE_AGAIN = "run launch/prepare.py with the run file"
+_PREPARE_AGAIN = f"run {command('prepare')} with the run file"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pipeline.commands import command
 from pipeline.errors import UserError
 from pipeline.files import read_json
 from pipeline.plan.given.families import FAMILIES, Config
@@ -83,8 +84,8 @@ def published_shape(name: str) -> ModelShape:
         f"model: {name} is neither a folder, nor a hub model in the local cache, nor a model whose "
         f"sizes ship with this package{_similar_names(name, list(by_name))}; download it with "
         "`hf download NAME`, or with `hf download NAME --local-dir FOLDER` and set model to FOLDER "
-        "(for a plan, config.json is enough); `launch/plan.py --fits` lists the models whose sizes "
-        "ship with this package"
+        f"(for a plan, config.json is enough); `{command('plan')} --fits` lists the models whose "
+        "sizes ship with this package"
     )
 
 

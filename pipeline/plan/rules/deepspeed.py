@@ -3,6 +3,7 @@
 ds_configs/README.md explains the keys of the generated config.
 """
 
+from pipeline.commands import command
 from pipeline.plan.deepspeed.keys import REMOVED, REMOVED_FROM_ZERO
 from pipeline.plan.rules.rule import (
     DEEPSPEED,
@@ -249,7 +250,7 @@ _OTHER_RULES: tuple[Rule[PlanContext], ...] = (
         ),
         reason="autotuning, hybrid_engine, data_efficiency and weight_quantization change batches, "
         "data or weights by themselves, and do not support frozen weights",
-        remedy="leave them out; launch/plan.py chooses the layout",
+        remedy=f"leave them out; {command('plan')} chooses the layout",
         source="DeepSpeed 0.19.8 autotuning/autotuner.py:279",
     ),
     Rule(

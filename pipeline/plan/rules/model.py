@@ -6,6 +6,7 @@ compare loss, attention, packs, adapter and checkpointing with those of the clas
 
 from collections.abc import Sequence
 
+from pipeline.commands import command
 from pipeline.plan.cost.memory import checkpoint_bytes
 from pipeline.plan.cost.speed import step_seconds
 from pipeline.plan.cost.stopping import slow_stop_warning
@@ -243,7 +244,7 @@ MODEL_RULES: tuple[Rule[PlanContext], ...] = (
         applies=lambda run: run.shape.is_from_class and run.proof is None and run.shape.model_type,
         reason="this model_type is not in the table of known families, and its class has not been "
         "checked on this machine: the checks of loss, attention, packing and adapter may refuse it",
-        remedy="`python launch/preflight.py RUN.yaml` runs the checks within seconds on the CPU; "
+        remedy=f"`{command('preflight')} RUN.yaml` runs the checks within seconds on the CPU; "
         "training runs them too, before it loads the base",
         source="pipeline/model/proof.py",
     ),

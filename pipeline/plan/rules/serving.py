@@ -5,6 +5,7 @@ llama-cpp-python 0.3.36, read on 2026-11-30. tests/serving runs both servers. No
 stops a run, because the merged model can be served instead of the adapter.
 """
 
+from pipeline.commands import command
 from pipeline.config.settings import RunSettings
 from pipeline.plan.rules.rule import PlanContext, Rule, issue
 
@@ -99,7 +100,7 @@ SERVING_RULES: tuple[Rule[PlanContext], ...] = (
         applies=lambda run: run.settings.corrects_quantisation,
         reason="init_lora_weights: loftq: the adapter also corrects the errors of the 4-bit base, "
         "so a server that loads it on the 16-bit base gives wrong answers, without a message",
-        remedy="serve the merged model, which `launch/merge.py` merges onto the 4-bit weights",
+        remedy=f"serve the merged model, which `{command('merge')}` merges onto the 4-bit weights",
         source="peft 0.21.2 utils/loftq_utils.py, replace_lora_weights_loftq",
     ),
     Rule(
@@ -117,7 +118,7 @@ SERVING_RULES: tuple[Rule[PlanContext], ...] = (
         applies=lambda run: run.settings.use_rslora or bool(run.settings.alpha_pattern),
         reason="use_rslora or alpha_pattern: llama.cpp scales each layer by lora_alpha / r and its "
         "converter reads no other key, so the adapter has a wrong scaling, without a message",
-        remedy="convert it with `launch/export.py RUN_FOLDER --gguf`, which multiplies the "
+        remedy=f"convert it with `{command('export')} RUN_FOLDER --gguf`, which multiplies the "
         "weights by the missing factor, or serve the merged model",
         source=f"{_LLAMA_CPP} convert_lora_to_gguf.py; src/llama-adapter.h, get_scale",
     ),
@@ -136,8 +137,8 @@ SERVING_RULES: tuple[Rule[PlanContext], ...] = (
         applies=lambda run: bool(run.shape.targeted_experts(run.settings.lora_target_modules)),
         reason="adapters of fused experts load in peft, but vLLM and SGLang have silently ignored "
         "or rejected them",
-        remedy="serve the merged model (`launch/merge.py`), or compare the server's answers with "
-        "those of peft",
+        remedy=f"serve the merged model (`{command('merge')}`), or compare the server's answers "
+        "with those of peft",
         source=issue("vllm-project/vllm", 41384, 52198) + ", " + issue("sgl-project/sglang", 27381),
     ),
 )

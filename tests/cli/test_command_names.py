@@ -1,0 +1,93 @@
+"""Messages name a verb in the form in which the user started the program."""
+
+import ast
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.cli.rankzero import VERBS
+from pipeline.commands import command, script
+from tests import ROOT
+
+pytestmark = pytest.mark.unit
+
+# Calls the console script as pip installs it, once for each line of standard input.
+CONSOLE_SCRIPT = """
+import importlib, os, sys
+sys.argv = ["/usr/bin/rankzero"]
+from pipeline.cli.rankzero import VERBS, main
+for verb in VERBS:  # once for all forks
+    importlib.import_module(f"pipeline.cli.{verb}")
+for line in sys.stdin:
+    if (child := os.fork()) == 0:
+        sys.argv = [*sys.argv, *line.split()]
+        main()
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.write(1, f"== {code} {line}".encode())
+"""
+PEER_KEYS = "do_train: true\nhub_model_id: a/b\nskip_prepare_dataset: true\nplot_loss: true\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "one_process", "with_launcher"),
+    [
+        ("launch/train.py", "python launch/plan.py", "launch/plan.py"),
+        ("/my clone/launch/train.py", "python '/my clone/launch/plan.py'", None),
+        ("/venv/bin/rankzero", "rankzero plan", "--module pipeline.cli.plan"),
+        ("/site-packages/pipeline/cli/train.py", "rankzero plan", "--module pipeline.cli.plan"),
+    ],
+)
+def test_a_verb_is_named_as_the_program_was_started(
+    monkeypatch, program, one_process, with_launcher
+):
+    monkeypatch.setattr(sys, "argv", [program, "RUN.yaml"])
+    assert command("plan") == one_process
+    assert with_launcher is None or script("plan") == with_launcher
+
+
+def test_no_text_in_the_package_names_a_script_of_the_clone():
+    for path in sorted((ROOT / "pipeline").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                is_own = path == ROOT / "pipeline/commands.py" or "launch/VERB.py" in node.value
+                names_script = any(f"launch/{verb}.py" in node.value for verb in VERBS)
+                assert is_own or not names_script, f"{path}:{node.lineno}: use pipeline.commands"
+
+
+def test_no_message_of_an_installed_package_names_a_clone(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "peer.yaml").write_text(PEER_KEYS)
+    run = tmp_path / "run"
+    run.mkdir()
+    required = "model: model\ntrain_data: {}\noutput_dir: run\n"
+    (run / "run.yaml").write_text(required.format("rows.jsonl"))
+    (tmp_path / "hub.yaml").write_text(required.format("nobody/nothing"))
+    (tmp_path / "keys.yaml").write_text(required.format("rows.jsonl") + PEER_KEYS)
+    starts = [f"{verb} --help" for verb in VERBS] + [f"{verb} --nonsense" for verb in VERBS]
+    starts += [f"{verb} run" for verb in ("merge", "score", "export", "talk", "publish", "report")]
+    starts += ["train keys.yaml", "prepare hub.yaml", "train hub.yaml", "preflight hub.yaml"]
+    starts += ["convert peer.yaml", "plan --model nobody/nothing"]
+    starts += ["plan --model Qwen/Qwen3-8B --gpu h100-80gb --nodes 2"]
+    result = subprocess.run(
+        [sys.executable, "-c", CONSOLE_SCRIPT], input="\n".join(starts) + "\n",
+        capture_output=True, text=True, cwd=tmp_path, check=True,
+        env=os.environ | {"HF_HOME": str(tmp_path / "hub"), "DS_ACCELERATOR": "cpu"},
+    )  # fmt: skip
+    output = result.stdout + result.stderr
+    assert all(f"{start}\n" in result.stdout for start in starts)
+    assert "Traceback" not in output
+    assert "launch/" not in output
+    assert output.count("rankzero") > len(starts)
+
+
+def test_a_script_of_the_clone_names_scripts_of_the_clone(tmp_path):
+    (tmp_path / "RUN.yaml").write_text("model: m\ntrain_data: t\noutput_dir: o\ndo_train: true\n")
+    result = subprocess.run(
+        [sys.executable, "launch/train.py", tmp_path / "RUN.yaml"],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "python launch/train.py always trains" in result.stderr
