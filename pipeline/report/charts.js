@@ -6,13 +6,14 @@
   if (!block) return;
   const page = JSON.parse(block.textContent);
   const root = document.documentElement;
-  const plots = [];
+  const plots = []; // uPlot objects, one for each chart
   const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
-  const alpha = (hex) => hex + "77";
-  const NONE = "";
-  const FEW = 12; // points of a line that are drawn as dots too, because the line may be too short to see
+  const halfTransparent = (hex) => hex + "77";
+  const MAX_DOTS_ON_LINE = 12; // a line of at most so many points has dots too, because it may be too short to see
+  const MAX_DOTS = 200; // of a series in the style "dots"; with more points only its line is drawn
 
-  const forms = {
+  // Formats of values; pipeline/report/curves.py names one for each chart.
+  const formats = {
     plain: (v) => (Math.abs(v) >= 1e4 || (v !== 0 && Math.abs(v) < 1e-3) ? v.toExponential(2) : String(+v.toPrecision(4))),
     scientific: (v) => (v === 0 ? "0" : v.toExponential(2).replace(/\.?0+e/, "e").replace("e+", "e")),
     percent: (v) => +(100 * v).toPrecision(3) + " %",
@@ -20,45 +21,47 @@
   };
   const stepText = (x) => x.toLocaleString("en-US", { maximumFractionDigits: 0 });
 
-  // The nearest step with a value, because the series of a chart have different steps.
-  function nearestIndex(u, series, index) {
+  // Index of the step with a value that is nearest to `index`, because the series of a chart have
+  // different steps. plot.data has the steps at 0, and the values of series i at i.
+  function nearestIndex(plot, series, index) {
     if (series === 0) return index;
-    const xs = u.data[0], ys = u.data[series];
-    let low = index, high = index;
-    while (low >= 0 && ys[low] == null) low--;
-    while (high < ys.length && ys[high] == null) high++;
-    if (low < 0) return high < ys.length ? high : null;
-    if (high >= ys.length) return low;
-    return xs[index] - xs[low] <= xs[high] - xs[index] ? low : high;
+    const steps = plot.data[0], values = plot.data[series];
+    let before = index, after = index;
+    while (before >= 0 && values[before] == null) before--;
+    while (after < values.length && values[after] == null) after++;
+    if (before < 0) return after < values.length ? after : null;
+    if (after >= values.length) return before;
+    return steps[index] - steps[before] <= steps[after] - steps[index] ? before : after;
   }
 
   function strokeOf(series) {
-    return () => (series.style === "thin" ? alpha(colour("--c" + series.colour)) : colour("--c" + series.colour));
+    return () => (series.style === "thin" ? halfTransparent(colour("--c" + series.colour)) : colour("--c" + series.colour));
   }
 
   function seriesOptions(series) {
     const isDots = series.style === "dots";
     const dash = series.style === "dashed" || series.is_dashed ? [6, 4] : isDots ? [2, 3] : undefined;
     return {
-      label: NONE,
+      label: "",
       stroke: strokeOf(series),
       width: series.style === "thin" ? 1 : isDots || dash ? 1.2 : 1.8,
       dash,
       spanGaps: true,
-      points: { show: series.x.length <= (isDots ? 200 : FEW), size: 6, fill: strokeOf(series) },
+      points: { show: series.x.length <= (isDots ? MAX_DOTS : MAX_DOTS_ON_LINE), size: 6, fill: strokeOf(series) },
     };
   }
 
-  function drawMarks(u) {
-    const { ctx, bbox } = u, ratio = devicePixelRatio;
-    const inside = (x) => x >= u.scales.x.min && x <= u.scales.x.max;
+  // Vertical lines at the steps from which a start resumed, and bars under steps without an update.
+  function drawMarks(plot) {
+    const { ctx, bbox } = plot, ratio = devicePixelRatio, barHeight = 7 * ratio;
+    const isVisible = (step) => step >= plot.scales.x.min && step <= plot.scales.x.max;
     ctx.save();
-    ctx.lineCap = "butt"; // not what uPlot set last
+    ctx.lineCap = "butt"; // uPlot may have set another one
     ctx.strokeStyle = colour("--wait");
     ctx.lineWidth = ratio;
     ctx.setLineDash([4 * ratio, 4 * ratio]);
-    for (const step of page.resumed.filter(inside)) {
-      const x = Math.round(u.valToPos(step, "x", true)) + 0.5; // sharp at any zoom
+    for (const step of page.resumed.filter(isVisible)) {
+      const x = Math.round(plot.valToPos(step, "x", true)) + 0.5; // the middle of a pixel, so that the line is sharp
       ctx.beginPath();
       ctx.moveTo(x, bbox.top);
       ctx.lineTo(x, bbox.top + bbox.height);
@@ -66,59 +69,63 @@
     }
     ctx.fillStyle = colour("--bad");
     for (const [first, last] of page.skipped) {
-      if (last < u.scales.x.min || first > u.scales.x.max) continue;
-      const from = Math.max(bbox.left, u.valToPos(first, "x", true) - ratio);
-      const to = Math.min(bbox.left + bbox.width, u.valToPos(last, "x", true) + ratio);
-      ctx.fillRect(from, bbox.top + bbox.height - 7 * ratio, Math.max(2 * ratio, to - from), 7 * ratio);
+      if (last < plot.scales.x.min || first > plot.scales.x.max) continue;
+      const from = Math.max(bbox.left, plot.valToPos(first, "x", true) - ratio);
+      const to = Math.min(bbox.left + bbox.width, plot.valToPos(last, "x", true) + ratio);
+      ctx.fillRect(from, bbox.top + bbox.height - barHeight, Math.max(2 * ratio, to - from), barHeight);
     }
     ctx.restore();
   }
 
   function isZoomed() {
-    return plots.some((u) => u.scales.x.min > page.x[0] || u.scales.x.max < page.x[1] || u.isZoomedInY);
+    return plots.some((plot) => plot.scales.x.min > page.x[0] || plot.scales.x.max < page.x[1] || plot.isZoomedInY);
   }
 
-  let isSharing = false;
+  // Show these steps in all charts; `source` is the chart that shows them already. setScale calls this
+  // function again through the hook setScale.
+  let isInShowSteps = false;
   function showSteps(min, max, source) {
-    if (isSharing) return;
-    isSharing = true;
-    for (const u of plots) if (u !== source) { u.setScale("x", { min, max }); u.isZoomedInY = false; }
-    isSharing = false;
+    if (isInShowSteps) return;
+    isInShowSteps = true;
+    for (const plot of plots) if (plot !== source) { plot.setScale("x", { min, max }); plot.isZoomedInY = false; }
+    isInShowSteps = false;
     for (const button of document.querySelectorAll(".reset")) button.hidden = !isZoomed();
   }
 
-  function axis(form, size) {
+  // `size`: width or height of the axis in pixels. Only the y axis has grid lines.
+  function axis(format, size, hasGrid) {
     return {
       stroke: () => colour("--text"), font: "11px system-ui, sans-serif", size, gap: 6,
-      grid: { show: size > 30, stroke: () => colour("--line"), width: 1 },
+      grid: { show: hasGrid, stroke: () => colour("--line"), width: 1 },
       ticks: { show: false },
-      values: (u, ticks) => ticks.map((v) => (v == null ? NONE : form(v))),
+      values: (_, ticks) => ticks.map((tick) => (tick == null ? "" : format(tick))),
     };
   }
 
-  function draw(chart, holder) {
-    const form = forms[chart.form];
-    const keys = [...holder.closest("figure").querySelectorAll(".key output")];
-    const at = holder.closest("figure").querySelector(".at");
-    const show = (u) => {
-      const index = u.cursor.idx;
-      at.textContent = index == null ? NONE : "step " + stepText(u.data[0][index]);
+  // Draw a chart in its element, which is in a figure whose caption shows the values at the cursor.
+  function draw(chart, element) {
+    const format = formats[chart.form];
+    const outputs = [...element.closest("figure").querySelectorAll(".key output")]; // one for each series
+    const stepOutput = element.closest("figure").querySelector(".at");
+    const showValues = (plot) => {
+      const index = plot.cursor.idx;
+      stepOutput.textContent = index == null ? "" : "step " + stepText(plot.data[0][index]);
       chart.series.forEach((_, i) => {
-        const found = index == null ? null : u.cursor.idxs[i + 1];
-        const value = found == null ? null : u.data[i + 1][found];
-        const x = found == null ? null : u.data[0][found];
-        const isElsewhere = found != null && x !== u.data[0][index];
-        keys[i].textContent = value == null ? NONE : form(value) + (isElsewhere ? " at " + stepText(x) : NONE);
+        const nearest = index == null ? null : plot.cursor.idxs[i + 1];
+        const value = nearest == null ? null : plot.data[i + 1][nearest];
+        const step = nearest == null ? null : plot.data[0][nearest];
+        const isOtherStep = nearest != null && step !== plot.data[0][index];
+        outputs[i].textContent = value == null ? "" : format(value) + (isOtherStep ? " at " + stepText(step) : "");
       });
     };
-    const u = new uPlot({
-      width: holder.clientWidth,
-      height: holder.clientHeight,
+    const plot = new uPlot({
+      width: element.clientWidth,
+      height: element.clientHeight,
       legend: { show: false },
       padding: [10, 10, 0, 0],
       cursor: {
         sync: { key: "steps", setSeries: false, scales: ["x", null] },
-        drag: { x: true, y: true, uni: 40 },
+        drag: { x: true, y: true, uni: 40 }, // zooms in both directions if both are longer than 40 pixels
         dataIdx: nearestIndex,
         points: { size: 7 },
         bind: { dblclick: () => () => { showSteps(page.x[0], page.x[1]); return null; } },
@@ -127,20 +134,21 @@
         x: { time: false, range: (_, min, max) => (min < max ? [min, max] : [min - 1, max + 1]) },
         y: { range: (_, min, max) => range(min, max, chart.is_from_zero) },
       },
-      axes: [axis(stepText, 28), axis(form, 62)],
+      axes: [axis(stepText, 28, false), axis(format, 62, true)],
       series: [{}, ...chart.series.map(seriesOptions)],
       hooks: {
-        setCursor: [show],
+        setCursor: [showValues],
         drawAxes: [drawMarks],
-        setSelect: [(u) => { u.isZoomedInY = u.select.height > 0 && u.select.height < u.over.clientHeight; }],
-        setScale: [(u, key) => { if (key === "x") showSteps(u.scales.x.min, u.scales.x.max, u); }],
+        setSelect: [(p) => { p.isZoomedInY = p.select.height > 0 && p.select.height < p.over.clientHeight; }],
+        setScale: [(p, key) => { if (key === "x") showSteps(p.scales.x.min, p.scales.x.max, p); }],
       },
-    }, uPlot.join(chart.series.map((series) => [series.x, series.y])), holder);
-    plots.push(u);
-    addTouch(u);
-    new ResizeObserver(() => fit(u, holder)).observe(holder);
+    }, uPlot.join(chart.series.map((series) => [series.x, series.y])), element);
+    plots.push(plot);
+    addTouch(plot);
+    new ResizeObserver(() => fitToElement(plot, element)).observe(element);
   }
 
+  // Range of the y axis for values from min to max, with a margin.
   function range(min, max, isFromZero) {
     if (min == null) return [0, 1];
     if (isFromZero && min >= 0) return [0, max > 0 ? 1.1 * max : 1];
@@ -148,27 +156,27 @@
     return [min - margin, max + margin];
   }
 
-  function fit(u, holder) {
-    const width = holder.clientWidth;
-    if (width && width !== u.width) u.setSize({ width, height: holder.clientHeight });
+  function fitToElement(plot, element) {
+    const width = element.clientWidth;
+    if (width && width !== plot.width) plot.setSize({ width, height: element.clientHeight });
   }
 
   // One finger reads values off, two fingers zoom.
-  function addTouch(u) {
-    let anchors = null;
-    const left = (touch) => touch.clientX - u.over.getBoundingClientRect().left;
-    const top = (touch) => touch.clientY - u.over.getBoundingClientRect().top;
-    u.over.addEventListener("touchstart", ({ touches }) => {
-      anchors = touches.length === 2 ? [...touches].map((t) => u.posToVal(left(t), "x")) : null;
+  function addTouch(plot) {
+    let fingerSteps = null; // the steps under two fingers, which stay under them while they move
+    const left = (touch) => touch.clientX - plot.over.getBoundingClientRect().left;
+    const top = (touch) => touch.clientY - plot.over.getBoundingClientRect().top;
+    plot.over.addEventListener("touchstart", ({ touches }) => {
+      fingerSteps = touches.length === 2 ? [...touches].map((touch) => plot.posToVal(left(touch), "x")) : null;
     }, { passive: true });
-    u.over.addEventListener("touchmove", ({ touches }) => {
-      if (touches.length === 1) u.setCursor({ left: left(touches[0]), top: top(touches[0]) }, true, true);
-      if (touches.length !== 2 || !anchors) return;
-      const [a, b] = [...touches].map(left), width = u.over.clientWidth;
-      const perPixel = (anchors[1] - anchors[0]) / (b - a);
-      if (!(perPixel > 0)) return;
-      const min = Math.max(page.x[0], anchors[0] - a * perPixel);
-      const max = Math.min(page.x[1], anchors[0] + (width - a) * perPixel);
+    plot.over.addEventListener("touchmove", ({ touches }) => {
+      if (touches.length === 1) plot.setCursor({ left: left(touches[0]), top: top(touches[0]) }, true, true);
+      if (touches.length !== 2 || !fingerSteps) return;
+      const [first, second] = [...touches].map(left), width = plot.over.clientWidth;
+      const stepsPerPixel = (fingerSteps[1] - fingerSteps[0]) / (second - first);
+      if (!(stepsPerPixel > 0)) return; // the fingers have crossed
+      const min = Math.max(page.x[0], fingerSteps[0] - first * stepsPerPixel);
+      const max = Math.min(page.x[1], fingerSteps[0] + (width - first) * stepsPerPixel);
       if (max > min) showSteps(min, max);
     }, { passive: true });
   }
@@ -178,12 +186,12 @@
   for (const button of document.querySelectorAll(".reset")) {
     button.addEventListener("click", () => showSteps(page.x[0], page.x[1]));
   }
-  const redraw = () => plots.forEach((u) => u.redraw(false, true));
+  const redraw = () => plots.forEach((plot) => plot.redraw(false, true)); // in the colours of the new theme
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   matchMedia("print").addEventListener("change", () => {
-    for (const u of plots) fit(u, u.root.parentElement);
+    for (const plot of plots) fitToElement(plot, plot.root.parentElement);
     redraw();
   });
-  const seconds = Number(root.dataset.refresh);
-  if (seconds) setInterval(() => { if (!isZoomed() && !document.hidden) location.reload(); }, 1000 * seconds);
+  const refreshSeconds = Number(root.dataset.refresh);
+  if (refreshSeconds) setInterval(() => { if (!isZoomed() && !document.hidden) location.reload(); }, 1000 * refreshSeconds);
 })();

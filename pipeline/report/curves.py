@@ -1,10 +1,12 @@
-"""Curves of the report: points thinned without losing a minimum or maximum, as data for charts.js.
+"""Curves of the report, as data for charts.js.
+
+Long curves are thinned, but keep their minima and maxima.
 
 A chart has series, each with its own steps. The page shows at most `MAX_POINTS` points of a series.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -12,14 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.report import text
-from pipeline.report.folder import Points, RunRecords, mapping, number
+from pipeline.report.folder import Points, RunRecords, dict_or_empty, float_or_none
 
 Array = npt.NDArray[Any]
 Style = Literal["line", "thin", "dots", "dashed"]
+Format = Literal["plain", "scientific", "percent", "amount"]  # names of functions of charts.js
 
 MAX_POINTS = 4000  # largest number of points of a series in a page
-MIN_POINTS = 200  # points of a series if the page has so many that _PAGE_POINTS would allow fewer
-_PAGE_POINTS = 160_000  # largest number of points of all series of a page: about 2.5 MB
+_PAGE_POINTS = 160_000  # limit for all series of a page together: about 2.5 MB
+MIN_POINTS = 200  # points of a series, even if _PAGE_POINTS is then exceeded
 _DIGITS = 6  # significant digits of a value in the page
 _NUM_COLOURS = 8  # --c0 to --c7 in style.css
 
@@ -28,8 +31,9 @@ _NUM_COLOURS = 8  # --c0 to --c7 in style.css
 class Series:
     """A line of a chart.
 
-    `points`: steps and values. `style`: how charts.js draws the line. `colour`: index of a CSS
-    variable.
+    `points`: steps and values. `style`: how charts.js draws the line. `colour`: index of the
+    colour. There are 8, the CSS variables --c0 to --c7; higher indexes use them again, with dashed
+    lines.
     """
 
     label: str
@@ -56,14 +60,16 @@ class Series:
 class Chart:
     """A chart.
 
-    `form`: format of its values in charts.js. `is_from_zero`: whether the y axis begins at 0.
+    `name`: its key in metrics.jsonl or another name, unique on the page. `form`: format of the
+    values. `is_wide`: whether the chart has the full width of the page. `is_from_zero`: whether the
+    y axis begins at 0.
     """
 
     name: str
     title: str
     series: Sequence[Series]
     unit: str = ""
-    form: Literal["plain", "scientific", "percent", "amount"] = "plain"
+    form: Format = "plain"
     is_wide: bool = False
     is_from_zero: bool = True
 
@@ -82,12 +88,15 @@ class Marks:
 
 @dataclass(frozen=True, kw_only=True)
 class _Quantity:
-    """A measurement of each step that has a chart of its own; `scale`: factor to the unit."""
+    """A measurement of each step that has a chart of its own.
+
+    `key`: of metrics.jsonl. `scale`: factor that converts the recorded value to `unit`.
+    """
 
     key: str
     title: str
     unit: str = ""
-    form: Literal["plain", "scientific", "percent", "amount"] = "plain"
+    form: Format = "plain"
     scale: float = 1.0
 
 
@@ -102,6 +111,7 @@ _QUANTITIES = (
 )
 
 
+# Keys of the scores of generated answers -> labels.
 _ANSWER_SCORES = {
     "exact_match": "exact match", "regex_match": "regex match", "valid_json": "valid JSON",
 }  # fmt: skip
@@ -109,18 +119,21 @@ _ANSWER_SCORES = {
 
 def charts_of(run: RunRecords) -> list[Chart]:
     """The charts of one run, the loss first. Empty if it has recorded no step."""
-    quantities = filter(None, (_chart_of(run, item) for item in _QUANTITIES))
-    return [*_loss_charts(run), *_answers_chart(run), *quantities]
+    charts = [_chart_of(run, quantity) for quantity in _QUANTITIES]
+    return [*_loss_charts(run), *_answers_chart(run), *filter(None, charts)]
 
 
 def _answers_chart(run: RunRecords) -> list[Chart]:
-    """The chart of the scores of answers at evaluations (`eval_generate`), if there are two."""
-    points = {title: run.evaluated(f"eval_{key}") for key, title in _ANSWER_SCORES.items()}
-    series = [
-        Series(label=title, points=each, style="dots", colour=colour)
-        for colour, (title, each) in enumerate(points.items())
-        if len(each[0]) > 1
-    ]
+    """The chart of the scores of answers at evaluations (setting `eval_generate`).
+
+    It has the scores of which there are at least two values; without such scores there is no chart.
+    """
+    series = []
+    for colour, (key, label) in enumerate(_ANSWER_SCORES.items()):
+        steps, values = run.evaluated(f"eval_{key}")
+        if len(steps) > 1:
+            points = (steps, values)
+            series.append(Series(label=label, points=points, style="dots", colour=colour))
     if not series:
         return []
     return [Chart(name="answers", title="Held-out answers", series=series, form="percent")]
@@ -139,35 +152,48 @@ def held_out_chart(run: RunRecords) -> Chart | None:
 def charts_of_runs(names: Sequence[str], runs: Sequence[RunRecords]) -> list[Chart]:
     """Charts with one series of each run: held-out loss, training loss, and the other curves."""
     charts = [
-        _overlay(names, [run.held_out() for run in runs], "eval_loss", "Held-out loss", "dots"),
-        _overlay(
-            names,
-            [_mean_of(run.measured("loss")) for run in runs],
-            "loss",
-            "Training loss, moving mean",
-            "line",
+        Chart(
+            name="eval_loss",
+            title="Held-out loss",
+            series=_series_of_runs(names, [run.held_out() for run in runs], style="dots"),
+            is_wide=True,
+            is_from_zero=False,
+        ),
+        Chart(
+            name="loss",
+            title="Training loss, moving mean",
+            series=_series_of_runs(names, [_mean_of(run.measured("loss")) for run in runs]),
+            is_wide=True,
+            is_from_zero=False,
         ),
     ]
     charts += [
-        replace(
-            _overlay(names, [_scaled(run, item) for run in runs], item.key, item.title, "line"),
-            unit=item.unit, form=item.form, is_from_zero=True, is_wide=False,
+        Chart(
+            name=quantity.key,
+            title=quantity.title,
+            series=_series_of_runs(names, [_scaled(run, quantity) for run in runs]),
+            unit=quantity.unit,
+            form=quantity.form,
         )
-        for item in _QUANTITIES
-    ]  # fmt: skip
+        for quantity in _QUANTITIES
+    ]
     return [chart for chart in charts if chart.series]
 
 
 def page_data(charts: Sequence[Chart], marks: Marks) -> dict[str, Any]:
-    """The data block of a page. `points`: the largest number of points of a series in it."""
-    num_series = sum(len(chart.series) for chart in charts)
-    points = max(MIN_POINTS, min(MAX_POINTS, _PAGE_POINTS // max(1, num_series)))
-    steps = [x for chart in charts for s in chart.series for x in (s.points[0][0], s.points[0][-1])]
+    """The data of all charts of a page, which charts.js reads as JSON.
+
+    `points`: limit of the points of a series. `x`: first and last step of all series.
+    """
+    all_series = [series for chart in charts for series in chart.series]
+    points = max(MIN_POINTS, min(MAX_POINTS, _PAGE_POINTS // max(1, len(all_series))))
+    first_steps = [series.points[0][0] for series in all_series]
+    last_steps = [series.points[0][-1] for series in all_series]
     return {
         "points": points,
-        "x": [min(steps), max(steps)] if steps else [0, 1],
+        "x": [min(first_steps), max(last_steps)] if all_series else [0, 1],
         "resumed": list(marks.resumed),
-        "skipped": [list(span) for span in marks.skipped],
+        "skipped": [list(step_range) for step_range in marks.skipped],
         "charts": [
             {
                 "name": chart.name,
@@ -182,39 +208,41 @@ def page_data(charts: Sequence[Chart], marks: Marks) -> dict[str, Any]:
 
 
 def is_thinned(charts: Sequence[Chart], points: int) -> bool:
-    """Whether a series of a page has more steps than points."""
+    """Whether a series has more steps than the limit `points`."""
     return any(len(series.points[0]) > points for chart in charts for series in chart.series)
 
 
 def thinned(steps: Array, values: Array, max_points: int = MAX_POINTS) -> tuple[Array, Array]:
     """At most `max_points` of the points: the minimum and maximum of each bin, and both ends.
 
-    The bins have equal numbers of points (`bin_edges`). The values must be finite.
+    A bin is a range of consecutive points (`bin_edges`). The values must be finite.
     """
     if len(values) <= max_points:
         return steps, values
     kept = {0, len(values) - 1}
     edges = bin_edges(len(values), max_points)
     for start, end in pairwise(edges):
-        chunk = values[start:end]
-        kept |= {start + int(chunk.argmin()), start + int(chunk.argmax())}
+        bin_values = values[start:end]
+        kept |= {start + int(bin_values.argmin()), start + int(bin_values.argmax())}
     indices = sorted(kept)
     return steps[indices], values[indices]
 
 
 def bin_edges(num_points: int, max_points: int = MAX_POINTS) -> list[int]:
-    """Offsets of the bins of `thinned`: two points of each bin and the two ends are kept."""
+    """Offsets of the bins of `thinned`, which have equal numbers of points, up to one."""
+    # `thinned` keeps two points of each bin, and the two ends of the curve.
     num_bins = max(1, (max_points - 2) // 2)
     return [num_points * i // num_bins for i in range(num_bins + 1)]
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
     """Moving average over a centred window of `smoothing_window` values, shorter at both ends."""
-    half = smoothing_window(len(values)) // 2
+    half_width = smoothing_window(len(values)) // 2
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=float))])
     index = np.arange(len(values))
-    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
-    return [float(mean) for mean in (sums[high] - sums[low]) / (high - low)]
+    start = np.maximum(index - half_width, 0)
+    end = np.minimum(index + half_width + 1, len(values))
+    return [float(mean) for mean in (sums[end] - sums[start]) / (end - start)]
 
 
 def smoothing_window(num_values: int) -> int:
@@ -245,45 +273,55 @@ def _mean_of(losses: Points) -> Points:
     return [step for step, _ in finite], smoothed([value for _, value in finite])
 
 
-def _chart_of(run: RunRecords, item: _Quantity) -> Chart | None:
-    """The chart of a quantity.
-
-    It may have a second series: the predicted values, or the learning rate of the B matrices.
-    """
-    points = _scaled(run, item)
-    if not points[0]:
+def _chart_of(run: RunRecords, quantity: _Quantity) -> Chart | None:
+    """The chart of a quantity; None if no step has it."""
+    steps, values = _scaled(run, quantity)
+    if not steps:
         return None
-    label, second = _second_series(run, item, points)
-    series = [Series(label="measured" if label == "predicted" else "", points=points)]
-    if second[0]:
-        series.append(Series(label=label, points=second, style="dashed", colour=1))
-    return Chart(name=item.key, title=item.title, series=series, unit=item.unit, form=item.form)
+    label, other_points = _second_series(run, quantity, steps)
+    first_label = "measured" if label == "predicted" else ""
+    series = [Series(label=first_label, points=(steps, values))]
+    if other_points[0]:
+        series.append(Series(label=label, points=other_points, style="dashed", colour=1))
+    return Chart(
+        name=quantity.key,
+        title=quantity.title,
+        series=series,
+        unit=quantity.unit,
+        form=quantity.form,
+    )
 
 
-def _second_series(run: RunRecords, item: _Quantity, points: Points) -> tuple[str, Points]:
-    if item.key == "peak_bytes":
-        steps, values = run.measured("predicted_bytes")
-        return "predicted", (steps, [value * item.scale for value in values])
-    speed = number(mapping(run.plan.get("speed")).get("tokens_per_second"))
-    if item.key == "tokens_per_second" and speed is not None:
-        return "predicted", ([points[0][0], points[0][-1]], [speed, speed])
-    if item.key == "lr":
+def _second_series(
+    run: RunRecords, quantity: _Quantity, steps: Sequence[float]
+) -> tuple[str, Points]:
+    """Label and points of a second series: predicted values, or the learning rate of lora_B.
+
+    Without a second series the points are empty. `steps`: of the first series.
+    """
+    if quantity.key == "peak_bytes":
+        predicted_steps, values = run.measured("predicted_bytes")
+        return "predicted", (predicted_steps, [value * quantity.scale for value in values])
+    speed = float_or_none(dict_or_empty(run.plan.get("speed")).get("tokens_per_second"))
+    if quantity.key == "tokens_per_second" and speed is not None:
+        return "predicted", ([steps[0], steps[-1]], [speed, speed])
+    if quantity.key == "lr":
         return "of lora_B", run.measured("lr_lora_b")
     return "", ([], [])
 
 
-def _scaled(run: RunRecords, item: _Quantity) -> Points:
-    steps, values = run.measured(item.key)
-    return steps, [value * item.scale for value in values]
+def _scaled(run: RunRecords, quantity: _Quantity) -> Points:
+    """Steps and values of a quantity, in its unit."""
+    steps, values = run.measured(quantity.key)
+    return steps, [value * quantity.scale for value in values]
 
 
-def _overlay(
-    names: Sequence[str], points: Sequence[Points], key: str, title: str, style: Style
-) -> Chart:
-    """A wide chart with one series of each run that has the quantity."""
-    series = [
-        Series(label=name, points=columns, style=style, colour=i)
-        for i, (name, columns) in enumerate(zip(names, points, strict=True))
-        if columns[0]
+def _series_of_runs(
+    names: Sequence[str], points_of_runs: Sequence[Points], style: Style = "line"
+) -> list[Series]:
+    """One series for each run that has points, in the colour of the run."""
+    return [
+        Series(label=name, points=points, style=style, colour=i)
+        for i, (name, points) in enumerate(zip(names, points_of_runs, strict=True))
+        if points[0]
     ]
-    return Chart(name=key, title=title, series=series, is_wide=True, is_from_zero=False)

@@ -7,11 +7,11 @@ from itertools import islice
 from typing import Any
 
 from pipeline.report import text
-from pipeline.report.folder import Record, RunRecords, mapping, number
+from pipeline.report.folder import Record, RunRecords, dict_or_empty, float_or_none
 
 _SHOWN_REJECTS = 20
-# Entries of a split's audit that have a table of their own.
-_SEPARATE = ("sources", "rejected")
+# Entries of a split's audit that are not in the table of counts, but in tables of their own.
+_ENTRIES_WITH_TABLES = ("sources", "rejected")
 _SOURCE_COLUMNS = (
     "weight",
     "rows_read",
@@ -36,54 +36,60 @@ class SplitAudit:
 
 
 def count_table(audit: Record) -> Mapping[str, Any] | None:
-    """Table of the audit's counts: one column per split, or a single one if there are no splits.
+    """Table of the counts in data/audit.json, with a column for each split; None if it is empty.
 
-    A row without any value is left out, for example the first row with reasoning if none has any.
+    `columns`: names of the splits. `rows`: pairs of a key and its texts in all splits. An audit
+    without splits, of an earlier version, has one column. Keys without any value are left out.
     """
     if not audit:
         return None
-    is_split = all(isinstance(values, dict) for values in audit.values())
-    columns = audit if is_split else {"": audit}
-    counts = {name: dict(text.flatten(_without_tables(v))) for name, v in columns.items()}
+    has_splits = all(isinstance(values, dict) for values in audit.values())
+    splits = audit if has_splits else {"": audit}
+    counts = {name: dict(text.flatten(_without_tables(values))) for name, values in splits.items()}
     keys = dict.fromkeys(key for values in counts.values() for key in values)
-    rows = [(key, [_count(key, values.get(key)) for values in counts.values()]) for key in keys]
-    return {"columns": list(counts), "rows": [row for row in rows if any(row[1])]}
+    rows = []
+    for key in keys:
+        texts = [_count(key, values.get(key)) for values in counts.values()]
+        if any(texts):
+            rows.append((key, texts))
+    return {"columns": list(counts), "rows": rows}
 
 
 def _count(key: str, value: Any) -> str:
     """A count with separators, a share in percent, or the text of another value."""
     if value is None:
         return ""
-    if key.endswith("share") and (part := number(value)) is not None:
-        return text.share(part)
+    if key.endswith("share") and (share := float_or_none(value)) is not None:
+        return text.share(share)
     is_count = isinstance(value, int) and not isinstance(value, bool)
     return f"{value:,}" if is_count else text.cell(value)
 
 
 def length_texts(plan: Record) -> list[str]:
     """The plan's sentences about documents longer than `max_length`; none in older run folders."""
-    texts = mapping(plan.get("length")).get("text")
-    return [str(line) for line in texts] if isinstance(texts, list) else []
+    sentences = dict_or_empty(plan.get("length")).get("text")
+    return [str(sentence) for sentence in sentences] if isinstance(sentences, list) else []
 
 
 def split_audits(audit: Record) -> list[SplitAudit]:
-    """The tables of each split that has tables."""
-    splits = [
-        SplitAudit(
-            name=name,
-            lengths=list(
-                _length_bins(mapping(mapping(mapping(values).get("length")).get("histogram")))
-            ),
-            sources=_source_rows(mapping(values).get("sources")),
-            reasons=list(mapping(mapping(values).get("rejected")).items()),
+    """The tables of each split that has at least one of them."""
+    audits = []
+    for name, values in audit.items():
+        split = dict_or_empty(values)
+        lengths = dict_or_empty(split.get("length"))
+        audits.append(
+            SplitAudit(
+                name=name,
+                lengths=list(_length_bins(dict_or_empty(lengths.get("histogram")))),
+                sources=_source_rows(split.get("sources")),
+                reasons=list(dict_or_empty(split.get("rejected")).items()),
+            )
         )
-        for name, values in audit.items()
-    ]
-    return [split for split in splits if split.lengths or split.sources or split.reasons]
+    return [audit for audit in audits if audit.lengths or audit.sources or audit.reasons]
 
 
 def source_columns() -> tuple[str, ...]:
-    """Headings of the columns of `SplitAudit.sources`, except the first one, the name."""
+    """Headings of the columns of `SplitAudit.sources` after the first column, the name."""
     return (*_SOURCE_COLUMNS, "formats")
 
 
@@ -92,7 +98,7 @@ def first_rejects(run: RunRecords) -> list[dict[str, Any]]:
     rejects = []
     for line in islice(run.rejects, _SHOWN_REJECTS):
         try:
-            reject = mapping(json.loads(line))
+            reject = dict_or_empty(json.loads(line))
         except ValueError:
             continue
         rejects.append({key: reject.get(key, "") for key in ("file", "line", "reason")})
@@ -101,32 +107,39 @@ def first_rejects(run: RunRecords) -> list[dict[str, Any]]:
 
 def _without_tables(values: Record) -> Record:
     """A split's audit without the entries that have separate tables."""
-    counts = {key: value for key, value in values.items() if key not in _SEPARATE}
+    counts = {key: value for key, value in values.items() if key not in _ENTRIES_WITH_TABLES}
     if isinstance(length := counts.get("length"), dict):
         counts["length"] = {key: value for key, value in length.items() if key != "histogram"}
     rejected = values.get("rejected")
     if isinstance(rejected, dict):
-        counts["rows_rejected"] = sum(number(count) or 0 for count in rejected.values())
+        counts["rows_rejected"] = sum(float_or_none(count) or 0 for count in rejected.values())
     return counts
 
 
 def _length_bins(histogram: Record) -> Iterator[tuple[str, float, float]]:
-    width, documents = number(histogram.get("width")), histogram.get("documents")
+    """For each bin: range of lengths as text, number of documents, width of the bar in percent.
+
+    `histogram`: `documents`, the number of documents in each bin; `width`, tokens of a bin;
+    `first`, the smallest length in the first bin (0 in older audits).
+    """
+    width, documents = float_or_none(histogram.get("width")), histogram.get("documents")
     if not width or not isinstance(documents, list):
         return
-    start = number(histogram.get("first")) or 0
-    counts = [number(count) or 0 for count in documents]
-    most = max(counts, default=0) or 1
+    start = float_or_none(histogram.get("first")) or 0
+    counts = [float_or_none(count) or 0 for count in documents]
+    largest_count = max(counts, default=0) or 1
     for i, count in enumerate(counts):
-        first, following = round(start + i * width), round(start + (i + 1) * width)
-        span = f"{text.cell(first)} to {text.cell(following - 1)}"
-        yield span, count, 100 * count / most
+        first, next_first = round(start + i * width), round(start + (i + 1) * width)
+        length_range = f"{text.cell(first)} to {text.cell(next_first - 1)}"
+        yield length_range, count, 100 * count / largest_count
 
 
 def _source_rows(sources: Any) -> list[list[Any]]:
+    """A row for each source: its name, and the values of `source_columns`."""
     rows = []
-    for source in sources if isinstance(sources, list) else []:
-        entry = mapping(source)
-        formats = ", ".join(mapping(entry.get("formats"))) or "-"
-        rows.append([entry.get("name", ""), *(entry.get(k, "") for k in _SOURCE_COLUMNS), formats])
+    for entry in sources if isinstance(sources, list) else []:
+        source = dict_or_empty(entry)
+        counts = [source.get(key, "") for key in _SOURCE_COLUMNS]
+        formats = ", ".join(dict_or_empty(source.get("formats"))) or "-"
+        rows.append([source.get("name", ""), *counts, formats])
     return rows

@@ -23,9 +23,10 @@ _MAX_TOKENS = 1500  # of a document; the page says how many are shown
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """A document. `parts`: pieces of its text, each with whether the piece is supervised.
+    """A document.
 
-    `tokens`, `supervised`, `shown`: numbers of all, of supervised and of shown tokens.
+    `number`: its index in the split. `tokens`, `supervised`, `shown`: numbers of all, of supervised
+    and of shown tokens. `parts`: consecutive pieces of the text; True if a piece is supervised.
     """
 
     number: int
@@ -44,7 +45,10 @@ class Documents:
 
 
 class _Decoder:
-    """Adapter of `tokenizers` to the method of transformers that `supervised_segments` calls."""
+    """A tokenizer of the library `tokenizers` with the method `decode` of transformers.
+
+    `supervised_segments` needs only this method.
+    """
 
     def __init__(self, path: Path) -> None:
         self._tokenizer = Tokenizer.from_file(str(path))
@@ -54,7 +58,7 @@ class _Decoder:
 
 
 def first_documents(run: RunRecords) -> Documents:
-    """The first documents of the training split, as far as the run folder has them."""
+    """The first documents of the training split, or the reason why they cannot be shown."""
     try:
         split = open_split(DataIndex.load(run.folder / "data").train)
     except UserError as error:

@@ -18,9 +18,9 @@ from pipeline.errors import UserError
 from pipeline.train.owner import is_running
 
 Record = Mapping[str, Any]
-# Steps and values of a curve.
+# Steps and values of a curve: two lists of equal length.
 Points = tuple[list[float], list[float]]
-_FIRST_LINES = 100
+_MAX_REJECT_LINES = 100  # more than the report shows, because damaged lines are left out
 _LOSSES = {"loss", "eval_loss"}
 
 
@@ -28,9 +28,10 @@ _LOSSES = {"loss", "eval_loss"}
 class RunRecords:
     """Contents of a run folder. The contents of a missing file are empty.
 
-    `steps`, `evals`: records of metrics.jsonl, sorted by step. `base`: fingerprint of the model.
-    `versions`: versions of the packages, from the newest checkpoint that has them. `columns`: cache
-    of `measured`.
+    `steps`, `evals`: records of metrics.jsonl, sorted by step. `base`: base.json, with the hash of
+    the base model. `versions`: versions of the packages, from the newest checkpoint that has them.
+    `rejects`: first lines of data/rejects.jsonl. `problems`: name of a file -> why it is missing or
+    cannot be read. `measured_cache`: results of `measured`.
     """
 
     folder: Path
@@ -46,7 +47,7 @@ class RunRecords:
     steps: list[Record]
     evals: list[Record]
     problems: Mapping[str, str]
-    columns: dict[str, Points] = field(default_factory=dict)
+    measured_cache: dict[str, Points] = field(default_factory=dict)
 
     @property
     def state(self) -> str:
@@ -56,21 +57,21 @@ class RunRecords:
     @property
     def model_folder(self) -> str:
         """Path of the base model; empty if it is unknown."""
-        planned = mapping(self.plan.get("model")).get("folder")
+        planned = dict_or_empty(self.plan.get("model")).get("folder")
         return str(planned or self.settings.get("model") or "")
 
     def measured(self, key: str) -> Points:
         """The steps whose record has a number under `key`, and these numbers."""
-        if key not in self.columns:
-            self.columns[key] = _points(self.steps, key)
-        return self.columns[key]
+        if key not in self.measured_cache:
+            self.measured_cache[key] = _points(self.steps, key)
+        return self.measured_cache[key]
 
     def held_out(self) -> Points:
         """The steps of the evaluations, and the held-out losses."""
         return self.evaluated("eval_loss")
 
     def evaluated(self, key: str) -> Points:
-        """The evaluations whose record has a number under `key`, and these numbers."""
+        """The steps of the evaluations with a number under `key`, and these numbers."""
         return _points(self.evals, key)
 
 
@@ -108,6 +109,7 @@ def read_state(folder: Path) -> str:
 def state_of(status: Record) -> str:
     """The state in status.json; `dead` if it says running, but the process has ended."""
     state = str(status.get("state") or "")
+    # Without the id of the machine, it is not known whether the process is still alive.
     if state != "running" or "machine" not in status:
         return state
     try:
@@ -116,18 +118,19 @@ def state_of(status: Record) -> str:
         return state
 
 
-def number(value: Any) -> float | None:
-    """The value if it is a number, else None."""
+def float_or_none(value: Any) -> float | None:
+    """The value as float if it is a number, else None."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number else None
 
 
-def mapping(value: Any) -> Record:
+def dict_or_empty(value: Any) -> Record:
     """The value if it is a mapping, else an empty mapping."""
     return value if isinstance(value, dict) else {}
 
 
 def _read_mapping(folder: Path, file: str, problems: dict[str, str]) -> Record:
+    """Read a JSON or YAML file; a problem with the file is added to `problems`."""
     try:
         text = (folder / file).read_text(encoding="utf-8")
         content = yaml.safe_load(text) if file.endswith(".yaml") else json.loads(text)
@@ -147,7 +150,7 @@ def _package_versions(folder: Path) -> Record:
     """The versions that the newest readable checkpoint records; empty if there is none."""
     for path in sorted(folder.glob("checkpoints/step-*/state.json"), reverse=True):
         state = _read_mapping(path.parent, path.name, {})
-        if versions := mapping(state.get("versions")):
+        if versions := dict_or_empty(state.get("versions")):
             return versions
     return {}
 
@@ -156,12 +159,13 @@ def _first_lines(path: Path) -> list[str]:
     """The first lines of a file that may be long; none if it cannot be read."""
     try:
         with path.open(encoding="utf-8", errors="replace") as lines:
-            return list(islice(lines, _FIRST_LINES))
+            return list(islice(lines, _MAX_REJECT_LINES))
     except OSError:
         return []
 
 
 def _read_metrics(folder: Path, problems: dict[str, str]) -> tuple[list[Record], list[Record]]:
+    """Records of the steps and of the evaluations in metrics.jsonl, without obsolete ones."""
     try:
         text = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -171,17 +175,17 @@ def _read_metrics(folder: Path, problems: dict[str, str]) -> tuple[list[Record],
         return [], []
     steps: dict[float, Record] = {}
     evals: dict[float, Record] = {}
-    latest = -1.0
+    last_step = -1.0
     for step, record in _records(text):
         if "eval_loss" in record:
             evals[step] = record
             continue
-        if step <= latest:  # the run resumed from an earlier step: later records are obsolete
+        if step <= last_step:  # the run resumed from an earlier step: later records are obsolete
             for records in (steps, evals):
                 for obsolete in [other for other in records if other > step]:
                     del records[obsolete]
         steps[step] = record
-        latest = step
+        last_step = step
     return [steps[step] for step in sorted(steps)], [evals[step] for step in sorted(evals)]
 
 
@@ -189,7 +193,7 @@ def _records(text: str) -> Iterator[tuple[float, Record]]:
     """Step and record of each complete line; a killed process may leave an incomplete one."""
     lines = text.splitlines()
     for value in _json_values(lines):
-        if isinstance(value, dict) and (step := number(value.get("step"))) is not None:
+        if isinstance(value, dict) and (step := float_or_none(value.get("step"))) is not None:
             for key in _LOSSES & value.keys():
                 if value[key] is None:  # a loss that was not finite
                     value[key] = math.nan

@@ -1,4 +1,4 @@
-"""Frame of the report pages: template, style, scripts and content security policy.
+"""Render a report page from its template, with style, scripts and content security policy.
 
 Jinja2 escapes every value. The exceptions are the files of this package (style and scripts) and the
 data block of the charts, in which `data_block` escapes every character with a meaning in HTML. The
@@ -29,7 +29,8 @@ UPLOT = _FOLDER / "uplot"  # uPlot 1.6.32, as published on npm; SHA256SUMS has i
 def render(template: str, curves: dict[str, Any], *, refresh_s: int = 0, **values: Any) -> str:
     """A page from a template that extends frame.html.jinja.
 
-    `curves`: the data of the charts. `refresh_s`: the page loads itself again at this interval.
+    `curves`: the data of the charts (`curves.page_data`). `refresh_s`: interval at which the page
+    reloads itself; 0 for never. `values`: variables of the template.
     """
     style = "\n".join(_package_files("uplot/uPlot.min.css", "style.css"))
     scripts = _package_files("uplot/uPlot.iife.min.js", "charts.js")

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 
 from pipeline.report import text
-from pipeline.report.folder import RunRecords, mapping, number
+from pipeline.report.folder import RunRecords, dict_or_empty, float_or_none
 from pipeline.report.timeline import wall_seconds
 
 MODELS = ("base", "adapter", "merged")
@@ -30,26 +30,30 @@ def model_name(run: RunRecords) -> str:
 
 def method(run: RunRecords) -> list[str]:
     """Phrases about the training method: LoRA or QLoRA, parameters, ZeRO stage, dtype, hardware."""
-    settings, model = run.settings, mapping(run.plan.get("model"))
-    choice, hardware = mapping(run.plan.get("choice")), mapping(run.plan.get("hardware"))
-    words = []
+    settings, model = run.settings, dict_or_empty(run.plan.get("model"))
+    choice, hardware = (
+        dict_or_empty(run.plan.get("choice")),
+        dict_or_empty(run.plan.get("hardware")),
+    )
+    phrases = []
     if settings:
-        kind = "QLoRA, 4-bit" if settings.get("load_in_4bit") else "LoRA"
-        kind = "LoRA on 8-bit" if settings.get("load_in_8bit") else kind
-        words.append(f"{kind}, r = {settings.get('lora_r', '?')}")
-    total, trainable = number(model.get("parameters")), number(model.get("trainable"))
+        name = "QLoRA, 4-bit" if settings.get("load_in_4bit") else "LoRA"
+        name = "LoRA on 8-bit" if settings.get("load_in_8bit") else name
+        phrases.append(f"{name}, r = {settings.get('lora_r', '?')}")
+    total, trainable = float_or_none(model.get("parameters")), float_or_none(model.get("trainable"))
     if total and trainable:
         share = text.share(trainable / total)
-        words.append(
+        phrases.append(
             f"{text.amount(trainable)} of {text.amount(total)} parameters trained ({share})"
         )
     if "zero_stage" in choice:
-        words.append(f"ZeRO-{choice['zero_stage']}")
-    words += [str(model["training_dtype"])] if "training_dtype" in model else []
+        phrases.append(f"ZeRO-{choice['zero_stage']}")
+    if "training_dtype" in model:
+        phrases.append(str(model["training_dtype"]))
     if "name" in hardware:
         ranks = hardware.get("ranks", 1)
-        words.append(f"{ranks} x {hardware['name']}" if ranks != 1 else str(hardware["name"]))
-    return words
+        phrases.append(f"{ranks} x {hardware['name']}" if ranks != 1 else str(hardware["name"]))
+    return phrases
 
 
 def tiles(run: RunRecords) -> list[Tile]:
@@ -64,21 +68,27 @@ def lowest_text(run: RunRecords) -> str:
 
 
 def _quality(run: RunRecords) -> Iterator[Tile]:
-    """Tiles for exact match and held-out loss, before and after training."""
-    scored = {name: mapping(mapping(run.score.get("models")).get(name)) for name in MODELS}
-    match = {name: number(score.get("exact_match")) for name, score in scored.items()}
-    loss = {name: number(score.get("loss")) for name, score in scored.items()}
-    held_out = list(zip(*run.held_out(), strict=True))
-    if match["adapter"] is not None:
-        rows = number(run.score.get("rows"))
-        note = [] if match["merged"] is None else [f"merged {text.share(match['merged'])}"]
-        note += [] if rows is None else [f"{rows:,.0f} held-out rows"]
-        before = "" if match["base"] is None else text.share(match["base"])
+    """Tiles for exact match and held-out loss, before and after training.
+
+    The held-out loss is that of score.json or, if the run was not scored, of the evaluations.
+    """
+    models = dict_or_empty(run.score.get("models"))
+    scores = {name: dict_or_empty(models.get(name)) for name in MODELS}
+    exact_match = {name: float_or_none(scores[name].get("exact_match")) for name in MODELS}
+    loss = {name: float_or_none(scores[name].get("loss")) for name in MODELS}
+    losses = run.held_out()[1]
+    if exact_match["adapter"] is not None:
+        rows = float_or_none(run.score.get("rows"))
+        notes = []
+        if exact_match["merged"] is not None:
+            notes.append(f"merged {text.share(exact_match['merged'])}")
+        if rows is not None:
+            notes.append(f"{rows:,.0f} held-out rows")
         yield Tile(
             label="Exact match",
-            value=text.share(match["adapter"]),
-            before=before,
-            note=", ".join(note),
+            value=text.share(exact_match["adapter"]),
+            before="" if exact_match["base"] is None else text.share(exact_match["base"]),
+            note=", ".join(notes),
         )
     if loss["adapter"] is not None:
         yield Tile(
@@ -87,8 +97,7 @@ def _quality(run: RunRecords) -> Iterator[Tile]:
             before="" if loss["base"] is None else text.loss(loss["base"]),
             note="" if loss["merged"] is None else f"merged {text.loss(loss['merged'])}",
         )
-    elif held_out:
-        losses = [value for _, value in held_out]
+    elif losses:
         yield Tile(
             label="Held-out loss",
             value=text.loss(losses[-1]),
@@ -108,7 +117,7 @@ def _progress(run: RunRecords) -> Iterator[Tile]:
             before=text.loss(first) if len(losses) > 1 else "",
             note=f"first and last of {len(losses):,} steps" if len(losses) > 1 else "one step",
         )
-    step, total = number(status.get("step")), number(status.get("total_steps"))
+    step, total = float_or_none(status.get("step")), float_or_none(status.get("total_steps"))
     if step is None and losses:
         step = steps[-1]
     if step is not None:
@@ -117,17 +126,18 @@ def _progress(run: RunRecords) -> Iterator[Tile]:
     speed = run.measured("tokens_per_second")[1]
     if speed:
         yield Tile(label="Throughput", value=f"{median(speed):,.0f} tokens/s", note="median step")
-    in_steps = sum(run.measured("step_seconds")[1])
-    wall = wall_seconds(run)
-    # A status of an earlier version has only the times of the last start.
-    if wall is not None and wall >= in_steps:
-        note = f"{text.duration(in_steps)} of it in steps" if in_steps else ""
-        yield Tile(label="Wall time", value=text.duration(wall), note=note)
-    elif in_steps:
-        yield Tile(label="Time in steps", value=text.duration(in_steps))
+    seconds_in_steps = sum(run.measured("step_seconds")[1])
+    seconds = wall_seconds(run)
+    # The status of an earlier version has only the last start, which may be shorter than all steps.
+    if seconds is not None and seconds >= seconds_in_steps:
+        note = f"{text.duration(seconds_in_steps)} of it in steps" if seconds_in_steps else ""
+        yield Tile(label="Wall time", value=text.duration(seconds), note=note)
+    elif seconds_in_steps:
+        yield Tile(label="Time in steps", value=text.duration(seconds_in_steps))
 
 
 def _token_text(run: RunRecords) -> str:
+    """Number of trained tokens, and the share of supervised ones."""
     tokens, supervised = (sum(run.measured(key)[1]) for key in ("tokens", "supervised_tokens"))
     if not tokens:
         return ""

@@ -1,6 +1,5 @@
 """Write report.html, a page about a run that loads no other files, to the run folder."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,22 +11,24 @@ from pipeline.plan.given.class_proof import LIMIT
 from pipeline.report import data_audit, text
 from pipeline.report.curves import charts_of, held_out_chart, is_thinned, page_data
 from pipeline.report.documents import first_documents
-from pipeline.report.folder import RunRecords, mapping, number, read_run_folder
+from pipeline.report.folder import RunRecords, dict_or_empty, float_or_none, read_run_folder
 from pipeline.report.frame import render, write_page
 from pipeline.report.headline import MODELS, method, model_name, tiles
 from pipeline.report.reproduce import reproduction_of
 from pipeline.report.timeline import timeline_of
 
 _TOLERANCE = 0.10  # relative error of a predicted memory; the page marks larger errors
+# Keys of the scores in score.json -> headings.
 _SCORES = {
     "exact_match": "exact match", "regex_match": "regex match", "valid_json": "valid JSON",
     "loss": "held-out loss", "perplexity": "perplexity",
 }  # fmt: skip
-_FORMS: dict[str, Callable[[float], str]] = {
+_FORMATS: dict[str, Callable[[float], str]] = {
     "loss": "{:.4f}".format, "perplexity": "{:.4g}".format,
 }  # fmt: skip
-# Field of Proof with the reasons against a use of the model's class -> text of the page.
-_USES = {
+# Keys of the plan's `proof`, the results of the checks of the model's class. Each key has the
+# reasons for a consequence, which the page names with this text.
+_CONSEQUENCES = {
     "refusals": "not trained",
     "without_packs": "without packs",
     "without_reentrant": "without re-entrant checkpointing",
@@ -94,73 +95,78 @@ def _render(run: RunRecords, refresh_s: int) -> str:
 
 def _predictions(run: RunRecords) -> list[Prediction]:
     """Memory and speed as planned and as measured, as far as both are known."""
-    speed = mapping(run.plan.get("speed"))
+    speed = dict_or_empty(run.plan.get("speed"))
     peak, expected = (
         max(run.measured(key)[1], default=None) for key in ("peak_bytes", "predicted_bytes")
     )
     rows = []
     if peak and expected:
-        in_gib, off = text.gib(max(peak, expected)), abs(expected / peak - 1) > _TOLERANCE
+        in_gib = text.gib(max(peak, expected))
         row = _prediction("peak memory", expected, peak, lambda size: f"{in_gib(size)} GiB")
-        rows.append(replace(row, is_off=off))
-    for name, planned, key, form in (
-        ("time of a step", "seconds_per_step", "step_seconds", lambda s: f"{s:.3g} s"),
-        ("throughput", "tokens_per_second", "tokens_per_second", lambda r: f"{r:,.0f} tokens/s"),
+        rows.append(replace(row, is_off=abs(expected / peak - 1) > _TOLERANCE))
+    for name, plan_key, metrics_key, number_format in (
+        ("time of a step", "seconds_per_step", "step_seconds", "{:.3g} s"),
+        ("throughput", "tokens_per_second", "tokens_per_second", "{:,.0f} tokens/s"),
     ):
-        predicted, values = number(speed.get(planned)), run.measured(key)[1]
+        predicted, values = float_or_none(speed.get(plan_key)), run.measured(metrics_key)[1]
         if predicted and values and (measured := median(values)):
-            rows.append(_prediction(name, predicted, measured, form))
+            rows.append(_prediction(name, predicted, measured, number_format.format))
     return rows
 
 
 def _prediction(
-    name: str, predicted: float, measured: float, form: Callable[[float], str]
+    name: str, predicted: float, measured: float, as_text: Callable[[float], str]
 ) -> Prediction:
+    """The row of a predicted and a measured value, with their difference in words."""
     error = predicted / measured - 1
-    side = "below" if error < 0 else "above"
-    is_multiple = predicted >= 2 * measured
+    if predicted >= 2 * measured:
+        difference = f"{predicted / measured:.2g} times as large"
+    else:
+        difference = f"{text.share(abs(error))} {'below' if error < 0 else 'above'}"
     return Prediction(
         name=name,
-        predicted=form(predicted),
-        measured=form(measured),
-        difference=f"{predicted / measured:.2g} times as large"
-        if is_multiple
-        else f"{text.share(abs(error))} {side}",
+        predicted=as_text(predicted),
+        measured=as_text(measured),
+        difference=difference,
     )
 
 
 def _merge_error(run: RunRecords) -> str:
-    """Sentence about the effect of the merge on loss and answers; empty if it was not scored."""
-    scored = mapping(run.score.get("models"))
-    adapter, merged = (number(mapping(scored.get(m)).get("loss")) for m in ("adapter", "merged"))
-    if adapter is None or merged is None:
+    """Sentence about the effect of the merge on loss and answers.
+
+    Empty if adapter and merged model were not both scored.
+    """
+    models = dict_or_empty(run.score.get("models"))
+    adapter_loss = float_or_none(dict_or_empty(models.get("adapter")).get("loss"))
+    merged_loss = float_or_none(dict_or_empty(models.get("merged")).get("loss"))
+    if adapter_loss is None or merged_loss is None:
         return ""
-    sign = "+" if merged >= adapter else ""
-    relative = f" ({text.share(merged / adapter - 1)})" if adapter > 0 else ""
-    answers = run.score.get("answers")
-    pairs = [
-        (mapping(a).get("adapter"), mapping(a).get("merged"))
-        for a in (answers if isinstance(answers, list) else [])
-    ]
-    changed = sum(before != after for before, after in pairs)
-    on_answers = f", and {changed:,} of {len(pairs):,} answers" if pairs else ""
-    return (
-        f"Merge error: merging changed the held-out loss by {sign}{merged - adapter:.2g}{relative}"
-        f"{on_answers}."
-    )
+    sign = "+" if merged_loss >= adapter_loss else ""
+    change = f"{sign}{merged_loss - adapter_loss:.2g}"
+    if adapter_loss > 0:
+        change += f" ({text.share(merged_loss / adapter_loss - 1)})"
+    entries = run.score.get("answers")
+    answers = [dict_or_empty(entry) for entry in entries] if isinstance(entries, list) else []
+    num_changed = sum(answer.get("adapter") != answer.get("merged") for answer in answers)
+    if answers:
+        change += f", and {num_changed:,} of {len(answers):,} answers"
+    return f"Merge error: merging changed the held-out loss by {change}."
 
 
 def _proof(run: RunRecords) -> Mapping[str, Any] | None:
-    """Checks of the model's class with their relative errors, and the reasons against uses."""
-    proof = mapping(run.plan.get("proof"))
-    errors = [
-        (name, value, not math.isnan(value) and value <= LIMIT)
-        for name, error in mapping(proof.get("errors")).items()
-        if (value := number(error)) is not None
-    ]
+    """Results of the checks of the model's class; None if the plan has none.
+
+    `errors`: name of a check, its relative error, and whether it is within `limit`. `reasons`:
+    pairs of a consequence and its reason.
+    """
+    proof = dict_or_empty(run.plan.get("proof"))
+    errors = []
+    for name, value in dict_or_empty(proof.get("errors")).items():
+        if (error := float_or_none(value)) is not None:
+            errors.append((name, error, error <= LIMIT))  # False for NaN
     reasons = [
-        (use, str(reason))
-        for key, use in _USES.items()
+        (consequence, str(reason))
+        for key, consequence in _CONSEQUENCES.items()
         for reason in (proof[key] if isinstance(proof.get(key), list) else [])
     ]
     return {"errors": errors, "reasons": reasons, "limit": LIMIT} if errors or reasons else None
@@ -168,57 +174,71 @@ def _proof(run: RunRecords) -> Mapping[str, Any] | None:
 
 def _scores(run: RunRecords) -> Mapping[str, Any]:
     """Columns and rows of the table of scores: each value with its 95 % interval."""
-    scored = {name: mapping(each) for name, each in mapping(run.score.get("models")).items()}
-    columns = [key for key in _SCORES if any(key in each for each in scored.values())]
-    rows = [(name, *(_score(each, key) for key in columns)) for name, each in scored.items()]
+    models = dict_or_empty(run.score.get("models"))
+    scores = {name: dict_or_empty(values) for name, values in models.items()}
+    columns = [key for key in _SCORES if any(key in values for values in scores.values())]
+    rows = [
+        (name, *(_score_text(values, key) for key in columns)) for name, values in scores.items()
+    ]
     return {"columns": [_SCORES[key] for key in columns], "rows": rows}
 
 
-def _score(scores: Mapping[str, Any], key: str) -> str:
-    value, interval = number(scores.get(key)), scores.get(f"{key}_interval")
+def _score_text(scores: Mapping[str, Any], key: str) -> str:
+    """A score of a model with its interval, if it is known."""
+    value, interval = float_or_none(scores.get(key)), scores.get(f"{key}_interval")
     if value is None:
         return "-"
-    form = _FORMS.get(key, text.share)
-    bounds = [number(bound) for bound in interval] if isinstance(interval, list) else []
-    known = [form(bound) for bound in bounds if bound is not None]
-    return f"{form(value)} ({known[0]} to {known[1]})" if len(known) == 2 else form(value)
+    as_text = _FORMATS.get(key, text.share)
+    bounds = [float_or_none(bound) for bound in interval] if isinstance(interval, list) else []
+    known = [as_text(bound) for bound in bounds if bound is not None]
+    return f"{as_text(value)} ({known[0]} to {known[1]})" if len(known) == 2 else as_text(value)
 
 
 def _answers(run: RunRecords) -> Iterator[Mapping[str, Any]]:
+    """Prompt and expected answer of each scored row, and the answers of the models.
+
+    `given`: for each model its name, its answer, and whether the answer is the expected one.
+    """
     answers = run.score.get("answers")
-    for answer in answers if isinstance(answers, list) else []:
-        row = mapping(answer)
-        given = [(name, text.cell(row[name])) for name in MODELS if row.get(name) is not None]
+    for entry in answers if isinstance(answers, list) else []:
+        row = dict_or_empty(entry)
         expected = text.cell(row.get("expected", ""))
+        given = []
+        for name in MODELS:
+            if row.get(name) is not None:
+                answer = text.cell(row[name])
+                given.append((name, answer, answer.strip() == expected.strip()))
         yield {
             "prompt": text.cell(row.get("prompt", "")),
             "expected": expected,
-            "given": [(name, reply, reply.strip() == expected.strip()) for name, reply in given],
+            "given": given,
         }
 
 
 def _choices(run: RunRecords) -> list[tuple[str, Any, str]]:
-    """Key, value and reason of each choice of the plan; other keys with a reason come last.
-
-    The proof has a table of its own.
-    """
-    choice = dict(mapping(run.plan.get("choice")))
-    why = dict(mapping(choice.pop("why", {})))
-    why.pop("proof", None)
-    others = {**run.settings, **mapping(run.plan.get("model"))}
-    setting_of = settings_by_trait("layout")
+    """Key, value and reason of each choice of the plan; other keys with a reason come last."""
+    choice = dict(dict_or_empty(run.plan.get("choice")))
+    reasons = dict(dict_or_empty(choice.pop("why", {})))
+    reasons.pop("proof", None)  # the checks of the model's class have a table of their own
+    # The plan and the settings may name the same value differently: micro_batch_size, batch_size.
+    setting_names = settings_by_trait("layout")
     rows = []
     for key, value in choice.items():
-        name = setting_of.get(key, key)
-        is_set = run.settings.get(name) not in (None, "auto")
-        reason = why.pop(key, None) or why.pop(name, "set in the run file" if is_set else "")
+        setting = setting_names.get(key, key)
+        is_set = run.settings.get(setting) not in (None, "auto")
+        default_reason = "set in the run file" if is_set else ""
+        reason = reasons.pop(key, None) or reasons.pop(setting, default_reason)
         rows.append((key, value, str(reason)))
-    return [*rows, *((key, others.get(key, ""), str(reason)) for key, reason in why.items())]
+    other_values = {**run.settings, **dict_or_empty(run.plan.get("model"))}
+    for key, reason in reasons.items():
+        rows.append((key, other_values.get(key, ""), str(reason)))
+    return rows
 
 
 def _rules(run: RunRecords) -> list[dict[str, str]]:
+    """The known problems and advice (rules) that apply to the plan."""
     listed = run.plan.get("rules")
-    rules = [mapping(rule) for rule in listed] if isinstance(listed, list) else []
+    rules = [dict_or_empty(rule) for rule in listed] if isinstance(listed, list) else []
     keys = ("level", "message", "id", "source")
     return [{key: text.cell(rule.get(key, "")) for key in keys} for rule in rules]
 
@@ -226,19 +246,23 @@ def _rules(run: RunRecords) -> list[dict[str, str]]:
 def _memory(run: RunRecords) -> Mapping[str, Any] | None:
     """Terms of the predicted memory, largest first, their peak, and the memory of the device.
 
-    This peak is predicted for micro-batches of the longest sequences. `_predictions` has the peak
-    predicted for the micro-batches that were trained.
+    Each term has its name, its GiB, and the width of its bar in percent. This peak is predicted for
+    micro-batches of the longest sequences. `_predictions` has the peak predicted for the
+    micro-batches that were trained.
     """
-    memory = mapping(run.plan.get("memory"))
-    terms = {k: size for k, v in mapping(memory.get("per_rank")).items() if (size := number(v))}
-    peak = number(memory.get("peak_bytes")) or sum(terms.values())
+    memory = dict_or_empty(run.plan.get("memory"))
+    terms = {}
+    for name, value in dict_or_empty(memory.get("per_rank")).items():
+        if size := float_or_none(value):
+            terms[name] = size
+    peak = float_or_none(memory.get("peak_bytes")) or sum(terms.values())
     if not peak:
         return None
-    device, in_gib = number(memory.get("device_bytes")), text.gib(peak)
+    device, in_gib = float_or_none(memory.get("device_bytes")), text.gib(peak)
     return {
         "terms": [
-            (key, in_gib(size), 100 * size / max(terms.values()))
-            for key, size in sorted(terms.items(), key=lambda item: -item[1])
+            (name, in_gib(size), 100 * size / max(terms.values()))
+            for name, size in sorted(terms.items(), key=lambda item: -item[1])
         ],
         "peak": in_gib(peak),
         "device": None if device is None else in_gib(device),
@@ -247,5 +271,6 @@ def _memory(run: RunRecords) -> Mapping[str, Any] | None:
 
 
 def _is_default(key: str, value: Any) -> bool:
+    """Whether a setting has its default value."""
     field = RunSettings.model_fields.get(key)
     return field is not None and field.get_default(call_default_factory=True) == value

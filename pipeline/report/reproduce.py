@@ -5,14 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.commands import command, script
-from pipeline.report.folder import RunRecords, mapping
+from pipeline.report.folder import RunRecords, dict_or_empty
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduction:
-    """Version of each package, facts about the inputs, and command lines with their purpose.
+    """How to repeat a run.
 
-    `inputs`: pairs of name and value. `commands`: pairs of purpose and command line.
+    `versions`: package -> version. `inputs`: pairs of name and value, such as model and seed.
+    `commands`: pairs of purpose and command line.
     """
 
     versions: Mapping[str, str]
@@ -53,8 +54,8 @@ def _commands(run: RunRecords, versions: Mapping[str, str]) -> list[tuple[str, s
     if pins:
         commands.append(("install the same versions", shlex.join(["pip", "install", *pins])))
     if run.settings:
-        again = shlex.join([f"{run.folder}/run.yaml", f"output_dir={run.folder}-again"])
-        commands.append(("train again, into another folder", f"{_launcher(run)} {again}"))
+        arguments = shlex.join([f"{run.folder}/run.yaml", f"output_dir={run.folder}-again"])
+        commands.append(("train again, into another folder", f"{_launcher(run)} {arguments}"))
         commands.append(("merge", f"{command('merge')} {folder}"))
         if run.settings.get("eval_data"):
             commands.append(("score", f"{command('score')} {folder}"))
@@ -63,11 +64,11 @@ def _commands(run: RunRecords, versions: Mapping[str, str]) -> list[tuple[str, s
 
 def _launcher(run: RunRecords) -> str:
     """The start command without the run file, for the ranks of the plan."""
-    hardware = mapping(run.plan.get("hardware"))
+    hardware = dict_or_empty(run.plan.get("hardware"))
     nodes = hardware.get("nodes", 1)
     ranks = hardware.get("ranks_per_node", hardware.get("ranks", 1))
     if nodes == 1 and ranks == 1:
         return command("train")
-    count = "--num_accelerators" if hardware.get("kind") == "cpu" else "--num_gpus"
+    ranks_option = "--num_accelerators" if hardware.get("kind") == "cpu" else "--num_gpus"
     hosts = f"--hostfile HOSTS --num_nodes {nodes} " if nodes != 1 else ""
-    return f"deepspeed {hosts}{count} {ranks} {script('train')}"
+    return f"deepspeed {hosts}{ranks_option} {ranks} {script('train')}"

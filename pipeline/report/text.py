@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from pipeline.report.folder import number
+from pipeline.report.folder import float_or_none
 
 GIB = 2**30
 
@@ -55,9 +55,9 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"
 
 
-def or_dash(value: float | None, form: Callable[[float], str]) -> str:
+def or_dash(value: float | None, as_text: Callable[[float], str]) -> str:
     """The formatted value; a dash if the value is not known."""
-    return "-" if value is None else form(value)
+    return "-" if value is None else as_text(value)
 
 
 def seconds_between(start: Any, end: Any) -> float | None:
@@ -69,11 +69,9 @@ def seconds_between(start: Any, end: Any) -> float | None:
 def moment(value: Any) -> str:
     """A timestamp of a status file, in UTC."""
     seconds = _timestamp_seconds(value)
-    return (
-        cell(value)
-        if seconds is None
-        else f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
-    )
+    if seconds is None:
+        return cell(value)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def cell(value: Any) -> str:
@@ -107,7 +105,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _timestamp_seconds(value: Any) -> float | None:
-    if (seconds := number(value)) is not None:
+    """Seconds since 1970 of a timestamp; one without a time zone is in UTC."""
+    if (seconds := float_or_none(value)) is not None:
         return seconds
     try:
         timestamp = datetime.fromisoformat(str(value))

@@ -7,10 +7,13 @@ from math import isfinite
 
 from pipeline.report import text
 from pipeline.report.curves import Marks
-from pipeline.report.folder import Record, RunRecords, mapping, number
+from pipeline.report.folder import Record, RunRecords, dict_or_empty, float_or_none
 
-_MAX_SPANS = 500  # ranges of skipped steps that charts mark; the time line has their total number
-_SHOWN_SPANS = 10
+# A range of steps is a pair of its first and last step.
+_MAX_MARKED_RANGES = (
+    500  # of skipped steps in the charts; the time line has the number of all steps
+)
+_MAX_LISTED_RANGES = 10  # in an event
 _ENDS = {  # final state of a start -> text
     "done": "finished", "stopped": "stopped", "failed": "failed", "killed": "killed",
     "dead": "ended without a last status",
@@ -19,7 +22,11 @@ _ENDS = {  # final state of a start -> text
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """An event of a run. `kind` is its CSS class: done, stopped, failed or running."""
+    """An event of a run.
+
+    `what`: what happened. `kind`: CSS class, which sets the colour: done, stopped, failed or
+    running.
+    """
 
     time: str
     step: str
@@ -38,22 +45,25 @@ class Timeline:
 
 def timeline_of(run: RunRecords) -> Timeline:
     """The time line, as far as status.json and metrics.jsonl have it."""
-    skipped = _spans([r["step"] for r in run.steps if r.get("was_applied") is False])
-    infinite = _spans(
-        [step for step, loss in zip(*run.measured("loss"), strict=True) if not isfinite(loss)]
-    )
+    skipped = _ranges([r["step"] for r in run.steps if r.get("was_applied") is False])
+    losses = zip(*run.measured("loss"), strict=True)
+    not_finite = _ranges([step for step, loss in losses if not isfinite(loss)])
     starts = starts_of(run)
-    resumed = [step for start in starts if (step := number(start.get("first_step")))]
+    resumed = [step for start in starts if (step := float_or_none(start.get("first_step")))]
     events = [event for start in starts for event in _events_of_start(start)]
     events += _event_of_steps("without an update: a gradient was not finite", "stopped", skipped)
-    events += _event_of_steps("with a loss that is not finite", "failed", infinite)
-    return Timeline(events=events, marks=Marks(resumed=resumed, skipped=skipped[:_MAX_SPANS]))
+    events += _event_of_steps("with a loss that is not finite", "failed", not_finite)
+    marks = Marks(resumed=resumed, skipped=skipped[:_MAX_MARKED_RANGES])
+    return Timeline(events=events, marks=marks)
 
 
 def starts_of(run: RunRecords) -> list[Record]:
-    """The starts of the run, oldest first; the last one is described by the status itself."""
+    """The starts of the run, oldest first.
+
+    `earlier_starts` of status.json has all but the last; the status itself describes the last.
+    """
     earlier = run.status.get("earlier_starts")
-    starts = [mapping(start) for start in earlier] if isinstance(earlier, list) else []
+    starts = [dict_or_empty(start) for start in earlier] if isinstance(earlier, list) else []
     present = {**run.status, "state": run.state}
     return [*starts, present] if run.status else []
 
@@ -70,45 +80,50 @@ def wall_seconds(run: RunRecords) -> float | None:
 
 
 def _events_of_start(start: Record) -> Iterator[Event]:
-    first, state = number(start.get("first_step")), str(start.get("state") or "")
+    """The beginning of a start and, unless it is running, its end."""
+    first_step, state = float_or_none(start.get("first_step")), str(start.get("state") or "")
     if "started" in start:
-        what = f"resumed from step {first:,.0f}" if first else "started"
-        step = f"{first:,.0f}" if first is not None else ""
+        what = f"resumed from step {first_step:,.0f}" if first_step else "started"
+        step = f"{first_step:,.0f}" if first_step is not None else ""
         yield Event(time=text.moment(start["started"]), step=step, what=what, kind="running")
     if state in _ENDS:
-        last = number(start.get("step"))
+        last_step = float_or_none(start.get("step"))
         code = start.get("exit_code")
         reason = str(start.get("reason") or "")
         yield Event(
             time=text.moment(start.get("ended") or start.get("heartbeat")),
-            step="" if last is None else f"{last:,.0f}",
+            step="" if last_step is None else f"{last_step:,.0f}",
             what=_ENDS[state] + (f" (exit code {code})" if code else ""),
             kind="failed" if state in ("killed", "dead") else state,
             reason=reason,
         )
 
 
-def _event_of_steps(what: str, kind: str, spans: list[tuple[float, float]]) -> Iterator[Event]:
-    """One event for all these steps; none if there are no such steps."""
-    if not spans:
+def _event_of_steps(what: str, kind: str, ranges: list[tuple[float, float]]) -> Iterator[Event]:
+    """One event for all steps of these ranges; no event without steps."""
+    if not ranges:
         return
-    count = sum(last - first + 1 for first, last in spans)
-    listed = [f"{a:,.0f}" if a == b else f"{a:,.0f} to {b:,.0f}" for a, b in spans[:_SHOWN_SPANS]]
-    more = f" and {len(spans) - _SHOWN_SPANS:,} more groups" if len(spans) > _SHOWN_SPANS else ""
+    count = sum(last - first + 1 for first, last in ranges)
+    listed = [
+        f"{first:,.0f}" if first == last else f"{first:,.0f} to {last:,.0f}"
+        for first, last in ranges[:_MAX_LISTED_RANGES]
+    ]
+    num_more = len(ranges) - len(listed)
+    more = f" and {num_more:,} more groups" if num_more else ""
     plural = "s" if count > 1 else ""
     yield Event(
         time="",
-        step=f"{spans[0][0]:,.0f}",
+        step=f"{ranges[0][0]:,.0f}",
         what=f"{count:,.0f} step{plural} {what}",
         kind=kind,
         reason=f"step{plural} {', '.join(listed)}{more}",
     )
 
 
-def _spans(steps: list[float]) -> list[tuple[float, float]]:
-    """Consecutive steps as (first, last)."""
+def _ranges(steps: list[float]) -> list[tuple[float, float]]:
+    """First and last step of each range of consecutive steps; `steps` is sorted."""
     if not steps:
         return []
-    breaks = [i + 1 for i, (a, b) in enumerate(pairwise(steps)) if b != a + 1]
-    edges = [0, *breaks, len(steps)]
-    return [(steps[a], steps[b - 1]) for a, b in pairwise(edges)]
+    gaps = [i + 1 for i, (step, following) in enumerate(pairwise(steps)) if following != step + 1]
+    offsets = [0, *gaps, len(steps)]
+    return [(steps[start], steps[end - 1]) for start, end in pairwise(offsets)]

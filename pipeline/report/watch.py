@@ -8,7 +8,7 @@ from pipeline.report.folder import read_state
 from pipeline.report.page import write_report
 
 INTERVAL_S = 5
-_LARGEST_SHARE = 0.05  # of the time may be used for writing, because the machine also trains
+_MAX_WRITING_SHARE = 0.05  # share of the time; the machine that writes the page may also train
 
 
 def watch_run(run_folder: Path, on_first_page: Callable[[Path], None]) -> str:
@@ -17,7 +17,7 @@ def watch_run(run_folder: Path, on_first_page: Callable[[Path], None]) -> str:
     `on_first_page`: called once with the path of the page. The page reloads itself in the browser.
     At the end, also after Ctrl-C, the page is written once more, and then does not reload itself.
     """
-    wait, is_first = float(INTERVAL_S), True
+    is_first = True
     try:
         while (state := read_state(run_folder)) == "running":
             start = time.perf_counter()
@@ -25,8 +25,8 @@ def watch_run(run_folder: Path, on_first_page: Callable[[Path], None]) -> str:
             if is_first:
                 on_first_page(path)
             is_first = False
-            wait = max(INTERVAL_S, (time.perf_counter() - start) / _LARGEST_SHARE)
-            time.sleep(wait)
+            writing_s = time.perf_counter() - start
+            time.sleep(max(INTERVAL_S, writing_s / _MAX_WRITING_SHARE))
     finally:
         path = write_report(run_folder)
     if is_first:

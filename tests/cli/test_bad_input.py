@@ -17,7 +17,8 @@ from tests.messages import assert_mentions
 
 pytestmark = pytest.mark.unit
 
-SCRIPT = """
+# Runs launch/train.py. run_main ends the process with os._exit, which is replaced for the report.
+TRAIN_AND_REPORT_TORCH = """
 import os, runpy, sys
 os_exit = os._exit
 def report_and_exit(code):
@@ -31,9 +32,15 @@ runpy.run_path("launch/train.py", run_name="__main__")
 ROW = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
 
 
+Result = tuple[int, str, str]  # exit code, standard output, standard error
+
+
 @pytest.fixture
 def case(tmp_path, tiny_model):
-    """The folder of a valid run, and a function that starts it with changed settings."""
+    """A pair: a folder with a valid model and four valid rows, and a function.
+
+    The function starts a run on this model and data, with changed settings; it returns a Result.
+    """
     shutil.copytree(tiny_model, tmp_path / "model")
     (tmp_path / "train.jsonl").write_text(ROW * 4)
     values = {
@@ -43,11 +50,11 @@ def case(tmp_path, tiny_model):
         "lora_r": 4,
     }
 
-    def start(**change) -> tuple[int, str, str]:
+    def start(**change) -> Result:
         path = tmp_path / "RUN.yaml"
         path.write_text(yaml.safe_dump(values | change))
         result = subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(path)],
+            [sys.executable, "-c", TRAIN_AND_REPORT_TORCH, str(path)],
             capture_output=True, text=True, cwd=ROOT, check=False,
         )  # fmt: skip
         return result.returncode, result.stdout, result.stderr
@@ -55,7 +62,8 @@ def case(tmp_path, tiny_model):
     return tmp_path, start
 
 
-def assert_refused(result: tuple[int, str, str], *facts: object) -> None:
+def assert_refused(result: Result, *facts: object) -> None:
+    """Assert exit code 2, and one message with these facts, before torch was imported."""
     code, out, err = result
     assert code == 2, out + err
     assert out == "NO-TORCH\n"
@@ -71,6 +79,7 @@ def assert_refused(result: tuple[int, str, str], *facts: object) -> None:
         ({"model": "no/such/folder"}, ["model", "no/such/folder"]),
         ({"train_data": "no/such.jsonl"}, ["train_data", "no/such.jsonl"]),
         ({"eval_data": "no/such.jsonl"}, ["eval_data", "no/such.jsonl"]),
+        # 7 is no multiple of batch_size; 6 and 8 are the nearest.
         ({"global_batch_size": 7, "batch_size": 2}, ["global_batch_size", 7, 6, 8]),
         ({"lora_target_modules": ["nothing"]}, ["lora_target_modules", "nothing", "q_proj"]),
         ({"fp16": True, "bf16": True}, ["fp16", "bf16"]),
@@ -84,22 +93,23 @@ def test_wrong_settings_are_refused_before_the_run_folder_exists(case, change, f
 
 
 @pytest.mark.parametrize(
-    ("line", "part"),
+    "bad_row",
     [
-        ("{", "train.jsonl:5"),
-        ("[1]", "train.jsonl:5"),
-        ('{"prompt": "a"}', "train.jsonl:5"),
-        ('{"prompt": "a", "completion": ""}', "train.jsonl:5"),
-        ('{"messages": []}', "train.jsonl:5"),
+        "{",
+        "[1]",
+        '{"prompt": "a"}',
+        '{"prompt": "a", "completion": ""}',
+        '{"messages": []}',
     ],
 )
-def test_a_bad_row_is_named_with_file_and_line(case, line, part):
+def test_a_bad_row_is_named_with_file_and_line(case, bad_row):
     folder, start = case
-    (folder / "train.jsonl").write_text(ROW * 4 + line + "\n")
-    assert_refused(start(), part, "max_rejected", folder / "run/data/rejects.jsonl")
+    (folder / "train.jsonl").write_text(ROW * 4 + bad_row + "\n")  # the fifth line
+    rejects = folder / "run/data/rejects.jsonl"
+    assert_refused(start(), "train.jsonl:5", "max_rejected", rejects)
     files = [path for path in (folder / "run").rglob("*") if path.is_file()]
-    assert files == [folder / "run" / "data" / "rejects.jsonl"]
-    (reject,) = map(json.loads, files[0].read_text().splitlines())
+    assert files == [rejects]
+    (reject,) = map(json.loads, rejects.read_text().splitlines())
     assert (reject["file"], reject["line"]) == (str(folder / "train.jsonl"), 5)
 
 
@@ -110,30 +120,31 @@ def test_an_empty_data_file_is_refused(case):
 
 
 @pytest.mark.parametrize(
-    ("missing", "part"),
+    ("missing", "fact"),
     [
         (["model.safetensors"], "weights"),
         (["config.json"], "config.json"),
         (["tokenizer.json", "tokenizer_config.json"], "tokenizer"),
     ],
 )
-def test_a_model_folder_with_a_missing_file_is_refused(case, missing, part):
+def test_a_model_folder_with_a_missing_file_is_refused(case, missing, fact):
     folder, start = case
     for name in missing:
         (folder / "model" / name).unlink()
-    assert_refused(start(), part)
+    assert_refused(start(), fact)
 
 
 def test_a_model_folder_with_a_missing_shard_is_refused(case):
     folder, start = case
     index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
     (folder / "model/model.safetensors.index.json").write_text(json.dumps(index))
-    assert_refused(start(), 1, 2, "model-2.safetensors")
+    assert_refused(start(), 1, 2, "model-2.safetensors")  # 1 of 2 shards is missing
 
 
 def test_a_folder_that_is_not_a_run_folder_is_not_changed(case):
     folder, start = case
     (folder / "run").mkdir()
     (folder / "run/thesis.txt").write_text("years of work")
+    # `overwrite` only allows replacing the folder of a run.
     assert_refused(start(overwrite=True), folder / "run", "thesis.txt")
     assert (folder / "run/thesis.txt").read_text() == "years of work"

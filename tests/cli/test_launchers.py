@@ -21,10 +21,11 @@ from tests.messages import assert_mentions
 from tests.tiny import make_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
-BIN = Path(sys.executable).parent
+BIN = Path(sys.executable).parent  # has the commands torchrun, accelerate and mpirun
 TRAIN = "launch/train.py"
+# In the test of a network failure: the setting hang_timeout_s, and the time after it in which both
+# hosts must have ended with a report of the hang.
 HANG_S = 15
-# Both hosts must report the hang within this time after hang_timeout_s.
 REPORT_S = 30
 SETTINGS = {
     "lora_r": 4, "lora_dropout": 0.1, "lr": 5e-3, "epochs": 4, "global_batch_size": 4,
@@ -32,44 +33,51 @@ SETTINGS = {
     "fp16": False, "zero_stage": 2,
 }  # fmt: skip
 ADAPTER = "adapter/adapter_model.safetensors"
-# The command `deepspeed`. A fork runs it; the processes that it starts are real.
+# The command `deepspeed`. It runs in a fork of this process (tests/commands.py), but the training
+# processes that it starts are new interpreters.
 DEEPSPEED = ("-m", "deepspeed.launcher.runner")
-# Runs the script in its arguments in a forked process in which mpi4py cannot be imported.
-WITHOUT_MPI = """
+# DeepSpeed takes ranks from mpi4py if it can be imported. In a fork, this code makes mpi4py
+# unimportable and then runs the script that its arguments name.
+RUN_WITHOUT_MPI4PY = """
 import runpy, sys
 sys.modules["mpi4py"] = None
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-NO_MPI4PY = "raise ModuleNotFoundError(\"No module named 'mpi4py'\", name='mpi4py')\n"
+# Content of a mpi4py.py that does the same for new interpreters, which find it on PYTHONPATH.
+MISSING_MPI4PY = "raise ModuleNotFoundError(\"No module named 'mpi4py'\", name='mpi4py')\n"
 
-# Replaces pdsh and ssh: runs the command for each host with a minimal environment.
+# Replaces pdsh, which DeepSpeed calls as `pdsh -w HOST,HOST COMMAND`. For each host it runs COMMAND
+# on this machine, with a minimal environment as after ssh, and with %n replaced by the host's
+# number.
 PDSH = """#!{python}
 import os, subprocess, sys
-at = sys.argv.index("-w") + 1
-line = " ".join(sys.argv[at + 1:])
+hosts_index = sys.argv.index("-w") + 1
+line = " ".join(sys.argv[hosts_index + 1:])
 minimal = {{name: os.environ[name] for name in ("PATH", "HOME", "OMP_NUM_THREADS")}}
 hosts = [
     subprocess.Popen(["sh", "-c", line.replace("%n", str(number))], env=minimal)
-    for number, _ in enumerate(sys.argv[at].split(","))
+    for number, _ in enumerate(sys.argv[hosts_index].split(","))
 ]
 sys.exit(max(host.wait() for host in hosts))
 """
 
 
 class Workspace:
-    """A folder with the training data and the runs of all tests of this file."""
+    """A folder with the training data and the runs of all tests of this file.
+
+    `without_mpi`: environment variables with which mpi4py cannot be imported.
+    """
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder, self.model = folder, model
         make_rows(folder / "train.jsonl")
         (folder / "without_mpi").mkdir()
-        (folder / "without_mpi/mpi4py.py").write_text(NO_MPI4PY)
-        # First on the path, so that mpi4py seems not to be installed.
+        (folder / "without_mpi/mpi4py.py").write_text(MISSING_MPI4PY)
         self.without_mpi = {"PYTHONPATH": f"{folder / 'without_mpi'}:{ROOT}"}
 
     def run_file(self, name: str, **settings) -> Path:
-        """Write the run file of a run of 24 steps; `name` is also its run folder."""
+        """Write NAME.yaml, the run file of a run of 24 steps in the folder NAME."""
         paths = {
             "model": str(self.model),
             "train_data": str(self.folder / "train.jsonl"),
@@ -90,13 +98,13 @@ def workspace(tmp_path_factory, tiny_model) -> Workspace:
 
 @pytest.fixture(scope="module")
 def expected(workspace) -> bytes:
-    """The adapter of two ranks without a launcher.
+    """The adapter of two forked ranks, with which the adapters of all launchers are compared.
 
-    tests/faults compares such ranks with those of DeepSpeed's launcher on one machine.
+    tests/faults compares forked ranks with those of DeepSpeed's launcher on one machine.
     """
-    code, output = run(TRAIN, workspace.run_file("alone"), ranks=2)
+    code, output = run(TRAIN, workspace.run_file("forked"), ranks=2)
     assert code == 0, output
-    return workspace.adapter("alone")
+    return workspace.adapter("forked")
 
 
 def master_options() -> list[str]:
@@ -106,20 +114,21 @@ def master_options() -> list[str]:
 def start(
     command: Sequence[str], *arguments: str | Path, **environment: str
 ) -> subprocess.Popen[str]:
-    launchers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    clean = {
+    """Start a launcher as a new process, without variables of another launcher."""
+    launcher_names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    inherited = {
         name: value
         for name, value in os.environ.items()
-        if name not in launchers and not name.startswith(("SLURM_", "OMPI_", "PMI"))
+        if name not in launcher_names and not name.startswith(("SLURM_", "OMPI_", "PMI"))
     }
-    here = {
+    own = {
         "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
     }  # fmt: skip
     return subprocess.Popen(
         [*command, *(str(argument) for argument in arguments)],
         cwd=ROOT,
-        env=clean | here | environment,
+        env=inherited | own | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -127,7 +136,7 @@ def start(
 
 
 def end_all(*processes: subprocess.Popen[str], within_s: float = 240) -> list[tuple[int, str]]:
-    """Wait for all; exit code and output of each."""
+    """Wait for all processes; return the exit code and output of each."""
     deadline = time.monotonic() + within_s
     try:
         outputs = [p.communicate(timeout=deadline - time.monotonic())[0] for p in processes]
@@ -137,23 +146,22 @@ def end_all(*processes: subprocess.Popen[str], within_s: float = 240) -> list[tu
     return [(p.returncode, output) for p, output in zip(processes, outputs, strict=True)]
 
 
-def finish(*processes: subprocess.Popen[str]) -> str:
-    """Wait for all, assert that they succeeded, and return their output."""
-    ended = end_all(*processes)
-    assert [code for code, _ in ended] == [0] * len(processes), ended
-    return "".join(output for _, output in ended)
+def assert_succeeds(process: subprocess.Popen[str]) -> None:
+    ((code, output),) = end_all(process)
+    assert code == 0, output
 
 
 def test_deepspeed_with_a_hostfile_gives_the_same_adapter(workspace, expected, tmp_path):
     pdsh = tmp_path / "pdsh"
     pdsh.write_text(PDSH.format(python=sys.executable))
     pdsh.chmod(pdsh.stat().st_mode | stat.S_IXUSR)
-    hosts = tmp_path / "hosts"
-    hosts.write_text("host-a slots=1\nhost-b slots=1\n")
-    command = (*DEEPSPEED, "--hostfile", hosts, "--no_ssh_check", *master_options())
-    path = f"{tmp_path}:{BIN}:{os.environ['PATH']}"
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("host-a slots=1\nhost-b slots=1\n")
+    command = (*DEEPSPEED, "--hostfile", hostfile, "--no_ssh_check", *master_options())
+    path = f"{tmp_path}:{BIN}:{os.environ['PATH']}"  # finds the pdsh above
     code, output = run(*command, TRAIN, workspace.run_file("hostfile"), PATH=path)
     assert code == 0, output
+    # Two nodes of one rank; both forms are texts of the plan.
     assert "2 nodes" in output or "2 x 1 x CPU" in output, output
     assert workspace.adapter("hostfile") == expected
 
@@ -161,38 +169,41 @@ def test_deepspeed_with_a_hostfile_gives_the_same_adapter(workspace, expected, t
 def test_deepspeed_on_each_machine_without_ssh_gives_the_same_adapter(
     workspace, expected, tmp_path
 ):
-    hosts = tmp_path / "hosts"
-    hosts.write_text("host-a slots=1\nhost-b slots=1\n")
-    run_file, where = workspace.run_file("no_ssh"), master_options()
-    arguments = ("--no_ssh", *where, "--module", "pipeline.cli.train", run_file)
-    nodes = [
-        Command(*DEEPSPEED, "--hostfile", hosts, "--node_rank", node, *arguments,
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("host-a slots=1\nhost-b slots=1\n")
+    run_file = workspace.run_file("no_ssh")
+    arguments = ("--no_ssh", *master_options(), "--module", "pipeline.cli.train", run_file)
+    commands = [
+        Command(*DEEPSPEED, "--hostfile", hostfile, "--node_rank", node_rank, *arguments,
                 variables=[workspace.without_mpi])
-        for node in ("0", "1")
+        for node_rank in ("0", "1")
     ]  # fmt: skip
-    for node in nodes:
-        with node:
-            code, output = node.end()
+    for command in commands:
+        with command:
+            code, output = command.end()
         assert code == 0, output
     assert workspace.adapter("no_ssh") == expected
 
 
 def test_torchrun_gives_the_same_adapter(workspace, expected):
     command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"]
-    finish(start(command, TRAIN, workspace.run_file("torchrun"), **workspace.without_mpi))
+    run_file = workspace.run_file("torchrun")
+    assert_succeeds(start(command, TRAIN, run_file, **workspace.without_mpi))
     assert workspace.adapter("torchrun") == expected
 
 
 def test_accelerate_gives_the_same_adapter(workspace, expected):
     command = [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
-    config = {"HF_HOME": str(workspace.folder / "no_accelerate_config")}
-    finish(start([*command, "--main_process_port", str(free_port())], TRAIN,
-                 workspace.run_file("accelerate"), **config))  # fmt: skip
+    command += ["--main_process_port", str(free_port())]
+    # A user's configuration of accelerate would be in HF_HOME.
+    without_config = {"HF_HOME": str(workspace.folder / "no_accelerate_config")}
+    run_file = workspace.run_file("accelerate")
+    assert_succeeds(start(command, TRAIN, run_file, **without_config))
     assert workspace.adapter("accelerate") == expected
 
 
 def test_pods_of_a_pytorchjob_give_the_same_adapter(workspace, expected):
-    """One process for each pod, with the variables that the operator sets."""
+    """One process for each pod, with the variables that Kubeflow's training operator sets."""
     common = {
         "WORLD_SIZE": "2", "MASTER_PORT": str(free_port()), "MASTER_ADDR": "127.0.0.1",
         "KUBERNETES_SERVICE_HOST": "10.0.0.1", "PET_NNODES": "2", "PET_NPROC_PER_NODE": "auto",
@@ -207,13 +218,16 @@ def test_pods_of_a_pytorchjob_give_the_same_adapter(workspace, expected):
 def test_srun_gives_the_same_adapter(workspace, expected):
     """With Slurm's variables of two tasks on two nodes; tests/slurm has a real srun."""
     tasks = [variables_of_srun(task, str(os.getpid())) for task in (0, 1)]
-    with Command("-c", WITHOUT_MPI, TRAIN, workspace.run_file("srun"), variables=tasks) as command:
+    with Command(
+        "-c", RUN_WITHOUT_MPI4PY, TRAIN, workspace.run_file("srun"), variables=tasks
+    ) as command:
         code, output = command.end()
     assert code == 0, output
     assert workspace.adapter("srun") == expected
 
 
 def variables_of_srun(task: int, job: str) -> dict[str, str]:
+    """Variables of one of two tasks, each on a node of its own."""
     return {
         "SLURM_JOB_ID": job, "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0",
         "SLURM_PROCID": str(task), "SLURM_NODEID": str(task), "SLURM_STEP_NUM_TASKS": "2",
@@ -228,7 +242,7 @@ MPIRUN = shutil.which("mpirun", path=f"{BIN}:{os.environ['PATH']}")
 def test_mpirun_gives_the_same_adapter(workspace, expected):
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     command = [MPIRUN, "-np", "2", sys.executable]
-    finish(start(command, TRAIN, workspace.run_file("mpirun"), **as_root))
+    assert_succeeds(start(command, TRAIN, workspace.run_file("mpirun"), **as_root))
     assert workspace.adapter("mpirun") == expected
 
 
@@ -246,7 +260,7 @@ def test_a_run_with_a_network_failure_names_both_hosts_and_resumes_bitwise(works
             start(hosts.command(n, *torchrun, "--node_rank", str(n)), TRAIN, run_file)
             for n in (0, 1)
         ]
-        wait_for_step(folder, 5, running)
+        wait_for_step(folder, 5, running)  # after the checkpoint of step 3
         hosts.disconnect()
         (code_a, output_a), (code_b, output_b) = end_all(*running, within_s=HANG_S + REPORT_S)
     assert (code_a, code_b) == (1, 1), output_a + output_b  # torchrun's exit code
@@ -254,13 +268,14 @@ def test_a_run_with_a_network_failure_names_both_hosts_and_resumes_bitwise(works
     assert_mentions(output_b, f"{HANG_S} s", "rank 0 on host-a does not answer", "rank 1")
     assert read_status(folder / "status.json")["state"] == "failed"
     assert not (folder / ADAPTER).exists()
-    code, output = run(TRAIN, run_file, ranks=2)
+    code, output = run(TRAIN, run_file, ranks=2)  # the same command again
     assert code == 0, output
     assert_mentions(output, "resuming from step")
     assert workspace.adapter("network") == expected
 
 
 def wait_for_step(folder: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
+    """Wait until a run has recorded this step in metrics.jsonl."""
     deadline = time.monotonic() + 120
     while len(read_metrics(folder / "metrics.jsonl")) < step:
         assert all(process.poll() is None for process in processes), end_all(*processes)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from tests.plans import LLAMA_8B, LLAMA_70B
 
 pytestmark = pytest.mark.unit
 
-SCRIPT = """
+# Runs launch/plan.py. run_main ends the process with os._exit, which is replaced, so that TORCH is
+# printed if torch was imported.
+PLAN_AND_REPORT_TORCH = """
 import os, runpy, sys
 os_exit = os._exit
 def report_and_exit(code):
@@ -53,30 +56,38 @@ JSON_KEYS = {
 }  # fmt: skip
 
 
+Result = tuple[int, str, str]  # exit code, standard output, standard error
+
+
+def run_plan(*arguments: str, cwd: Path = ROOT) -> Result:
+    """Run launch/plan.py in a process, and assert that it did not import torch."""
+    process = subprocess.run(
+        [sys.executable, "-c", PLAN_AND_REPORT_TORCH, *arguments],
+        capture_output=True, text=True, cwd=cwd, check=False,
+    )  # fmt: skip
+    assert "TORCH" not in process.stdout
+    assert "Traceback" not in process.stderr
+    return process.returncode, process.stdout, process.stderr
+
+
 @pytest.fixture
-def call(tmp_path):
-    """Call the script for Llama 8B; returns exit code, stdout, stderr."""
+def plan_llama_8b(tmp_path):
+    """A function that calls run_plan with a run file for Llama 8B and further arguments.
+
+    The model folder is tmp_path/model, without weights. The training data is tmp_path/train.jsonl,
+    which does not exist. The run folder is tmp_path/run.
+    """
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text(json.dumps(LLAMA_8B))
     values = {"model": str(tmp_path / "model"), "train_data": str(tmp_path / "train.jsonl")}
     path = tmp_path / "RUN.yaml"
     path.write_text(yaml.safe_dump(values | {"output_dir": str(tmp_path / "run"), "lora_r": 16}))
 
-    def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, str]:
-        result = subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(path), *arguments],
-            capture_output=True, text=True, cwd=cwd, check=False,
-        )  # fmt: skip
-        assert "TORCH" not in result.stdout
-        assert "Traceback" not in result.stderr
-        return result.returncode, result.stdout, result.stderr
-
-    run.folder = tmp_path
-    return run
+    return partial(run_plan, str(path))
 
 
-def test_json_has_exactly_the_promised_keys(call):
-    code, out, _ = call("--gpu", "h100-80gb", "--gpus-per-node", "8", "--json")
+def test_json_has_exactly_the_promised_keys(plan_llama_8b):
+    code, out, _ = plan_llama_8b("--gpu", "h100-80gb", "--gpus-per-node", "8", "--json")
     assert code == 0
     result = json.loads(out)
     assert list(result) == list(JSON_KEYS)
@@ -92,21 +103,14 @@ def test_json_has_exactly_the_promised_keys(call):
     assert set(result["choice"]["why"]) >= {"zero_stage", "micro_batch_size", "checkpointed_layers"}
 
 
-def test_the_text_has_layout_reasons_memory_and_start_commands(call):
-    (call.folder / "train.jsonl").write_text('{"prompt": "a b", "completion": "c d"}\n' * 5000)
-    code, out, _ = call(
-        "--gpu",
-        "a100-80gb",
-        "--gpus-per-node",
-        "8",
-        "global_batch_size=64",
-        "packing=false",
-        "--all",
-    )
+def test_the_text_has_layout_reasons_memory_and_start_commands(plan_llama_8b, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a b", "completion": "c d"}\n' * 5000)
+    options = ("--gpu", "a100-80gb", "--gpus-per-node", "8", "--all")
+    code, out, _ = plan_llama_8b(*options, "global_batch_size=64", "packing=false")
     assert code == 0
     assert_mentions(
         out,
-        "ZeRO-2", "global batch 64", "79 an epoch", "estimated",
+        "ZeRO-2", "global batch 64", "79 an epoch", "estimated",  # 5000 rows / 64
         "zero_stage", "activations", "host memory of a node", "disk: checkpoints",
         "longest", "tokens on 8 x", "1 of them", "s/step", "tokens/s", "deepspeed launch/train.py",
         "sbatch --nodes=1 --gpus-per-node=8 --cpus-per-gpu=4", "slurm/train.sbatch",
@@ -114,90 +118,105 @@ def test_the_text_has_layout_reasons_memory_and_start_commands(call):
     )  # fmt: skip
 
 
-def test_the_start_command_of_an_installed_package_names_no_clone(call):
-    (call.folder / "train.jsonl").write_text('{"text": "a b"}\n' * 500)
-    code = "import sys; from pipeline.cli.rankzero import main; sys.argv[0] = 'rankzero'; main()"
-    for gpus, start in (("8", "deepspeed --module pipeline.cli.train"), ("1", "rankzero train")):
-        options = ("--gpu", "a100-80gb", "--gpus-per-node", gpus)
-        result = subprocess.run(
-            [sys.executable, "-c", code, "plan", "RUN.yaml", *options],
-            cwd=call.folder, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        assert_mentions(result.stdout, f"start {start} RUN.yaml", "rankzero slurm .")
-        assert "launch/" not in result.stdout
+# As the installed command `rankzero`, in a folder that is not a clone.
+RANKZERO = "import sys; from pipeline.cli.rankzero import main; sys.argv[0] = 'rankzero'; main()"
 
 
-def test_the_cost_of_max_length_is_in_the_text_and_in_the_json(call):
+@pytest.mark.parametrize(
+    ("gpus", "start"),
+    [("8", "deepspeed --module pipeline.cli.train"), ("1", "rankzero train")],
+)
+def test_the_start_command_of_an_installed_package_names_no_clone(
+    plan_llama_8b, tmp_path, gpus, start
+):
+    (tmp_path / "train.jsonl").write_text('{"text": "a b"}
+' * 500)
+    options = ("--gpu", "a100-80gb", "--gpus-per-node", gpus)
+    result = subprocess.run(
+        [sys.executable, "-c", RANKZERO, "plan", "RUN.yaml", *options],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert_mentions(result.stdout, f"start {start} RUN.yaml", "rankzero slurm .")
+    assert "launch/" not in result.stdout
+
+
+def test_the_cost_of_max_length_is_in_the_text_and_in_the_json(plan_llama_8b, tmp_path):
+    # Without a tokenizer, 3.5 characters are estimated as one token: 100 and 100,000 tokens.
     rows = [json.dumps({"text": "x" * 350}), json.dumps({"text": "x" * 350_000})]
-    (call.folder / "train.jsonl").write_text("\n".join(rows))
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
     options = ("--gpu", "h100-80gb", "--gpus-per-node", "1", "max_length=8192")
-    _, out, _ = call(*options)
+    _, out, _ = plan_llama_8b(*options)
     assert_mentions(
         out, "1 of 2 documents", "8,192 tokens", "truncated", "max_length 98,999 keeps 99 %",
         "max_length 100,000 keeps 100 %", "GiB a rank", "layers checkpointed",
     )  # fmt: skip
-    length = json.loads(call(*options, "--json")[1])["length"]
+    length = json.loads(plan_llama_8b(*options, "--json")[1])["length"]
     assert (length["documents"], length["longer"], length["lost"]) == (2, 1, 100_000 - 8192)
+    # 98,999 keeps 99 % of the 100,100 tokens, and 100,000 keeps all.
     assert [need["max_length"] for need in length["needs"]] == [98_999, 100_000]
     assert all(need["device_bytes"] > 0 for need in length["needs"])
     assert all(line in out for line in length["text"])
-    _, out, _ = call(*options, "max_length=100000")
+    _, out, _ = plan_llama_8b(*options, "max_length=100000")
     assert "keeps" not in out
 
 
-def test_the_prepared_index_fixes_the_steps(call):
+def write_index(run_folder):
+    """Write the index of prepared training data with 1000 documents, each in its own sequence.
+
+    The key "k" is not that of any settings. It is checked only if the data files can be read.
+    """
     split = SplitIndex(
         key="k", folder=Path("train-k"), documents=1000, tokens=300_000, supervised_tokens=1000,
         longest=700, sequences=1000, epoch_documents=1000, epoch_tokens=300_000,
     )  # fmt: skip
-    (call.folder / "run/data").mkdir(parents=True)
+    (run_folder / "data").mkdir(parents=True)
     index = json.dumps(DataIndex(train=split, eval=None).as_json())
-    (call.folder / "run/data/index.json").write_text(index)
-    code, out, _ = call("--gpu", "a100-80gb", "global_batch_size=50", "epochs=2")
+    (run_folder / "data/index.json").write_text(index)
+
+
+def test_the_steps_are_counted_from_the_prepared_data(plan_llama_8b, tmp_path):
+    write_index(tmp_path / "run")
+    code, out, _ = plan_llama_8b("--gpu", "a100-80gb", "global_batch_size=50", "epochs=2")
     assert code == 0
-    assert_mentions(out, "40", "20 an epoch", "2 of warm-up")
+    assert_mentions(out, "40", "20 an epoch", "2 of warm-up")  # 1000 sequences / 50, twice
     assert "estimated" not in out
 
 
-def test_an_index_of_other_settings_is_not_used(call):
-    (call.folder / "train.jsonl").write_text('{"text": "a b c"}\n' * 40)
-    path = call.folder / "run/data/index.json"
-    path.parent.mkdir(parents=True)
-    split = SplitIndex(
-        key="k", folder=Path("train-k"), documents=1000, tokens=300_000, supervised_tokens=1000,
-        longest=700, sequences=1000, epoch_documents=1000, epoch_tokens=300_000,
-    )  # fmt: skip
-    path.write_text(json.dumps(DataIndex(train=split, eval=None).as_json()))
-    arguments = ("--gpu", "a100-80gb", "global_batch_size=4", "packing=false")
-    code, out, _ = call(*arguments, f"train_data={call.folder / 'train.jsonl'}")
+def test_data_that_was_prepared_with_other_settings_is_not_used(plan_llama_8b, tmp_path):
+    write_index(tmp_path / "run")
+    (tmp_path / "train.jsonl").write_text('{"text": "a b c"}\n' * 40)
+    code, out, _ = plan_llama_8b("--gpu", "a100-80gb", "global_batch_size=4", "packing=false")
     assert code == 0
-    assert_mentions(out, "10 an epoch", "estimated")
+    assert_mentions(out, "10 an epoch", "estimated")  # 40 rows / 4
 
 
-def test_option_all_shows_why_each_candidate_does_not_fit(call):
-    code, out, err = call("--gpu-memory-gib", "16", "zero_stage=2", "global_batch_size=4", "--all")
+def test_option_all_shows_why_each_candidate_does_not_fit(plan_llama_8b):
+    code, out, err = plan_llama_8b(
+        "--gpu-memory-gib", "16", "zero_stage=2", "global_batch_size=4", "--all"
+    )
     assert code == 2
     # Micro-batches of 4, 2 and 1, each with activations on the device and in host memory.
     assert out.count("GiB a rank (") == 6
     assert "does not fit" in err
 
 
-def test_if_nothing_fits_json_has_the_plan_with_the_least_excess(call):
-    (call.folder / "model/config.json").write_text(json.dumps(LLAMA_70B))
-    code, out, err = call("--gpu-memory-gib", "16", "zero_stage=2", "--json")
+def test_if_no_plan_fits_the_json_has_the_plan_that_needs_the_least_memory(plan_llama_8b, tmp_path):
+    (tmp_path / "model/config.json").write_text(json.dumps(LLAMA_70B))
+    code, out, err = plan_llama_8b("--gpu-memory-gib", "16", "zero_stage=2", "--json")
     assert code == 2
     result = json.loads(out)
     assert list(result) == list(JSON_KEYS)
     memory = result["memory"]
     assert not memory["fits"]
-    needs = (memory["peak_bytes"], memory["load_peak_bytes"])
-    assert max(needs) > memory["device_bytes"] * 0.9
+    # A plan must leave a part of the device's memory free, so it may be refused below device_bytes.
+    peak_bytes = max(memory["peak_bytes"], memory["load_peak_bytes"])
+    assert peak_bytes > 0.9 * memory["device_bytes"]
     assert "does not fit" in err
 
 
-def test_a_plan_is_made_for_several_nodes_and_a_gpu_described_by_memory_and_tflops(call):
-    (call.folder / "model/config.json").write_text(json.dumps(LLAMA_70B))
-    code, out, _ = call(
+def test_a_gpu_may_be_described_by_memory_and_tflops_on_several_nodes(plan_llama_8b, tmp_path):
+    (tmp_path / "model/config.json").write_text(json.dumps(LLAMA_70B))
+    code, out, _ = plan_llama_8b(
         "--gpu-memory-gib", "80", "--gpu-tflops", "900", "--nodes", "16", "--gpus-per-node", "8"
     )
     assert code == 0
@@ -220,73 +239,57 @@ def test_a_plan_is_made_for_several_nodes_and_a_gpu_described_by_memory_and_tflo
         (["load_in_8bit=true", "zero_stage=3", "--gpu", "h100-80gb"], ["8bit-zero3"]),
     ],
 )
-def test_an_impossible_plan_is_exit_2_with_one_message(call, arguments, facts):
-    code, out, err = call(*arguments)
+def test_an_impossible_plan_is_exit_2_with_one_message(plan_llama_8b, arguments, facts):
+    code, out, err = plan_llama_8b(*arguments)
     assert (code, out) == (2, "")
     assert_mentions(err, *facts)
 
 
 @pytest.fixture
-def plan_without_file(tmp_path, monkeypatch):
-    """Call the script without a run file and with an empty hub cache."""
+def empty_hub_cache(tmp_path, monkeypatch):
+    """No hub model is in the local cache, so the sizes that ship with the package are used."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
 
-    def run(*arguments: str, cwd: Path = ROOT) -> tuple[int, str, str]:
-        result = subprocess.run(
-            [sys.executable, "-c", SCRIPT, *arguments],
-            capture_output=True, text=True, cwd=cwd, check=False,
-        )  # fmt: skip
-        assert "TORCH" not in result.stdout
-        assert "Traceback" not in result.stderr
-        return result.returncode, result.stdout, result.stderr
 
-    return run
-
-
-def test_a_model_is_planned_by_its_name_without_a_run_file(plan_without_file):
-    code, out, _ = plan_without_file("--model", "Qwen/Qwen3-32B", "--gpu", "h100-80gb", "lora_r=8")
+def test_a_model_is_planned_by_its_name_without_a_run_file(empty_hub_cache):
+    code, out, _ = run_plan("--model", "Qwen/Qwen3-32B", "--gpu", "h100-80gb", "lora_r=8")
     assert code == 0
-    assert_mentions(
-        out,
-        "32,762.1 M",
-        "67.11 M trainable",
-        "unknown",
-        "hf download Qwen/Qwen3-32B",
-        "2026-11-29",
-    )
+    # Parameters; steps, which are unknown without data; and the date of the published sizes.
+    facts = ("32,762.1 M", "67.11 M trainable", "unknown", "2026-11-29")
+    assert_mentions(out, *facts, "hf download Qwen/Qwen3-32B")
 
 
-def test_a_refused_model_is_planned_and_ends_with_the_rule(plan_without_file):
+def test_a_refused_model_is_planned_and_ends_with_the_rule(empty_hub_cache):
     arguments = ("--model", "Qwen/Qwen3.5-27B", "--gpu", "h200-141gb", "--gpus-per-node", "8")
-    code, out, err = plan_without_file(*arguments, "packing=true", "--json")
+    code, out, err = run_plan(*arguments, "packing=true", "--json")
     assert code == 2
     assert json.loads(out)["speed"]["tokens_per_second"] > 0
     assert_mentions(err, "class-packs")
 
 
-def test_the_message_of_a_refused_model_that_does_not_fit_has_both_reasons(plan_without_file):
-    code, out, err = plan_without_file(
+def test_the_message_of_a_refused_model_that_does_not_fit_has_both_reasons(empty_hub_cache):
+    code, out, err = run_plan(
         "--model", "Qwen/Qwen3.5-27B", "--gpu", "l4-24gb", "offload_param=none", "packing=true"
     )
     assert (code, out) == (2, "")
     assert_mentions(err, "does not fit", "class-packs")
 
 
-def test_the_hub_cache_takes_precedence_over_the_built_in_models(plan_without_file, tmp_path):
+def test_the_hub_cache_takes_precedence_over_the_built_in_models(empty_hub_cache, tmp_path):
     cached = tmp_path / "hub/models--Qwen--Qwen3-32B"
     (cached / "refs").mkdir(parents=True)
     (cached / "refs/main").write_text("abc")
     (cached / "snapshots/abc").mkdir(parents=True)
     config = json.dumps(LLAMA_8B | {"num_hidden_layers": 3})
     (cached / "snapshots/abc/config.json").write_text(config)
-    code, out, _ = plan_without_file("--model", "Qwen/Qwen3-32B", "--gpu", "h100-80gb", "--json")
+    code, out, _ = run_plan("--model", "Qwen/Qwen3-32B", "--gpu", "h100-80gb", "--json")
     assert code == 0
     model = json.loads(out)["model"]
     assert (model["layers"], model["model_type"], model["source"]) == (3, "llama", None)
 
 
-def test_the_table_lists_the_models_that_fit(plan_without_file):
-    code, out, _ = plan_without_file("--fits", "--gpu", "l4-24gb", "lora_r=8")
+def test_option_fits_lists_the_models_that_fit(empty_hub_cache):
+    code, out, _ = run_plan("--fits", "--gpu", "l4-24gb", "lora_r=8")
     assert code == 0
     assert_mentions(out, "Qwen/Qwen3-8B", "QLoRA", "tokens/s", "lora_r 8")
 
@@ -301,8 +304,8 @@ def test_the_table_lists_the_models_that_fit(plan_without_file):
     ],
 )
 def test_a_wrong_command_without_a_run_file_is_exit_2_with_one_message(
-    plan_without_file, arguments, facts
+    empty_hub_cache, arguments, facts
 ):
-    code, out, err = plan_without_file(*arguments)
+    code, out, err = run_plan(*arguments)
     assert (code, out) == (2, "")
     assert_mentions(err, *facts)

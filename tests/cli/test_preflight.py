@@ -19,8 +19,10 @@ from tests.messages import assert_mentions
 from tests.tiny import make_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
-# Runs the preflight of one rank; `hang` or `die` replaces its matrix products by a hang or a kill.
-FAULTY = """
+# Runs the preflight of one rank. Arguments: the run file, the time limit of the preflight in
+# seconds, and the fault of the rank, which happens at its first measured operation: hang, die or
+# none.
+FAULTY_PREFLIGHT = """
 import os, signal, sys, time
 from pathlib import Path
 from pipeline.cluster.exits import run_main
@@ -31,8 +33,9 @@ if sys.argv[3] == "die":
     rates._median_seconds = lambda work, device: os.kill(os.getpid(), signal.SIGKILL)
 run_main(lambda: stages.check_run(Path(sys.argv[1]), [], limit_s=float(sys.argv[2])))
 """
-# Runs a script in which a rank waits 1 s instead of 10 s for a file of another host.
-IMPATIENT = """
+# Runs the script in its arguments, so that a rank waits 1 s instead of 10 s for the file that a
+# rank on another host writes to the shared disk.
+WITH_SHORT_WAIT = """
 import runpy, sys
 from pipeline.preflight import host
 host._VISIBLE_WITHIN_S = 1.0
@@ -56,7 +59,7 @@ def run_file(tmp_path, tiny_model) -> Path:
 
 
 class Ranks:
-    """Two ranks on one machine, each with its own command."""
+    """Two ranks on one machine; the commands of the ranks may differ."""
 
     def __init__(self) -> None:
         self._variables = variables_of_ranks(2)
@@ -68,7 +71,7 @@ class Ranks:
         self._commands.append(Command(*command, variables=[variables]))
 
     def end(self) -> list[tuple[int, str, str]]:
-        """Exit code, output and errors of each."""
+        """Wait for the ranks; exit code, standard output and standard error of each."""
         try:
             return [(c.end(within_s=200)[0], *c.outputs[0]) for c in self._commands]
         finally:
@@ -84,7 +87,7 @@ class RanksOnHosts:
         self._processes: list[subprocess.Popen[str]] = []
 
     def start(self, *command: str | Path, through: Sequence[str] = ()) -> None:
-        """Start the next rank; `through`: a command that runs the command of the rank."""
+        """Start the next rank; `through`: words before its command, such as `unshare ...`."""
         rank = len(self._processes)
         placement = {
             "RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_SIZE": 1,
@@ -100,13 +103,16 @@ class RanksOnHosts:
         self._processes.append(process)
 
     def end(self) -> list[tuple[int, str, str]]:
-        """Exit code, output and errors of each."""
+        """Wait for the ranks; exit code, standard output and standard error of each."""
         try:
             outputs = [process.communicate(timeout=200) for process in self._processes]
         finally:
             for process in self._processes:
                 process.kill()
-        return [(p.returncode, *o) for p, o in zip(self._processes, outputs, strict=True)]
+        return [
+            (process.returncode, *output)
+            for process, output in zip(self._processes, outputs, strict=True)
+        ]
 
 
 def test_two_ranks_of_a_valid_run_pass_and_leave_no_files(run_file, tmp_path):
@@ -134,15 +140,20 @@ def test_a_rank_with_other_settings_is_reported(run_file):
     (code, out, _), (code_1, *_) = ranks.end()
     assert (code, code_1) == (2, 2)
     assert_mentions(out, "rank 1", "found 'nine'")
+    # One line lists the checks, such as that of the clocks, that rank 1 cannot run without
+    # settings.
     (skipped,) = [line for line in out.splitlines() if line.endswith("settings failed")]
-    assert "clock" in skipped  # and all checks that a rank without a plan does not reach
+    assert "clock" in skipped
 
 
 def preflight_with_fault(run_file, fault, limit_s):
-    """Exit codes of both ranks, the failed check, and the report of a preflight with a fault."""
+    """Run the preflight with a fault of rank 1.
+
+    Returns the exit codes of both ranks, the line of the failed check, and the whole report.
+    """
     ranks = Ranks()
-    ranks.start("-c", FAULTY, run_file, limit_s, "work")
-    ranks.start("-c", FAULTY, run_file, limit_s, fault)
+    ranks.start("-c", FAULTY_PREFLIGHT, run_file, limit_s, "none")
+    ranks.start("-c", FAULTY_PREFLIGHT, run_file, limit_s, fault)
     (code, out, _), (code_1, *_) = ranks.end()
     (line,) = [line for line in out.splitlines() if line.startswith("fail")]
     return code, code_1, line, out
@@ -164,7 +175,7 @@ def test_a_rank_that_dies_is_reported_with_earlier_results(run_file):
 
 def test_a_missing_rank_is_reported_at_the_rendezvous(run_file):
     ranks = Ranks()
-    ranks.start("-c", FAULTY, run_file, "2", "work")
+    ranks.start("-c", FAULTY_PREFLIGHT, run_file, "2", "none")  # rank 1 is never started
     ((code, out, errors),) = ranks.end()
     assert code == 1, errors
     (line,) = [line for line in out.splitlines() if line.startswith("fail")]
@@ -177,39 +188,35 @@ def test_a_host_without_the_shared_disk_is_reported(run_file, tmp_path):
         pytest.skip(reason)
     shared = tmp_path / "runs"
     shared.mkdir()
-    separate_disk = [
-        "unshare",
-        "--mount",
-        "sh",
-        "-c",
-        'mount -t tmpfs none "$0" && exec "$@"',
-        shared,
-    ]
+    # In its own mount namespace, rank 1 has another, empty file system at `shared`.
+    mount_and_run = 'mount -t tmpfs none "$0" && exec "$@"'
+    separate_disk = ["unshare", "--mount", "sh", "-c", mount_and_run, str(shared)]
     with TwoHosts() as hosts:
         ranks = RanksOnHosts(hosts)
-        ranks.start("-c", IMPATIENT, "launch/preflight.py", run_file, "--json")
-        command = ["-c", IMPATIENT, "launch/preflight.py", run_file]
-        ranks.start(*command, through=[str(part) for part in separate_disk])
+        command = ["-c", WITH_SHORT_WAIT, "launch/preflight.py", run_file]
+        ranks.start(*command, "--json")
+        ranks.start(*command, through=separate_disk)
         (code, out, errors), (code_1, *_) = ranks.end()
     assert (code, code_1) == (2, 2), errors
     findings = {finding["check"]: finding for finding in json.loads(out)["findings"]}
-    assert [name for name, f in findings.items() if f["level"] == "fail"] == ["run folder"]
+    failed = [name for name, finding in findings.items() if finding["level"] == "fail"]
+    assert failed == ["run folder"]
     assert findings["run folder"]["ranks"] == [1]
     assert_mentions(findings["run folder"]["text"], "host-b")
     assert_mentions(findings["ranks"]["text"], "2 ranks", "host-a", "host-b")
-    assert_mentions(findings["network"]["text"], "cable")
+    assert_mentions(findings["network"]["text"], "cable")  # the interface between the two hosts
     assert_mentions(findings["links"]["text"], "between nodes")
 
 
 def test_training_refuses_ranks_that_differ_before_it_loads_a_model(run_file, tmp_path):
     ranks = Ranks()
     ranks.start("launch/train.py", run_file)
-    ranks.start("launch/train.py", run_file, "seed=7")
+    ranks.start("launch/train.py", run_file, "seed=7")  # the default is 42
     (code, out, errors), (code_1, *_) = ranks.end()
     assert (code, code_1) == (2, 2)
     assert "Traceback" not in errors
     (line,) = [line for line in errors.splitlines() if " seed " in line]
     assert "42" in line
     assert_mentions(errors, "rank 0", "rank 1")
-    assert len(out.splitlines()) == 1  # progress
+    assert len(out.splitlines()) == 1  # only the progress of the comparison
     assert not (tmp_path / "runs").exists()

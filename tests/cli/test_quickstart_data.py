@@ -13,23 +13,26 @@ KEYS = ["item", "quantity", "size", "day", "time", "delivery"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """A folder with train.jsonl and heldout.jsonl."""
     folder = tmp_path_factory.mktemp("quickstart")
     make_data(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def rows(folder):
-    def read(name):
-        lines = (folder / name).read_text(encoding="utf-8").splitlines()
-        chats = [json.loads(line)["messages"] for line in lines]
-        roles = ["system", "user", "assistant"]
-        assert all([m["role"] for m in chat] == roles for chat in chats)
-        return {user["content"]: json.loads(reply["content"]) for _, user, reply in chats}, len(
-            lines
-        )
+def orders(folder):
+    """For "train" and "heldout": customer's message -> order, the JSON object of the answer."""
+    return {name: read_orders(folder / f"{name}.jsonl") for name in ("train", "heldout")}
 
-    return {name: read(f"{name}.jsonl") for name in ("train", "heldout")}
+
+def read_orders(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    chats = [json.loads(line)["messages"] for line in lines]
+    roles = ["system", "user", "assistant"]
+    assert all([message["role"] for message in chat] == roles for chat in chats)
+    orders = {user["content"]: json.loads(reply["content"]) for _, user, reply in chats}
+    assert len(orders) == len(lines), "two rows have the same message"
+    return orders
 
 
 def test_data_is_reproducible_and_an_unchanged_file_is_not_rewritten(folder, tmp_path):
@@ -45,43 +48,47 @@ def test_data_is_reproducible_and_an_unchanged_file_is_not_rewritten(folder, tmp
 def test_another_seed_gives_other_held_out_rows_and_the_same_training_rows(folder, tmp_path):
     make_data(tmp_path, heldout_seed=8, num_heldout=300)
     assert (tmp_path / "train.jsonl").read_bytes() == (folder / "train.jsonl").read_bytes()
-    ours = set((folder / "heldout.jsonl").read_text(encoding="utf-8").splitlines())
-    fresh = (tmp_path / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(set(fresh)) == 300
-    assert not ours & set(fresh)
+    rows = set((folder / "heldout.jsonl").read_text(encoding="utf-8").splitlines())
+    other_rows = set((tmp_path / "heldout.jsonl").read_text(encoding="utf-8").splitlines())
+    assert len(other_rows) == 300
+    assert not rows & other_rows
 
 
-def test_there_are_enough_rows_and_all_messages_differ(rows):
-    (train, num_train), (heldout, num_heldout) = rows["train"], rows["heldout"]
-    assert (len(train), len(heldout)) == (num_train, num_heldout)  # all messages differ
-    assert num_train >= 400
-    assert num_heldout >= 60
+def test_there_are_enough_rows_and_all_messages_differ(orders):
+    train, heldout = orders["train"], orders["heldout"]
+    assert len(train) >= 400
+    assert len(heldout) >= 60
     assert not train.keys() & heldout.keys()
 
 
-def test_no_held_out_pair_of_item_and_quantity_is_in_train(rows):
-    pairs = [
-        {(facts["item"], facts["quantity"]) for facts in part.values()} for part, _ in rows.values()
-    ]
-    assert not pairs[0] & pairs[1]
+def test_no_held_out_pair_of_item_and_quantity_is_in_train(orders):
+    pairs = {
+        name: {(order["item"], order["quantity"]) for order in split.values()}
+        for name, split in orders.items()
+    }
+    assert not pairs["train"] & pairs["heldout"]
 
 
-def test_every_answer_has_the_same_keys_and_values_of_the_right_types(rows):
-    for part, _ in rows.values():
-        for text, facts in part.items():
-            assert list(facts) == KEYS, text
-            assert isinstance(facts["quantity"], int), text
-            assert facts["size"] in {"small", "large", None}, text
-            assert isinstance(facts["delivery"], bool), text
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_every_answer_has_the_same_keys_and_values_of_the_right_types(orders, split):
+    for message, order in orders[split].items():
+        assert list(order) == KEYS, message
+        assert isinstance(order["quantity"], int), message
+        assert order["size"] in {"small", "large", None}, message
+        assert isinstance(order["delivery"], bool), message
 
 
-def test_the_wording_is_varied_and_short(rows):
-    train, num_train = rows["train"]
-    assert len({text.split()[0].lower() for text in train}) > 50
-    assert len({" ".join(text.lower().split()[:3]) for text in train}) > 0.6 * num_train
-    assert len({json.dumps(facts) for facts in train.values()}) > 0.9 * num_train
+def test_the_wording_is_varied_and_short(orders):
+    train = orders["train"]
+    first_words = {message.split()[0].lower() for message in train}
+    beginnings = {" ".join(message.lower().split()[:3]) for message in train}
+    different_orders = {json.dumps(order) for order in train.values()}
+    assert len(first_words) > 50
+    assert len(beginnings) > 0.6 * len(train)
+    assert len(different_orders) > 0.9 * len(train)
     for key in ("size", "day", "time"):  # mentioned in some messages, omitted in others
-        omitted = sum(facts[key] is None for facts in train.values())
-        assert 0.1 * num_train < omitted < 0.6 * num_train, key
-    assert max(len(text) for text in train) < 200
-    assert not any("{" in text or "  " in text for text in train)
+        num_omitted = sum(order[key] is None for order in train.values())
+        assert 0.1 * len(train) < num_omitted < 0.6 * len(train), key
+    assert max(len(message) for message in train) < 200  # characters
+    # A brace would be a placeholder that was not replaced, and two spaces an empty phrase.
+    assert not any("{" in message or "  " in message for message in train)

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.unit
 
 @pytest.fixture
 def launcher():
+    """The module launch/quickstart/launcher.py, which is not in a package."""
     path = Path(__file__).parents[2] / "launch/quickstart/launcher.py"
     spec = importlib.util.spec_from_file_location("launcher", path)
     module = importlib.util.module_from_spec(spec)
@@ -21,10 +22,12 @@ def launcher():
 
 
 def test_another_port_is_used_only_if_the_default_port_is_taken(launcher, monkeypatch):
-    with socket.create_server(("", 0)) as other:
-        port = other.getsockname()[1]
-        monkeypatch.setattr(launcher, "_DEFAULT_PORT", port)
-        command, _, free_port = launcher.launcher(cpu_of(2, 2**30)).partition(" --master_port ")
-        assert free_port.isdigit()
-        assert int(free_port) != port
-    assert launcher.launcher(cpu_of(2, 2**30)) == command
+    machine = cpu_of(num_cores=2, memory_bytes=2**30)
+    with socket.create_server(("", 0)) as other_run:
+        taken_port = other_run.getsockname()[1]
+        monkeypatch.setattr(launcher, "_DEFAULT_PORT", taken_port)
+        command_line = launcher.launcher(machine)
+    without_port, _, port = command_line.partition(" --master_port ")
+    assert port.isdigit()
+    assert int(port) != taken_port
+    assert launcher.launcher(machine) == without_port  # the default port is free again

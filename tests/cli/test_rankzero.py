@@ -2,6 +2,7 @@
 
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,7 +22,11 @@ class ProcessReplacedError(Exception):
 
 @pytest.fixture
 def rankzero_on(monkeypatch):
-    """A function that calls `rankzero` as if `gpus` were there; returns the command of execv."""
+    """A function that calls `rankzero` with arguments on a machine with `gpus` emulated GPUs.
+
+    It returns the command line that replaces the process (os.execv), or None if the verb itself was
+    run with these arguments.
+    """
 
     def call(gpus: int, *words: str, **environment: str) -> list[str] | None:
         devices = gpus_of(gpus)
@@ -38,14 +43,14 @@ def rankzero_on(monkeypatch):
             raise ProcessReplacedError
 
         monkeypatch.setattr(os, "execv", execv)
-        calls = []
-        verb = type("Verb", (), {"main": staticmethod(lambda: calls.append(list(sys.argv)))})
-        monkeypatch.setattr(rankzero, "import_module", lambda _: verb)
+        argv_of_verb: list[list[str]] = []
+        verb_module = SimpleNamespace(main=lambda: argv_of_verb.append(list(sys.argv)))
+        monkeypatch.setattr(rankzero, "import_module", lambda _: verb_module)
         try:
             rankzero.main()
         except ProcessReplacedError:
             return commands[0]
-        assert calls == [[f"rankzero {words[0]}", *words[1:]]]
+        assert argv_of_verb == [[f"rankzero {words[0]}", *words[1:]]]
         return None
 
     return call
@@ -63,7 +68,7 @@ def test_several_gpus_without_a_launcher_are_all_used(rankzero_on, capsys, verb)
     )
 
 
-def test_verbose_shows_the_lines_of_the_launcher(rankzero_on):
+def test_with_verbose_the_launcher_is_not_quiet(rankzero_on):
     command = rankzero_on(8, "train", "RUN.yaml", "--verbose")
     assert command[3:] == ["--module", "pipeline.cli.train", "RUN.yaml", "--verbose"]
 
@@ -83,13 +88,14 @@ def test_verbose_shows_the_lines_of_the_launcher(rankzero_on):
         (8, ["train", "RUN.yaml"], {"RANK": "0"}),  # incomplete: the verb refuses it
     ],
 )  # fmt: skip
-def test_with_one_gpu_a_launcher_or_another_verb_deepspeed_is_not_started(
+def test_deepspeed_is_not_started_for_one_device_under_a_launcher_or_for_a_single_process(
     rankzero_on, gpus, words, environment
 ):
     assert rankzero_on(gpus, *words, **environment) is None
 
 
 def write_scripts(monkeypatch, folder):
+    """Call `rankzero slurm FOLDER`."""
     monkeypatch.setattr(sys, "argv", ["rankzero slurm", str(folder)])
     slurm()
 

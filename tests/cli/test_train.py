@@ -1,4 +1,4 @@
-"""The documented commands on two CPU ranks, with DeepSpeed's launcher or in forks."""
+"""Whole runs of the commands on two CPU ranks: DeepSpeed's launcher, or forked processes."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def workspace(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run_file(workspace, tiny_model):
-    """A function that writes a run file of 2 epochs of 6 steps; `name` is also its run folder."""
+    """A function that writes NAME.yaml, a run file of 2 epochs of 6 steps with run folder NAME."""
 
     def write(name: str, **settings) -> Path:
         paths = {
@@ -74,12 +74,13 @@ def run_with_launcher(run_file: Path) -> tuple[int, str]:
     return process.returncode, process.stdout
 
 
-def two_ranks(run_file: Path, *more: str) -> Command:
-    return Command("launch/train.py", run_file, *more, ranks=2)
+def start_two_ranks(run_file: Path) -> Command:
+    return Command("launch/train.py", run_file, ranks=2)
 
 
-def train(run_file: Path, *more: str) -> tuple[int, str]:
-    return run("launch/train.py", run_file, *more, ranks=2)
+def train(run_file: Path, *overrides: str) -> tuple[int, str]:
+    """Exit code and output of a run on two ranks, after it has ended."""
+    return run("launch/train.py", run_file, *overrides, ranks=2)
 
 
 def status(folder: Path) -> dict:
@@ -101,8 +102,9 @@ def test_train_merge_score_report_and_start_again(run_file, workspace):
     assert status(folder)["state"] == "done"
     lines = read_metrics(folder / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
+    # On a CPU the peak is measured in the first two steps only.
     assert [line["peak_bytes"] is not None for line in steps[:3]] == [True, True, False]
-    for line in steps[:2]:  # measured, and predicted for these batches
+    for line in steps[:2]:
         assert line["predicted_bytes"] == pytest.approx(line["peak_bytes"], rel=0.1)
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
     evaluations = [line for line in lines if "eval_loss" in line]
@@ -111,11 +113,11 @@ def test_train_merge_score_report_and_start_again(run_file, workspace):
     assert all(len(line["eval_exact_match_interval"]) == 2 for line in evaluations)
     assert "step 12/12" in output
     assert output.count("step 12/12") == 1  # only rank 0 logs
-    tracked = json.loads((folder / "tracking/tensorboard.json").read_text())["steps"]
-    assert tracked == {"train": 12, "eval": 12}
+    last_sent_steps = json.loads((folder / "tracking/tensorboard.json").read_text())["steps"]
+    assert last_sent_steps == {"train": 12, "eval": 12}
     weights = load_file(folder / "adapter/adapter_model.safetensors")
     assert len(weights) == 2 * 2 * 7  # A and B of 7 linear layers in each of 2 blocks
-    assert all(w.any() for w in weights.values())
+    assert all(weight.any() for weight in weights.values())  # not zero: B was trained
     resolved = yaml.safe_load((folder / "run.yaml").read_text())
     assert (resolved["lora_r"], resolved["global_batch_size"]) == (4, 4)
     zero = json.loads((folder / "ds_config.json").read_text())["zero_optimization"]
@@ -145,7 +147,9 @@ def test_train_merge_score_report_and_start_again(run_file, workspace):
     assert (folder / "adapter/adapter_model.safetensors").read_bytes() == before
 
 
-def test_packs_train_every_token_once_and_score_like_training(run_file, workspace):
+def test_packed_training_uses_every_token_once_and_its_held_out_loss_equals_the_score(
+    run_file, workspace
+):
     """At ZeRO-3 with activation checkpointing."""
     keys = {"packing": True, "max_length": 256, "global_batch_size": 2, "epochs": 1}
     path, folder = run_file("packed", zero_stage=3, **keys), workspace / "packed"
@@ -153,10 +157,10 @@ def test_packs_train_every_token_once_and_score_like_training(run_file, workspac
     assert code == 0, output
     lines = read_metrics(folder / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
-    trained = json.loads((folder / "data/index.json").read_text())["train"]
-    assert len(steps) < trained["documents"] / 2
-    assert sum(line["tokens"] for line in steps) == trained["tokens"]
-    assert sum(line["supervised_tokens"] for line in steps) == trained["supervised_tokens"]
+    data = json.loads((folder / "data/index.json").read_text())["train"]
+    assert len(steps) < data["documents"] / 2  # without packing, a step has 2 documents
+    assert sum(line["tokens"] for line in steps) == data["tokens"]
+    assert sum(line["supervised_tokens"] for line in steps) == data["supervised_tokens"]
     for line in steps[:2]:
         assert line["predicted_bytes"] == pytest.approx(line["peak_bytes"], rel=0.1)
     # On an idle machine the share is less than 1 %; other load may delay the rank.
@@ -168,8 +172,8 @@ def test_packs_train_every_token_once_and_score_like_training(run_file, workspac
 
 
 def test_a_run_stopped_by_its_file_and_resumed_is_bitwise_equal(run_file, workspace, uninterrupted):
-    path, folder = run_file("touched", dataloader_num_workers=1), workspace / "touched"
-    with two_ranks(path) as command:
+    path, folder = run_file("stop-file", dataloader_num_workers=1), workspace / "stop-file"
+    with start_two_ranks(path) as command:
         wait_for_step(folder, 4, command)
         (folder / "stop").touch()
         assert_stopped(folder, *command.end())
@@ -179,7 +183,7 @@ def test_a_run_stopped_by_its_file_and_resumed_is_bitwise_equal(run_file, worksp
 
 def test_a_run_stopped_by_a_signal_and_resumed_is_bitwise_equal(run_file, workspace, uninterrupted):
     path, folder = run_file("signalled"), workspace / "signalled"
-    with two_ranks(path) as command:
+    with start_two_ranks(path) as command:
         wait_for_step(folder, 4, command)
         for pid in command.pids:
             os.kill(pid, signal.SIGTERM)
@@ -188,16 +192,18 @@ def test_a_run_stopped_by_a_signal_and_resumed_is_bitwise_equal(run_file, worksp
 
 
 def assert_stopped(folder: Path, code: int, output: str) -> None:
-    reported = status(folder)
-    assert (reported["state"], reported["exit_code"]) == ("stopped", 75), output
+    """Assert that a run was stopped (exit code 75) between steps 4 and 12, its last."""
+    final = status(folder)
+    assert (final["state"], final["exit_code"]) == ("stopped", 75), output
     assert code == 75, output
-    assert 4 <= reported["step"] < 12
+    assert 4 <= final["step"] < 12
     assert not (folder / "adapter").exists()
 
 
-def assert_resumed_as(uninterrupted: Path, run_file: Path, folder: Path, *changes: str) -> None:
+def assert_resumed_as(uninterrupted: Path, run_file: Path, folder: Path, *overrides: str) -> None:
+    """Resume a stopped run, and assert that adapter and losses equal those of `uninterrupted`."""
     step = status(folder)["step"]
-    code, output = train(run_file, *changes)
+    code, output = train(run_file, *overrides)
     assert code == 0, output
     assert f"resuming from step {step}" in output
     assert same_adapter(folder, uninterrupted)
@@ -210,13 +216,13 @@ def assert_resumed_as(uninterrupted: Path, run_file: Path, folder: Path, *change
 
 def test_a_killed_run_resumes_from_the_newest_intact_checkpoint(run_file, workspace, uninterrupted):
     path, folder = run_file("killed"), workspace / "killed"
-    with two_ranks(path) as command:
+    with start_two_ranks(path) as command:
         wait_for_step(folder, 8, command)  # after the checkpoints of steps 3 and 6
         command.kill()
-    assert status(folder)["state"] == "running"  # no process was left to change it
+    assert status(folder)["state"] == "running"  # the killed processes could not change it
     newest = max((folder / "checkpoints").glob("step-*"))
     weights = newest / "adapter.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])  # and the newest checkpoint is damaged
+    weights.write_bytes(weights.read_bytes()[:-1])  # damages the newest checkpoint
     code, output = train(path)
     assert code == 0, output
     assert f"{newest} is skipped: adapter.safetensors" in output
@@ -225,16 +231,16 @@ def test_a_killed_run_resumes_from_the_newest_intact_checkpoint(run_file, worksp
 
 
 def test_a_run_can_start_from_a_checkpoint_of_another_run(run_file, workspace, uninterrupted):
-    named = uninterrupted / "checkpoints/step-00000009"
-    path, folder = run_file("continued", resume=str(named)), workspace / "continued"
+    checkpoint = uninterrupted / "checkpoints/step-00000009"
+    path, folder = run_file("continued", resume=str(checkpoint)), workspace / "continued"
     code, output = train(path)
     assert code == 0, output
-    assert f"resuming from step 9 ({named})" in output
+    assert f"resuming from step 9 ({checkpoint})" in output
     assert same_adapter(folder, uninterrupted)
     state = json.loads((folder / "checkpoints/step-00000012/state.json").read_text())
-    assert state["origin"] == str(named)
+    assert state["origin"] == str(checkpoint)
     assert state["progress"]["step"] == state["schedule"]["total_steps"] == 12
-    assert state["progress"]["documents"] == 24
+    assert state["progress"]["documents"] == 24  # all, in the second epoch
 
 
 def test_the_best_adapter_is_exported_and_patience_ends_the_run(run_file, workspace):
@@ -253,7 +259,7 @@ def test_the_best_adapter_is_exported_and_patience_ends_the_run(run_file, worksp
     folder = workspace / "best"
     losses = [m["eval_loss"] for m in read_metrics(folder / "metrics.jsonl") if "eval_loss" in m]
     best = losses.index(min(losses)) + 1
-    assert len(losses) == best + 2 < 24  # it ended two evaluations later
+    assert len(losses) == best + 2 < 24  # patience 2; the run file has 24 steps
     assert f"early stop: no lower held-out loss since step {best}" in output
     assert f"adapter of step {best}:" in output
     code, output = run("launch/score.py", folder)
@@ -263,7 +269,7 @@ def test_the_best_adapter_is_exported_and_patience_ends_the_run(run_file, worksp
 
 
 @pytest.mark.parametrize(
-    ("change", "part"),
+    ("change", "fact"),
     [
         ({"lora_rnk": 8}, "lora_rnk: "),
         ({"global_batch_size": 3}, "2 or 4 would work"),
@@ -271,23 +277,24 @@ def test_the_best_adapter_is_exported_and_patience_ends_the_run(run_file, worksp
         ({"lora_target_modules": ["c_attn"]}, "'c_attn' matches no linear layer"),
     ],
 )
-def test_wrong_input_gives_one_message_from_two_ranks(run_file, workspace, change, part):
-    assert_refused_once(workspace, part, *train(run_file("wrong", **change)))
+def test_wrong_input_gives_one_message_from_two_ranks(run_file, workspace, change, fact):
+    assert_refused_once(workspace, fact, *train(run_file("wrong", **change)))
 
 
 def test_wrong_input_gives_one_message_with_the_launcher(run_file, workspace):
     assert_refused_once(workspace, "lora_rnk: ", *run_with_launcher(run_file("wrong", lora_rnk=8)))
 
 
-def assert_refused_once(workspace: Path, part: str, code: int, output: str) -> None:
+def assert_refused_once(workspace: Path, fact: str, code: int, output: str) -> None:
+    """Assert exit code 2 of the run `wrong`, and one message with this fact from all ranks."""
     assert code == 2, output
-    assert output.count(part) == 1, output
+    assert output.count(fact) == 1, output
     assert "Traceback" not in output
     assert not (workspace / "wrong").exists()
 
 
 def test_debug_needs_no_launcher_and_has_its_own_folder(run_file, workspace):
-    """Also for a run whose ranks share sequences in groups."""
+    """The run file is for sequence parallelism on two ranks; --debug runs in one process."""
     path = run_file("quick", load_in_4bit=True, sequence_parallel_size=2)
     code, output = run("launch/train.py", path, "--debug")
     assert code == 0, output
@@ -306,6 +313,7 @@ def wait_for_step(folder: Path, step: int, command: Command) -> None:
 
 
 def same_adapter(one: Path, other: Path) -> bool:
+    """Whether two run folders have bitwise equal adapters."""
     name = "adapter/adapter_model.safetensors"
     return (one / name).read_bytes() == (other / name).read_bytes()
 
@@ -322,10 +330,11 @@ def test_a_run_that_diverges_ends_with_its_checkpoints_untouched(run_file, works
     assert "Traceback" not in output
     assert not (folder / "adapter").exists()
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    assert all(json.loads(line, parse_constant=pytest.fail) for line in lines)  # no bare NaN
+    # Python writes NaN as NaN, which is not JSON; then parse_constant is called.
+    assert all(json.loads(line, parse_constant=pytest.fail) for line in lines)
     newest = max((folder / "checkpoints").glob("step-*"))
     saved = load_file(newest / "adapter.safetensors")
     assert all(tensor.isfinite().all() for tensor in saved.values())
     code, output = train(path)
-    assert f"resuming from step {int(newest.name[5:])} ({newest})" in output
+    assert f"resuming from step {int(newest.name.removeprefix('step-'))} ({newest})" in output
     assert code == 1, output

@@ -13,7 +13,7 @@ from tests.messages import assert_mentions
 
 pytestmark = pytest.mark.unit
 
-WITH_RUN_FILE = ("train", "plan", "prepare")  # preflight reports problems as findings
+WITH_RUN_FILE = ("train", "plan", "prepare")  # not preflight, which lists problems and goes on
 WITH_RUN_FOLDER = ("merge", "export", "publish", "score", "talk", "report", "track")
 
 
@@ -43,13 +43,12 @@ def run_file(tmp_path):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_missing_and_unknown_arguments_are_refused_by_name(refused_by, verb):
-    missing = "run_folder" if verb in WITH_RUN_FOLDER else "run_file"
-    others = {
+    names = {
         "plan": "RUN.yaml", "slurm": "folder", "convert": "config", "report": "run_folders",
         "merge": "run folder", "score": "RUN",
     }  # fmt: skip
-    missing = others.get(verb, missing)
-    assert_mentions(refused_by(verb), missing, "--help")
+    usual_name = "run_folder" if verb in WITH_RUN_FOLDER else "run_file"
+    assert_mentions(refused_by(verb), names.get(verb, usual_name), "--help")
     assert "key=value" not in refused_by(verb)  # overrides are optional
     assert_mentions(refused_by(verb, "x", "--nonsense"), "--nonsense")
 
@@ -67,6 +66,7 @@ def test_an_argument_that_is_not_an_override_is_refused(refused_by, run_file, ve
 
 
 @pytest.mark.parametrize("verb", WITH_RUN_FOLDER)
+# A file name may have at most 255 bytes.
 @pytest.mark.parametrize("name", ["nothing", ".", "/dev/null", "RUN.yaml", "n" * 300])
 def test_a_path_that_is_not_a_run_folder_is_refused(refused_by, run_file, verb, name):
     assert_mentions(refused_by(verb, name), name, "output_dir")
@@ -87,7 +87,7 @@ def test_a_run_without_an_adapter_is_refused(refused_by, tmp_path, verb):
         (["org/absent"], ["org/absent", "cache"]),
         (["adapter"], ["adapter", "output_dir of the run"]),
         (["model"], ["model", "--data"]),
-        (["lr=1"], ["run_folder", "--help"]),
+        (["lr=1"], ["run_folder", "--help"]),  # only a setting
         (["model", "--data", "x", "no_such=1"], ["no_such", "unknown setting"]),
         (["model", "--regex", "("], ["--regex", "("]),
         (["model", "--data", "x", "--out", "absent/x.json"], ["--out", "absent/x.json"]),
@@ -114,11 +114,13 @@ def test_a_score_without_usable_arguments_is_refused(
     ],
 )
 def test_an_invalid_number_is_refused_with_its_option(refused_by, verb, arguments):
+    """The longest is greater than any count can be; ² is a digit to Python's str.isdigit."""
     option, value = arguments
     assert_mentions(refused_by(verb, "x", f"{option}={value}"), option, value)
 
 
 def test_an_abbreviated_option_is_refused(refused_by, run_file):
+    # argparse would take --gpus as --gpus-per-node.
     assert_mentions(refused_by("plan", run_file, "--gpus", "3"), "--gpus")
 
 
