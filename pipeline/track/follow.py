@@ -14,12 +14,15 @@ from pipeline.track.lines import LineReader, parse_metrics
 from pipeline.track.trackers import TRACKERS, Tracker
 
 logger = logging.getLogger(__name__)
-_POLL_S = 1.0
+_POLL_S = 1.0  # interval at which metrics.jsonl is read during training
 
 
 @dataclass
 class SentRecord:
-    """RUN/tracking/NAME.json: the run's id in the tracker, and the data that was sent to it."""
+    """RUN/tracking/NAME.json: which data of a run the tracker NAME has received.
+
+    `run_id`: the run's id in the tracker; None before its first start.
+    """
 
     path: Path
     run_id: str | None = None
@@ -96,7 +99,8 @@ def _send_results(tracker: Tracker, facts: RunFacts, sent: SentRecord) -> None:
             for name, value in numbers.items()
             if isinstance(value, int | float)  # intervals are lists
         }
-        tracker.log(metrics, max(sent.steps.values(), default=0))
+        last_step = max(sent.steps.values(), default=0)  # score.json has no step
+        tracker.log(metrics, last_step)
         if "answers" in facts.uploads and scores["answers"]:
             rows = [
                 {column: str(value) for column, value in answer.items()}

@@ -1,4 +1,4 @@
-"""Reader of a metrics.jsonl that may still be written: one JSON object in each line, for a step."""
+"""Reader of metrics.jsonl while training writes it. Each line is a JSON object about one step."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,10 @@ from typing import Any
 
 
 class LineReader:
-    """Reader that returns each complete line once.
+    """Reader that returns each complete line once, as a dict.
 
-    If the file was replaced or shortened since the last call, it is read from its start.
+    If the file was replaced (it has another inode) or shortened since the last call, it is read
+    from its start.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,11 +40,11 @@ class LineReader:
 
 
 def parse_metrics(line: dict[str, Any]) -> tuple[str, dict[str, float]]:
-    """The kind of a line, `train` or `eval`, and its numbers with names such as `train/loss`."""
+    """The kind of a line, `train` or `eval`, and its metrics under names such as `train/loss`."""
     kind = "eval" if "eval_loss" in line else "train"
-    numbers = {
+    metrics = {
         f"{kind}/{name.removeprefix('eval_')}": float(value)
         for name, value in line.items()
         if name != "step" and isinstance(value, bool | int | float)
     }
-    return kind, numbers
+    return kind, metrics

@@ -1,4 +1,4 @@
-"""TrackerProcesses: one process for each tracker of a run, so that training never waits for it."""
+"""TrackerProcesses: one process for each tracker of a run, so that training waits for none."""
 
 import logging
 import os
@@ -18,9 +18,9 @@ from pipeline.track.lines import LineReader, parse_metrics
 
 logger = logging.getLogger(__name__)
 FINAL_SEND_S = 30.0  # time to send the remaining data at the end of a run
-# Environment variables that every tracker process gets. It also gets the variables of its tracker,
-# which have one of the prefixes below. All others may be secrets of other programs.
-_VARIABLES = {
+# Environment variables that every tracker process gets. The process also gets the variables of its
+# tracker, which have one of the prefixes below. All others may be secrets of other programs.
+_COMMON_VARIABLES = {
     "PATH", "HOME", "USER", "TMPDIR", "LANG", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR",
     "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY",
     "http_proxy", "https_proxy", "no_proxy", "all_proxy", "PYTHONPATH", "VIRTUAL_ENV",
@@ -37,7 +37,8 @@ _PREFIXES = {
 class TrackerProcesses:
     """The tracker processes of a run, as a context manager for rank 0.
 
-    At its end the context waits at most 30 s, until the processes have sent the remaining data.
+    At the end of the context, the processes have 30 s (FINAL_SEND_S) to send the remaining data.
+    Then they are killed.
     """
 
     def __init__(self) -> None:
@@ -51,6 +52,7 @@ class TrackerProcesses:
         """Start one process for each tracker of the run in this folder."""
         self._folder = folder
         for name in trackers:
+            # -P: the working directory is not searched for modules.
             command = [sys.executable, "-P", "-m", "pipeline.cli.track", str(folder)]
             self._processes[name] = subprocess.Popen(
                 [*command, "--tracker", name, "--follow"],
@@ -61,7 +63,7 @@ class TrackerProcesses:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
@@ -102,5 +104,7 @@ def tracker_environment(name: str, env: Mapping[str, str]) -> dict[str, str]:
     """Environment of a tracker process: the variables it needs, without other programs' secrets."""
     prefixes = ("LC_", *_PREFIXES[name])
     return {
-        key: value for key, value in env.items() if key in _VARIABLES or key.startswith(prefixes)
+        key: value
+        for key, value in env.items()
+        if key in _COMMON_VARIABLES or key.startswith(prefixes)
     }

@@ -18,14 +18,15 @@ Table = Sequence[Mapping[str, str]]
 # with a step below the last one, and a resumed run sends such points.
 STEP_METRIC = "train/step"
 _MLFLOW_BATCH = 100  # parameters; MLflow refuses more in one call
+_MLFLOW_MAX_LENGTH = 6000  # characters of a parameter's value; MLflow refuses more
 
 
 class Tracker(ABC):
-    """A run in one tracker. `run_id`: the id from an earlier start; None if there was none."""
+    """A run in one tracker."""
 
     @abstractmethod
     def __init__(self, facts: RunFacts, run_id: str | None) -> None:
-        """Create the run, or continue it."""
+        """Create the run, or continue the one with the id that an earlier start got."""
 
     @property
     @abstractmethod
@@ -65,6 +66,7 @@ class Wandb(Tracker):
             resume="allow" if run_id else None,
             config=dict(facts.config),
             dir=str(facts.local_folder),
+            # Nothing about this machine, its user, code, packages and command line is sent.
             settings=wandb.Settings(
                 console="off", silent=True, save_code=False, disable_code=True, disable_git=True,
                 disable_job_creation=True, x_disable_meta=True, x_disable_stats=True,
@@ -165,8 +167,9 @@ class Mlflow(Tracker):
         tags = [RunTag("group", facts.group)] if facts.group else []
         run = self._client.create_run(experiment_id, run_name=facts.name)
         self._id = run.info.run_id
-        max_length = 6000  # characters of a parameter's value
-        params = [Param(name, str(value)[:max_length]) for name, value in facts.config.items()]
+        params = [
+            Param(name, str(value)[:_MLFLOW_MAX_LENGTH]) for name, value in facts.config.items()
+        ]
         self._client.log_batch(self._id, tags=tags)
         for start in range(0, len(params), _MLFLOW_BATCH):
             self._client.log_batch(self._id, params=params[start : start + _MLFLOW_BATCH])
@@ -176,8 +179,8 @@ class Mlflow(Tracker):
         return str(self._id)
 
     def log(self, metrics: Metrics, step: int) -> None:
-        now = int(time.time() * 1000)
-        values = [self._metric(name, value, now, step) for name, value in metrics.items()]
+        now_ms = int(time.time() * 1000)
+        values = [self._metric(name, value, now_ms, step) for name, value in metrics.items()]
         self._client.log_batch(self._id, metrics=values)
 
     def table(self, name: str, rows: Table) -> None:
