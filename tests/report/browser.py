@@ -18,16 +18,20 @@ CHROMIUM = next((path for name in _NAMES if (path := shutil.which(name))), None)
 _FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run",
     "--disable-extensions", "--disable-background-networking", "--remote-debugging-pipe",
-    "--host-resolver-rules=MAP * ~NOTFOUND",
+    "--host-resolver-rules=MAP * ~NOTFOUND",  # no host is found, so nothing outside is reached
 )  # fmt: skip
 
 
 class Browser:
-    """One page of a Chromium. `errors`: exceptions and console errors. `requests`: loaded URLs."""
+    """One page of a Chromium.
 
-    def __init__(self, commands: int, messages: int) -> None:
-        self._commands, self._messages = commands, os.fdopen(messages, "rb")
-        self._number, self._session = 0, ""
+    `errors`: exceptions and console errors since `open`. `requests`: URLs requested since `open`.
+    """
+
+    def __init__(self, commands_fd: int, messages_fd: int) -> None:
+        """`commands_fd`, `messages_fd`: descriptors to write commands to and read messages from."""
+        self._commands_fd, self._messages = commands_fd, os.fdopen(messages_fd, "rb")
+        self._last_id, self._session = 0, ""
         self._events: list[dict[str, Any]] = []
         self.errors: list[str] = []
         self.requests: list[str] = []
@@ -58,9 +62,9 @@ class Browser:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
-    def screenshot(self, path: Path, *, is_whole: bool = True) -> None:
-        """Write the page as a PNG."""
-        data = self.send("Page.captureScreenshot", captureBeyondViewport=is_whole)["data"]
+    def screenshot(self, path: Path) -> None:
+        """Write the whole page as a PNG."""
+        data = self.send("Page.captureScreenshot", captureBeyondViewport=True)["data"]
         path.write_bytes(base64.b64decode(data))
 
     def print_pdf(self, path: Path) -> None:
@@ -68,16 +72,19 @@ class Browser:
         data = self.send("Page.printToPDF", printBackground=False)["data"]
         path.write_bytes(base64.b64decode(data))
 
-    def mouse(self, kind: str, x: float, y: float, clicks: int = 0) -> None:
-        """Send a mouse event: mouseMoved, mousePressed or mouseReleased."""
-        button = "none" if kind == "mouseMoved" and not clicks else "left"
+    def mouse(self, event: str, x: float, y: float, clicks: int = 0) -> None:
+        """Send a mouse event: mouseMoved, mousePressed or mouseReleased.
+
+        `clicks`: 1 while the left button is pressed.
+        """
+        button = "none" if event == "mouseMoved" and not clicks else "left"
         self.send(
             "Input.dispatchMouseEvent",
-            type=kind, x=x, y=y, button=button, buttons=int(bool(clicks)), clickCount=clicks,
+            type=event, x=x, y=y, button=button, buttons=int(bool(clicks)), clickCount=clicks,
         )  # fmt: skip
 
     def wait_for(self, method: str) -> dict[str, Any]:
-        """The next event of this kind."""
+        """Wait for the next event with this name."""
         while True:
             for i, event in enumerate(self._events):
                 if event["method"] == method:
@@ -87,18 +94,19 @@ class Browser:
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Call a method of the protocol and return its result."""
-        self._number += 1
-        message = {"id": self._number, "method": method, "params": parameters}
+        self._last_id += 1
+        message = {"id": self._last_id, "method": method, "params": parameters}
         if self._session:
             message["sessionId"] = self._session
-        os.write(self._commands, json.dumps(message).encode() + b"\0")
+        os.write(self._commands_fd, json.dumps(message).encode() + b"\0")
         while True:
             answer = self._receive()
-            if answer.get("id") == self._number:
+            if answer.get("id") == self._last_id:
                 assert "error" not in answer, answer
                 return answer["result"]
 
     def _receive(self) -> dict[str, Any]:
+        """Read one message, which ends with a zero byte. An event is stored."""
         data = bytearray()
         while (byte := self._messages.read(1)) != b"\0":
             assert byte, "Chromium has ended"
@@ -110,6 +118,7 @@ class Browser:
         return message
 
     def _record(self, method: str, parameters: dict[str, Any]) -> None:
+        """Add an event to `errors` or `requests` if it is one of these."""
         if method == "Runtime.exceptionThrown":
             self.errors.append(str(parameters["exceptionDetails"]))
         elif method == "Log.entryAdded" and parameters["entry"]["level"] == "error":

@@ -1,4 +1,4 @@
-"""Run folders for tests of the report, written without training anything."""
+"""Run folders for tests of the report. Their files are written here; nothing is trained."""
 
 import json
 import math
@@ -12,7 +12,14 @@ from tokenizers.models import WordLevel
 GIB = 2**30
 
 
+WRONG_ANSWER = 4  # index of the only answer of adapter and merged model that is wrong
+
+
 def answer(index: int) -> dict[str, str]:
+    """An answer in score.json: prompt, expected answer, and the answers of the three models.
+
+    The base answers in prose, which is always wrong.
+    """
     order = {
         "item": ["croissant", "rye loaf", "cheesecake"][index % 3],
         "count": index + 2,
@@ -22,7 +29,7 @@ def answer(index: int) -> dict[str, str]:
         "delivery": index % 2 == 0,
     }
     expected = json.dumps(order)
-    wrong = json.dumps(order | {"count": 1}) if index == 4 else expected
+    trained = json.dumps(order | {"count": 1}) if index == WRONG_ANSWER else expected
     base = (
         f"Sure! Here is the order you asked for:\n\n- {order['item']} x {order['count']}\n"
         "- day: Saturday\n\nLet me know if you need anything else."
@@ -35,40 +42,45 @@ def answer(index: int) -> dict[str, str]:
         "prompt": prompt,
         "expected": expected,
         "base": base,
-        "adapter": wrong,
-        "merged": wrong,
+        "adapter": trained,
+        "merged": trained,
     }
 
 
+EVAL_LOSSES = {27: 0.412, 54: 0.133, 80: 0.0874}  # by step
+
+
 def metrics(num_steps: int = 80) -> list[dict[str, object]]:
+    """Lines of metrics.jsonl with plausible values: the loss falls from 2.7 to 0.1, with noise."""
     lines: list[dict[str, object]] = []
     for step in range(1, num_steps + 1):
-        wiggle = math.sin(7.3 * step) * math.cos(3.1 * step)
+        noise = math.sin(7.3 * step) * math.cos(3.1 * step)  # repeatable, unlike random numbers
         lines.append(
             {
                 "step": step,
                 "epoch": step / num_steps,
-                "loss": 0.05 + 2.6 * math.exp(-step / 14) + 0.5 * math.exp(-step / 30) * wiggle,
+                "loss": 0.05 + 2.6 * math.exp(-step / 14) + 0.5 * math.exp(-step / 30) * noise,
                 "lr": 1e-3 * min(1, step / 3) * 0.5 * (1 + math.cos(math.pi * step / num_steps)),
-                "grad_norm": 0.3 + 2 * math.exp(-step / 10) + 0.1 * abs(wiggle),
+                "grad_norm": 0.3 + 2 * math.exp(-step / 10) + 0.1 * abs(noise),
                 "tokens": 1400,
                 "supervised_tokens": 520,
-                "tokens_per_second": 640 + 45 * wiggle,
+                "tokens_per_second": 640 + 45 * noise,
                 "step_seconds": 2.1875,
                 "peak_bytes": int((1.31 + 0.02 * (step > 2)) * GIB),
                 "predicted_bytes": int(1.316 * GIB),
             }
         )
-        if step in (27, 54, 80):
-            lines.append({"step": step, "eval_loss": {27: 0.412, 54: 0.133, 80: 0.0874}[step]})
+        if step in EVAL_LOSSES:
+            lines.append({"step": step, "eval_loss": EVAL_LOSSES[step]})
     return lines
 
 
 # Characters with a meaning in HTML, JavaScript or a terminal.
-NASTY = "<script>alert(1)</script> <b>&amp; \"' </style> <!-- ]]> ` \u202e \u2028 ü 界"
+HOSTILE_TEXT = "<script>alert(1)</script> <b>&amp; \"' </style> <!-- ]]> ` \u202e \u2028 ü 界"
 SPIKE = 1e4  # the highest loss of `write_long_metrics`
-STATE = {"versions": {"rankzero": "0.2", "torch": "2.13.0+cpu"}}
+CHECKPOINT_STATE = {"versions": {"rankzero": "0.2", "torch": "2.13.0+cpu"}}
 
+# Path in the run folder -> content. metrics.jsonl and the files with other formats are not here.
 FILES: dict[str, object] = {
     "run.yaml": {
         "model": "models/SmolLM2-135M-Instruct",
@@ -227,6 +239,7 @@ FILES: dict[str, object] = {
 
 
 def build_run(folder: Path, *, without: tuple[str, ...] = ()) -> Path:
+    """Write a complete run folder, or one without the named files; return the folder."""
     for name, content in FILES.items():
         if name not in without:
             path = folder / name
@@ -234,24 +247,30 @@ def build_run(folder: Path, *, without: tuple[str, ...] = ()) -> Path:
             as_text = yaml.safe_dump if name.endswith(".yaml") else json.dumps
             path.write_text(as_text(content), encoding="utf-8")
     if "data/audit.json" not in without:
-        lines = [{"file": "orders.jsonl", "line": n, "reason": "answer is empty"} for n in (7, 9)]
-        rejects = "".join(json.dumps(line) + "\n" for line in lines)
-        (folder / "data" / "rejects.jsonl").write_text(rejects + "{", encoding="utf-8")
+        rejects = [
+            {"file": "orders.jsonl", "line": line, "reason": "answer is empty"} for line in (7, 9)
+        ]
+        text = "".join(json.dumps(reject) + "\n" for reject in rejects)
+        incomplete_line = "{"
+        (folder / "data/rejects.jsonl").write_text(text + incomplete_line, encoding="utf-8")
     if "metrics.jsonl" not in without:
         write_metrics(folder, metrics())
     checkpoint = folder / "checkpoints/step-00000080"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text(json.dumps(STATE), encoding="utf-8")
+    (checkpoint / "state.json").write_text(json.dumps(CHECKPOINT_STATE), encoding="utf-8")
     return folder
 
 
 def build_failed_run(folder: Path) -> Path:
-    """A run that was resumed, skipped steps, and failed half-way with a loss that is not finite."""
+    """A run that resumed at step 30, skipped steps 21 to 23, and failed at step 44.
+
+    The loss of step 44 is not finite. metrics.jsonl ends with an incomplete line.
+    """
     build_run(folder, without=("score.json",))
-    lines = metrics()[:45]
+    lines = metrics()[:45]  # steps 1 to 44, and the evaluation of step 27
     for line in lines[20:23]:
         line["was_applied"] = False
-    lines[-1]["loss"] = None  # a loss that was not finite, as MetricsFile writes it
+    lines[-1]["loss"] = None  # a loss that is not finite is written as null
     write_metrics(folder, lines, end='\n{"step": 46, "lo')
     status = FILES["status.json"] | {
         "state": "failed", "exit_code": 1, "step": 44, "first_step": 30,
@@ -274,43 +293,57 @@ def build_long_run(folder: Path) -> Path:
     return folder
 
 
-def build_nasty_run(parent: Path) -> Path:
-    """A run in which every name and text is NASTY."""
-    folder = build_run(parent / NASTY.replace("/", "|"))
+def build_hostile_run(parent: Path) -> Path:
+    """A run in which the name and every text is HOSTILE_TEXT."""
+    folder = build_run(parent / HOSTILE_TEXT.replace("/", "|"))
     for name, content in FILES.items():
         as_text = yaml.safe_dump if name.endswith(".yaml") else json.dumps
-        nasty = _with_nasty_texts(content, "source" if name == "plan.json" else "")
-        (folder / name).write_text(as_text(nasty), encoding="utf-8")
-    reject = json.dumps({"file": NASTY, "line": 1, "reason": NASTY})
+        hostile = _with_hostile_texts(content, "source" if name == "plan.json" else "")
+        (folder / name).write_text(as_text(hostile), encoding="utf-8")
+    reject = json.dumps({"file": HOSTILE_TEXT, "line": 1, "reason": HOSTILE_TEXT})
     (folder / "data/rejects.jsonl").write_text(reject + "\n", encoding="utf-8")
     return folder
 
 
-def _with_nasty_texts(value: object, link_key: str = "", key: str = "") -> object:
-    """The value with its texts replaced, and with a script as the target of links."""
+def _with_hostile_texts(value: object, link_key: str = "", key: str = "") -> object:
+    """The value with its texts replaced by HOSTILE_TEXT, except those that have fixed values.
+
+    `key`: key of the value. `link_key`: key of the texts that are shown as links; they become a
+    script.
+    """
     if isinstance(value, dict):
-        return {k: _with_nasty_texts(v, link_key, str(k)) for k, v in value.items()}
+        return {
+            name: _with_hostile_texts(item, link_key, str(name)) for name, item in value.items()
+        }
     if isinstance(value, list):
-        return [_with_nasty_texts(item, link_key, key) for item in value]
+        return [_with_hostile_texts(item, link_key, key) for item in value]
     if not isinstance(value, str) or key in ("state", "started", "ended", "level"):
         return value
-    return "javascript:alert(1)" if key == link_key else NASTY
+    return "javascript:alert(1)" if key == link_key else HOSTILE_TEXT
 
 
 def write_long_metrics(folder: Path, num_steps: int) -> None:
-    """Metrics of many steps, with one spike of the loss."""
-    lines = [line for line in metrics() if "loss" in line]
-    texts = [json.dumps(line).partition(",")[2] for line in lines]
-    rows = [f'{{"step": {i},{texts[i % len(texts)]}' for i in range(1, num_steps + 1)]
-    rows[num_steps // 3] = json.dumps({"step": num_steps // 3 + 1, "loss": SPIKE})
-    rows += [json.dumps({"step": i, "eval_loss": 1 / i}) for i in range(500, num_steps, 500)]
-    (folder / "metrics.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    """Write metrics.jsonl with many steps, one spike of the loss, and an evaluation in 500 steps.
+
+    The lines of `metrics` are repeated with other steps.
+    """
+    records = [record for record in metrics() if "loss" in record]
+    after_step = [json.dumps(record).partition(",")[2] for record in records]
+    lines = [
+        f'{{"step": {step},{after_step[step % len(after_step)]}' for step in range(1, num_steps + 1)
+    ]
+    lines[num_steps // 3] = json.dumps({"step": num_steps // 3 + 1, "loss": SPIKE})
+    lines += [
+        json.dumps({"step": step, "eval_loss": 1 / step}) for step in range(500, num_steps, 500)
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def write_split(data_dir: Path, documents: list[list[int]], supervised: list[list[int]]) -> None:
-    """Write a prepared split in which each document is a sequence.
+    """Write a prepared training split in which each document is a sequence, and its index.json.
 
-    `supervised` has the offsets of the supervised tokens in each document.
+    `documents`: token ids of each document. `supervised`: offsets of the supervised tokens in each
+    document.
     """
     folder = data_dir / "train-key"
     folder.mkdir(parents=True)
@@ -320,13 +353,13 @@ def write_split(data_dir: Path, documents: list[list[int]], supervised: list[lis
         for ids, offsets in zip(documents, supervised, strict=True)
     ]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    number = np.arange(len(documents), dtype=np.int64)
+    document_numbers = np.arange(len(documents), dtype=np.int64)
     columns = {
         "ids": np.concatenate(documents).astype(np.int32),
         "supervised": np.concatenate(masks),
         "offsets": offsets,
         "counts": np.array(counts),
-        "sequence_documents": number,
+        "sequence_documents": document_numbers,
         "sequence_offsets": np.arange(len(documents) + 1),
         "sequence_tokens": np.array(lengths),
         "sequence_squares": np.array(lengths) ** 2,
@@ -346,6 +379,7 @@ def write_split(data_dir: Path, documents: list[list[int]], supervised: list[lis
 
 
 def write_metrics(folder: Path, lines: list[dict[str, object]], end: str = "\n") -> None:
+    """Write metrics.jsonl; `end` comes after the last line."""
     text = "\n".join(json.dumps(line) for line in lines) + end
     (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
 

@@ -21,9 +21,9 @@ from tests.messages import assert_mentions, refused
 from tests.report.folders import (
     FILES,
     GIB,
-    NASTY,
+    HOSTILE_TEXT,
     SPIKE,
-    build_nasty_run,
+    build_hostile_run,
     build_run,
     metrics,
     write_long_metrics,
@@ -34,49 +34,55 @@ from tests.report.folders import (
 
 pytestmark = pytest.mark.unit
 
-VOID = {"meta", "br", "hr", "img", "input", "link", "rect"}
+VOID_TAGS = {"meta", "br", "hr", "img", "input", "link", "rect"}  # without an end tag
 
 
 class Page(HTMLParser):
-    """Text, tags and curves of a page; asserts that its elements are nested and closed."""
+    """Parser of a page, which asserts that its elements are nested and closed.
+
+    `tags`: each start tag with its attributes.
+    """
 
     def __init__(self, html: str) -> None:
         super().__init__()
-        self.open: list[str] = []
+        self.open_tags: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.data = ""
+        self.texts: list[str] = []
+        self.curves_json = ""
         self.feed(html)
         self.close()
-        assert self.open == []
+        assert self.open_tags == []
 
     @property
     def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
+        """The visible text, with single spaces."""
+        return " ".join(" ".join(self.texts).split())
 
     @property
     def curves(self) -> dict:
-        return json.loads(self.data)
+        """The data of the charts (`curves.page_data`)."""
+        return json.loads(self.curves_json)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
+        if tag not in VOID_TAGS:
+            self.open_tags.append(tag)
 
     def handle_startendtag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+        assert self.open_tags.pop() == tag
 
     def handle_data(self, data):
         if self.tags[-1:] == [("script", {"type": "application/json", "id": "curves"})]:
-            self.data += data
-        if not self.open or self.open[-1] not in ("style", "script"):
-            self.words.append(data)
+            self.curves_json += data
+        if not self.open_tags or self.open_tags[-1] not in ("style", "script"):
+            self.texts.append(data)
 
 
 def read_page(folder: Path) -> Page:
+    """Write and parse the report of a run folder."""
     return Page(write_report(folder).read_text(encoding="utf-8"))
 
 
@@ -86,6 +92,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_the_page_shows_every_file_of_the_run_folder(run):
+    """The texts are values of tests/report/folders.py, in the order of the page's sections."""
     text = read_page(run).text
     for expected in (
         "SmolLM2-135M-Instruct", "done", "node-17", "80 of 80", "3 min 41 s",  # headline
@@ -121,7 +128,8 @@ def test_each_choice_of_the_plan_has_its_value(run):
 
 def test_every_answer_is_marked_right_or_wrong(run):
     text = read_page(run).text
-    assert text.count("✗ wrong") == 9 + 2  # every base answer; the fifth of adapter and merged
+    # Of 9 answers, all of the base and one each of adapter and merged model are wrong.
+    assert text.count("✗ wrong") == 9 + 1 + 1
     assert text.count("✓ right") == 8 + 8
 
 
@@ -136,19 +144,20 @@ def test_the_page_loads_nothing_and_allows_only_its_own_scripts_and_style(run):
     assert "@import" not in html
     assert "url(" not in html
     policy = next(a["content"] for _, a in page.tags if "Policy" in str(a.get("http-equiv")))
-    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
-    assert rules["default-src"] == "'none'"
-    assert set(rules) == {"default-src", "script-src", "style-src", "base-uri", "form-action"}
+    directives = dict(directive.strip().split(" ", 1) for directive in policy.split(";"))
+    assert directives["default-src"] == "'none'"
+    names = {"default-src", "script-src", "style-src", "base-uri", "form-action"}
+    assert set(directives) == names
     blocks = {
         "script-src": re.findall(r"<script>(.*?)</script>", html, re.DOTALL),
         "style-src": re.findall(r"<style>(.*?)</style>", html, re.DOTALL),
     }
     for name, sources in blocks.items():
         hashes = (base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in sources)
-        assert rules[name].split() == [f"'sha256-{digest}'" for digest in hashes]
+        assert directives[name].split() == [f"'sha256-{digest}'" for digest in hashes]
 
 
-def test_ids_are_unique_and_every_chart_has_its_place(run):
+def test_ids_are_unique_and_every_chart_has_its_element(run):
     page = read_page(run)
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -157,9 +166,9 @@ def test_ids_are_unique_and_every_chart_has_its_place(run):
 
 
 def test_text_of_a_run_is_shown_and_never_becomes_markup(tmp_path):
-    run = build_nasty_run(tmp_path)
+    run = build_hostile_run(tmp_path)
     page = read_page(run)
-    assert page.text.count(" ".join(NASTY.split())) >= 10
+    assert page.text.count(" ".join(HOSTILE_TEXT.split())) >= 10
     tags = [tag for tag, _ in page.tags]
     assert tags.count("script") == 3  # data, uPlot, charts.js
     assert "a" not in tags  # a javascript: source is no link
@@ -172,8 +181,8 @@ def test_text_of_a_run_is_shown_and_never_becomes_markup(tmp_path):
 @pytest.mark.parametrize("missing", [*FILES, "metrics.jsonl"])
 def test_a_missing_file_is_named_and_the_rest_is_shown(tmp_path, missing):
     text = read_page(build_run(tmp_path, without=(missing,))).text
-    note = "Not scored yet" if missing == "score.json" else f"{missing} is not in the run folder."
-    assert note in text
+    usual_message = f"{missing} is not in the run folder."
+    assert ("Not scored yet" if missing == "score.json" else usual_message) in text
     assert "SmolLM2-135M-Instruct" in text
 
 
@@ -185,9 +194,9 @@ def test_an_unreadable_file_is_named(run, broken):
 
 def test_values_of_unexpected_types_do_not_break_the_page(run):
     for name, content in FILES.items():
-        odd = {key: [1, {"deep": None}] for key in content}
-        (run / name).write_text(json.dumps(odd), encoding="utf-8")
-    read_page(run)
+        unexpected = {key: [1, {"deep": None}] for key in content}
+        (run / name).write_text(json.dumps(unexpected), encoding="utf-8")
+    read_page(run)  # raises no error
 
 
 def test_status_alone_is_enough(tmp_path):
@@ -213,16 +222,17 @@ def test_an_incomplete_last_line_is_ignored(run):
 
 
 def test_after_a_resume_later_records_replace_earlier_ones(run):
-    later = [{"step": step, "loss": 100.0 + step} for step in (6, 7)]
-    first = [*metrics(10), {"step": 9, "eval_loss": 5.0}, {"step": 5, "eval_loss": 4.0}]
-    write_metrics(run, [*first, *later])
-    found = read_run_folder(run)
-    steps, losses = found.measured("loss")
-    assert (steps, losses[-2:]) == ([1, 2, 3, 4, 5, 6, 7], [106.0, 107.0])
-    assert found.held_out() == ([5], [4.0])
+    before = [*metrics(10), {"step": 9, "eval_loss": 5.0}, {"step": 5, "eval_loss": 4.0}]
+    resumed_at_5 = [{"step": step, "loss": 100.0 + step} for step in (6, 7)]
+    write_metrics(run, [*before, *resumed_at_5])
+    records = read_run_folder(run)
+    steps, losses = records.measured("loss")
+    assert steps == [1, 2, 3, 4, 5, 6, 7]
+    assert losses[-2:] == [106.0, 107.0]
+    assert records.held_out() == ([5], [4.0])
 
 
-def test_a_memory_prediction_that_is_off_is_pointed_out(run):
+def test_a_memory_prediction_with_an_error_above_10_percent_is_marked(run):
     assert "more than 10 %" not in read_page(run).text
     sizes = {"peak_bytes": 2 * GIB, "predicted_bytes": int(1.316 * GIB)}
     write_metrics(run, [{"step": 1, "loss": 1.0, **sizes}])
@@ -232,9 +242,10 @@ def test_a_memory_prediction_that_is_off_is_pointed_out(run):
 
 
 def test_documents_are_shown_with_their_supervised_text_marked(run):
-    write_split(run / "data", [[5, 6, 7, 8, 9, 10], [11, 12]], [[2, 3], [1]])
+    documents, supervised_offsets = [[5, 6, 7, 8, 9, 10], [11, 12]], [[2, 3], [1]]
+    write_split(run / "data", documents, supervised_offsets)
     assert "No tokenizer.json" in read_page(run).text
-    write_tokenizer(run / "adapter")
+    write_tokenizer(run / "adapter")  # token 7 is the word w<7>&
     html = write_report(run).read_text(encoding="utf-8")
     marked = [unescape(text).split() for text in re.findall("<mark>(.*?)</mark>", html)]
     assert marked == [["w<7>&", "w<8>&"], ["w<12>&"]]
@@ -243,7 +254,7 @@ def test_documents_are_shown_with_their_supervised_text_marked(run):
     assert "w<5>& w<6>& w<7>& w<8>& w<9>& w<10>&" in text
 
 
-def test_a_run_that_says_running_but_has_ended_is_shown_as_dead(run):
+def test_a_running_state_with_an_old_heartbeat_is_shown_as_dead(run):
     status = FILES["status.json"] | {"state": "running", "machine": "another", "heartbeat": 1e9}
     (run / "status.json").write_text(json.dumps(status), encoding="utf-8")
     assert_mentions(read_page(run).text, "2001-09-09", "has ended", "to resume")
@@ -251,12 +262,12 @@ def test_a_run_that_says_running_but_has_ended_is_shown_as_dead(run):
 
 def test_100_000_steps_make_a_small_page(run, capsys):
     write_long_metrics(run, 100_000)
-    start, cpu = time.perf_counter(), time.process_time()
+    start, cpu_start = time.perf_counter(), time.process_time()
     size = write_report(run).stat().st_size
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-    with capsys.disabled():
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    with capsys.disabled():  # a measurement for the reader of the test's output
         print(f"\n100,000 steps: {size:,} bytes, {seconds:.2f} s, {cpu_seconds:.2f} s of CPU")  # noqa: T201
-    assert size < 5_000_000
+    assert size < 5_000_000  # bytes
     page = Page((run / "report.html").read_text(encoding="utf-8"))
     assert "thinned to at most 4,000 points" in page.text
     series = [series for chart in page.curves["charts"] for series in chart["series"]]
@@ -296,11 +307,12 @@ def test_the_script_needs_no_torch(run):
     )
     subprocess.run([sys.executable, "-c", code, str(run)], check=True, timeout=60)
     script = [sys.executable, "launch/report.py"]
+    not_a_run = run.parent
     done, failed = (
         subprocess.run(
             [*script, str(folder)], check=False, capture_output=True, text=True, timeout=60
         )
-        for folder in (run, run.parent)
+        for folder in (run, not_a_run)
     )
     assert (done.returncode, done.stdout) == (0, f"{run / 'report.html'}\n"), done.stderr
     assert failed.returncode == 2

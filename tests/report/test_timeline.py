@@ -27,6 +27,7 @@ def test_starts_ends_and_skipped_steps_are_events(tmp_path):
 
 
 def test_a_run_killed_at_once_ends_with_its_last_heartbeat(tmp_path):
+    # Times are seconds since 1970. The process is on another machine, so only its heartbeat counts.
     status = {"state": "running", "machine": "x", "started": 0, "heartbeat": 120.0, "step": 7}
     (tmp_path / "status.json").write_text(json.dumps(status), encoding="utf-8")
     run = read_run_folder(tmp_path)
@@ -34,10 +35,11 @@ def test_a_run_killed_at_once_ends_with_its_last_heartbeat(tmp_path):
 
 
 def test_wall_time_is_the_sum_over_all_starts(tmp_path):
+    # 09:12:00 to 09:14:00, and 09:14:00 to 09:15:41
     assert wall_seconds(read_run_folder(build_run(tmp_path))) == 120 + 101
 
 
-def test_a_status_of_an_earlier_version_has_the_last_start_only(tmp_path):
+def test_the_time_line_of_a_status_without_earlier_starts_has_the_last_start(tmp_path):
     status = {"state": "done", "step": 9, "started": 0, "ended": 60, "exit_code": 0}
     (tmp_path / "status.json").write_text(json.dumps(status), encoding="utf-8")
     events = timeline_of(read_run_folder(tmp_path)).events

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.unit
 
 
 def write_state(run, **fields):
+    """Write status.json with these changes."""
     status = FILES["status.json"] | fields
     (run / "status.json").write_text(json.dumps(status), encoding="utf-8")
 
@@ -27,17 +28,18 @@ def page_of(run):
 def test_the_page_is_written_until_the_run_ends(tmp_path, monkeypatch):
     run = build_run(tmp_path)
     write_state(run, state="running", step=10)
-    pages, announced = [], []
+    pages = []  # at the end of each interval, while the run is running
+    announced_paths = []
 
-    def sleep(seconds):
+    def store_page_and_train(seconds):
         assert seconds >= watch.INTERVAL_S
         pages.append(page_of(run))
         is_last = len(pages) == 2
         write_state(run, state="done" if is_last else "running", step=10 + 10 * len(pages))
 
-    monkeypatch.setattr(watch.time, "sleep", sleep)
-    assert watch_run(run, announced.append) == "done"
-    assert announced == [run / "report.html"]
+    monkeypatch.setattr(watch.time, "sleep", store_page_and_train)
+    assert watch_run(run, announced_paths.append) == "done"
+    assert announced_paths == [run / "report.html"]
     for page, step in zip(pages, ("10 of 80", "20 of 80"), strict=True):
         assert step in page
         assert 'data-refresh="5"' in page
@@ -64,7 +66,7 @@ def test_a_run_whose_process_has_ended_is_not_followed(tmp_path):
     assert watch_run(run, lambda path: None) == "dead"
 
 
-def test_the_verb_follows_a_run_and_refuses_to_follow_two(tmp_path):
+def test_option_watch_follows_one_run_and_refuses_two(tmp_path):
     run = build_run(tmp_path / "a")
     script = [sys.executable, "launch/report.py", "--watch"]
     options = {"capture_output": True, "text": True, "timeout": 60, "env": os.environ}

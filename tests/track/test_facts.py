@@ -12,16 +12,17 @@ pytestmark = pytest.mark.unit
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"),
+    ("value", "sent"),
     [
         ("/home/anna/models/tiny", "tiny"), ("~/tiny/", "tiny"), ("$SCRATCH/run", "run"),
-        ("./data/t.jsonl", "t.jsonl"), ("org/name", "org/name"), ("org/name@main:train",) * 2,
+        ("./data/t.jsonl", "t.jsonl"), ("org/name", "org/name"),
+        ("org/name@main:train", "org/name@main:train"),
         (["/a/b/c", {"path": "/x/y/z", "weight": 2.0}], ["c", {"path": "z", "weight": 2.0}]),
         (0.05, 0.05),
     ],
 )  # fmt: skip
-def test_only_the_last_part_of_a_path_is_sent_and_hub_names_are_kept(value, shown):
-    assert _remove_folders(value) == shown
+def test_only_the_last_part_of_a_path_is_sent_and_hub_names_are_kept(value, sent):
+    assert _remove_folders(value) == sent
 
 
 def test_only_the_variables_of_the_tracker_reach_its_process():
@@ -41,9 +42,9 @@ def test_each_complete_line_is_read_once_and_a_replaced_file_from_its_start(tmp_
         file.write(': 2}\nnot json\n{"step": 3}\n')
     assert [line["step"] for line in reader.new_lines()] == [2, 3]
     assert reader.new_lines() == []
-    other = tmp_path / "other"
-    other.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(9)))
-    other.replace(path)  # a resumed run does so
+    new_file = tmp_path / "new"
+    new_file.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(9)))
+    new_file.replace(path)  # as a resumed run does
     assert [line["step"] for line in reader.new_lines()] == list(range(9))
 
 

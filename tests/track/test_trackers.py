@@ -1,4 +1,4 @@
-"""Runs sent to each tracker's real library, on local files; `make test-trackers` runs all."""
+"""Runs sent to the library of each tracker, which writes local files; `make test-trackers`."""
 
 import importlib.util
 import json
@@ -20,6 +20,8 @@ from tests import ROOT
 from tests.messages import assert_mentions
 
 pytestmark = pytest.mark.tensor
+# Where a secret is -> the secret: the command line, an environment variable, a comment or setting
+# of the run file, a row of the data, a folder, and the value of a setting that looks like a token.
 SECRETS = {
     "argv": "argv-4e1f", "environment": "env-77aa", "comment": "comment-91b3", "row": "row-c0de",
     "path": "home-of-anna", "value": "hf_abcdefghijklmnopqrstuvwxyz",
@@ -27,6 +29,7 @@ SECRETS = {
 
 
 def needs(library: str) -> pytest.MarkDecorator:
+    """Skip a test if the library is not installed."""
     is_installed = importlib.util.find_spec(library) is not None
     return pytest.mark.skipif(not is_installed, reason=f"no {library} here: make test-trackers")
 
@@ -41,11 +44,12 @@ each_tracker = pytest.mark.parametrize(
 
 
 def train_line(step: int) -> dict:
+    """A line of metrics.jsonl; the loss is 2 / step."""
     return {"step": step, "epoch": step / 10, "loss": 2.0 / step, "lr": 1e-4, "grad_norm": None,
             "was_applied": True}  # fmt: skip
 
 
-def write_lines(folder: Path, lines: list[dict]) -> None:
+def write_metrics(folder: Path, lines: list[dict]) -> None:
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text)
 
@@ -80,8 +84,8 @@ def run(tmp_path, monkeypatch):
     answers = [{"prompt": SECRETS["row"], "expected": "x", "base": "y", "adapter": "x"}]
     scores = {"models": {"base": {"loss": 2.5, "exact_match": 0.0}}, "answers": answers}
     (folder / "score.json").write_text(json.dumps(scores))
-    write_lines(folder, [*map(train_line, (1, 2)), {"step": 2, "eval_loss": 1.5, "eval_tokens": 9},
-                         *map(train_line, (3, 4))])  # fmt: skip
+    evaluation = {"step": 2, "eval_loss": 1.5, "eval_tokens": 9}
+    write_metrics(folder, [*map(train_line, (1, 2)), evaluation, *map(train_line, (3, 4))])
     return folder
 
 
@@ -99,16 +103,20 @@ def track(folder: Path, name: str, *words: str) -> subprocess.CompletedProcess[s
 def test_a_run_is_sent_once_and_a_resumed_run_continues(run, name):
     first = track(run, name)
     assert first.returncode == 0, first.stderr
-    assert points(run, name, "train/loss") == [(s, pytest.approx(2.0 / s)) for s in range(1, 5)]
-    assert points(run, name, "eval/loss") == [(2, 1.5)]
-    assert points(run, name, "score/base/loss") == [(4, 2.5)]
+    assert received_points(run, name, "train/loss") == expected_losses(range(1, 5))
+    assert received_points(run, name, "eval/loss") == [(2, 1.5)]
+    assert received_points(run, name, "score/base/loss") == [(4, 2.5)]
     run_id = SentRecord.load(sent_path(run, name)).run_id
     # Resumed from step 2: steps 3 and 4 are trained again, to the same numbers.
-    write_lines(run, [train_line(step) for step in range(1, 7)])
+    write_metrics(run, [train_line(step) for step in range(1, 7)])
     again = track(run, name)
     assert again.returncode == 0, again.stderr
-    assert points(run, name, "train/loss") == [(s, pytest.approx(2.0 / s)) for s in range(1, 7)]
+    assert received_points(run, name, "train/loss") == expected_losses(range(1, 7))
     assert SentRecord.load(sent_path(run, name)).run_id == run_id
+
+
+def expected_losses(steps) -> list[tuple[int, float]]:
+    return [(step, pytest.approx(2.0 / step)) for step in steps]
 
 
 @each_tracker
@@ -120,7 +128,7 @@ def test_every_setting_and_choice_of_the_plan_is_sent(run, name):
     files = [path for path in (run / "tracking").rglob("*") if path.is_file()]
     data = b"".join(path.read_bytes() for path in files)
     config = RunFacts.load(run).config
-    assert len(config) > 100  # more than one call of MLflow takes
+    assert len(config) > 100  # MLflow accepts at most 100 in one call
     assert [key for key in config if key.encode() not in data] == []
 
 
@@ -138,10 +146,10 @@ def test_mlflow_gets_the_name_and_the_group_of_the_run(run):
 def test_no_secret_no_path_and_no_row_reaches_a_tracker(run, name):
     assert track(run, name).returncode == 0
     files = [path for path in (run / "tracking").rglob("*") if path.is_file()]
-    of_this_machine = {"debug.log", "debug-internal.log"}  # logs of W&B that are never sent
-    sent = [path for path in files if path.name not in of_this_machine]
-    assert sent
-    for path in sent:
+    never_sent = {"debug.log", "debug-internal.log"}  # logs of W&B for this machine
+    sent_files = [path for path in files if path.name not in never_sent]
+    assert sent_files
+    for path in sent_files:
         # MLflow's database has the path of the artifact folder, which is local in this test.
         kinds = SECRETS.keys() - ({"path"} if path.name.startswith("mlflow.db") else set())
         data = path.read_bytes()
@@ -158,8 +166,8 @@ def test_answers_are_sent_if_the_settings_request_them(run, name):
     assert any(SECRETS["row"].encode() in path.read_bytes() for path in files)
 
 
-def points(folder: Path, name: str, metric: str) -> list[tuple[int, float]]:
-    """Steps and values of a metric in the tracker's files."""
+def received_points(folder: Path, name: str, metric: str) -> list[tuple[int, float]]:
+    """Steps and values of a metric in the files that the tracker's library has written."""
     local = folder / "tracking"
     if name == "mlflow":
         query = "select step, value from metrics where key = ? order by step"
@@ -171,7 +179,7 @@ def points(folder: Path, name: str, metric: str) -> list[tuple[int, float]]:
         events = EventAccumulator(str(local / "tensorboard")).Reload()
         if metric not in events.Tags()["scalars"]:
             return []
-        return [(e.step, e.value) for e in events.Scalars(metric)]
+        return [(event.step, event.value) for event in events.Scalars(metric)]
     if name == "trackio":
         (path,) = (local / "trackio").glob("*.db")
         with sqlite3.connect(path) as base:
@@ -200,20 +208,21 @@ def wandb_points(local: Path, metric: str) -> list[tuple[int, float]]:
 
 def leveldb_records(data: bytes) -> Iterator[bytes]:
     """Records of LevelDB's log format: blocks of 32 KiB of fragments with 7-byte headers."""
-    position, block, parts = 0, 32 * 1024, b""
-    while position + 7 <= len(data):
-        if (remaining := block - (position + 7) % block) < 7:  # offsets count from the file's start
+    header, block = 7, 32 * 1024
+    file_header = 7  # of W&B, is not in `data`, but counts in the blocks
+    position, record = 0, b""
+    while position + header <= len(data):
+        remaining = block - (position + file_header) % block
+        if remaining < header:  # padding at the end of a block
             position += remaining
             continue
-        length, kind = (
-            int.from_bytes(data[position + 4 : position + 6], "little"),
-            data[position + 6],
-        )
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
+        length = int.from_bytes(data[position + 4 : position + 6], "little")
+        kind = data[position + 6]
+        record += data[position + header : position + header + length]
+        position += header + length
         if kind in (1, 4):  # a complete record, or its last fragment
-            yield parts
-            parts = b""
+            yield record
+            record = b""
 
 
 @needs("tensorboard")
@@ -224,7 +233,7 @@ def test_metrics_are_sent_during_training_and_completely_at_its_end(run, monkeyp
         wait_for(lambda: SentRecord.load(sent_path(run, "tensorboard")).steps.get("train") == 4)
         with (run / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(train_line(5)) + "\n")
-    assert (5, pytest.approx(0.4)) in points(run, "tensorboard", "train/loss")
+    assert (5, pytest.approx(2.0 / 5)) in received_points(run, "tensorboard", "train/loss")
 
 
 def wait_for(condition, seconds: float = 60) -> None:
@@ -235,21 +244,21 @@ def wait_for(condition, seconds: float = 60) -> None:
 
 
 def test_a_tracker_that_hangs_is_killed_and_the_missing_steps_are_named(run, monkeypatch, caplog):
-    program = run.parent / "python"
-    program.write_text("#!/bin/bash\nexec sleep 600\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(program))
+    hanging_python = run.parent / "python"
+    hanging_python.write_text("#!/bin/bash\nexec sleep 600\n")
+    hanging_python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(hanging_python))
     monkeypatch.setattr("pipeline.track.process.FINAL_SEND_S", 0.2)
     start = time.monotonic()
     with caplog.at_level("WARNING"), TrackerProcesses() as trackers:
         trackers.start(run, ["mlflow"])
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 10  # not the 600 s of the process
     assert_mentions(caplog.text, "mlflow", "step 0 of 4", "rankzero track", "not affected")
 
 
 def test_a_failed_tracker_gives_one_message_and_training_continues(run, monkeypatch, capfd, caplog):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    (run / "plan.json").write_text("{")
+    (run / "plan.json").write_text("{")  # the tracker process cannot read it
     with caplog.at_level("WARNING"), TrackerProcesses() as trackers:
         trackers.start(run, ["mlflow"])
     messages = [line for line in capfd.readouterr().err.splitlines() if "mlflow" in line]
@@ -259,27 +268,34 @@ def test_a_failed_tracker_gives_one_message_and_training_continues(run, monkeypa
 
 
 def test_a_failed_upload_is_continued_by_the_next_call(run, monkeypatch):
-    sent: list[int] = []
+    logged_steps: list[int] = []
 
     class FailingTracker:
+        """At its first start it fails after step 2; at the second start it does not fail."""
+
         run_id = "7"
 
         def __init__(self, facts, run_id):
-            self.limit = 2 if run_id is None else 100
+            self.last_step = 2 if run_id is None else 100
 
         def log(self, metrics, step):
-            if step > self.limit:
+            if step > self.last_step:
                 raise OSError("no route to host")
-            sent.append(step)
+            logged_steps.append(step)
 
         def artifact(self, name, folder):
-            sent.append(-1)  # not a step
+            pass
 
         def finish(self):
             pass
 
     monkeypatch.setattr("pipeline.track.follow.TRACKERS", {"mlflow": FailingTracker})
+
+    def wait(seconds):
+        return True  # training has ended
+
     with pytest.raises(OSError):  # noqa: PT011 - raised above
-        send_run(run, "mlflow", lambda _: True)
-    send_run(run, "mlflow", lambda _: True)
-    assert [step for step in sent if step > 0] == [1, 2, 2, 3, 4, 4]  # and the scores at step 4
+        send_run(run, "mlflow", wait)
+    assert logged_steps == [1, 2, 2]  # steps 1 and 2, and the evaluation of step 2
+    send_run(run, "mlflow", wait)
+    assert logged_steps[3:] == [3, 4, 4]  # steps 3 and 4, and the scores
