@@ -73,7 +73,7 @@ def report_out_of_memory(name: str) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise SingleRankError(
             f"{name}: does not fit on one device, and each rank holds the whole model; "
-            f"load_in_4bit=true after the command quantises the base ({str(error)[:200]})"
+            f"add load_in_4bit=true to the command to quantise the base ({str(error)[:200]})"
         ) from None
 
 

@@ -20,8 +20,8 @@ from pipeline.plan.given.shape import read_shape
 
 logger = logging.getLogger(__name__)
 
-# A model that is not a run's is scored on the rows of the first run with these settings of that
-# run: how the rows are read, and the dtype.
+# A model outside a run, if it is scored on the rows of a run, gets these settings of that run: how
+# the rows are read, and the dtype.
 _SHARED_SETTINGS = (
     "data_format", "columns", "max_length", "over_length", "train_on", "split_turns",
     "special_tokens_in_text", "bf16", "fp16",

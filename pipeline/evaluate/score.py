@@ -193,7 +193,7 @@ def _model_scorers(
             if (key := _encoding_key(spec)) not in encoders:
                 encoders[key] = RowEncoder(spec.settings)
         encoded = encode_rows(examples, [*encoders.values()], options.rows)
-    rows = dict(zip(encoders, encoded, strict=True))
+    rows = dict(zip(encoders, encoded, strict=True))  # the same rows for each encoder, by its key
     _check_rows([*rows.values()], options.pattern)
     max_new_tokens = options.max_new_tokens
     if max_new_tokens is None:
@@ -210,7 +210,7 @@ def _model_scorers(
             **spec.identity(),
             "rows": digest_of(own_rows),
             "max_new_tokens": max_new_tokens,
-            "batch_rows": BATCH_ROWS,
+            "batch_rows": BATCH_ROWS,  # padding depends on it, and so do answers in 16 bits
             "ends": sorted(encoder.ends),
             "device": session.device.type,
         }
@@ -234,7 +234,7 @@ def _encoding_key(spec: ModelSpec) -> str:
 
 
 def _longest_answer(encoder: RowEncoder, rows: Sequence[EncodedRow]) -> int:
-    """Number of tokens of the longest expected answer; 0 without questions."""
+    """Number of tokens of the longest expected answer; 0 if no row has one."""
     texts = [row.question.expected for row in rows if row.question is not None]
     ids = encoder.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
     return max(map(len, ids), default=0)
@@ -298,7 +298,7 @@ def _summary(
     adapters = [scorer.spec.adapter for scorer in scorers if scorer.spec.is_adapter_used]
     if len(adapters) == 1 and adapters[0] is not None:
         summary["adapter_sha256"] = adapter_sha256(adapters[0])
-    compared = []  # a dict for each row with a question
+    compared = []  # a dict for each row with a prompt: its expected answer, and those of all models
     for i, row in enumerate(rows):
         if row.question is not None:
             texts_of_models = {name: texts[i] or "" for name, texts in answers.items()}

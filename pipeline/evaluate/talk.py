@@ -25,10 +25,11 @@ _PLACEHOLDER_ANSWER = "Yes."
 
 
 class Talk:
-    """A conversation.
+    """A conversation with each of several models of one run, such as base and adapter.
 
-    `is_chat`: whether prompts are turns in the run's chat template. It is false if the run was
-    trained on prompts with completions; then each prompt is separate and has no template.
+    `system`: the system prompt; empty for none. `is_chat`: whether prompts are turns in the run's
+    chat template. It is false if the run was trained on prompts with completions; then each prompt
+    is separate and has no template.
     """
 
     def __init__(
