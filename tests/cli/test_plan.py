@@ -29,7 +29,7 @@ os._exit = report_and_exit
 sys.argv = ["plan.py", *sys.argv[1:]]
 runpy.run_path("launch/plan.py", run_name="__main__")
 """
-# Top-level keys of the JSON output, in order, and the keys of a block; None: not checked.
+# Top-level key of the JSON output, in order -> the keys of its value; None: not checked.
 JSON_KEYS = {
     "settings": None,
     "model": None,
@@ -86,13 +86,13 @@ def plan_llama_8b(tmp_path):
     return partial(run_plan, str(path))
 
 
-def test_json_has_exactly_the_promised_keys(plan_llama_8b):
+def test_json_has_exactly_the_documented_keys(plan_llama_8b):
     code, out, _ = plan_llama_8b("--gpu", "h100-80gb", "--gpus-per-node", "8", "--json")
     assert code == 0
     result = json.loads(out)
     assert list(result) == list(JSON_KEYS)
-    for block, keys in JSON_KEYS.items():
-        assert keys is None or result[block].keys() == keys, block
+    for key, inner_keys in JSON_KEYS.items():
+        assert inner_keys is None or result[key].keys() == inner_keys, key
     assert {"parameters", "trainable"} <= result["model"].keys()
     assert result["memory"]["peak_bytes"] == sum(result["memory"]["per_rank"].values())
     terms = result["speed"]["terms"]
@@ -112,7 +112,8 @@ def test_the_text_has_layout_reasons_memory_and_start_commands(plan_llama_8b, tm
         out,
         "ZeRO-2", "global batch 64", "79 an epoch", "estimated",  # 5000 rows / 64
         "zero_stage", "activations", "host memory of a node", "disk: checkpoints",
-        "longest", "tokens on 8 x", "1 of them", "s/step", "tokens/s", "deepspeed launch/train.py",
+        "longest", "tokens on 8 x", "1 of them",  # longest sequences on 8 GPUs and on one
+        "s/step", "tokens/s", "deepspeed launch/train.py",
         "sbatch --nodes=1 --gpus-per-node=8 --cpus-per-gpu=4", "slurm/train.sbatch",
         "global_batch_size=64",
     )  # fmt: skip
@@ -129,8 +130,7 @@ RANKZERO = "import sys; from pipeline.cli.rankzero import main; sys.argv[0] = 'r
 def test_the_start_command_of_an_installed_package_names_no_clone(
     plan_llama_8b, tmp_path, gpus, start
 ):
-    (tmp_path / "train.jsonl").write_text('{"text": "a b"}
-' * 500)
+    (tmp_path / "train.jsonl").write_text('{"text": "a b"}\n' * 500)
     options = ("--gpu", "a100-80gb", "--gpus-per-node", gpus)
     result = subprocess.run(
         [sys.executable, "-c", RANKZERO, "plan", "RUN.yaml", *options],
@@ -233,9 +233,11 @@ def test_a_gpu_may_be_described_by_memory_and_tflops_on_several_nodes(plan_llama
         (["--gpu-memory-gib", "nan"], ["--gpu-memory-gib", "nan"]),
         (["--gpu-memory-gib", "24", "--gpu-tflops", "inf"], ["--gpu-tflops", "inf"]),
         (["--gpus-per-node", "0", "--gpu", "h100-80gb"], ["--gpus-per-node", "0"]),
+        # Does not fit; the message has a setting with which it fits.
         (["--gpu-memory-gib", "16", "offload_param=none", "zero_stage=2"], ["load_in_4bit: true"]),
         (["--nodes", "0", "--gpu", "h100-80gb"], ["--nodes", "0"]),
         (["lora_rr=4"], ["lora_rr", "lora_r"]),
+        # 8bit-zero3 is the rule that refuses 8-bit weights at ZeRO-3.
         (["load_in_8bit=true", "zero_stage=3", "--gpu", "h100-80gb"], ["8bit-zero3"]),
     ],
 )
@@ -260,6 +262,7 @@ def test_a_model_is_planned_by_its_name_without_a_run_file(empty_hub_cache):
 
 
 def test_a_refused_model_is_planned_and_ends_with_the_rule(empty_hub_cache):
+    # In the class of this model, packed documents are not separate. The rule class-packs refuses it.
     arguments = ("--model", "Qwen/Qwen3.5-27B", "--gpu", "h200-141gb", "--gpus-per-node", "8")
     code, out, err = run_plan(*arguments, "packing=true", "--json")
     assert code == 2
