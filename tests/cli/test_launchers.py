@@ -33,7 +33,7 @@ SETTINGS = {
     "fp16": False, "zero_stage": 2,
 }  # fmt: skip
 ADAPTER = "adapter/adapter_model.safetensors"
-# The command `deepspeed`. It runs in a fork of this process (tests/commands.py), but the training
+# The command `deepspeed`. It runs in a forked process (tests/commands.py), but the training
 # processes that it starts are new interpreters.
 DEEPSPEED = ("-m", "deepspeed.launcher.runner")
 # DeepSpeed takes ranks from mpi4py if it can be imported. In a fork, this code makes mpi4py

@@ -262,7 +262,8 @@ def test_a_model_is_planned_by_its_name_without_a_run_file(empty_hub_cache):
 
 
 def test_a_refused_model_is_planned_and_ends_with_the_rule(empty_hub_cache):
-    # In the class of this model, packed documents are not separate. The rule class-packs refuses it.
+    # In the class of this model, packed documents are not separate, so the rule class-packs refuses
+    # `packing: true`.
     arguments = ("--model", "Qwen/Qwen3.5-27B", "--gpu", "h200-141gb", "--gpus-per-node", "8")
     code, out, err = run_plan(*arguments, "packing=true", "--json")
     assert code == 2
