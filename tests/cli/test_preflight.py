@@ -73,7 +73,9 @@ class Ranks:
     def end(self) -> list[tuple[int, str, str]]:
         """Wait for the ranks; exit code, standard output and standard error of each."""
         try:
-            return [(c.end(within_s=200)[0], *c.outputs[0]) for c in self._commands]
+            return [
+                (command.end(within_s=200)[0], *command.outputs[0]) for command in self._commands
+            ]
         finally:
             for command in self._commands:
                 command.kill()
@@ -118,6 +120,7 @@ class RanksOnHosts:
 def test_two_ranks_of_a_valid_run_pass_and_leave_no_files(run_file, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     ranks = Ranks()
+    # DeepSpeed's launcher adds --local_rank.
     command = ["launch/preflight.py", "--local_rank=0", run_file, "load_in_4bit=true", "--json"]
     ranks.start(*command)
     ranks.start(*command)

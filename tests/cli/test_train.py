@@ -64,7 +64,7 @@ def uninterrupted(run_file, workspace) -> Path:
 
 
 def run_with_launcher(run_file: Path) -> tuple[int, str]:
-    """Exit code and output of a run with DeepSpeed's launcher."""
+    """Exit code and output of a run on two ranks that DeepSpeed's launcher starts."""
     process = subprocess.run(
         [BIN / "deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()),
          "launch/train.py", run_file],
@@ -75,6 +75,7 @@ def run_with_launcher(run_file: Path) -> tuple[int, str]:
 
 
 def start_two_ranks(run_file: Path) -> Command:
+    """Start a run on two ranks without waiting for its end."""
     return Command("launch/train.py", run_file, ranks=2)
 
 
@@ -87,8 +88,10 @@ def status(folder: Path) -> dict:
     return json.loads((folder / "status.json").read_text())
 
 
-def test_train_merge_score_report_and_start_again(run_file, workspace):
-    """Train on two ranks at ZeRO-3, merge, score and report; a second start changes nothing."""
+def test_a_run_can_be_merged_scored_and_reported_and_a_second_start_changes_nothing(
+    run_file, workspace
+):
+    """Trains on two ranks at ZeRO-3, so the base is sharded."""
     path = run_file(
         "whole",
         zero_stage=3,
@@ -132,7 +135,7 @@ def test_train_merge_score_report_and_start_again(run_file, workspace):
     assert scored["models"]["merged"]["loss"] == pytest.approx(
         scored["models"]["adapter"]["loss"], rel=1e-5
     )
-    # The loss measured in training on two ranks is that of the published adapter.
+    # The held-out loss of the last evaluation, on two ranks, is that of the adapter on one.
     evaluated = [line["eval_loss"] for line in lines if "eval_loss" in line]
     assert scored["models"]["adapter"]["loss"] == pytest.approx(evaluated[-1], rel=1e-5)
     assert (folder / "report.html").stat().st_size > 10_000

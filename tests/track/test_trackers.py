@@ -135,9 +135,9 @@ def test_every_setting_and_choice_of_the_plan_is_sent(run, name):
 @needs("mlflow")
 def test_mlflow_gets_the_name_and_the_group_of_the_run(run):
     assert track(run, "mlflow").returncode == 0
-    with sqlite3.connect(run / "tracking/mlflow.db") as base:
-        assert base.execute("select name from runs").fetchall() == [("bakery",)]
-        assert base.execute("select value from tags where key = 'group'").fetchall() == [
+    with sqlite3.connect(run / "tracking/mlflow.db") as database:
+        assert database.execute("select name from runs").fetchall() == [("bakery",)]
+        assert database.execute("select value from tags where key = 'group'").fetchall() == [
             ("sweep-1",)
         ]
 
@@ -171,8 +171,8 @@ def received_points(folder: Path, name: str, metric: str) -> list[tuple[int, flo
     local = folder / "tracking"
     if name == "mlflow":
         query = "select step, value from metrics where key = ? order by step"
-        with sqlite3.connect(local / "mlflow.db") as base:
-            return base.execute(query, [metric]).fetchall()
+        with sqlite3.connect(local / "mlflow.db") as database:
+            return database.execute(query, [metric]).fetchall()
     if name == "tensorboard":
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -182,8 +182,8 @@ def received_points(folder: Path, name: str, metric: str) -> list[tuple[int, flo
         return [(event.step, event.value) for event in events.Scalars(metric)]
     if name == "trackio":
         (path,) = (local / "trackio").glob("*.db")
-        with sqlite3.connect(path) as base:
-            rows = base.execute("select step, metrics from metrics").fetchall()
+        with sqlite3.connect(path) as database:
+            rows = database.execute("select step, metrics from metrics").fetchall()
         logged = [(step, json.loads(text)) for step, text in rows]
         return [(step, values[metric]) for step, values in logged if metric in values]
     return wandb_points(local, metric)
