@@ -59,11 +59,11 @@ JSON_KEYS = {
 Result = tuple[int, str, str]  # exit code, standard output, standard error
 
 
-def run_plan(*arguments: str, cwd: Path = ROOT) -> Result:
+def run_plan(*arguments: str) -> Result:
     """Run launch/plan.py in a process, and assert that it did not import torch."""
     process = subprocess.run(
         [sys.executable, "-c", PLAN_AND_REPORT_TORCH, *arguments],
-        capture_output=True, text=True, cwd=cwd, check=False,
+        capture_output=True, text=True, cwd=ROOT, check=False,
     )  # fmt: skip
     assert "TORCH" not in process.stdout
     assert "Traceback" not in process.stderr
