@@ -11,18 +11,20 @@ from pipeline.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser of a verb that raises UserError for a wrong command line.
+    """Argument parser of a verb, such as `train`. It raises UserError for a wrong command line.
 
     `run_main` prints a UserError on one rank only; argparse itself would print on every rank.
 
-    `text`: docstring of the verb's module, in which {command} and {script} are replaced.
+    `help_template`: docstring of the verb's module. {command} becomes `python launch/VERB.py` or
+    `rankzero VERB`, as the user started it. {script} becomes the words that name the verb to the
+    launcher `deepspeed`.
     """
 
-    def __init__(self, verb: str, text: str | None) -> None:
+    def __init__(self, verb: str, help_template: str | None) -> None:
         program = command(verb)
         super().__init__(
             prog=program,
-            description=(text or "").format(command=program, script=script(verb)),
+            description=(help_template or "").format(command=program, script=script(verb)),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )

@@ -20,7 +20,7 @@ from pipeline.config.peer_files import read_peer_config
 
 def convert() -> None:
     """Parse the command line and print the run file."""
-    parser = Parser("convert", __doc__)
+    parser = Parser("convert", help_template=__doc__)
     parser.add_argument("config", type=Path, help="configuration of the other program")
     parser.add_argument(
         "--gpus",

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 def export() -> None:
     """Parse the command line, write the files, and print the commands that serve them."""
-    parser = Parser("export", __doc__)
+    parser = Parser("export", help_template=__doc__)
     parser.add_run_folder()
     parser.add_argument("--gguf", action="store_true", help="write RUN_FOLDER/gguf")
     parser.add_argument(

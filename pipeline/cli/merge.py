@@ -70,7 +70,7 @@ def merge() -> None:
 
 
 def _parser() -> Parser:
-    parser = Parser("merge", __doc__)
+    parser = Parser("merge", help_template=__doc__)
     parser.add_argument("run_folder", type=Path, nargs="?", help="output_dir of a run")
     parser.add_argument(
         "--onto",

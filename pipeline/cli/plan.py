@@ -150,7 +150,7 @@ def start_commands(plan: Plan, run_file: Path, overrides: Sequence[str]) -> list
 
 
 def _parser() -> Parser:
-    parser = Parser("plan", __doc__)
+    parser = Parser("plan", help_template=__doc__)
     parser.add_run_file(is_required=False)
     parser.add_argument(
         "--model", metavar="NAME", help="plan for this model, with or without a run file"

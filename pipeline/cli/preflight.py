@@ -11,7 +11,7 @@ from pipeline.preflight.stages import check_run
 
 def preflight() -> None:
     """Parse the command line and run the checks. Collective."""
-    parser = Parser("preflight", __doc__)
+    parser = Parser("preflight", help_template=__doc__)
     parser.add_run_file()
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_local_rank()

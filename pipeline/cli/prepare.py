@@ -41,7 +41,7 @@ from pipeline.train.start import require_own_folder
 
 def prepare() -> None:
     """Parse the command line, fetch and tokenise the data, and print the audit."""
-    parser = Parser("prepare", __doc__)
+    parser = Parser("prepare", help_template=__doc__)
     parser.add_run_file()
     parser.add_argument(
         "--show", type=number_of_documents, default=0, metavar="N", help="print N documents"

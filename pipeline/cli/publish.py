@@ -26,7 +26,7 @@ from pipeline.errors import RankZeroError
 
 def publish() -> None:
     """Parse the command line, collect and check the files, and send them."""
-    parser = Parser("publish", __doc__)
+    parser = Parser("publish", help_template=__doc__)
     parser.add_run_folder()
     parser.add_argument("--to", metavar="ORG/NAME", help="repository on the hub (required)")
     parser.add_argument("--merged", action="store_true", help="the merged model, not the adapter")

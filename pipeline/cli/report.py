@@ -18,7 +18,7 @@ from pipeline.report.watch import watch_run
 
 def report() -> None:
     """Parse the command line, write the page and print its path."""
-    parser = Parser("report", __doc__)
+    parser = Parser("report", help_template=__doc__)
     parser.add_argument("run_folders", type=Path, nargs="+", help="output_dir of one or more runs")
     parser.add_argument(
         "--watch", action="store_true", help="write the report again until the run ends"

@@ -55,7 +55,7 @@ def score() -> None:
         run_harness(model_specs(names, overrides, args.data), args.tasks, _output_file(args, names))
         return
     let_waiting_threads_sleep()
-    placement, hardware, _ = set_up_rank(os.environ, allow_single_process=True)
+    placement, hardware, _missing_gpus = set_up_rank(os.environ, allow_single_process=True)
     specs = model_specs(names, overrides, args.data)
     out, settings = _output_file(args, names), specs[0].settings
     if args.data is None and not specs[0].adapter:
@@ -96,7 +96,7 @@ def let_waiting_threads_sleep() -> None:
 
 
 def _parser() -> Parser:
-    parser = Parser("score", __doc__)
+    parser = Parser("score", help_template=__doc__)
     parser.add_argument(
         "run_folder",
         nargs="+",

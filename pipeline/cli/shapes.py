@@ -21,7 +21,7 @@ from pipeline.plan.given.published import SHAPES_FILE, PublishedModel, published
 
 def shapes() -> None:
     """Write the file, or with `--check` compare it with the present classes."""
-    parser = Parser("shapes", __doc__)
+    parser = Parser("shapes", help_template=__doc__)
     parser.add_argument("--check", action="store_true", help="only compare; exit code 2 if stale")
     args = parser.parse_args()
     counted = {

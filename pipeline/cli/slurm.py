@@ -18,7 +18,7 @@ _NAMES = ("train.sbatch", "debug.sbatch", "env.sh", "README.md")
 
 def slurm() -> None:
     """Parse the command line, write the scripts and print the next step."""
-    parser = Parser("slurm", __doc__)
+    parser = Parser("slurm", help_template=__doc__)
     parser.add_argument("folder", type=Path, help="folder for slurm/; created if it is missing")
     folder = parser.parse_args().folder / "slurm"
     texts = {folder / name: (_SCRIPTS / name).read_text(encoding="utf-8") for name in _NAMES}

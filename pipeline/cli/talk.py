@@ -33,7 +33,7 @@ _COMMANDS = (
 
 def talk() -> None:
     """Parse the command line, load the model, and answer prompts until the input ends."""
-    parser = Parser("talk", __doc__)
+    parser = Parser("talk", help_template=__doc__)
     parser.add_run_folder()
     parser.add_argument(
         "--max-new-tokens", type=count, default=512, metavar="N", help="longest answer (512 tokens)"

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 def track() -> None:
     """Parse the command line and send the run."""
-    parser = Parser("track", __doc__)
+    parser = Parser("track", help_template=__doc__)
     parser.add_run_folder()
     parser.add_argument(
         "--tracker", choices=TRACKERS, help="default: all of the setting `trackers`"

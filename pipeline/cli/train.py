@@ -16,7 +16,7 @@ from pipeline.train.run import run_training
 
 def train() -> None:
     """Parse the command line and train. Collective."""
-    parser = Parser("train", __doc__)
+    parser = Parser("train", help_template=__doc__)
     parser.add_run_file()
     parser.add_argument("--debug", action="store_true", help="few rows and steps, tracebacks shown")
     parser.add_verbose()
