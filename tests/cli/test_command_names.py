@@ -1,4 +1,4 @@
-"""Messages name a verb in the form in which the user started the program."""
+"""Messages name a command as the user started it: a script of the clone, or `rankzero VERB`."""
 
 import ast
 import os
@@ -13,12 +13,13 @@ from tests import ROOT
 
 pytestmark = pytest.mark.unit
 
-# Calls the console script as pip installs it, once for each line of standard input.
+# For each line of standard input, calls the console script `rankzero`, as pip installs it, with the
+# words of the line in a forked process. Prints the exit code and the line.
 CONSOLE_SCRIPT = """
 import importlib, os, sys
 sys.argv = ["/usr/bin/rankzero"]
 from pipeline.cli.rankzero import VERBS, main
-for verb in VERBS:  # once for all forks
+for verb in VERBS:  # imported once for all forked processes
     importlib.import_module(f"pipeline.cli.{verb}")
 for line in sys.stdin:
     if (child := os.fork()) == 0:
@@ -28,6 +29,7 @@ for line in sys.stdin:
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os.write(1, f"== {code} {line}".encode())
 """
+# Options of other training programs. The message about each names a command or a setting.
 PEER_KEYS = "do_train: true\nhub_model_id: a/b\nskip_prepare_dataset: true\nplot_loss: true\n"
 
 
@@ -35,6 +37,7 @@ PEER_KEYS = "do_train: true\nhub_model_id: a/b\nskip_prepare_dataset: true\nplot
     ("program", "one_process", "with_launcher"),
     [
         ("launch/train.py", "python launch/plan.py", "launch/plan.py"),
+        # None: not checked, because it is quoted in the same way.
         ("/my clone/launch/train.py", "python '/my clone/launch/plan.py'", None),
         ("/venv/bin/rankzero", "rankzero plan", "--module pipeline.cli.plan"),
         ("/site-packages/pipeline/cli/train.py", "rankzero plan", "--module pipeline.cli.plan"),
@@ -52,9 +55,12 @@ def test_no_text_in_the_package_names_a_script_of_the_clone():
     for path in sorted((ROOT / "pipeline").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                is_own = path == ROOT / "pipeline/commands.py" or "launch/VERB.py" in node.value
+                # pipeline/commands.py builds the names; launch/VERB.py stands for all scripts.
+                is_allowed = path == ROOT / "pipeline/commands.py" or "launch/VERB.py" in node.value
                 names_script = any(f"launch/{verb}.py" in node.value for verb in VERBS)
-                assert is_own or not names_script, f"{path}:{node.lineno}: use pipeline.commands"
+                assert is_allowed or not names_script, (
+                    f"{path}:{node.lineno}: use pipeline.commands"
+                )
 
 
 def test_no_message_of_an_installed_package_names_a_clone(tmp_path):
@@ -66,6 +72,7 @@ def test_no_message_of_an_installed_package_names_a_clone(tmp_path):
     (run / "run.yaml").write_text(required.format("rows.jsonl"))
     (tmp_path / "hub.yaml").write_text(required.format("nobody/nothing"))
     (tmp_path / "keys.yaml").write_text(required.format("rows.jsonl") + PEER_KEYS)
+    # Commands that end with a help text or a message; each prints one at least.
     starts = [f"{verb} --help" for verb in VERBS] + [f"{verb} --nonsense" for verb in VERBS]
     starts += [f"{verb} run" for verb in ("merge", "score", "export", "talk", "publish", "report")]
     starts += ["train keys.yaml", "prepare hub.yaml", "train hub.yaml", "preflight hub.yaml"]
