@@ -53,8 +53,8 @@ def export() -> None:
     # An adapter that corrects the errors of a 4-bit base (LoftQ) is wrong on the base that vLLM
     # would load, so vLLM serves the merged model.
     serves_merged = corrects_quantisation(adapter)
-    command = vllm_command(settings, str(adapter), str(merged), is_merged=serves_merged)
-    print(f"vLLM       {command}")
+    serve = vllm_command(settings, str(adapter), str(merged), is_merged=serves_merged)
+    print(f"vLLM       {serve}")
     if not args.gguf:
         return
     tools = find_llama_cpp(args.llama_cpp, args.quantize)
@@ -103,6 +103,7 @@ def _modelfile_text(settings: RunSettings, merged: Path) -> str:
     if tokenizer.chat_template is not None:
 
         def render(chat: Sequence[Message]) -> str:
+            """The conversation as the trained chat template renders it."""
             text = tokenizer.apply_chat_template(
                 list(chat),
                 tokenize=False,
@@ -111,7 +112,8 @@ def _modelfile_text(settings: RunSettings, merged: Path) -> str:
             )
             return str(text)
 
-        template = go_template(render)  # compares renderings of sample conversations
+        # Reads the Go template off rendered sample conversations, and checks it on others.
+        template = go_template(render)
     if template is None:
         logger.warning(
             "Modelfile: the chat template has no equivalent in Ollama's language that could be "

@@ -49,8 +49,9 @@ def track() -> None:
 
 
 def _send_once(folder: Path, name: str) -> None:
+    """Send the data of a run that has ended to the tracker `name`."""
     try:
-        # `wait` returns whether training has ended. Here it has, so there is no line to wait for.
+        # `wait` waits for new metrics, and returns whether training has ended.
         send_run(folder, name, wait=lambda seconds: True)
     except Exception as error:
         install = f"; pip install -e '.[{name}]'" if isinstance(error, ImportError) else ""

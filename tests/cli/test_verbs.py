@@ -1,4 +1,4 @@
-"""Every verb refuses bad input with one message, and writes nothing."""
+"""Every verb of `rankzero VERB` refuses bad input with one message, and writes nothing."""
 
 import shutil
 import sys
@@ -36,6 +36,7 @@ def refused_by(monkeypatch, tmp_path):
 
 @pytest.fixture
 def run_file(tmp_path):
+    """A run file whose model and data do not exist."""
     path = tmp_path / "RUN.yaml"
     path.write_text("model: m\ntrain_data: t\noutput_dir: o\n")
     return path
@@ -43,6 +44,7 @@ def run_file(tmp_path):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_missing_and_unknown_arguments_are_refused_by_name(refused_by, verb):
+    # Name of the required argument, if it is not the usual one.
     names = {
         "plan": "RUN.yaml", "slurm": "folder", "convert": "config", "report": "run_folders",
         "merge": "run folder", "score": "RUN",
