@@ -143,7 +143,8 @@ class _SupervisedLogits(SummedLoss):
 
     def _loss_sum(self, causal: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         vocab_size = causal.config.get_text_config().vocab_size
-        num_positions = max(1, _MAX_LOGITS_BYTES // (4 * vocab_size))
+        bytes_per_position = 4 * vocab_size  # in fp32
+        num_positions = max(1, _MAX_LOGITS_BYTES // bytes_per_position)
         return class_logits(causal)(hidden[:num_positions]).float()
 
 
