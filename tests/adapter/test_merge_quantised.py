@@ -9,7 +9,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from pipeline.adapter.merge_plan import TrainedBase, WeightedAdapter
-from pipeline.cluster.progress import show_progress
 from pipeline.data.order.batches import Batch
 from pipeline.evaluate.merge_check import (
     MergedModel,
@@ -115,14 +114,22 @@ def test_a_merge_onto_the_quantised_base_is_bitwise_that_of_peft(base, adapter, 
     assert all(torch.equal(tensor, oracle[name]) for name, tensor in ours.items())
 
 
+def streamed_logits(batch, folder, adapters, transform=None):
+    """Logits of a model whose weights are read block by block, and changed by `transform`."""
+    causal = streamed_model(folder)
+    weights = StreamedWeights(folder, causal, lambda num_bytes: None, transform)
+    with torch.no_grad():
+        return _logits(batch, causal, weights, adapters)
+
+
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"trainable_token_indices": [7, 2]}])
 def test_logits_computed_block_by_block_equal_those_of_the_whole_model(
     base, batch, tmp_path, options
 ):
     folder = make_adapter(base, tmp_path / "adapter", **options)
-    with show_progress("") as progress, torch.no_grad():
-        ours = _logits(batch, progress, False, base, [WeightedAdapter(folder)], None)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    ours = streamed_logits(batch, base, [WeightedAdapter(folder)])
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
         theirs = PeftModel.from_pretrained(model, folder)(batch.input_ids).logits
     theirs = theirs[:, :-1][batch.labels[:, 1:] != -100]
     assert torch.equal(ours, theirs)
@@ -154,14 +161,13 @@ def test_logits_of_a_merge_are_nearest_on_the_base_it_was_merged_onto(
         merged_model = MergedModel(
             folder=merged, base=base, adapters=[WeightedAdapter(adapter)], trained=run
         )
-        with show_progress("") as progress, torch.no_grad():
-            ours = _logits(batch, progress, False, merged, (), None)
-            for against, transform in (
-                ("original", None),
-                ("dequantized", _quantise_and_dequantise(merged_model)),
-            ):
-                theirs = _logits(batch, progress, False, base, merged_model.adapters, transform)
-                nearest[name, against] = _difference(ours, theirs, batch.labels[:, 5:].flatten())
+        ours = streamed_logits(batch, merged, ())
+        for against, transform in (
+            ("original", None),
+            ("dequantized", _quantise_and_dequantise(merged_model)),
+        ):
+            theirs = streamed_logits(batch, base, merged_model.adapters, transform)
+            nearest[name, against] = _difference(ours, theirs, batch.labels[:, 5:].flatten())
     for name in ("original", "dequantized"):
         other = "dequantized" if name == "original" else "original"
         for key in ("relative", "mean_logit", "largest_logit", "kl"):
