@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from tests import ROOT
-from tests.cli.test_bad_input import SCRIPT
+from tests.cli.test_bad_input import TRAIN_AND_REPORT_TORCH
 from tests.commands import run
 from tests.messages import assert_mentions
 from tests.tiny import make_rows
@@ -62,7 +62,7 @@ def train(workspace: Path, **change) -> tuple[int, str]:
 def train_in_a_new_interpreter(workspace: Path, **change) -> tuple[int, str]:
     """Run launch/train.py in a new interpreter; its output says whether torch was imported."""
     write_run_file(workspace, **change)
-    script = SCRIPT.replace("launch/train.py", TRAIN)
+    script = TRAIN_AND_REPORT_TORCH.replace("launch/train.py", TRAIN)
     result = subprocess.run(
         [sys.executable, "-c", script, "RUN.yaml"], cwd=workspace, check=False, text=True,
         env=os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},
