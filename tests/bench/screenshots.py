@@ -83,7 +83,7 @@ def take(
         heading = f"[...document.querySelectorAll('h2')].find(h => h.textContent == '{section}')"
         browser.evaluate(f"{heading}.scrollIntoView()")
     browser.evaluate("new Promise(done => setTimeout(done, 500))")  # colours fade in
-    browser.screenshot(image, is_whole=False)
+    browser.screenshot(image, is_whole_page=False)
     browser.evaluate("localStorage.clear()")  # the site stores the theme
     picture = Image.open(image).convert("RGB")
     if page.name.startswith("terminal"):

@@ -62,9 +62,9 @@ class Browser:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
-    def screenshot(self, path: Path) -> None:
-        """Write the whole page as a PNG."""
-        data = self.send("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+    def screenshot(self, path: Path, *, is_whole_page: bool = True) -> None:
+        """Write the page as a PNG, with or without the part below the window."""
+        data = self.send("Page.captureScreenshot", captureBeyondViewport=is_whole_page)["data"]
         path.write_bytes(base64.b64decode(data))
 
     def print_pdf(self, path: Path) -> None:
