@@ -10,11 +10,12 @@ from threading import Thread
 
 
 class Hub:
-    """The requests that a local stand-in of the hub has received.
+    """The state of a local stand-in of the hub with one repository, and the requests it received.
 
-    `files`: path -> content of each uploaded file. `status`: HTTP status with which the server
-    answers a commit. `exists`: whether the repository exists before it is created. `is_private`:
-    its visibility.
+    `created`: bodies of requests to create the repository. `validated`: cards that were checked.
+    `large`: SHA-256 -> content of files uploaded by LFS. `files`: path -> content of each committed
+    file. `status`: HTTP status with which the server answers a commit. `exists`: whether the
+    repository exists before it is created. `is_private`: its visibility.
     """
 
     def __init__(self):
@@ -63,10 +64,11 @@ def local_hub():  # noqa: C901 - a branch for each endpoint
         def do_POST(self):  # noqa: C901 - a branch for each endpoint
             data = self.body()
             if self.path.endswith("/repos/create"):
-                wanted = json.loads(data)
-                hub.created.append(wanted)
+                repository = json.loads(data)
+                hub.created.append(repository)
                 if not hub.exists:
-                    hub.is_private = wanted.get("private") or wanted.get("visibility") == "private"
+                    is_private = repository.get("visibility") == "private"
+                    hub.is_private = repository.get("private") or is_private
                 status = 409 if hub.exists else 200
                 self.answer({"url": f"{hub.address}/org/name"}, status)
             elif self.path.endswith("/validate-yaml"):

@@ -14,7 +14,7 @@ from tests.tiny import make_model
 SEVEN_PROJECTIONS = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
 )  # fmt: skip
-CASES = {
+CASES = {  # options of `make_model`
     "tied": {"tied": True, "dtype": "float32", "shards": 1},
     "untied-shards": {"tied": False, "dtype": "float32", "shards": 3},
     "tied-bf16-shards": {"tied": True, "dtype": "bfloat16", "shards": 3},

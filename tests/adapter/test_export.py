@@ -22,6 +22,8 @@ from tests.messages import assert_mentions, refused
 
 pytestmark = pytest.mark.tensor
 
+# Names of llama.cpp's scripts, and the script in place of both: it writes the names of the files in
+# the folder to convert. In place of llama-quantize, a script writes the format (third argument).
 MODEL_CONVERTER, ADAPTER_CONVERTER = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 CONVERTER = """
 import sys
@@ -63,6 +65,8 @@ def run(original, tmp_path, monkeypatch):
 
 @pytest.fixture
 def command(monkeypatch):
+    """Function: run the command export with arguments."""
+
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
         export()
@@ -79,6 +83,7 @@ def test_adapter_and_quantised_model_are_exported_with_a_modelfile(run, command,
     assert files["Modelfile"].startswith("FROM ./model-q4_k_m.gguf\n")
     assert 'PARAMETER stop "<|im_end|>"' in files["Modelfile"]
     assert 'TEMPLATE """' in files["Modelfile"]
+    # r is 4 here, and 8 is the smallest value that vLLM accepts.
     assert "--max-lora-rank 8" in capsys.readouterr().out
 
 
@@ -124,7 +129,7 @@ def test_files_of_the_user_are_never_replaced(run, command):
 
 
 @pytest.mark.parametrize(
-    ("removed", "arguments", "facts"),
+    ("removed_file", "arguments", "facts"),
     [
         ("llama/convert_hf_to_gguf.py", ("--gguf",), (MODEL_CONVERTER, "--llama-cpp", "git clone")),
         ("llama/build/bin/llama-quantize", ("--gguf", "--quantize", "q8_0"),
@@ -134,8 +139,10 @@ def test_files_of_the_user_are_never_replaced(run, command):
         ("run/run.yaml", (), ("run.yaml", "output_dir")),
     ],
 )  # fmt: skip
-def test_a_missing_input_is_named_with_a_remedy(run, command, removed, arguments, facts, tmp_path):
-    (tmp_path / removed).unlink()
+def test_a_missing_input_is_named_with_a_remedy(
+    run, command, removed_file, arguments, facts, tmp_path
+):
+    (tmp_path / removed_file).unlink()
     with refused(*facts):
         command(run, *arguments)
     assert not (run / "gguf").exists()
@@ -150,7 +157,7 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(run, comma
 def test_a_merged_model_of_an_earlier_adapter_is_refused(run, command, original):
     make_adapter(original / "base", run / "adapter", lora_alpha=24)
     weights = run / "adapter" / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")  # another last byte
     with refused("merged", "rankzero merge"):
         command(run, "--gguf")
 
@@ -188,6 +195,7 @@ def test_lora_alpha_over_r_of_the_plain_adapter_is_the_scaling_of_peft(original,
 
 
 def render_with(template):
+    """Function: messages -> text by a Jinja chat template."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
@@ -197,7 +205,7 @@ def render_with(template):
 
 
 @pytest.mark.parametrize("name", ["smollm2", "qwen2.5", "phi-4"])
-def test_a_chat_template_of_turns_becomes_a_go_template(name):
+def test_a_chat_template_that_joins_turns_becomes_a_go_template(name):
     text = (ROOT / "tests" / "templates" / f"{name}.jinja").read_text()
     template = go_template(render_with(text))
     assert template is not None

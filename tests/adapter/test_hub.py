@@ -57,7 +57,10 @@ def run(tmp_path):
 
 @pytest.fixture
 def publish(run):
-    """Start `launch/publish.py` with a stand-in of the hub."""
+    """Function that runs `launch/publish.py` with arguments and variables, and the stand-in hub.
+
+    The function returns the exit code and the output.
+    """
     with local_hub() as hub:
 
         def call(*arguments, **environment):
@@ -73,7 +76,7 @@ def publish(run):
         yield call, hub
 
 
-TO = ("--to", "org/name", "--base-model", "org/base")
+TO = ("--to", "org/name", "--base-model", "org/base")  # arguments of most calls
 
 
 def test_the_adapter_is_sent_with_a_card_and_without_texts_or_paths(run, publish):
@@ -118,12 +121,12 @@ def test_a_second_publication_replaces_the_files_of_the_first_and_no_others(publ
 
 def test_a_model_that_was_not_published_with_rankzero_is_kept(publish):
     call, hub = publish
-    hub.exists, theirs = True, {"README.md": b"# Mine", "model.safetensors": b"1"}
-    hub.files |= theirs
+    hub.exists, earlier_files = True, {"README.md": b"# Mine", "model.safetensors": b"1"}
+    hub.files |= earlier_files
     code, output = call(*TO)
     assert code == 2
     assert_mentions(output, "--to", "org/name", "model.safetensors", "nothing was sent")
-    assert hub.files == theirs
+    assert hub.files == earlier_files
 
 
 def test_the_card_of_an_mxfp4_base_loads_it_dequantised(run, publish):
@@ -174,7 +177,7 @@ def test_a_secret_in_the_header_of_the_weights_stops_publishing(run, publish):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "change", "facts"),
+    ("arguments", "removed_file", "facts"),
     [
         (("--to", "name", "--base-model", "org/base"), None, ("--to", "ORG/NAME")),
         (("--to", "org/name"), None, ("--base-model",)),
@@ -183,10 +186,12 @@ def test_a_secret_in_the_header_of_the_weights_stops_publishing(run, publish):
         (TO, "run.yaml", ("run.yaml",)),
     ],
 )
-def test_wrong_input_is_refused_before_anything_is_sent(run, publish, arguments, change, facts):
+def test_wrong_input_is_refused_before_anything_is_sent(
+    run, publish, arguments, removed_file, facts
+):
     call, hub = publish
-    if change:
-        (run / change).unlink()
+    if removed_file:
+        (run / removed_file).unlink()
     code, output = call(*arguments)
     assert code == 2
     assert_mentions(output, *facts)

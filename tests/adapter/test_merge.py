@@ -1,4 +1,4 @@
-"""Merging equals peft's merge_and_unload, and everything else of the base is kept."""
+"""Merged weights equal those of peft's merge_and_unload; all other files are those of the base."""
 
 import shutil
 
@@ -23,7 +23,7 @@ from tests.adapter.merged import (
 
 pytestmark = pytest.mark.tensor
 
-IDS = torch.arange(3, 43).reshape(2, 20)
+IDS = torch.arange(3, 43).reshape(2, 20)  # token ids of two sequences, whose logits are compared
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +46,11 @@ def test_the_merge_equals_peft(case_folder, case):
     folder = case_folder(case)
     base, merged = tensors(folder / "base"), tensors(folder / "merged")
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-    oracle = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload().state_dict()
+    by_peft = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload().state_dict()
     assert merged.keys() == base.keys()
     for key, tensor in merged.items():
         assert tensor.dtype == base[key].dtype
-        assert torch.equal(tensor, oracle[key].to(tensor.dtype)), key
+        assert torch.equal(tensor, by_peft[key].to(tensor.dtype)), key
         is_adapted = key.split(".")[-2] in SEVEN_PROJECTIONS
         assert torch.equal(tensor, base[key]) != is_adapted, key
 
@@ -62,12 +62,12 @@ def test_plain_transformers_gives_the_logits_of_base_plus_adapter(case_folder, c
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, folder / "adapter")
     with torch.no_grad():
-        ours, theirs = merged(IDS).logits, adapted(IDS).logits
-        with adapted.disable_adapter():
-            assert (theirs - adapted(IDS).logits).norm() > 0.1 * theirs.norm()
+        logits, expected = merged(IDS).logits, adapted(IDS).logits
+        with adapted.disable_adapter():  # the adapter has an effect
+            assert (expected - adapted(IDS).logits).norm() > 0.1 * expected.norm()
     # Each merged weight is rounded once, to the dtype of the base.
-    limit = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}[CASES[case]["dtype"]]
-    assert (ours - theirs).norm() < limit * theirs.norm()
+    max_error = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}[CASES[case]["dtype"]]
+    assert (logits - expected).norm() < max_error * expected.norm()
     stored = AutoModelForCausalLM.from_pretrained(folder / "merged")
     assert stored.dtype == getattr(torch, CASES[case]["dtype"])
 
@@ -127,6 +127,7 @@ def test_the_merged_model_has_the_chat_template_of_the_adapter(pair):
     assert tokenizer.chat_template == "{{ 'mine' }}"
 
 
+# lora_alpha is 12 and r is 4: 12 / 4, or with rsLoRA 12 / sqrt(4).
 @pytest.mark.parametrize(("use_rslora", "scaling"), [(False, 3.0), (True, 6.0)])
 def test_the_product_is_scaled_and_the_report_has_the_largest_change(pair, use_rslora, scaling):
     shutil.rmtree(pair / "adapter")

@@ -44,7 +44,7 @@ def run(original, tmp_path):
 
 @pytest.fixture
 def command(monkeypatch):
-    """Run the command with arguments."""
+    """Function: run the command merge with arguments."""
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["merge", *map(str, arguments)])
@@ -103,6 +103,8 @@ def no_damage(run):
     del run
 
 
+# Name -> function that damages an input, arguments, and facts of the message. RUN stands for the
+# run folder.
 WRONG = {
     "nothing": (no_damage, [], ["--adapter", "--base", "--out"]),
     "no-run": (remove_settings, ["RUN"], ["run.yaml"]),

@@ -62,11 +62,13 @@ def test_the_merged_model_equals_that_of_peft(folders, tmp_path, kind):
     base, adapter = folders(kind, use_rslora=kind == "qwen3_moe")
     merge_adapter(base, adapter, tmp_path / "merged")
     model = PeftModel.from_pretrained(load_plain(base, dtype=torch.float32), adapter)
-    model.merge_and_unload().save_pretrained(tmp_path / "theirs")
-    before, ours, theirs = (tensors(x) for x in (base, tmp_path / "merged", tmp_path / "theirs"))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.allclose(ours[key], theirs[key], atol=1e-6) for key in ours)
-    changed = {key for key in ours if not torch.equal(ours[key], before[key])}
+    model.merge_and_unload().save_pretrained(tmp_path / "by_peft")
+    before, merged, by_peft = (
+        tensors(folder) for folder in (base, tmp_path / "merged", tmp_path / "by_peft")
+    )
+    assert merged.keys() == by_peft.keys()
+    assert all(torch.allclose(merged[key], by_peft[key], atol=1e-6) for key in merged)
+    changed = {key for key in merged if not torch.equal(merged[key], before[key])}
     assert len(changed) == len(read(base, adapter).layer_updates)
 
 
@@ -86,6 +88,7 @@ def test_a_fused_tensor_may_be_stored_in_either_orientation(tmp_path):
 
 
 def assert_slices(folder):
+    """Assert that `expert_slices` names, for each stored tensor, its place in the fused weight."""
     stored = load_file(folder / "model.safetensors")
     meta, model = model_on_meta(folder), load_plain(folder, dtype=torch.float32)
     names = stored_names(meta, stored)

@@ -56,7 +56,8 @@ def bases(tmp_path_factory):
     """Folder with the base models of all tests."""
     folder = tmp_path_factory.mktemp("bases")
     for dtype in DTYPES:
-        make_model(folder / f"llama-{dtype}", tied=False, dtype=str(DTYPES[dtype])[6:], shards=2)
+        name = str(DTYPES[dtype]).removeprefix("torch.")
+        make_model(folder / f"llama-{dtype}", tied=False, dtype=name, shards=2)
         torch.manual_seed(0)
         config = GPT2Config(
             n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=32, bos_token_id=1,
@@ -95,13 +96,16 @@ def require_merged_as_by_peft(base, folder, **options):
     require_equal(folder / "merged", merged_by_peft(base, adapter), base)
 
 
-def require_equal(merged, oracle, base):
-    """Check that all tensors are bitwise equal, and that the merge changed some."""
-    ours, before = tensors(merged), tensors(base)
-    for name, tensor in ours.items():
-        assert tensor.dtype == oracle[name].dtype, name
-        assert torch.equal(tensor, oracle[name]), name
-    assert any(not torch.equal(ours[name].float(), before[name].float()) for name in ours)
+def require_equal(folder, by_peft, base):
+    """Check that merged tensors in a folder equal peft's bitwise, and some differ from the base.
+
+    `by_peft`: the state dict of peft's merged model.
+    """
+    merged, before = tensors(folder), tensors(base)
+    for name, tensor in merged.items():
+        assert tensor.dtype == by_peft[name].dtype, name
+        assert torch.equal(tensor, by_peft[name]), name
+    assert any(not torch.equal(merged[name].float(), before[name].float()) for name in merged)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [
@@ -139,13 +143,13 @@ def test_a_merge_in_another_dtype_equals_peft_on_a_base_loaded_in_it(
 ])  # fmt: skip
 def test_several_adapters_are_merged_bitwise_as_by_peft(bases, tmp_path, options, dtype):
     base = bases / f"llama-{dtype}"
-    weights = (
-        {"first": 1.0, "second": 1.0} if options.get("use_dora") else {"first": 0.7, "second": -0.4}
-    )
+    weights = {"first": 0.7, "second": -0.4}
+    if options.get("use_dora"):  # DoRA has no meaning with another weight than 1
+        weights = {"first": 1.0, "second": 1.0}
     targets = {"first": SEVEN_PROJECTIONS, "second": ("q_proj", "down_proj")}
     for seed, name in enumerate(weights):
-        ranks = {"r": 4 + 2 * seed, "target_modules": list(targets[name])}
-        make_adapter(base, tmp_path / name, seed=seed, **ranks, **options)
+        own = {"r": 4 + 2 * seed, "target_modules": list(targets[name])}
+        make_adapter(base, tmp_path / name, seed=seed, **own, **options)
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     model = PeftModel.from_pretrained(model, tmp_path / "first", adapter_name="first")
     model.load_adapter(tmp_path / "second", "second")
@@ -153,10 +157,10 @@ def test_several_adapters_are_merged_bitwise_as_by_peft(bases, tmp_path, options
         if isinstance(module, LoraLayer):
             for name, weight in weights.items():
                 module.set_scale(name, weight)
-    oracle = model.merge_and_unload(adapter_names=list(weights)).state_dict()
+    by_peft = model.merge_and_unload(adapter_names=list(weights)).state_dict()
     adapters = [WeightedAdapter(tmp_path / name, weight) for name, weight in weights.items()]
     merge_adapters(base, adapters, tmp_path / "merged", MergeOptions())
-    require_equal(tmp_path / "merged", oracle, base)
+    require_equal(tmp_path / "merged", by_peft, base)
 
 
 def test_the_changes_of_each_adapter_are_multiplied_by_its_weight_and_added(bases, tmp_path):
@@ -188,6 +192,7 @@ def test_undoing_a_merge_gives_the_base_within_rounding(bases, tmp_path, dtype):
         assert ((undone[name] - tensor).abs() <= rounding * size + 1e-7).all(), name
 
 
+# Options of an adapter that replaces values, its weight, and facts of the message.
 UNDEFINED = {
     "weight-of-dora": ({"use_dora": True}, 0.5, ["DoRA", "0.5"]),
     "weight-of-values": ({"modules_to_save": ["lm_head"]}, 0.5, ["lm_head.weight"]),
@@ -231,7 +236,7 @@ TIED = {
 
 
 @pytest.mark.parametrize("name", TIED)
-def test_a_change_of_one_of_two_tied_tensors_is_refused(bases, tmp_path, name):
+def test_an_adapter_of_the_embedding_is_refused_if_the_head_is_tied_to_it(bases, tmp_path, name):
     adapter = make_adapter(bases / "tied", tmp_path / "adapter", **TIED[name])
     with refused("embed_tokens", "tie_word_embeddings", "merge_and_unload"):
         merge_adapter(bases / "tied", adapter, tmp_path / "merged")

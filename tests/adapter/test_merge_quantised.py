@@ -1,4 +1,7 @@
-"""Merges onto the base as training quantised it, and comparisons of models block by block."""
+"""Merges onto the base as training quantised it, and the check of a merge by its logits.
+
+The check computes one decoder layer (block) at a time, so that the model need not fit in memory.
+"""
 
 import copy
 
@@ -53,6 +56,7 @@ def batch():
 
 
 def trained(base, **options):
+    """The base of a run in bf16 with these settings."""
     settings = make_plan(base, load_in_8bit=False, **options).settings
     return TrainedBase(settings, "bfloat16")
 
@@ -109,9 +113,9 @@ def test_a_merge_onto_the_quantised_base_is_bitwise_that_of_peft(base, adapter, 
     for name, layer in loaded_in_4bit(base, run).named_modules():
         if isinstance(layer, Linear4bit):
             plain.get_submodule(name).weight.data = dequantised(layer)
-    oracle = PeftModel.from_pretrained(plain, adapter).merge_and_unload().state_dict()
-    ours = tensors(tmp_path / "merged")
-    assert all(torch.equal(tensor, oracle[name]) for name, tensor in ours.items())
+    by_peft = PeftModel.from_pretrained(plain, adapter).merge_and_unload().state_dict()
+    merged = tensors(tmp_path / "merged")
+    assert all(torch.equal(tensor, by_peft[name]) for name, tensor in merged.items())
 
 
 def streamed_logits(batch, folder, adapters, transform=None):
@@ -127,12 +131,12 @@ def test_logits_computed_block_by_block_equal_those_of_the_whole_model(
     base, batch, tmp_path, options
 ):
     folder = make_adapter(base, tmp_path / "adapter", **options)
-    ours = streamed_logits(batch, base, [WeightedAdapter(folder)])
+    logits = streamed_logits(batch, base, [WeightedAdapter(folder)])
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with torch.no_grad():
-        theirs = PeftModel.from_pretrained(model, folder)(batch.input_ids).logits
-    theirs = theirs[:, :-1][batch.labels[:, 1:] != -100]
-    assert torch.equal(ours, theirs)
+        expected = PeftModel.from_pretrained(model, folder)(batch.input_ids).logits
+    expected = expected[:, :-1][batch.labels[:, 1:] != -100]
+    assert torch.equal(logits, expected)
 
 
 def test_only_the_weights_of_one_block_are_in_memory_at_a_time(base, batch):
@@ -151,27 +155,29 @@ def test_only_the_weights_of_one_block_are_in_memory_at_a_time(base, batch):
     assert all(parameter.is_meta for parameter in causal.parameters())
 
 
-def test_logits_of_a_merge_are_nearest_on_the_base_it_was_merged_onto(
+def test_logits_of_a_merge_are_nearest_to_the_adapter_on_the_base_of_that_merge(
     base, adapter, batch, tmp_path
 ):
+    """The base of a merge is the original one, or the one that was quantised and dequantised."""
     run = trained(base, **KINDS["nf4-double"])
-    nearest = {}
+    differences = {}  # (base of the merge, base that carries the adapter) -> differences
     for name, onto in (("original", None), ("dequantized", run)):
-        merged = merge_adapter(base, adapter, tmp_path / name, onto=onto) and tmp_path / name
+        merged = tmp_path / name
+        merge_adapter(base, adapter, merged, onto=onto)
         merged_model = MergedModel(
             folder=merged, base=base, adapters=[WeightedAdapter(adapter)], trained=run
         )
-        ours = streamed_logits(batch, merged, ())
-        for against, transform in (
+        logits = streamed_logits(batch, merged, ())
+        for base_name, transform in (
             ("original", None),
             ("dequantized", _quantise_and_dequantise(merged_model)),
         ):
-            theirs = streamed_logits(batch, base, merged_model.adapters, transform)
-            nearest[name, against] = _difference(ours, theirs, batch.labels[:, 5:].flatten())
-    for name in ("original", "dequantized"):
-        other = "dequantized" if name == "original" else "original"
+            expected = streamed_logits(batch, base, merged_model.adapters, transform)
+            difference = _difference(logits, expected, batch.labels[:, 5:].flatten())
+            differences[name, base_name] = difference
+    for name, other in (("original", "dequantized"), ("dequantized", "original")):
         for key in ("relative", "mean_logit", "largest_logit", "kl"):
-            assert nearest[name, name][key] < 0.3 * nearest[name, other][key], key
+            assert differences[name, name][key] < 0.3 * differences[name, other][key], key
 
 
 def test_equal_logits_have_no_difference():

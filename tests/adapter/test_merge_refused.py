@@ -24,24 +24,27 @@ from tests.messages import assert_mentions, refused
 pytestmark = pytest.mark.tensor
 
 
-def foreign_module(pair):
+# Functions that damage an input in the folder of a pair: base/ and adapter/.
+
+
+def module_of_another_base(pair):
     path = pair / "adapter" / "adapter_model.safetensors"
     renamed = {key.replace("layers.1.", "layers.5."): t for key, t in load_file(path).items()}
     save_file(renamed, path)
 
 
-def foreign_shape(pair):
+def shape_of_another_base(pair):
     path = pair / "adapter" / "adapter_model.safetensors"
     weights = load_file(path)
     key = next(key for key in weights if "down_proj.lora_A" in key)
     save_file(weights | {key: torch.ones(4, 48)}, path)
 
 
-def foreign_r(pair):
+def wrong_r(pair):
     edit_json(pair / "adapter" / "adapter_config.json", r=8)
 
 
-def foreign_key(pair):
+def unknown_key(pair):
     path = pair / "adapter" / "adapter_model.safetensors"
     save_file(load_file(path) | {"base_model.model.lm_head.weight": torch.ones(4)}, path)
 
@@ -92,6 +95,7 @@ def tied_head(pair):
 
 
 def option(**changes):
+    """A function that changes options in the adapter's config."""
     return lambda pair: edit_json(pair / "adapter" / "adapter_config.json", **changes)
 
 
@@ -100,11 +104,12 @@ def full_disk(pair):
     (pair / "full").touch()
 
 
+# Name -> function that damages an input, and facts of the message.
 REFUSED = {
-    "module": (foreign_module, ["7 of 14", "model.layers.5", "model.layers.1"]),
-    "shape": (foreign_shape, ["down_proj.weight", (32, 64), (32, 48)]),
-    "r": (foreign_r, ["adapter_config.json", "r", "8"]),
-    "key": (foreign_key, ["lm_head.weight", (259, 32), (4,)]),
+    "module": (module_of_another_base, ["7 of 14", "model.layers.5", "model.layers.1"]),
+    "shape": (shape_of_another_base, ["down_proj.weight", (32, 64), (32, 48)]),
+    "r": (wrong_r, ["adapter_config.json", "r", "8"]),
+    "key": (unknown_key, ["lm_head.weight", (259, 32), (4,)]),
     "half": (without_one_matrix, ["q_proj", "A, B"]),
     "cut": (cut_adapter, ["adapter_model.safetensors", "bytes", "header"]),
     "absent": (no_adapter, ["adapter_config.json"]),
@@ -176,17 +181,18 @@ def test_the_script_merges_and_refuses_wrong_input_without_torch(pair):
         command = [sys.executable, "-X", "importtime", "launch/merge.py", str(run), *options]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    none = script()
-    assert none.returncode == 2
-    assert_mentions(none.stderr, run, "no adapter")
+    without_adapter = script()
+    assert without_adapter.returncode == 2
+    assert_mentions(without_adapter.stderr, run, "no adapter")
     shutil.copytree(pair / "adapter", run / "adapter")
-    foreign_shape(pair)
+    shape_of_another_base(pair)
     shutil.copytree(pair / "adapter", run / "adapter", dirs_exist_ok=True)
-    foreign = script()
-    assert foreign.returncode == 2
-    assert_mentions(foreign.stderr, "down_proj.weight")
-    assert "| torch\n" not in none.stderr + foreign.stderr
-    assert "Traceback" not in none.stderr + foreign.stderr
+    wrong_shape = script()
+    assert wrong_shape.returncode == 2
+    assert_mentions(wrong_shape.stderr, "down_proj.weight")
+    errors = without_adapter.stderr + wrong_shape.stderr
+    assert "| torch\n" not in errors  # a line of -X importtime
+    assert "Traceback" not in errors
     shutil.rmtree(run / "adapter")
     make_adapter(pair / "base", run / "adapter")
     done = script("--out", str(run / "here"))

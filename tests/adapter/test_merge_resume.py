@@ -17,6 +17,7 @@ from tests.messages import refused
 
 pytestmark = pytest.mark.tensor
 
+# Merges a pair, and kills itself before writing more than N tensors. Arguments: the folder, and N.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -56,12 +57,12 @@ def weights(folder):
 
 
 @contextmanager
-def interrupted(monkeypatch, after):
-    """Interrupt a merge before shard number `after`."""
+def interrupted(monkeypatch, num_shards):
+    """Interrupt the merge in the body of this context after so many shards."""
     merge_shard, shards = MergeStream.merge_shard, []
 
     def interrupt(self, shard, target):
-        if len(shards) == after:
+        if len(shards) == num_shards:
             raise KeyboardInterrupt
         shards.append(target.name)
         return merge_shard(self, shard, target)
@@ -72,14 +73,14 @@ def interrupted(monkeypatch, after):
             yield
 
 
-@pytest.mark.parametrize("after", [0, 2, 3])
-def test_an_interrupted_merge_keeps_the_old_one_and_continues(pair, monkeypatch, after):
+@pytest.mark.parametrize("num_shards", [0, 2, 3])
+def test_an_interrupted_merge_keeps_the_old_one_and_continues(pair, monkeypatch, num_shards):
     before = contents(pair / "merged")
-    with interrupted(monkeypatch, after):
+    with interrupted(monkeypatch, num_shards):
         merge(pair)
     assert contents(pair / "merged") == before
     report = merge(pair)
-    assert (report.shards, report.resumed_shards) == (4, after)
+    assert (report.shards, report.resumed_shards) == (4, num_shards)
     assert report.tensors_merged == 14
     merge(pair, "fresh")
     assert weights(pair / "merged") == weights(pair / "fresh")
@@ -118,7 +119,7 @@ def test_a_merge_in_another_dtype_starts_again(pair, monkeypatch):
     assert merge(pair, dtype="BF16").resumed_shards == 0
 
 
-def test_a_finished_shard_that_was_cut_is_written_again(pair, monkeypatch):
+def test_a_finished_shard_that_was_truncated_is_written_again(pair, monkeypatch):
     with interrupted(monkeypatch, 2):
         merge(pair)
     shard = min((pair / ".merged.new").glob("*.safetensors"))
@@ -141,6 +142,7 @@ def test_a_killed_merge_continues_after_its_last_complete_shard(pair):
 def test_a_full_disk_is_one_message_and_the_merge_continues(pair):
     before = contents(pair / "merged")
     sizes = [path.stat().st_size for path in (pair / "base").glob("*.safetensors")]
+    # A limit on the size of a file, too small for the largest shard, in place of a full disk.
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (max(sizes) - 1, hard))
     try:

@@ -1,4 +1,4 @@
-"""The published folder loads in plain peft, and a failed check keeps the previous one."""
+"""A published adapter folder loads in plain peft; a failed publication keeps the previous one."""
 
 import json
 import shutil
@@ -85,10 +85,12 @@ def test_plain_peft_gives_equal_logits_in_bf16_and_close_ones_by_default(tiny_mo
             parameter.copy_(masters[key])
         logits = model(IDS).logits
         write(plan, masters, tmp_path / "adapter")
-        same = PeftModel.from_pretrained(base(), tmp_path / "adapter", autocast_adapter_dtype=False)
-        assert torch.equal(same.eval()(IDS).logits, logits)
-        near = PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()(IDS).logits
-    assert (near - logits).float().norm() < 0.01 * logits.float().norm()
+        in_bf16 = PeftModel.from_pretrained(
+            base(), tmp_path / "adapter", autocast_adapter_dtype=False
+        )
+        assert torch.equal(in_bf16.eval()(IDS).logits, logits)
+        by_default = PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()(IDS).logits
+    assert (by_default - logits).float().norm() < 0.01 * logits.float().norm()
 
 
 def test_the_folder_has_config_tokenizer_and_card(tiny_model, published, plan):
@@ -144,6 +146,9 @@ def test_a_second_adapter_replaces_the_first(plan, trained, published):
     assert [path.name for path in published.parent.iterdir()] == ["adapter"]
 
 
+# Failures of a publication: each patches a function or changes the tensors, which are returned.
+
+
 def untrained(tensors, monkeypatch):
     del monkeypatch
     return {key: torch.zeros_like(t) if "lora_B" in key else t for key, t in tensors.items()}
@@ -183,13 +188,13 @@ def test_a_kill_at_a_rename_keeps_the_previous_adapter(
 ):
     """A KeyboardInterrupt replaces the kill; the folder is copied as a real kill leaves it."""
     before = contents(published)
-    left = published.parent / "left"
+    left_by_kill = published.parent / "left"
     rename = Path.rename
 
     def rename_until_killed(self, target):
         if Path(target).name == killed_at:
             monkeypatch.setattr(Path, "rename", rename)
-            shutil.copytree(published.parent, left)
+            shutil.copytree(published.parent, left_by_kill)
             raise KeyboardInterrupt
         return rename(self, target)
 
@@ -200,12 +205,13 @@ def test_a_kill_at_a_rename_keeps_the_previous_adapter(
     # The folder as a real kill leaves it: if the next publish fails, it restores the first adapter.
     monkeypatch.setattr(publish, "verify_adapter_file", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        write(plan, trained[0], left / "adapter")
-    assert contents(left / "adapter") == before
-    assert [path.name for path in left.iterdir()] == ["adapter"]
+        write(plan, trained[0], left_by_kill / "adapter")
+    assert contents(left_by_kill / "adapter") == before
+    assert [path.name for path in left_by_kill.iterdir()] == ["adapter"]
 
 
 HEAD = "base_model.model.lm_head.weight"
+# Name -> function that changes the tensors, changes of the config, and facts of the message.
 UNSERVABLE = {
     "prefix": (
         lambda t: {key.removeprefix("base_model."): v for key, v in t.items()},

@@ -27,6 +27,7 @@ def with_value(value):
     return {B: tensor}
 
 
+# Name -> tensors that replace good ones (None removes a tensor), and facts of the message.
 DAMAGES = {
     "missing": ({B: None}, [B, "missing"]),
     "extra": (
@@ -60,15 +61,15 @@ def test_a_good_adapter_passes_and_an_untrained_one_may_be_zero(tmp_path):
     verify_adapter_file(tmp_path / "a.safetensors", EXPECTED, trained=False)
 
 
-@pytest.mark.parametrize("kept", [0, 4, 60, -1])
-def test_a_truncated_file_is_refused(tmp_path, kept):
+@pytest.mark.parametrize("end", [0, 4, 60, -1])  # of the remaining bytes
+def test_a_truncated_file_is_refused(tmp_path, end):
     path = tmp_path / "a.safetensors"
     save_file(good(), path)
-    path.write_bytes(path.read_bytes()[:kept])
+    path.write_bytes(path.read_bytes()[:end])
     with refused(path, error=RankZeroError):
         verify_adapter_file(path, EXPECTED, trained=True)
 
 
-def test_only_the_first_of_many_damages_are_named():
+def test_only_the_first_of_many_missing_tensors_are_named():
     with refused("k0", "k1", "k2", "5", "2 more", error=RankZeroError):
         verify_tensors({}, {f"k{i}": (1,) for i in range(5)}, trained=True)

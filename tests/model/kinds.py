@@ -1,4 +1,8 @@
-"""KINDS: small configs of classes in transformers, by name: model_type and keys of the config."""
+"""KINDS: small configs of model classes in transformers, on which the tests are fast.
+
+Name of the kind -> model_type, and keys of its config. A name such as `gemma4_text/moe` is a
+variant of the model_type before the slash.
+"""
 
 # ruff: noqa: C408 - configs as keyword arguments
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.tensor
 
 
 def test_a_layer_whose_name_ends_with_a_number_is_adapted_by_its_full_name(tmp_path):
-    """Zamba 2 has layers named `0` and `1`, as its blocks are."""
+    """Zamba 2 has linear layers named `0` and `1`, like the decoder layers in the list `layers`."""
     from transformers import AutoConfig
 
     model_type, keys = ALL["zamba2"]

@@ -17,7 +17,9 @@ from tests.tiny import make_plan
 pytestmark = pytest.mark.tensor
 
 WINDOW = {"sliding_window": 5}
+# For classes that use a window only from layer `max_window_layers`.
 IN_WINDOWS = WINDOW | {"use_sliding_window": True, "max_window_layers": 1}
+# model_type, and changes of the config SMALL
 FAMILIES = [
     ("llama", {}),
     ("mistral", {}),
@@ -40,8 +42,8 @@ FAMILIES = [
     ("qwen2_moe", QWEN_EXPERTS | IN_WINDOWS | {"shared_expert_intermediate_size": 56}),
     ("qwen3_moe", QWEN_EXPERTS),
 ]
-PACKS = ((7, 12, 3), (20, 1, 2))  # documents of two packs of 24 tokens; the rest is padding
-LENGTH = 24
+LENGTH = 24  # tokens of a pack
+PACKS = ((7, 12, 3), (20, 1, 2))  # tokens of each document in two packs, which end with padding
 
 
 def is_dense(family):
@@ -50,7 +52,10 @@ def is_dense(family):
 
 
 def make(folder, kind, change, dtype="float32", spread=0.2):
-    """A folder with a random model with sharp attention, so that each attended token matters."""
+    """The folder, with a random model; `spread`: standard deviation of its weights.
+
+    The default is so large that attention is sharp and each attended token matters.
+    """
     keys = SMALL | change
     if kind in WITHOUT_HEAD_DIM:
         keys.pop("head_dim")
@@ -71,6 +76,7 @@ def make_ids(seed=0, device="cpu"):
 
 
 def logits(model, ids, documents=PACKS):
+    """The logits of packs, each document of which attends only to itself."""
     arguments = document_arguments(model.config._attn_implementation, documents, ids)
     return model(ids, **arguments).logits
 
@@ -192,7 +198,7 @@ def test_positions_restart_at_each_document_and_padding_is_separate():
 
 
 def test_positions_for_a_gpu_are_copied_from_pinned_memory(monkeypatch):
-    """A copy from other memory would make the host wait. The GPU is a stand-in."""
+    """A copy from other memory would make the host wait. Functions of torch replace the GPU."""
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
     monkeypatch.setattr(torch.Tensor, "to", lambda x, device, non_blocking: x)
@@ -213,20 +219,20 @@ def varlen(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
     softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, deterministic=False,
 ):  # fmt: skip
-    """flash_attn_varlen_func of flash-attn 2.8 by its documentation; (tokens, heads, width)."""
+    """flash_attn_varlen_func as flash-attn 2.8 documents it; q, k, v: tokens, heads, head size."""
     assert causal
     assert torch.equal(cu_seqlens_q, cu_seqlens_k)
     assert max_seqlen_q == max_seqlen_k == cu_seqlens_q.diff().max()
     outputs = []
     for start, end in pairwise(cu_seqlens_q.tolist()):
         query, key, value = (x[start:end].transpose(0, 1) for x in (q, k, v))
-        groups = len(query) // len(key)
-        key, value = (x.repeat_interleave(groups, 0) for x in (key, value))
+        queries_per_key = len(query) // len(key)  # heads
+        key, value = (x.repeat_interleave(queries_per_key, 0) for x in (key, value))
         scores = query @ key.transpose(1, 2) * softmax_scale
         scores = softcap * torch.tanh(scores / softcap) if softcap else scores
         distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
-        reach = window_size[0] if window_size[0] >= 0 else end - start
-        scores = scores.masked_fill((distance < 0) | (distance > reach), float("-inf"))
+        max_distance = window_size[0] if window_size[0] >= 0 else end - start
+        scores = scores.masked_fill((distance < 0) | (distance > max_distance), float("-inf"))
         outputs.append((scores.softmax(-1) @ value).transpose(0, 1))
     return torch.cat(outputs)
 

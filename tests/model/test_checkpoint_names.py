@@ -13,7 +13,8 @@ pytestmark = pytest.mark.tensor
 
 
 @pytest.mark.parametrize(
-    ("kind", "renamed"),
+    # `num_renamed`: linear layers of the decoder whose name in memory differs from the stored one
+    ("kind", "num_renamed"),
     [
         ("gemma3", 28),
         ("nemotron_h", 10),
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.tensor
         ("llama", 0),
     ],
 )
-def test_every_linear_layer_is_mapped_to_its_stored_weight(tmp_path, kind, renamed):
+def test_every_linear_layer_is_mapped_to_its_stored_weight(tmp_path, kind, num_renamed):
     build(kind).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     stored = stored_names(model_on_meta(tmp_path), tensors)
@@ -32,8 +33,9 @@ def test_every_linear_layer_is_mapped_to_its_stored_weight(tmp_path, kind, renam
         for name, module in model.named_modules()
         if type(module) is nn.Linear and "vision" not in name and "lm_head" not in name
     }
-    assert all(torch.equal(tensors[stored[n].keys[0]], weight) for n, weight in layers.items())
-    assert sum(stored[name].keys != (name,) for name in layers) == renamed
+    for name, weight in layers.items():
+        assert torch.equal(tensors[stored[name].keys[0]], weight), name
+    assert sum(stored[name].keys != (name,) for name in layers) == num_renamed
 
 
 def test_fused_experts_are_mapped_to_their_stored_parts_and_converter(tmp_path):
@@ -41,4 +43,5 @@ def test_fused_experts_are_mapped_to_their_stored_parts_and_converter(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     fused = stored_names(model_on_meta(tmp_path), tensors)["model.layers.0.mlp.experts.down_proj"]
     assert fused.converter is not None
+    # model.layers.0.mlp.experts.NUMBER.down_proj.weight
     assert [key.split(".")[5] for key in fused.keys] == ["0", "1", "2", "3"]

@@ -1,4 +1,4 @@
-"""Checkpointed blocks save the state of random numbers only if their forward pass draws some."""
+"""Checkpointed layers save the state of the random number generator only if there is dropout."""
 
 import json
 import shutil
@@ -22,8 +22,8 @@ def saves_random_state(folder, monkeypatch, **settings):
     model = attach_adapter(load_base(plan, torch.device("cpu")), plan)
     batch, reads = build_batch(Documents(2), range(2)), []
     with monkeypatch.context() as patched:
-        state = torch.get_rng_state
-        patched.setattr(torch, "get_rng_state", lambda: reads.append(1) or state())
+        get_rng_state = torch.get_rng_state
+        patched.setattr(torch, "get_rng_state", lambda: reads.append(1) or get_rng_state())
         model.train()
         SummedLoss(model)(batch.input_ids, batch.labels, batch.documents).backward()
     return len(reads) > 0

@@ -1,4 +1,4 @@
-"""Our loss and attention equal those of each model class.
+"""This project's loss and attention equal those of each model class in transformers.
 
 The classes differ in scales, soft caps, attention sinks, sliding windows and attention chunks.
 """
@@ -39,8 +39,8 @@ SEPARATE_DOCUMENTS = [
     "diffllama",  # two calls of attention in each block
     "mistral3",  # a wrapper without its own causal class
 ]
-# Kinds in which packed documents mix, and the number of blocks that keep documents separate: those
-# whose attention is called with the argument `documents`.
+# Kinds in which packed documents mix, and the number of decoder layers (of 4) that keep documents
+# separate, because they pass the argument `documents` to the attention function.
 MIX_DOCUMENTS = [("qwen3_5_text", 1), ("lfm2", 1), ("stablelm", 0), ("nemotron", 0)]
 LOSS_ONLY = [
     "qwen3_5_text",  # recurrent state
@@ -48,11 +48,13 @@ LOSS_ONLY = [
     "phimoe",  # random router
     "opt",  # its forward method calls `self.model.decoder`
 ]
+# Tokens of a sequence, and of each document in two packs, which end with padding.
 LENGTH, DOCUMENTS = 24, ((7, 12, 3), (20, 1, 2))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
+    """Use one thread, so that sums have the same order in every run."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -149,7 +151,7 @@ def test_packs_are_refused_if_a_block_does_not_separate_documents(kind, num_bloc
 def test_attention_with_more_keys_than_tokens_is_refused():
     model, (ids, _) = build("deepseek_v4"), make_batch()
     model.set_attn_implementation(WITHIN_DOCUMENTS)
-    with refused("DeepseekV4Attention", "24", "30"):
+    with refused("DeepseekV4Attention", "24", "30"):  # tokens and keys
         model(input_ids=ids, use_cache=False)
 
 
@@ -176,6 +178,7 @@ def test_a_block_with_several_calls_of_attention_is_counted_once():
     query = torch.randn(1, 2, 5, 8)
     documents = PackedDocuments(((2, 3),))
     layers = [nn.ModuleList([nn.Module(), nn.Module()]) for _ in range(3)]
+    # Both modules of layer 0 call attention, one of layer 1 calls it twice, and none of layer 2.
     for module in [*layers[0], layers[1][1], layers[1][1]]:
         attention._attend(module, query, query, query, None, documents=documents)
     with refused("2 of 3 blocks", "llama", "packing: false"):

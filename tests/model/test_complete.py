@@ -24,6 +24,8 @@ from tests.tiny import make_tokenizer
 pytestmark = pytest.mark.tensor
 
 UP = "model.layers.2.mlp.up_proj.weight"
+# Function that renames a tensor or, with None, removes it; and facts of the message: the number of
+# missing tensors, and names.
 CHANGES = {
     "prefix": (lambda name: f"module.{name}", ("39", "lm_head.weight", "module.lm_head.weight")),
     "rename": (lambda name: name.replace("q_proj", "wq"), ("4", "self_attn.q_proj.weight")),
@@ -38,14 +40,17 @@ CHANGES = {
 
 @pytest.fixture(autouse=True)
 def in_this_process(tmp_path_factory, monkeypatch):
-    """Compare names in this process, with an empty cache; returns the folders compared."""
+    """Compare names with the model class in this process, with an empty cache.
+
+    Returns the list of folders that were compared so, instead of in a subprocess with torch.
+    """
     monkeypatch.setenv("RANKZERO_CACHE", str(tmp_path_factory.mktemp("cache")))
     compared = []
 
     def run(module, folder, *trust, timeout_s):
         compared.append(folder)
-        found = difference(Path(folder), trust_remote_code=bool(trust))
-        return json.loads(json.dumps(asdict(found)))
+        result = difference(Path(folder), trust_remote_code=bool(trust))
+        return json.loads(json.dumps(asdict(result)))
 
     monkeypatch.setattr(complete, "run_module", run)
     return compared
@@ -99,7 +104,7 @@ def test_a_complete_checkpoint_of_a_known_family_needs_no_torch(tmp_path, kind, 
         "gpt_neox",
     ],
 )
-def test_the_conversion_table_decides_which_names_are_missing(tmp_path, kind):
+def test_names_that_transformers_converts_while_it_loads_are_not_missing(tmp_path, kind):
     build(kind, kinds=ALL).save_pretrained(tmp_path)
     result = difference(tmp_path)
     assert not result.missing
@@ -141,8 +146,10 @@ def test_a_tensor_that_every_block_lacks_is_missing(tmp_path):
         require_complete(read_shape(str(tmp_path)))
 
 
-@pytest.mark.parametrize("verb", [plan, prepare])
-def test_an_incomplete_checkpoint_is_refused_by_the_verbs_before_a_run(tmp_path, monkeypatch, verb):
+@pytest.mark.parametrize("command", [plan, prepare])
+def test_an_incomplete_checkpoint_is_refused_by_the_commands_before_a_run(
+    tmp_path, monkeypatch, command
+):
     folder = tmp_path / "model"
     build("llama").save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
@@ -152,6 +159,6 @@ def test_an_incomplete_checkpoint_is_refused_by_the_verbs_before_a_run(tmp_path,
     values = {"model": folder, "train_data": rows, "output_dir": tmp_path / "run"}
     run_file = tmp_path / "run.yaml"
     run_file.write_text("".join(f"{key}: {value}\n" for key, value in values.items()))
-    monkeypatch.setattr(sys, "argv", ["verb", str(run_file)])
+    monkeypatch.setattr(sys, "argv", ["command", str(run_file)])
     with refused(UP, folder):
-        verb()
+        command()

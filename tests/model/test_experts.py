@@ -18,7 +18,7 @@ pytestmark = pytest.mark.tensor
 
 @pytest.fixture
 def shape(tmp_path):
-    """The shape counted on the class of a kind, without the table of families."""
+    """Function: kind -> its shape as counted from the model class."""
 
     def make(kind):
         name, keys = KINDS[kind]
@@ -51,7 +51,7 @@ def test_experts_that_a_checkpoint_stores_one_by_one_can_be_merged(tmp_path):
 
 def assert_all_experts_targeted(shape):
     num_layers = sum(bool(shape.blocks[kind].experts) for kind in shape.layer_kinds)
-    assert len(shape.targeted_experts(["experts"])) == 2 * num_layers
+    assert len(shape.targeted_experts(["experts"])) == 2 * num_layers  # gate_up_proj, down_proj
 
 
 def test_dense_layers_that_peft_would_rewrite_are_no_targets(shape):

@@ -58,7 +58,10 @@ def make_family(folder, kind, dtype="float32"):
 
 
 def train_and_gather(session, folder, settings, leaf_modules=None):
-    """Losses and gradient norms of two steps, the fp32 weights, and the logits with them."""
+    """A list of losses and gradient norms of two steps, the fp32 weights, and the logits with them.
+
+    `leaf_modules`: a replacement for the `leaf_module` of DeepSpeed's config.
+    """
     plan = make_plan(folder, session.placement.world_size, 40, **settings)
     if leaf_modules is not None:
         zero = plan.deepspeed["zero_optimization"] | {"leaf_module": leaf_modules}
@@ -112,8 +115,10 @@ def family(tmp_path_factory):
     return make
 
 
+# ZeRO-3 gathers a leaf module as a whole, so that ranks which route tokens to different experts
+# call the same collectives.
 LEAF_MODULES = {"of the plan": None, "none": {"classes": []}}
-# Changes of the settings of two ranks, each with the leaf modules of its runs at ZeRO-3.
+# Changed settings of a run on two ranks, and the leaf modules with which it is repeated at ZeRO-3.
 CHANGES = {kind: [({}, (*LEAF_MODULES,))] for kind in MIXTURES}
 CHANGES["mixtral"] += [
     ({"gradient_checkpointing": True}, ("of the plan",)),
@@ -124,16 +129,16 @@ CHANGES["mixtral"] += [
 def train_replicated_and_sharded(session, folder, changes):
     """For each change: the run at ZeRO-2, and those at ZeRO-3 by the name of their leaf modules."""
     results = []
-    for change, leaves in changes:
+    for change, names in changes:
         settings = EXPERTS_RUN | change
-        whole = train_and_gather(session, folder, settings | {"zero_stage": 2})
+        replicated = train_and_gather(session, folder, settings | {"zero_stage": 2})
         sharded = {
-            leaf: train_and_gather(
-                session, folder, settings | {"zero_stage": 3}, LEAF_MODULES[leaf]
+            name: train_and_gather(
+                session, folder, settings | {"zero_stage": 3}, LEAF_MODULES[name]
             )
-            for leaf in leaves
+            for name in names
         }
-        results.append((whole, sharded))
+        results.append((replicated, sharded))
     return results
 
 
@@ -155,19 +160,20 @@ def test_the_published_and_the_merged_adapter_have_the_trained_logits(family, tm
     assert (merged - logits).norm() < 1e-5 * logits.norm()
     by_peft = tmp_path / "by_peft"
     adapted.merge_and_unload().save_pretrained(by_peft)
-    theirs, ours = tensors(by_peft), tensors(tmp_path / "merged")
-    assert ours.keys() == theirs.keys() == tensors(folder).keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    expected, ours = tensors(by_peft), tensors(tmp_path / "merged")
+    assert ours.keys() == expected.keys() == tensors(folder).keys()
+    assert all(torch.equal(ours[key], expected[key]) for key in ours)
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_sharded_experts_give_the_losses_of_replicated_ones(family, tmp_path, kind):
     """Ranks route tokens to different experts; ZeRO-3 must neither hang nor differ."""
     arguments = (train_replicated_and_sharded, family(kind), CHANGES[kind])
-    for whole, sharded in run_ranks(*arguments, tmp_path=tmp_path)[0]:
+    for replicated, sharded in run_ranks(*arguments, tmp_path=tmp_path)[0]:
+        expected_losses, expected_weights, _ = replicated
         for name, (losses, weights, _) in sharded.items():
-            assert losses == pytest.approx(whole[0], rel=1e-6), name
-            assert distance(weights, whole[1]) < 1e-5, name
+            assert losses == pytest.approx(expected_losses, rel=1e-6), name
+            assert distance(weights, expected_weights) < 1e-5, name
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])

@@ -30,28 +30,27 @@ def results(function, *tensors):
 
 def assert_as_exact(function, plain, *tensors):
     """Assert that `function` is at least as close to `plain` in fp64 as `plain` is in bf16."""
-    exact = results(plain, *(tensor.double() for tensor in tensors))
-    ours, theirs = results(function, *tensors), results(plain, *tensors)
-    for actual, bf16, expected in zip(ours, theirs, exact, strict=True):
+    in_fp64 = results(plain, *(tensor.double() for tensor in tensors))
+    of_function, in_bf16 = results(function, *tensors), results(plain, *tensors)
+    for actual, bf16, expected in zip(of_function, in_bf16, in_fp64, strict=True):
         assert actual.dtype == BF16
-        # Both round the result to bf16, which is most of their error.
+        # `function` and `plain` round to bf16, which is most of the error: hence only 5 % margin.
         assert error(actual, expected) <= 1.05 * error(bf16, expected) < 0.02
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("part", [100, 2**20])  # several parts of the weight, and a single one
-def test_a_linear_layer_is_as_exact_as_in_bf16(monkeypatch, bias, part):
-    monkeypatch.setattr(fp32_kernels, "FP32_PART_VALUES", part)
+@pytest.mark.parametrize("part_values", [100, 2**20])  # several parts of the weight, and one
+def test_a_linear_layer_is_as_exact_as_in_bf16(monkeypatch, bias, part_values):
+    monkeypatch.setattr(fp32_kernels, "FP32_PART_VALUES", part_values)
     torch.manual_seed(0)
     plain = nn.Linear(48, 40, bias=bias, dtype=BF16).requires_grad_(False)
     exact = nn.Linear(48, 40, bias=bias).double()
     exact.load_state_dict(plain.state_dict())
     fast = nn.Sequential(plain)
     x = torch.randn(2, 100, 48).to(BF16)
-    expected, theirs = results(exact, x.double()), results(plain, x)
-    multiply_in_fp32(fast)
-    ours = results(fast, x)
-    for actual, bf16, reference in zip(ours, theirs, expected, strict=True):
+    expected, in_bf16 = results(exact, x.double()), results(plain, x)
+    multiply_in_fp32(fast)  # which changes the layer `plain` in it
+    for actual, bf16, reference in zip(results(fast, x), in_bf16, expected, strict=True):
         assert actual.dtype == BF16
         assert error(actual, reference) <= 1.05 * error(bf16, reference) < 0.01
 
@@ -79,7 +78,8 @@ def test_attention_saves_bf16_tensors():
         output = attend_in_fp32(*tensors, None)
     of_bf16 = {tensor.data_ptr() for tensor in saved if tensor.dtype == BF16}
     assert of_bf16 == {tensor.data_ptr() for tensor in (*tensors, output)}
-    assert sum(tensor.numel() for tensor in saved if tensor.dtype != BF16) == 4 * 50  # log-sum-exp
+    # the log-sum-exp of 4 heads and 50 tokens
+    assert sum(tensor.numel() for tensor in saved if tensor.dtype != BF16) == 4 * 50
 
 
 def test_trained_quantised_and_fp32_layers_keep_their_kernels():
@@ -103,6 +103,7 @@ def test_few_tokens_are_multiplied_in_bf16(monkeypatch):
 
 
 def gradient(model, ids):
+    """The gradient of the embedded tokens of packs."""
     embeddings = model.get_input_embeddings()
     inputs = embeddings(ids).detach().requires_grad_()
     handle = embeddings.register_forward_hook(lambda *_: inputs)
@@ -115,7 +116,7 @@ def gradient(model, ids):
 def test_gradients_of_packs_are_as_exact_as_in_bf16(tmp_path, kind, change):
     folder, ids = make(tmp_path, kind, change, "bfloat16"), make_ids()
     exact = gradient(load(folder, "rankzero_documents").double(), ids)
-    theirs = gradient(load(folder, WITHIN_DOCUMENTS, "bfloat16"), ids)
+    in_bf16 = gradient(load(folder, WITHIN_DOCUMENTS, "bfloat16"), ids)
     model = load(folder, WITHIN_DOCUMENTS_FP32, "bfloat16").requires_grad_(False)
     multiply_in_fp32(model)
-    assert error(gradient(model, ids), exact) <= 1.2 * error(theirs, exact) < 0.2
+    assert error(gradient(model, ids), exact) <= 1.2 * error(in_bf16, exact) < 0.2

@@ -27,7 +27,7 @@ def test_the_graph_keeps_no_input_and_the_gradients_are_equal(use_reentrant):
     layers = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)]
     weights = [weight for layer in layers for weight in layer.parameters()]
     leaf = torch.randn(2, 5, 8, requires_grad=True)
-    output, _ = forward(layers, leaf * 2)
+    output, _ = forward(layers, leaf * 2)  # only `leaf` itself is referenced by this test
     expected = torch.autograd.grad(output.sin().sum(), [leaf, *weights])
 
     host = HostActivations()
@@ -48,14 +48,14 @@ def test_the_graph_keeps_no_input_and_the_gradients_are_equal(use_reentrant):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_inputs_of_layers_without_gradients_are_released(use_reentrant, monkeypatch):
     """Only the last layers have an adapter, so the backward pass ends before the first layers."""
-    made = weakref.WeakSet()
+    live_inputs = weakref.WeakSet()
 
-    class Counted(host_activations._Input):
+    class TrackedInput(host_activations._Input):
         def __init__(self, *args):
             super().__init__(*args)
-            made.add(self)
+            live_inputs.add(self)
 
-    monkeypatch.setattr(host_activations, "_Input", Counted)
+    monkeypatch.setattr(host_activations, "_Input", TrackedInput)
     layers, host = [nn.Linear(8, 8) for _ in range(4)], HostActivations()
     for layer in layers[:2]:
         layer.requires_grad_(False)
@@ -68,10 +68,10 @@ def test_inputs_of_layers_without_gradients_are_released(use_reentrant, monkeypa
         if output.requires_grad:  # re-entrant checkpointing needs an input with a gradient
             output.sum().backward()
         del output
-        assert not made
+        assert not live_inputs
 
 
-def test_tensors_other_than_the_hidden_states_stay_where_they_are():
+def test_saved_tensors_other_than_the_hidden_states_are_not_copied_to_the_host():
     host, positions = HostActivations(), torch.randn(5, 8)
     hidden = torch.randn(5, 8, requires_grad=True) * 1
     packed = host._pack((hidden.data_ptr(), hidden.shape), positions)

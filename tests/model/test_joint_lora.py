@@ -1,4 +1,8 @@
-"""Joint LoRA layers have the outputs and gradients of peft, and share one dropout mask."""
+"""Joint LoRA layers have the outputs and gradients of peft, and share one dropout mask.
+
+After `join_lora`, layers that read the same input, such as q, k and v, compute the product with
+their matrices A at once.
+"""
 
 import pytest
 import torch
@@ -31,6 +35,7 @@ class Attention(nn.Module):
 
 
 def adapted(*, is_shared=True, **config):
+    """`Attention` with a peft adapter whose A and B are random."""
     torch.manual_seed(0)
     patterns = {"rank_pattern": {"k_proj": 3}, "alpha_pattern": {"v_proj": 7}}
     options = LoraConfig(r=2, target_modules=NAMES, **(patterns | config))
@@ -93,19 +98,23 @@ def test_a_model_in_evaluation_mode_has_no_dropout():
 def test_one_product_serves_the_layers_that_share_an_input(monkeypatch):
     model = adapted()
     join_lora(model)
-    sizes, linear = [], F.linear
-    monkeypatch.setattr(
-        F, "linear", lambda x, w, bias=None: (sizes.append(len(w)), linear(x, w, bias))[1]
-    )
+    output_sizes, linear = [], F.linear
+
+    def recording_linear(x, weight, bias=None):
+        output_sizes.append(len(weight))
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(F, "linear", recording_linear)
     model(torch.randn(2, 3, 8))
-    assert sizes == [8, 2 + 3 + 2, 4, 4, 6, 2]  # base of q, A of q, k and v, other bases, A of o
+    # base of q; A of q, k and v together; bases of k, v and o; A of o
+    assert output_sizes == [8, 2 + 3 + 2, 4, 4, 6, 2]
 
 
 def test_an_output_computed_without_gradients_is_not_used_with_them():
     model = adapted()
     join_lora(model)
     x, q_proj = torch.randn(2, 3, 8), model.base_model.model.q_proj
-    with torch.no_grad():  # leaves the outputs for k_proj and v_proj behind
+    with torch.no_grad():  # also computes A for k_proj and v_proj, which are not called here
         q_proj(x)
     model.base_model.model.k_proj(x).sum().backward()
     assert model.base_model.model.k_proj.lora_A["default"].weight.grad.any()
@@ -129,7 +138,7 @@ def test_a_disabled_adapter_has_no_effect():
 
 
 def test_the_called_modules_do_not_depend_on_the_layout_of_the_input():
-    """At ZeRO-3 each call of a module gathers weights, and other ranks have other batches."""
+    """At ZeRO-3 each call of a module gathers weights on all ranks; their batches differ."""
     model = adapted(lora_dropout=0.5)
     join_lora(model)
     calls = []

@@ -32,6 +32,7 @@ def saved(request, tmp_path_factory):
 
 
 def differing(loaded, model):
+    """Names of the loaded parameters that differ from those of the model."""
     expected = dict(model.named_parameters())
     assert loaded.keys() == expected.keys()
     return [name for name, weight in loaded.items() if not torch.equal(weight, expected[name])]
@@ -61,14 +62,15 @@ def test_a_checkpoint_without_all_tensors_is_refused(tmp_path, change):
     """transformers only warns, and fills the weights with random numbers."""
     build("llama").save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
-    names = {
+    renamed = {  # None removes the tensor
         "prefix": lambda name: f"module.{name}",
         "rename": lambda name: name.replace("q_proj", "wq"),
         "remove": lambda name: name if "layers.2.self_attn.q_proj" not in name else None,
     }[change]
-    tensors = {names(name): tensor for name, tensor in load_file(file).items()}
+    tensors = {renamed(name): tensor for name, tensor in load_file(file).items()}
     tensors.pop(None, None)
     save_file(tensors, file, metadata={"format": "pt"})
+    # number of missing tensors, and a name in the checkpoint or of a missing tensor
     facts = {"prefix": ("39", "module."), "rename": ("4", "wq.weight"), "remove": ("1", "layers.2")}
     with refused("lm_head" if change == "prefix" else "q_proj.weight", *facts[change], tmp_path):
         load_plain(tmp_path, dtype=torch.float32)

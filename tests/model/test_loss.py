@@ -44,28 +44,30 @@ def test_the_loss_is_the_sum_over_single_documents(model):
 
 def test_the_number_of_chunks_does_not_change_loss_and_gradient(model, monkeypatch):
     batch = build_batch(Documents(6), range(6))
-    whole, gradient = loss_and_gradient(model, batch)
-    monkeypatch.setattr(loss_module, "LOGITS_CHUNK_BYTES", 4 * 259 * 7)  # seven rows in a chunk
-    parts, same = loss_and_gradient(model, batch)
-    assert parts.item() == pytest.approx(whole.item(), rel=1e-6)
-    assert torch.allclose(gradient, same, rtol=1e-5, atol=1e-5)
+    loss, gradient = loss_and_gradient(model, batch)
+    # A chunk has the fp32 logits of seven tokens, for a vocabulary of 259.
+    monkeypatch.setattr(loss_module, "LOGITS_CHUNK_BYTES", 4 * 259 * 7)
+    loss_in_chunks, gradient_in_chunks = loss_and_gradient(model, batch)
+    assert loss_in_chunks.item() == pytest.approx(loss.item(), rel=1e-6)
+    assert torch.allclose(gradient_in_chunks, gradient, rtol=1e-5, atol=1e-5)
 
 
 def test_offsets_from_the_host_select_the_positions_that_a_mask_selects(model):
+    """`batch.predicting`: offsets of tokens with a supervised next token; else a mask is made."""
     batch = build_batch(Documents(6), range(6))
-    loss, seen = SummedLoss(model), []
-    loss._loss_sum = lambda causal, hidden, targets: seen.append((hidden, targets))
+    loss, selected = SummedLoss(model), []
+    loss._loss_sum = lambda causal, hidden, targets: selected.append((hidden, targets))
     loss(batch.input_ids, batch.labels, batch.documents, batch.predicting)
     loss(batch.input_ids, batch.labels, batch.documents)
     hidden = model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     targets = batch.labels[:, 1:]
-    expected = hidden[:, :-1][targets != IGNORED], targets[targets != IGNORED]
-    for actual in seen:
-        assert torch.equal(actual[0], expected[0])
-        assert torch.equal(actual[1], expected[1])
+    is_supervised = targets != IGNORED
+    for selected_hidden, selected_targets in selected:
+        assert torch.equal(selected_hidden, hidden[:, :-1][is_supervised])
+        assert torch.equal(selected_targets, targets[is_supervised])
 
 
-def test_an_empty_micro_batch_is_zero_with_a_gradient(model):
+def test_the_loss_of_an_empty_micro_batch_is_zero_and_has_a_gradient_of_zero(model):
     total, gradient = loss_and_gradient(model, build_batch(Documents(1), []))
     assert total.item() == 0.0
     assert not gradient.any()

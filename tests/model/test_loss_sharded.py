@@ -22,11 +22,12 @@ pytestmark = pytest.mark.engine
 
 # granite scales logits. gemma4 is multimodal, and the soft cap of its logits is only in the config
 # of its text model.
-# The second value: whether the gradient is computed in the forward pass.
+# The second value, `is_fast`: whether the gradient is computed in the forward pass.
 KINDS = [("granite", False), ("granite", True), ("gemma4", True)]
 
 
 def adapted(kind, is_tied):
+    """The model with a peft adapter on q_proj and o_proj whose A and B are random."""
     model = build(kind)
     if not is_tied:
         head = model.get_output_embeddings()

@@ -9,10 +9,11 @@ from pipeline.model.neftune import EmbeddingNoise
 pytestmark = pytest.mark.tensor
 
 ALPHA, HIDDEN = 5.0, 32
-DOCUMENTS = ((4, 16), (20,), (9,))  # the rest of a row is padding
+DOCUMENTS = ((4, 16), (20,), (9,))  # tokens of each document in three rows of 20, with padding
 
 
 def noise(seed=0, *, training=True):
+    """The noise that is added to the embeddings of DOCUMENTS."""
     embeddings = nn.Embedding(50, HIDDEN).train(training)
     ids = torch.arange(60).reshape(3, 20) % 50
     plain = embeddings(ids)

@@ -35,8 +35,8 @@ def packed(request, tmp_path_factory):
     return folder
 
 
-def of_transformers(folder):
-    """The parameters as transformers dequantises them."""
+def dequantised_by_transformers(folder):
+    """The parameters by name."""
     method = read_shape(str(folder)).quantization
     config = CONFIGS[method](dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
@@ -51,10 +51,10 @@ def assert_equal(ours, theirs):
 
 
 @pytest.mark.parametrize("name", PACKED_KINDS)
-def test_a_packed_model_is_that_of_transformers(tmp_path, name):
+def test_a_packed_model_is_loaded_as_transformers_dequantises_it(tmp_path, name):
     folder = make_packed(name, tmp_path, block=(8, 16))  # transformers needs whole blocks
     model = load_plain(folder, dtype=torch.bfloat16)
-    assert_equal(dict(model.named_parameters()), of_transformers(folder))
+    assert_equal(dict(model.named_parameters()), dequantised_by_transformers(folder))
     assert getattr(model.config, "quantization_config", None) is None
 
 
@@ -70,7 +70,7 @@ def test_fp8_values_are_multiplied_with_the_scales_of_their_blocks(tmp_path, blo
     rows = torch.arange(values.shape[0]) // block[0]
     columns = torch.arange(values.shape[1]) // block[1]
     expected = (values.float() * scales[rows[:, None], columns]).bfloat16()
-    assert len(expected.unique()) > 100
+    assert len(expected.unique()) > 100  # the weight is not trivial
     loaded = load_plain(folder, dtype=torch.bfloat16).get_parameter(name)
     assert torch.equal(loaded, expected)
 
@@ -103,7 +103,7 @@ def test_a_packed_model_can_be_quantised_to_4_bits(packed):
     assert quantised == names
 
 
-def test_the_merged_model_is_in_16_bits_and_that_of_the_dequantised_base(packed, tmp_path):
+def test_a_merge_into_a_packed_base_equals_a_merge_into_its_dequantised_copy(packed, tmp_path):
     model = load_plain(packed, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "plain")
     adapter = make_adapter(model, tmp_path / "adapter")
@@ -134,14 +134,12 @@ def make_adapter(model, folder):
 @pytest.mark.parametrize("name", PACKED_KINDS)
 def test_packed_values_without_scales_are_refused(tmp_path, name):
     folder = make_packed(name, tmp_path)
-    lost = None
-    for path in sorted(folder.glob("*.safetensors")):
-        kept = load_file(path)
-        lost = next((key for key in kept if "_scale" in key), lost)
-        kept.pop(lost, None)
-        save_file(kept, path, metadata={"format": "pt"})
-        break
-    with refused(lost, tmp_path, "download"):
+    path = min(folder.glob("*.safetensors"))
+    stored = load_file(path)
+    scales = next(key for key in stored if "_scale" in key)
+    del stored[scales]
+    save_file(stored, path, metadata={"format": "pt"})
+    with refused(scales, tmp_path, "download"):
         checkpoint_files(folder)
 
 
@@ -176,14 +174,12 @@ def test_scales_with_fewer_dimensions_than_their_weight_are_refused(tmp_path):
 def test_weights_in_another_packed_format_are_refused(tmp_path):
     """For example two fp4 values in a byte: loaded as they are, they would be wrong weights."""
     folder = make_packed("deepseek_v3/fp8", tmp_path)
-    lost = None
-    for path in folder.glob("*.safetensors"):
-        stored = load_file(path)
-        lost = next((key for key in stored if stored[key].dtype == torch.float8_e4m3fn), None)
-        stored[lost] = stored[lost].view(torch.int8)
-        save_file(stored, path, metadata={"format": "pt"})
-        break
-    with refused(f"{lost}_scale_inv", "fp8", "16-bit"):
+    path = min(folder.glob("*.safetensors"))
+    stored = load_file(path)
+    fp8_key = next(key for key in stored if stored[key].dtype == torch.float8_e4m3fn)
+    stored[fp8_key] = stored[fp8_key].view(torch.int8)
+    save_file(stored, path, metadata={"format": "pt"})
+    with refused(f"{fp8_key}_scale_inv", "fp8", "16-bit"):
         checkpoint_files(folder)
 
 

@@ -40,7 +40,7 @@ def test_a_class_that_is_trained_correctly_passes_every_check(kind):
         *result.without_reentrant,
         *result.without_fast_paths,
     ]
-    assert len(result.errors) == 8
+    assert len(result.errors) == 8  # every comparison was made
     assert max(result.errors.values()) < LIMIT
 
 
@@ -145,7 +145,7 @@ def test_the_checks_of_a_model_folder_are_cached_for_its_targets(tiny_model, mon
 
 
 @pytest.mark.parametrize(
-    ("proof_of", "settings", "facts"),
+    ("failed_checks", "settings", "facts"),
     [
         ({"refusals": ["loss differs by 0.1"]}, {}, ("loss differs by 0.1", "class-refused")),
         (
@@ -162,16 +162,16 @@ def test_the_checks_of_a_model_folder_are_cached_for_its_targets(tiny_model, mon
     ids=["class", "packs", "re-entrant"],
 )
 def test_a_run_that_the_checks_exclude_is_refused_before_the_base_is_loaded(
-    tiny_model, monkeypatch, proof_of, settings, facts
+    tiny_model, monkeypatch, failed_checks, settings, facts
 ):
     plan = make_plan(tiny_model, 2, **settings)
-    monkeypatch.setattr(proof, "_proof_of", lambda *_, **__: Proof(**proof_of))
+    monkeypatch.setattr(proof, "_proof_of", lambda *_, **__: Proof(**failed_checks))
     with refused(*facts):
         require_proof(plan)
 
 
 @pytest.mark.parametrize(
-    ("proof_of", "settings"),
+    ("failed_checks", "settings"),
     [
         ({}, {"packing": True, "zero_stage": 3, "gradient_checkpointing": True}),
         ({"without_packs": ["1 of 4 blocks"]}, {"packing": False}),
@@ -183,11 +183,11 @@ def test_a_run_that_the_checks_exclude_is_refused_before_the_base_is_loaded(
     ids=["nothing found", "without packs", "not re-entrant"],
 )
 def test_a_run_that_the_checks_do_not_exclude_is_allowed(
-    tiny_model, monkeypatch, proof_of, settings
+    tiny_model, monkeypatch, failed_checks, settings
 ):
     plan = make_plan(tiny_model, 2, **settings)
-    monkeypatch.setattr(proof, "_proof_of", lambda *_, **__: Proof(**proof_of))
-    assert require_proof(plan) == Proof(**proof_of)
+    monkeypatch.setattr(proof, "_proof_of", lambda *_, **__: Proof(**failed_checks))
+    assert require_proof(plan) == Proof(**failed_checks)
 
 
 def test_a_model_without_a_working_small_copy_is_checked_itself(tmp_path, monkeypatch):
@@ -202,7 +202,7 @@ def test_a_lack_of_memory_for_the_checks_is_refused_but_not_cached(tmp_path, mon
     build("granite").save_pretrained(tmp_path)
     with monkeypatch.context() as context:
         context.setattr(proof, "small_copies", lambda config: iter(()))
-        context.setattr(proof, "_COPIES", 10**9)
+        context.setattr(proof, "_COPIES", 10**9)  # copies of the model that the checks would need
         with refused("no small copy", "GiB"):
             prove(tmp_path, ["k_proj"])
     assert not prove(tmp_path, ["k_proj"]).refusals
@@ -232,8 +232,9 @@ def test_the_small_copy_of_longrope_has_a_factor_for_each_pair_of_its_head():
     assert len(model.config.rope_parameters["short_factor"]) == 0.75 * 16 / 2
 
 
-@pytest.mark.parametrize("kind", ["gpt_neo", "mamba"])  # num_layers, no heads
-def test_sizes_with_other_names_are_reduced(kind):
+@pytest.mark.parametrize("kind", ["gpt_neo", "mamba"])
+def test_the_small_copy_of_a_config_with_other_names_of_its_sizes_is_small(kind):
+    """gpt_neo has `num_layers`, and mamba has no attention heads."""
     model = small_model(AutoModelForCausalLM, AutoConfig.for_model(kind))
     assert model.config.num_hidden_layers == 4
 
@@ -263,13 +264,13 @@ def test_an_adapted_weight_missing_in_the_checkpoint_excludes_a_merge(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "kinds_of_block"),
+    ("kind", "num_layer_types"),
     [("llama", 1), ("gpt_oss", 2), ("gemma4_text", 2), ("qwen3_5_text", 2), ("llama4_text", 2)],
 )
-def test_the_small_copy_has_every_kind_of_layer(kind, kinds_of_block):
+def test_the_small_copy_has_every_type_of_layer(kind, num_layer_types):
     config = AutoConfig.for_model(kind)
     model = small_model(AutoModelForCausalLM, config)
     assert sum(p.numel() for p in model.parameters()) < 2e6
     text = model.config.get_text_config()
     assert len(blocks(model)) == text.num_hidden_layers == 4
-    assert len(set(getattr(text, "layer_types", None) or ["full"])) == kinds_of_block
+    assert len(set(getattr(text, "layer_types", None) or ["full"])) == num_layer_types

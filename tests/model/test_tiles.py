@@ -1,4 +1,7 @@
-"""A tiled MLP has the outputs and gradients of the whole MLP, in every dense family."""
+"""A tiled MLP has the outputs and gradients of the whole MLP, in every dense model family.
+
+It computes parts of the sequence (tiles) one after the other, and again in the backward pass.
+"""
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "he
 
 
 def mlp_of(kind):
+    """The shape of a small model of a family, and its MLP."""
     torch.manual_seed(0)
     values = {key: value for key, value in BASE.items() if key != "model_type"} | SMALL
     config = AutoConfig.for_model(kind, **values)

@@ -37,7 +37,7 @@ def test_the_vision_tower_is_not_changed(wrapper, quantised):
     plan = make_plan(wrapper, zero_stage=2, gradient_checkpointing=True, **quantised)
     model = attach_adapter(load_base(plan, torch.device("cpu")), plan)
     assert not [name for name in trainable(model) if in_tower(name)]
-    assert len(trainable(model)) == 2 * 7 * 4
+    assert len(trainable(model)) == 2 * 7 * 4  # A and B of seven linear layers in four layers
     tower = [m for n, m in model.named_modules() if in_tower(n) and isinstance(m, nn.Linear)]
     assert tower
     assert not [m for m in tower if "4bit" in type(m).__name__]

@@ -23,12 +23,13 @@ from tests.models.kinds import ALL
 
 pytestmark = pytest.mark.tensor
 
+LENGTH = 23  # tokens of a sequence; neither 2 nor 4 ranks divide it
+# Tokens of each document in two sequences: packs, and single documents. Padding follows.
 PACKED, WHOLE = ((7, 12, 3), (20, 1, 2)), ((23,), (19,))
-LENGTH = 23  # neither 2 nor 4 divides it
 
 
 class ThreadGroup:
-    """A process group whose ranks are threads."""
+    """A process group whose ranks are threads; `place` is the rank in the group."""
 
     def __init__(self, size):
         self.size = size
@@ -84,7 +85,7 @@ def losses_and_gradient(model, documents, size, num_supervised=LENGTH):
     return sum(losses), torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
 
 
-@pytest.mark.parametrize("size", [2, 4])  # 2 key heads are replicated on 4 places
+@pytest.mark.parametrize("size", [2, 4])  # of the group; 4 ranks replicate the 2 key heads
 @pytest.mark.parametrize("documents", [PACKED, WHOLE], ids=["packed", "whole"])
 @pytest.mark.parametrize("kind", SEPARATE_DOCUMENTS)
 def test_a_split_sequence_has_the_loss_and_gradients_of_a_whole_one(kind, documents, size):
@@ -96,7 +97,8 @@ def test_a_split_sequence_has_the_loss_and_gradients_of_a_whole_one(kind, docume
     assert float((split_gradient - gradient).norm() / gradient.norm()) < 3e-5
 
 
-def test_places_without_supervised_tokens_take_part_in_the_gradient_of_the_others():
+def test_ranks_whose_part_has_no_supervised_tokens_take_part_in_the_gradient_of_the_others():
+    """Only the first 5 of 23 tokens have labels, so 3 of 4 parts have none."""
     model = build("llama")
     model.set_attn_implementation(WITHIN_DOCUMENTS)
     expected, gradient = losses_and_gradient(model, WHOLE, 1, num_supervised=5)
@@ -107,7 +109,8 @@ def test_places_without_supervised_tokens_take_part_in_the_gradient_of_the_other
 
 @torch.no_grad()
 @pytest.mark.parametrize(("kind", "num_blocks"), MIX_DOCUMENTS)
-def test_a_class_with_blocks_that_see_only_their_part_is_refused(kind, num_blocks):
+def test_a_class_with_layers_that_see_only_their_part_of_a_sequence_is_refused(kind, num_blocks):
+    """For example a convolution or a recurrent state: only attention exchanges heads."""
     model, (ids, labels) = build(kind, kinds=ALL), make_batch()
     model.set_attn_implementation(WITHIN_DOCUMENTS)
 
@@ -122,7 +125,7 @@ def test_a_class_with_blocks_that_see_only_their_part_is_refused(kind, num_block
 @pytest.mark.parametrize(
     ("size", "heads", "key_heads"), [(2, 4, 4), (4, 8, 2), (4, 12, 6), (3, 6, 1)]
 )
-def test_each_place_has_the_key_heads_of_its_query_heads(size, heads, key_heads):
+def test_each_rank_of_a_group_has_the_key_heads_of_its_query_heads(size, heads, key_heads):
     """Query head h is filled with h, and key head k with k."""
     tokens = 2
     query = torch.arange(heads, dtype=torch.float)[None, :, None, None].expand(1, -1, tokens, 3)
