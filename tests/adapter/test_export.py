@@ -83,7 +83,7 @@ def test_adapter_and_quantised_model_are_exported_with_a_modelfile(run, command,
     assert files["Modelfile"].startswith("FROM ./model-q4_k_m.gguf\n")
     assert 'PARAMETER stop "<|im_end|>"' in files["Modelfile"]
     assert 'TEMPLATE """' in files["Modelfile"]
-    # r is 4 here, and 8 is the smallest value that vLLM accepts.
+    # r is 4 here, and 8 is the next larger value that vLLM accepts.
     assert "--max-lora-rank 8" in capsys.readouterr().out
 
 

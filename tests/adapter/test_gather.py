@@ -12,11 +12,12 @@ from tests.train_tiny import build_engine, distance, work
 
 pytestmark = pytest.mark.engine
 
-STEPS, MORE = 3, 3  # an epoch has 5 steps: the later steps cross into the second epoch
+# Steps before and after the state is gathered. An epoch has 5 steps, so the last is in the second.
+STEPS, MORE = 3, 3
 
 
 def train_and_gather(session, folder, settings):
-    """Train a few steps, gather the state, and continue training without a restore."""
+    """Train STEPS, gather the state, and train MORE without a restore; state and all losses."""
     plan, engine = build_engine(session, folder, settings)
     losses = train_steps(session, plan, engine, 0, STEPS)
     keep = session.is_rank_zero
@@ -28,7 +29,7 @@ def train_and_gather(session, folder, settings):
 
 
 def restore_and_train(session, folder, settings, saved):
-    """Restore saved tensors into a new engine, gather them again, and continue training."""
+    """Restore saved tensors into a new engine, gather them, and train MORE; state and losses."""
     plan, engine = build_engine(session, folder, settings)
     state = OptimizerState(moments=saved["moments"], step=STEPS)
     restore(engine.deepspeed, engine.parameters, saved["weights"], state)
@@ -49,6 +50,7 @@ def restore_each(session, folder, runs):
 
 
 def train_steps(session, plan, engine, first, count):
+    """Train steps `first` to `first + count - 1`; the mean loss of each."""
     split, losses = Documents(), []
     for step in range(first, first + count):
         batches, supervised = work(plan, split, step, session.placement.rank)
@@ -75,16 +77,16 @@ def assert_restored(restored, saved):
 
 @pytest.fixture(scope="module")
 def restored(tiny_model, tmp_path_factory, saved):
-    """Function: number of ranks and batch settings -> results of a restore at each stage."""
+    """Function: number of ranks and batch settings -> results of a restore at ZeRO-1, 2 and 3."""
 
     @cache
-    def at(world_size, batch):
-        settings = {"batch_size": 4} | dict(batch)
+    def results_of(world_size, batch_settings):
+        settings = {"batch_size": 4} | dict(batch_settings)
         runs = [(settings | {"zero_stage": stage}, saved) for stage in (1, 2, 3)]
         folder = tmp_path_factory.mktemp("restored")
         return run_ranks(restore_each, tiny_model, runs, tmp_path=folder, world_size=world_size)[0]
 
-    return at
+    return results_of
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -99,11 +101,15 @@ def test_a_restored_run_has_the_same_state_and_losses_at_any_stage(
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_state_is_restored_exactly_on_ranks_with_padded_shards(saved, restored, stage):
-    """Three ranks shard most matrices unevenly. Losses differ, as does the global batch."""
-    batch = (("gradient_accumulation_steps", 1), ("global_batch_size", "auto"))
-    assert_restored(restored(3, batch)[stage - 1], saved)
+    """Three ranks shard most matrices unevenly.
+
+    Their losses are not compared: 3 does not divide the global batch of 8, so they have another.
+    """
+    batch_settings = (("gradient_accumulation_steps", 1), ("global_batch_size", "auto"))
+    assert_restored(restored(3, batch_settings)[stage - 1], saved)
 
 
+# Settings of runs that are restored at the same stage, on as many ranks.
 SAME_SPLIT = [
     {"zero_stage": 1, "bf16": True},
     {"zero_stage": 2, "bf16": True},
@@ -123,15 +129,15 @@ def same_split(tiny_model, tmp_path_factory):
     return before, run_ranks(restore_each, tiny_model, runs, tmp_path=folder)[0]
 
 
-@pytest.mark.parametrize("number", range(len(SAME_SPLIT)))
-def test_a_restored_run_with_the_same_split_is_bitwise_equal(same_split, number):
+@pytest.mark.parametrize("index", range(len(SAME_SPLIT)))
+def test_a_run_restored_at_the_same_stage_and_world_size_is_bitwise_equal(same_split, index):
     before, after = same_split
-    assert after[number]["losses"] == before[number]["losses"][STEPS:]
+    assert after[index]["losses"] == before[index]["losses"][STEPS:]
 
 
 def test_gathered_weights_are_the_fp32_masters_not_the_bf16_copies(same_split):
     before, _ = same_split
-    for run in before[:3]:
+    for run in before[:3]:  # those in bf16
         weights = run["weights"]
         assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
         rounded = {key: tensor.bfloat16().float() for key, tensor in weights.items()}

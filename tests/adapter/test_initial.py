@@ -27,7 +27,7 @@ from tests.tiny import make_model, make_plan
 
 pytestmark = pytest.mark.tensor
 
-IDS = torch.arange(3, 43).reshape(2, 20)
+IDS = torch.arange(3, 43).reshape(2, 20)  # token ids of two sequences, whose logits are compared
 
 
 def publish(plan, folder):
@@ -51,6 +51,7 @@ def first(tiny_model, tmp_path_factory):
 
 @pytest.fixture
 def copied(first, tmp_path):
+    """A copy of the adapter `first`, which a test may change."""
     return shutil.copytree(first, tmp_path / "adapter")
 
 
@@ -80,8 +81,9 @@ def test_outputs_at_step_0_equal_those_of_the_adapter(tiny_model, first, setting
         parameter.data = weights[key]
     assert (logits(model) - expected).norm() < 1e-6 * expected.norm()
     assert (plain - expected).norm() > 0.1 * expected.norm()
-    grown = [key for key, t in weights.items() if t.shape[0] > 4 and key.endswith("A.weight")]
-    assert all(torch.equal(weights[key][4:], fresh[key][4:]) for key in grown)
+    # Rows of A beyond the r of the adapter have the initial values of a new run.
+    larger = [key for key, t in weights.items() if t.shape[0] > 4 and key.endswith("A.weight")]
+    assert all(torch.equal(weights[key][4:], fresh[key][4:]) for key in larger)
 
 
 def test_a_dora_run_starts_from_a_smaller_dora_adapter_with_its_outputs(tiny_model, tmp_path):
@@ -111,6 +113,7 @@ def test_missing_r_and_alpha_have_the_defaults_of_peft(tiny_model, tmp_path):
     require_startable(make_plan(tiny_model, init_adapter=str(first), **settings))
 
 
+# Settings of a run that starts from the adapter `first` (r 4, alpha 8), and facts of the message.
 REFUSED = {
     "r": ({"lora_r": 8}, ["r 4", "r 8", "init_adapter_resize"]),
     "smaller": ({"lora_r": 2, "init_adapter_resize": True}, ["r 4", "r 2", "lora_r: 4"]),
@@ -130,6 +133,9 @@ def test_an_adapter_that_differs_from_the_run_file_is_refused(tiny_model, first,
     settings, facts = REFUSED[name]
     with refused("init_adapter", *facts):
         require_startable(make_plan(tiny_model, init_adapter=str(first), **settings))
+
+
+# Functions that damage the folder of an adapter, and return facts of the message.
 
 
 def change_sizes(folder):
@@ -211,9 +217,9 @@ def test_a_hub_name_is_resolved_to_its_folder_in_the_cache(
 
 def test_all_earlier_adapters_are_in_the_record_and_on_the_card(tiny_model, first, tmp_path):
     second_run, third_run = tmp_path / "second", tmp_path / "third"
-    for run, start in ((second_run, first), (third_run, second_run / "adapter")):
+    for run, initial_adapter in ((second_run, first), (third_run, second_run / "adapter")):
         run.mkdir()
-        plan = make_plan(tiny_model, init_adapter=str(start))
+        plan = make_plan(tiny_model, init_adapter=str(initial_adapter))
         record_initial_adapter(run, plan.settings)
         publish(plan, run / "adapter")
     record = read_json(third_run / "adapter" / TRAINED_ON)["started_from"]

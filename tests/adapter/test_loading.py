@@ -15,7 +15,7 @@ from tests.tiny import make_model, make_plan
 
 pytestmark = pytest.mark.tensor
 
-IDS = torch.arange(3, 35).reshape(2, 16)
+IDS = torch.arange(3, 35).reshape(2, 16)  # token ids of two sequences, whose logits are compared
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,9 @@ def by_path(published):
     return logits(PeftModel.from_pretrained(base_of(published), published / "adapter"))
 
 
-def test_peft_loads_it_by_its_hub_name_from_the_cache(published, by_path, tmp_path, monkeypatch):
+def test_peft_loads_the_adapter_by_its_hub_name_from_the_cache(
+    published, by_path, tmp_path, monkeypatch
+):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     repository = tmp_path / "models--org--name"
     shutil.copytree(published / "adapter", repository / "snapshots" / ("a" * 40))
@@ -56,7 +58,7 @@ def test_peft_loads_it_by_its_hub_name_from_the_cache(published, by_path, tmp_pa
     assert torch.equal(logits(model), by_path)
 
 
-def test_load_adapter_of_transformers_reads_it(published, by_path):
+def test_load_adapter_of_transformers_reads_the_adapter(published, by_path):
     model = base_of(published)
     before = logits(model)
     model.load_adapter(str(published / "adapter"))
@@ -64,12 +66,12 @@ def test_load_adapter_of_transformers_reads_it(published, by_path):
     assert not torch.allclose(before, by_path, atol=1e-2)
 
 
-def test_the_merged_model_is_an_ordinary_model(published, by_path, tmp_path):
+def test_transformers_loads_the_merged_model_without_peft(published, by_path, tmp_path):
     merge_adapter(published / "base", published / "adapter", tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert torch.allclose(logits(model), by_path, atol=1e-4)
 
 
-def test_weights_are_in_safetensors_alone(published):
+def test_the_weights_are_only_in_safetensors(published):
     suffixes = {path.suffix for path in (published / "adapter").rglob("*") if path.is_file()}
     assert suffixes == {".safetensors", ".json", ".jinja", ".md"}

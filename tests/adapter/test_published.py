@@ -17,10 +17,11 @@ from tests.train_tiny import build_engine, work
 
 pytestmark = pytest.mark.engine
 
-IDS = torch.arange(3, 35).reshape(2, 16)
+IDS = torch.arange(3, 35).reshape(2, 16)  # token ids of two sequences, whose logits are compared
 
 
 def train_and_gather(session, folder, settings):
+    """The adapter after three steps, and the engine's logits of IDS."""
     plan, engine = build_engine(session, folder, settings)
     split = Documents()
     for step in range(3):

@@ -28,6 +28,8 @@ from tests.plans import CPU, H100S
 
 pytestmark = pytest.mark.unit
 
+# A node of two GPUs, and a node that also has a GPU with two MIG instances. `ids`: the numbers of
+# GPU instance and compute instance.
 INSTANCES = [
     Device(f"MIG-{i}a-b-c", gib=10, name="NVIDIA H100 80GB HBM3 MIG 1g.10gb", ids=(i, 0))
     for i in (7, 8)
@@ -38,7 +40,7 @@ WITH_MIG = [Device("GPU-5c89852c-d268-c3f3", mig=INSTANCES), *GPUS_ONLY]
 
 @pytest.fixture
 def unset(monkeypatch):
-    """Remove all variables about accelerators from the environment."""
+    """`monkeypatch`, after all variables about accelerators are removed from the environment."""
     kinds = devices._UNSUPPORTED
     for name in (
         "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS",
@@ -56,7 +58,7 @@ def unset(monkeypatch):
         ("1", ["GPU-46b38b21-2ab3-4a44"]),
         ("GPU-46b38b21-2ab3-4a44", ["GPU-46b38b21-2ab3-4a44"]),
         ("GPU-46, GPU-8", ["GPU-46b38b21-2ab3-4a44", "GPU-8932f937-d72c-4106"]),
-        ("GPU-", []),  # ambiguous
+        ("GPU-", []),  # the start of both
         ("1,GPU-9,0", ["GPU-46b38b21-2ab3-4a44"]),  # CUDA stops at the first wrong entry
         ("0,-1,1", ["GPU-8932f937-d72c-4106"]),
         ("2", []),
@@ -101,7 +103,7 @@ def test_a_detected_gpu_has_its_own_memory_and_the_rates_of_its_name(unset):
         device_bytes=int(pair[1].gib * 2**30),
         host_bytes=host_memory().total,
     )
-    unset.setenv("DS_ACCELERATOR", "cpu")
+    unset.setenv("DS_ACCELERATOR", "cpu")  # the GPUs are ignored
     cpu = replace(detect_hardware(), is_slow_in_bf16=False)
     assert cpu == cpu_of(len(os.sched_getaffinity(0)), result.host_bytes)
 
@@ -116,7 +118,7 @@ def test_a_detected_gpu_has_its_own_memory_and_the_rates_of_its_name(unset):
         ("AuthenticAMD", "fma avx2 avx512_bf16", False),
     ],
 )
-def test_a_cpu_is_slow_in_bf16_if_its_flags_were_measured_to_be(vendor, flags, is_slow):
+def test_a_cpu_is_slow_in_bf16_by_its_vendor_and_flags(vendor, flags, is_slow):
     cpuinfo = f"processor\t: 0\nvendor_id\t: {vendor}\nmodel\t\t: 207\nflags\t\t: {flags}\n\n"
     assert is_slow_in_bf16(cpuinfo) == is_slow
 
@@ -184,13 +186,15 @@ def test_torch_for_cuda_is_no_sign_of_another_vendor(monkeypatch, tmp_path, vers
 
 
 def without_gpus(patch) -> None:
+    """Replace pynvml, so that NVML finds no driver."""
+
     def fails() -> None:
         raise OSError("no driver")
 
     patch.setitem(sys.modules, "pynvml", SimpleNamespace(NVMLError=OSError, nvmlInit=fails))
 
 
-def test_an_accelerator_of_another_vendor_is_never_a_silent_cpu_run(unset):
+def test_with_an_accelerator_of_another_vendor_a_cpu_run_must_be_requested(unset):
     without_gpus(unset)
     unset.setenv("HIP_VISIBLE_DEVICES", "0,1")
     with refused("ROCm", "HIP_VISIBLE_DEVICES=0,1", "NVIDIA GPUs", "CPU", "DS_ACCELERATOR=cpu"):
@@ -239,26 +243,27 @@ def test_cuda_visible_devices_of_deepspeed_on_a_cpu_do_not_count_as_granted(unse
 
 
 class Driver:
-    """A fake libcuda: for each GPU, whether it has virtual memory management."""
+    """A fake libcuda; `has_virtual_memory`: whether each GPU has virtual memory management."""
 
-    def __init__(self, *has: bool) -> None:
-        self._has = has
+    def __init__(self, *has_virtual_memory: bool) -> None:
+        self._has_virtual_memory = has_virtual_memory
 
     def cuInit(self, flags: int) -> int:  # noqa: N802 - the name in libcuda
         return 0
 
     def cuDeviceGetCount(self, count) -> int:  # noqa: N802
-        count._obj.value = len(self._has)
+        count._obj.value = len(self._has_virtual_memory)
         return 0
 
     def cuDeviceGetAttribute(self, value, attribute: int, device: int) -> int:  # noqa: N802
+        # CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
         assert attribute == 102
-        value._obj.value = int(self._has[device])
+        value._obj.value = int(self._has_virtual_memory[device])
         return 0
 
 
 @pytest.mark.parametrize(
-    ("has", "hardware", "set_by_user", "value"),
+    ("has_virtual_memory", "hardware", "set_by_user", "value"),
     [
         ((True, True), H100S, {}, "expandable_segments:True"),
         ((True, False), H100S, {}, None),  # a vGPU
@@ -270,10 +275,10 @@ class Driver:
     ],
 )
 def test_expandable_segments_are_set_only_if_all_gpus_have_them(
-    unset, has, hardware, set_by_user, value
+    unset, has_virtual_memory, hardware, set_by_user, value
 ):
     unset.setattr(os, "environ", dict(os.environ) | set_by_user)
-    unset.setattr(ctypes, "CDLL", lambda name: Driver(*has))
+    unset.setattr(ctypes, "CDLL", lambda name: Driver(*has_virtual_memory))
     set_environment(Placement(), hardware)
     assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == value
 
@@ -290,6 +295,10 @@ def test_without_a_driver_there_is_no_virtual_memory(monkeypatch):
 
 
 def cgroup(root: Path, lines: str, **files: str) -> None:
+    """Write the cgroup of a process (`lines`) and files of cgroups below a root folder.
+
+    In the names of files, `__` stands for a slash and `_dot_` for a dot.
+    """
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/self/cgroup").write_text(lines)
     for name, text in files.items():

@@ -24,6 +24,7 @@ run_main(body, tracebacks={tracebacks})
 
 
 def end(body: str, tracebacks: bool = False, **environment: str):
+    """The finished process whose main function has this body."""
     return subprocess.run(
         [sys.executable, "-c", CODE.format(body=body, tracebacks=tracebacks)],
         capture_output=True, text=True, check=False, env=environment,
@@ -64,10 +65,11 @@ def test_an_error_of_the_file_system_is_one_message(error):
     assert "Traceback" in end(f"raise {error}", tracebacks=True).stderr
 
 
-PRINT = "[print('line', i) for i in range(100_000)]"
+PRINT = "[print('line', i) for i in range(100_000)]"  # more than a pipe can hold
 
 
 def run_with_stdout(stdout, body: str = PRINT, closed: bool = False) -> tuple[int, str]:
+    """Exit code and standard error; `closed`: the process starts without standard output."""
     result = subprocess.run(
         [sys.executable, "-c", CODE.format(body=body, tracebacks=False)],
         stdout=stdout, stderr=subprocess.PIPE, text=True, check=False,
@@ -77,15 +79,13 @@ def run_with_stdout(stdout, body: str = PRINT, closed: bool = False) -> tuple[in
 
 
 @pytest.mark.parametrize(("body", "code"), [("", 0), ("; raise UserError('line 3: no')", 2)])
-def test_a_reader_that_ends_early_changes_neither_exit_code_nor_message(body, code):
+def test_a_reader_of_the_output_that_ends_early_changes_neither_exit_code_nor_message(body, code):
+    expected = (code, "line 3: no\n" if code else "")
     readable, writable = os.pipe()
     os.close(readable)
-    assert run_with_stdout(writable, PRINT + body) == (code, "line 3: no\n" if code else "")
+    assert run_with_stdout(writable, PRINT + body) == expected
     os.close(writable)
-    assert run_with_stdout(None, PRINT + body, closed=True) == (
-        code,
-        "line 3: no\n" if code else "",
-    )
+    assert run_with_stdout(None, PRINT + body, closed=True) == expected
 
 
 def test_standard_output_on_a_full_disk_is_an_error():
@@ -104,12 +104,12 @@ def test_text_that_the_terminal_cannot_encode_is_escaped():
 def test_debug_shows_the_traceback_of_an_error():
     result = end("raise RankZeroError('no')", tracebacks=True)
     assert "Traceback" in result.stderr
-    for error in ("UserError", "Stopped"):  # no traceback: it would not help
+    for error in ("UserError", "Stopped"):  # a traceback would not help
         assert end(f"raise {error}('no')", tracebacks=True).stderr == "no\n"
     assert result.stderr.endswith("no\n")
 
 
-def test_only_local_rank_zero_prints_a_common_message():
+def test_only_local_rank_zero_prints_an_error_that_all_ranks_have():
     names = ["LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "PMI_LOCAL_RANK"]
     code = CODE.format(body="raise UserError('no')", tracebacks=False)
     processes = [
@@ -118,7 +118,7 @@ def test_only_local_rank_zero_prints_a_common_message():
         )
         for name in names
     ]
-    time.sleep(3)
+    time.sleep(3)  # until all have raised the error
     running = [process.poll() is None for process in processes]
     for process in processes:
         process.terminate()

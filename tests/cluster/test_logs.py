@@ -11,6 +11,7 @@ from pipeline.cluster.logs import wrap_lines
 
 pytestmark = pytest.mark.unit
 
+# Logs by this project's loggers; `{before}`: code of a program that uses this project as a library.
 CODE = """
 import logging, sys
 {before}
@@ -46,7 +47,7 @@ def test_a_library_user_keeps_the_handlers_that_were_configured():
     assert (result.stdout, result.stderr) == ("", "mine disk is slow\n")
 
 
-def test_a_long_line_is_broken_between_words_and_aligned_behind_its_label():
+def test_a_long_line_is_broken_between_words_and_aligned_with_the_text_after_its_label():
     text = "data       400 of 400 rows, 0 rejected\nshort"
     assert wrap_lines(text, 30) == "data       400 of 400 rows, 0\n           rejected\nshort"
 

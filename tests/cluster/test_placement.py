@@ -1,4 +1,7 @@
-"""Placement of ranks from environment variables: complete, contradictory, or missing."""
+"""The placement of a rank (its rank, local rank, world size and master) from the environment.
+
+Each launcher sets other variables. They may be complete, contradictory, or missing.
+"""
 
 from dataclasses import replace
 
@@ -45,6 +48,7 @@ HYDRA = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRA
 
 
 def changed(env: dict[str, str], change: dict[str, str | None]) -> dict[str, str]:
+    """The environment with changed variables; None removes one."""
     return {key: value for key, value in (env | change).items() if value is not None}
 
 
@@ -82,22 +86,19 @@ def test_every_task_of_a_step_has_the_same_rendezvous():
         return from_environment(SRUN | own)
 
     placements = [task(number) for number in range(8)]
-    assert [place.rank for place in placements] == list(range(8))
-    assert (
-        len({(p.master_addr, p.master_port, p.rendezvous_id, p.world_size) for p in placements})
-        == 1
-    )
+    assert [placement.rank for placement in placements] == list(range(8))
+    rendezvous = {(p.master_addr, p.master_port, p.rendezvous_id, p.world_size) for p in placements}
+    assert len(rendezvous) == 1
 
 
-def test_another_job_step_or_start_is_another_rendezvous():
-    def rendezvous(**change):
-        placement = from_environment(SRUN | change)
-        return placement.rendezvous_id, placement.master_port
-
-    here = rendezvous()
-    assert rendezvous(SLURM_JOB_ID="1235")[1] != here[1]
-    assert rendezvous(SLURM_STEP_ID="1")[1] not in (here[1], rendezvous(SLURM_JOB_ID="1235")[1])
-    assert rendezvous(SLURM_RESTART_COUNT="1") == ("Slurm step 1234.0, start 1", here[1])
+def test_another_job_or_step_has_another_port_and_a_requeued_job_another_rendezvous_id():
+    first = from_environment(SRUN)
+    other_job = from_environment(SRUN | {"SLURM_JOB_ID": "1235"})
+    other_step = from_environment(SRUN | {"SLURM_STEP_ID": "1"})
+    requeued = from_environment(SRUN | {"SLURM_RESTART_COUNT": "1"})
+    assert len({p.master_port for p in (first, other_job, other_step)}) == 3
+    assert requeued.rendezvous_id == "Slurm step 1234.0, start 1"
+    assert requeued.master_port == first.master_port
 
 
 def test_a_users_address_and_port_are_kept_under_srun():
@@ -106,6 +107,7 @@ def test_a_users_address_and_port_are_kept_under_srun():
     assert placement.rendezvous_id == ""  # the port may not be changed
 
 
+# `outer` starts one process on each node, and its child, the launcher `inner`, starts the ranks.
 @pytest.mark.parametrize("inner", [DEEPSPEED, TORCHRUN], ids=["deepspeed", "torchrun"])
 @pytest.mark.parametrize(
     "outer",
@@ -125,12 +127,13 @@ def test_variables_of_ranks_that_agree_with_srun_are_accepted():
     assert from_environment(SRUN | DEEPSPEED).variables() == DEEPSPEED
 
 
-def test_one_task_of_srun_is_one_process():
+def test_a_step_of_one_task_is_a_run_of_one_process():
     one = {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1",
            "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}  # fmt: skip
     assert from_environment(SRUN | one) == Placement()
-    alone = DEEPSPEED | {"RANK": "1"}  # `srun --pty bash`, and deepspeed --hostfile from there
-    assert from_environment(SRUN | one | alone).rank == 1
+    # In the shell of `srun --pty bash`, the user starts deepspeed with a hostfile.
+    rank_of_deepspeed = DEEPSPEED | {"RANK": "1"}
+    assert from_environment(SRUN | one | rank_of_deepspeed).rank == 1
 
 
 @pytest.mark.parametrize("env", [OPEN_MPI, HYDRA], ids=["Open MPI", "Hydra"])
@@ -144,7 +147,7 @@ def test_a_process_of_mpirun_is_a_rank(env):
     assert with_address.variables() == DEEPSPEED
 
 
-def test_one_process_of_mpirun_is_one_process():
+def test_mpirun_with_one_process_is_a_run_of_one_process():
     env = {name: "1" if "SIZE" in name else "0" for name in OPEN_MPI}
     assert from_environment(env) == Placement()
 
@@ -155,8 +158,8 @@ def test_mpirun_inside_a_slurm_job_defines_the_ranks():
     assert (placement.launcher, placement.rank, placement.world_size) == ("mpirun", 5, 8)
 
 
-def test_srun_with_pmi_is_not_taken_for_mpirun():
-    """Slurm's PMI has rank and size only (--mpi=pmi2, the default of many clusters)."""
+def test_srun_that_sets_variables_of_pmi_is_not_detected_as_mpirun():
+    """With --mpi=pmi2, the default of many clusters, Slurm sets PMI_RANK and PMI_SIZE only."""
     pmi = {"PMI_RANK": "5", "PMI_SIZE": "8", "PMI_FD": "9", "PMI_JOBID": "1234.0"}
     placement = from_environment(SRUN | pmi)
     assert (placement.launcher, placement.master_addr) == ("srun", "gpu07")
@@ -164,7 +167,7 @@ def test_srun_with_pmi_is_not_taken_for_mpirun():
     assert from_environment(inner).variables() == DEEPSPEED
 
 
-def test_mpirun_in_a_shell_of_srun_with_pmi_defines_the_ranks():
+def test_mpirun_in_a_step_of_one_task_with_pmi_defines_the_ranks():
     one = {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1",
            "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "PMI_RANK": "0", "PMI_SIZE": "1"}  # fmt: skip
     placement = from_environment(SRUN | one | OPEN_MPI)
@@ -228,7 +231,7 @@ def test_enough_visible_gpus_are_accepted(change):
     assert from_environment(SRUN | change).rank == 5
 
 
-ALONE = DEEPSPEED | {
+ONE_RANK = DEEPSPEED | {
     "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "CROSS_RANK": "0",
     "CROSS_SIZE": "1",
 }  # fmt: skip
@@ -241,16 +244,16 @@ ALONE = DEEPSPEED | {
         (BATCH, ["srun rankzero train"]),
         # the interactive shell of salloc is a special step
         (BATCH | {"SLURM_STEP_ID": "4294967290"}, ["SLURM_NTASKS=8"]),
-        (ALONE | {"SLURM_NTASKS": "16"}, ["SLURM_NTASKS=16"]),
+        (ONE_RANK | {"SLURM_NTASKS": "16"}, ["SLURM_NTASKS=16"]),
         # Slurm sets no number of tasks if only nodes and GPUs were requested
         ({"SLURM_JOB_NUM_NODES": "2"}, ["2 nodes", "srun"]),
-        (ALONE | {"SLURM_JOB_NUM_NODES": "2"}, ["2 nodes"]),
+        (ONE_RANK | {"SLURM_JOB_NUM_NODES": "2"}, ["2 nodes"]),
         ({"SLURM_NNODES": "3"}, ["3 nodes"]),
-        (SRUN | ALONE, ["two launchers", "RANK=0", "WORLD_SIZE=1", "SLURM_STEP_NUM_TASKS=8"]),
+        (SRUN | ONE_RANK, ["two launchers", "RANK=0", "WORLD_SIZE=1", "SLURM_STEP_NUM_TASKS=8"]),
         (SRUN | TORCHRUN | {"RANK": "3", "LOCAL_RANK": "3"}, ["two launchers", "RANK=3"]),
-        (ONE_TASK_PER_NODE | ALONE, ["two launchers"]),
+        (ONE_TASK_PER_NODE | ONE_RANK, ["two launchers"]),
         (TWO_TASKS_ON_ONE_NODE | TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0"}, ["two launchers"]),
-        (OPEN_MPI | ALONE, ["two launchers", "RANK=0", "OMPI_COMM_WORLD_SIZE=8"]),
+        (OPEN_MPI | ONE_RANK, ["two launchers", "RANK=0", "OMPI_COMM_WORLD_SIZE=8"]),
         (OPEN_MPI | HYDRA | {"PMI_SIZE": "2"}, ["two launchers"]),
     ],
 )
@@ -261,7 +264,7 @@ def test_ranks_that_would_train_alone_or_twice_are_refused(env, facts):
 
 # RANK and others in addition to the variables of srun or mpirun: NVIDIA's container hook
 # (enroot 50-slurm-pytorch.sh) and users' scripts set them.
-HOOK = {
+HOOK = {  # those of a container hook
     "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "gpu07",
     "MASTER_PORT": "4711",
 }  # fmt: skip
@@ -280,7 +283,7 @@ def test_rank_variables_that_agree_with_the_launcher_change_nothing(outer, names
 
 
 @LAUNCHERS
-def test_all_variables_of_a_hook_change_only_the_rendezvous(outer):
+def test_all_variables_of_a_container_hook_change_only_the_rendezvous(outer):
     placement = from_environment(outer | HOOK)
     rendezvous = {"master_addr": "gpu07", "master_port": 4711, "rendezvous_id": ""}
     assert placement == replace(from_environment(outer), **rendezvous)
@@ -319,9 +322,11 @@ POD = {
     "KUBERNETES_SERVICE_HOST": "10.0.0.1", "RANK": "2", "WORLD_SIZE": "4",
     "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456", "PYTHONUNBUFFERED": "1",
 }  # fmt: skip
+# Arguments of torchrun as variables, which Kubeflow's operator sets.
 PET = {"PET_NNODES": "4", "PET_NODE_RANK": "2", "PET_NPROC_PER_NODE": "auto"}
 
 
+# ids: an operator of version 1.6, which sets no arguments of torchrun, and a later one
 @pytest.mark.parametrize("env", [POD, POD | PET], ids=["1.6", "with torchrun's arguments"])
 def test_a_pod_that_starts_python_is_one_rank(env):
     placement = from_environment(env)
@@ -343,7 +348,7 @@ def test_torchrun_in_a_pod_defines_the_ranks():
         {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "8"},
     ],
 )
-def test_pods_that_should_have_started_torchrun_are_refused(env):
+def test_pods_with_several_ranks_that_start_python_instead_of_torchrun_are_refused(env):
     with refused("environment", "PET_NPROC_PER_NODE", "torchrun --module pipeline.cli.train"):
         from_environment(env)
 
@@ -365,12 +370,12 @@ def test_a_job_of_one_pod_is_one_process():
         ),
     ],
 )
-def test_options_of_accelerate_beyond_the_ranks_are_refused(env, facts):
+def test_options_of_accelerate_that_the_run_would_ignore_are_refused(env, facts):
     with refused("environment", *facts):
         from_environment(env)
 
 
-def test_accelerate_that_only_starts_ranks_is_read_like_torchrun():
+def test_ranks_that_accelerate_starts_without_such_options_are_read_like_torchrun():
     env = TORCHRUN | {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "no"}
     assert from_environment(env).launcher == "torchrun"
     one = {"ACCELERATE_USE_CPU": "False", "ACCELERATE_MIXED_PRECISION": "no"}
@@ -397,14 +402,16 @@ def test_the_first_host_of_a_list(nodes, first):
 def test_ports_of_jobs_differ_and_are_below_the_ephemeral_range():
     jobs = [rendezvous_port(job, 0) for job in range(90_000, 91_000)]
     assert len(set(jobs)) == len(jobs)
-    for port in (rendezvous_port(0, 0), rendezvous_port(14_999, 0), rendezvous_port(2**31, 40)):
-        tried = ports_after(port, 8)
-        assert tried[0] == port
-        assert len(set(tried)) == 8
-        assert all(15_000 <= p < 30_000 for p in tried)
+    for first_port in (
+        rendezvous_port(0, 0), rendezvous_port(14_999, 0), rendezvous_port(2**31, 40)
+    ):  # fmt: skip
+        ports = ports_after(first_port, 8)
+        assert ports[0] == first_port
+        assert len(set(ports)) == 8
+        assert all(15_000 <= port < 30_000 for port in ports)
 
 
-def test_preflight_may_check_one_node_of_a_job():
+def test_a_single_process_in_a_job_of_several_tasks_is_allowed_for_a_preflight():
     assert from_environment({"SLURM_JOB_NUM_NODES": "2"}, allow_single_process=True) == Placement()
     assert from_environment(BATCH, allow_single_process=True) == Placement()
 

@@ -34,13 +34,14 @@ def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
 
 
 def wait_for_message(caplog: pytest.LogCaptureFixture, text: str) -> str:
-    """The first message of the thread that logs the progress which has this text."""
+    """Wait until the progress thread has logged a message with this text; returns the message."""
     import time
 
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        if found := [message for message in caplog.messages if text in message]:
-            return found[0]
+        for message in caplog.messages:
+            if text in message:
+                return message
         time.sleep(0.001)
     raise AssertionError(f"no message has {text}: {caplog.messages}")
 
@@ -52,7 +53,7 @@ def test_short_work_is_silent(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.messages
 
 
-def test_long_work_is_announced_and_then_reported_again_and_again(
+def test_long_work_is_announced_and_its_progress_logged_repeatedly(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     with show_progress("hashing", total=100) as work:

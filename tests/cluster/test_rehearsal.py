@@ -1,4 +1,8 @@
-"""64 ranks on 8 nodes in one process: pure functions, and torch's fake process group."""
+"""A run of 64 ranks on 8 nodes, rehearsed on one machine.
+
+Placement, plan and data order are pure functions, called for every rank. DeepSpeed runs on single
+ranks in torch's fake process group, whose collectives return their input.
+"""
 
 import json
 import os
@@ -17,6 +21,9 @@ pytestmark = pytest.mark.group
 NODES, PER_NODE = 8, 8
 WORLD = NODES * PER_NODE
 HOSTS = [f"gpu{node:02}" for node in range(NODES)]
+
+
+# The environment of each rank by launcher; `local`: local rank on the node.
 
 
 def deepspeed(node: int, local: int) -> dict[str, str]:
@@ -74,8 +81,8 @@ def test_every_rank_has_its_placement(launcher):
     assert [p.rank for p in placements] == list(range(WORLD))
     assert {(p.world_size, p.local_size, p.nodes) for p in placements} == {(WORLD, PER_NODE, NODES)}
     assert {(p.master_addr, p.master_port) for p in placements} == {(HOSTS[0], 29500)}
-    cross = [p.variables()["CROSS_RANK"] for p in placements]
-    assert cross == [str(node) for node in range(NODES) for _ in range(PER_NODE)]
+    node_ranks = [p.variables()["CROSS_RANK"] for p in placements]
+    assert node_ranks == [str(node) for node in range(NODES) for _ in range(PER_NODE)]
 
 
 def test_every_rank_has_the_same_plan_and_only_one_writes(tmp_path):
@@ -102,8 +109,8 @@ def test_every_rank_has_the_same_plan_and_only_one_writes(tmp_path):
     assert writers == 1  # only rank 0 writes to the run folder
 
 
-def rows_of(batches) -> list[tuple[int, ...]]:
-    """Tokens of each sequence, without padding (Documents has no token 0)."""
+def documents_of(batches) -> list[tuple[int, ...]]:
+    """Token ids of each document in the batches, without padding, which is token 0."""
     return [
         tuple(row[row > 0].tolist())
         for seeded in batches
@@ -125,15 +132,15 @@ def test_64_ranks_together_train_on_the_same_documents_as_a_single_rank(tiny_mod
         work_of_ranks = [work(wide, split, step, rank) for rank in range(WORLD)]
         expected, supervised = work(alone, split, step, 0)
         assert {len(batches) for batches, _ in work_of_ranks} == {wide.layout.accumulation_steps}
-        assert {counted for _, counted in work_of_ranks} == {supervised}
-        rows = [row for batches, _ in work_of_ranks for row in rows_of(batches)]
-        assert sorted(rows) == sorted(rows_of(expected))
+        assert {num_supervised for _, num_supervised in work_of_ranks} == {supervised}
+        trained = [row for batches, _ in work_of_ranks for row in documents_of(batches)]
+        assert sorted(trained) == sorted(documents_of(expected))
         seeds = [seeded.seed for batches, _ in work_of_ranks for seeded in batches]
         assert len(set(seeds)) == len(seeds)  # each forward pass has its own dropout
 
 
-def fake_rank(rank: int, folder: Path, settings: dict, send) -> None:
-    """One rank of 64 with DeepSpeed; its collectives return their input."""
+def send_one_step(rank: int, folder: Path, settings: dict, send) -> None:
+    """Send the result of `one_step`, or its error, as JSON to the test's process."""
     try:
         send.send(json.dumps(one_step(rank, folder, settings)))
     except BaseException:
@@ -141,6 +148,7 @@ def fake_rank(rank: int, folder: Path, settings: dict, send) -> None:
 
 
 def one_step(rank: int, folder: Path, settings: dict) -> dict:
+    """Train a step on one of 64 ranks in a fake process group; numbers of steps and weights."""
     import deepspeed
     import torch
     import torch.distributed as dist
@@ -192,7 +200,8 @@ def test_deepspeed_accepts_the_config_and_shards_by_64(tiny_model, settings):
     for rank in (0, WORLD - 1):
         receive, send = CONTEXT.Pipe(duplex=False)
         process = CONTEXT.Process(
-            target=fake_rank, args=(rank, tiny_model, settings | {"global_batch_size": 128}, send)
+            target=send_one_step,
+            args=(rank, tiny_model, settings | {"global_batch_size": 128}, send),
         )
         process.start()
         assert receive.poll(90), f"rank {rank} of {WORLD} hangs"
@@ -201,7 +210,7 @@ def test_deepspeed_accepts_the_config_and_shards_by_64(tiny_model, settings):
         process.join()
         assert "error" not in result, result["error"]
         assert (result["global_batch_size"], result["num_steps"]) == (128, 1)
-        share = result["num_weights"] / WORLD
-        # DeepSpeed pads partitions, so a rank can have more than its share of the weights.
-        assert share <= result["num_in_partition"] <= share * 1.5 + WORLD
+        num_per_rank = result["num_weights"] / WORLD
+        # DeepSpeed pads partitions, so a rank can have more than a 64th of the weights.
+        assert num_per_rank <= result["num_in_partition"] <= num_per_rank * 1.5 + WORLD
         assert result["num_gathered"] == (result["num_weights"] if rank == 0 else 0)

@@ -1,4 +1,7 @@
-"""Rendezvous of ranks if no launcher has reserved a port."""
+"""Rendezvous of ranks on a derived port, which another process may use.
+
+srun and mpirun reserve no port; the ranks try several, and recognise their store by its id.
+"""
 
 import socket
 import sys
@@ -29,7 +32,7 @@ RANK_0 = Placement(
 
 
 def placement_with_free_ports(count: int) -> Placement:
-    """Ranks whose first ports can be bound here."""
+    """A placement of rank 0 whose first `count` ports are free on this machine."""
     for port in range(15_000, 30_000, 97):
         try:
             for tried in ports_after(port, count):
@@ -43,20 +46,20 @@ def placement_with_free_ports(count: int) -> Placement:
 def open_stores(first: Placement) -> set[int]:
     """Open the store on all ranks, the last rank first; returns the ports of their stores."""
 
-    stores = []  # rank 0 must hold the store as long as others use it
+    stores = []  # the store exists as long as rank 0 has a reference to it
 
-    def rank(number: int) -> int:
-        store, port = open_store(replace(first, rank=number, local_rank=number))
+    def open_on_rank(rank: int) -> int:
+        store, port = open_store(replace(first, rank=rank, local_rank=rank))
         stores.append(store)
-        store.set(f"here/{number}", "")
-        store.wait([f"here/{other}" for other in range(first.world_size)])
+        store.set(f"opened/{rank}", "")
+        store.wait([f"opened/{other}" for other in range(first.world_size)])
         return port
 
     with ThreadPoolExecutor(first.world_size) as threads:
-        return set(threads.map(rank, reversed(range(first.world_size))))
+        return set(threads.map(open_on_rank, reversed(range(first.world_size))))
 
 
-def test_ranks_that_come_late_reach_the_store():
+def test_ranks_that_start_before_rank_0_reach_its_store():
     assert len(open_stores(placement_with_free_ports(1))) == 1
 
 
@@ -76,12 +79,13 @@ def test_ports_of_other_processes_are_skipped():
         others.enter_context(socket.create_server(("", ports[1])))
         for port, data in ((ports[2], b""), (ports[3], b"x" * 10_000)):
             server = others.enter_context(socket.create_server(("", port)))
-            threads.submit(talk, server, data)
+            threads.submit(answer_callers, server, data)
             others.callback(server.shutdown, socket.SHUT_RDWR)
         assert len(open_stores(first)) == 1
 
 
-def talk(server: socket.socket, data: bytes) -> None:
+def answer_callers(server: socket.socket, data: bytes) -> None:
+    """Send the data to each caller and close the connection, until the server is shut down."""
     while True:
         try:
             with server.accept()[0] as caller:
@@ -122,9 +126,13 @@ def test_the_interface_on_the_route_to_the_address_is_used():
 def test_the_first_node_uses_the_interface_by_which_others_reach_it(monkeypatch):
     """On Debian a host resolves its own name to the loopback address."""
     addresses = {"lo": ["127.0.0.1"], "eth0": ["10.0.0.1"], "eth1": ["10.0.1.1"]}
-    by_interface = {n: [SimpleNamespace(address=a) for a in each] for n, each in addresses.items()}
+    by_interface = {
+        name: [SimpleNamespace(address=address) for address in of_interface]
+        for name, of_interface in addresses.items()
+    }
     monkeypatch.setattr("pipeline.cluster.rendezvous.psutil.net_if_addrs", lambda: by_interface)
     store = dist.HashStore()
-    two = replace(RANK_0, world_size=2, local_size=1, master_addr="10.0.1.1")
-    interface_between(store, replace(two, rank=1))
-    assert interface_between(store, replace(two, master_addr="127.0.0.1")) == "eth1"
+    on_two_nodes = replace(RANK_0, world_size=2, local_size=1, master_addr="10.0.1.1")
+    interface_between(store, replace(on_two_nodes, rank=1))  # rank 1 records the address it uses
+    on_first_node = replace(on_two_nodes, master_addr="127.0.0.1")
+    assert interface_between(store, on_first_node) == "eth1"

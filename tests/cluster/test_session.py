@@ -16,7 +16,8 @@ from tests.ranks import run_ranks
 pytestmark = pytest.mark.group
 
 
-def agree(session):
+def decide_and_add(session):
+    """A decision that rank 1 requests, one that no rank requests, and two sums over ranks."""
     rank = session.placement.rank
     return (
         session.any_rank(rank == 1),
@@ -26,20 +27,25 @@ def agree(session):
 
 
 def test_decisions_and_sums_are_equal_on_all_ranks(tmp_path):
-    results = run_ranks(agree, tmp_path=tmp_path, world_size=3)
+    results = run_ranks(decide_and_add, tmp_path=tmp_path, world_size=3)
     assert results == [(True, False, [3.0, 1.5])] * 3
 
 
 def work_on_rank_zero(session):
+    """The results of work on rank 0 with a result, and without one."""
+
     def work():
         time.sleep(0.3)
-        return {"answer": 42, "by": session.placement.rank}
+        return {"answer": 42, "rank": session.placement.rank}
 
     return session.rank_zero_first(work), session.rank_zero_first(lambda: None)
 
 
+RESULT = ({"answer": 42, "rank": 0}, None)
+
+
 def test_the_result_of_rank_zero_s_work_is_returned_on_all_ranks(tmp_path):
-    assert run_ranks(work_on_rank_zero, tmp_path=tmp_path) == [({"answer": 42, "by": 0}, None)] * 2
+    assert run_ranks(work_on_rank_zero, tmp_path=tmp_path) == [RESULT] * 2
 
 
 def work_longer_than_one_wait(session):
@@ -48,11 +54,10 @@ def work_longer_than_one_wait(session):
 
 
 def test_the_wait_for_rank_zero_has_no_time_out(tmp_path):
-    results = run_ranks(work_longer_than_one_wait, tmp_path=tmp_path)
-    assert results == [({"answer": 42, "by": 0}, None)] * 2
+    assert run_ranks(work_longer_than_one_wait, tmp_path=tmp_path) == [RESULT] * 2
 
 
-def fail(session):
+def fail_on_rank_zero(session):
     def work():
         raise UserError("line 3 is wrong")
 
@@ -62,7 +67,7 @@ def fail(session):
 
 
 def test_an_error_of_rank_zero_is_raised_on_every_rank(tmp_path):
-    assert run_ranks(fail, tmp_path=tmp_path) == [True, True]
+    assert run_ranks(fail_on_rank_zero, tmp_path=tmp_path) == [True, True]
 
 
 def test_a_single_process_needs_no_group():

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.unit
 
 @pytest.fixture
 def stops(tmp_path):
+    """Stop requests of this process, whose signal handlers are installed during the test."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     stops = StopRequests(tmp_path, None, reads_stop_file=True)
     stops.install_handlers(lambda: None)
@@ -32,7 +33,7 @@ def stops(tmp_path):
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_the_first_request_is_the_reason(stops, number):
+def test_the_first_of_two_stop_requests_is_the_reason(stops, number):
     assert stops.reason() is None
     os.kill(os.getpid(), number)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -66,7 +67,7 @@ def test_the_time_limit_counts_from_the_start_of_the_process(tmp_path):
     assert StopRequests(tmp_path, 9e6, reads_stop_file=False).reason() is None
 
 
-def test_long_work_before_the_first_step_is_interrupted(stops):
+def test_a_signal_interrupts_long_work_before_the_first_step(stops):
     start = time.monotonic()
     signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
     signal.setitimer(signal.ITIMER_REAL, 0.1)
@@ -110,7 +111,7 @@ def test_another_thread_may_request_a_stop(stops):
     assert stops.reason() == "its launcher has ended"
 
 
-def test_a_rank_without_its_launcher_gets_a_stop_request():
+def test_a_rank_whose_launcher_has_ended_gets_a_stop_request():
     requests = queue.Queue()
     watch_launchers({"RANK": "0"}, requests.put)  # DeepSpeed's launcher did not start this rank
     assert requests.empty()
@@ -120,6 +121,7 @@ def test_a_rank_without_its_launcher_gets_a_stop_request():
     assert requests.get(timeout=30) == "its launcher has ended"
 
 
+# Sends itself the signals whose numbers are its arguments.
 CODE = """
 import os, signal, sys, time
 from pathlib import Path
@@ -133,10 +135,14 @@ print("continued")
 """
 
 
+INT, TERM = int(signal.SIGINT), int(signal.SIGTERM)
+
+
 @pytest.mark.parametrize(
-    ("numbers", "code"), [((2,), 0), ((15, 15, 2), 0), ((2, 2), 130), ((2, 15, 2), 130)]
+    ("numbers", "code"),
+    [((INT,), 0), ((TERM, TERM, INT), 0), ((INT, INT), 130), ((INT, TERM, INT), 130)],
 )
-def test_a_second_ctrl_c_ends_at_once(numbers, code):
+def test_a_second_ctrl_c_ends_the_process_at_once(numbers, code):
     result = subprocess.run(
         [sys.executable, "-c", CODE, *map(str, numbers)],
         capture_output=True,
@@ -148,9 +154,9 @@ def test_a_second_ctrl_c_ends_at_once(numbers, code):
 
 
 def test_a_second_ctrl_c_does_not_wait_for_a_hanging_disk():
-    code = CODE.replace('os.write(1, b"the final status\\n")', "time.sleep(900)").replace(
-        "(1)", "(30)"
-    )
+    # The handler that writes the final status hangs, and the main thread sleeps for long.
+    code = CODE.replace('os.write(1, b"the final status\\n")', "time.sleep(900)")
+    code = code.replace("time.sleep(1)", "time.sleep(30)")
     result = subprocess.run([sys.executable, "-c", code, "2", "2"], check=False, timeout=20)
     assert result.returncode == 130
 
@@ -183,6 +189,7 @@ pbkdf2_hmac("sha256", b"", b"", 10**9)
 
 
 def heartbeat(**fields):
+    """A heartbeat as each rank publishes it; `beats`: their number, `where`: file and line."""
     return {
         "host": "a",
         "step": 7,
@@ -192,7 +199,7 @@ def heartbeat(**fields):
     } | fields
 
 
-def test_the_message_names_the_rank_with_the_fewest_heartbeats():
+def test_the_message_about_a_hang_names_the_rank_with_the_fewest_heartbeats():
     heartbeats = {
         0: heartbeat(),
         1: heartbeat(beats=8, phase="the backward pass", host="b"),
@@ -204,7 +211,7 @@ def test_the_message_names_the_rank_with_the_fewest_heartbeats():
     assert "the others wait" in message
 
 
-def test_the_message_names_a_rank_that_publishes_no_heartbeats():
+def test_the_message_about_a_hang_names_a_rank_that_publishes_no_heartbeats():
     message = hang_message({0: heartbeat(beats=8), 1: heartbeat(beats=9)}, frozen=[1], timeout_s=60)
     assert "rank 1 on a hangs" in message
     assert "stopped" in message
@@ -220,7 +227,7 @@ def test_without_a_step_the_message_mentions_neither_step_nor_checkpoint():
     assert "checkpoint" in hang_message({0: heartbeat()}, [], 60)
 
 
-def test_the_message_names_all_ranks_if_none_is_behind():
+def test_the_message_about_a_hang_names_all_ranks_if_none_is_behind():
     message = hang_message({0: heartbeat(), 1: heartbeat()}, [], 60)
     assert "all ranks hang" in message
     assert message.count("hangs at step 7") == 2

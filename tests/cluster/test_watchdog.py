@@ -12,6 +12,8 @@ from tests.messages import assert_mentions
 
 pytestmark = pytest.mark.group
 
+# A rank with a watchdog. After its start, it runs the statements that replace `{act}`. HANG_S:
+# seconds without a heartbeat after which it hangs. FINAL_STATUS: a file in place of status.json.
 CODE = """
 import os, sys, time
 from datetime import timedelta
@@ -45,7 +47,10 @@ WAIT = "session._open_store().wait(['never'], timedelta(hours=1))"
 
 
 class Ranks:
-    """Two ranks that write to one log, in forks of the preloaded interpreter."""
+    """Two ranks that run `act` and write to one log, in forks of the preloaded interpreter.
+
+    `local_size`: ranks on a node; with 1 the two count as ranks on different machines.
+    """
 
     def __init__(self, act: str, tmp_path, hang_s: float, local_size: int = 2):
         self.log = tmp_path / "log"
@@ -63,6 +68,7 @@ class Ranks:
         )  # fmt: skip
 
     def wait_for_work(self):
+        """Wait until both ranks run `act`."""
         end = time.monotonic() + 60
         while not self.log.exists() or self.log.read_text().count("at work") < 2:
             assert time.monotonic() < end, self.log.read_text()
@@ -72,6 +78,7 @@ class Ranks:
         os.kill(self.command.pids[rank], number)
 
     def end(self, within_s: float = 40) -> tuple[list[int], str]:
+        """Exit codes by rank, and the output of both."""
         with self.command:
             codes = self.command.exit_codes(within_s)
         return codes, self.log.read_text().replace("at work\n", "")
@@ -114,7 +121,7 @@ def test_a_killed_rank_is_named_by_another_rank(tmp_path, victim):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_of_another_machine_is_named(tmp_path, victim):
-    """Its process is not visible to the others; gloo only reports a closed connection."""
+    """The others do not see the process of that rank; gloo only reports a closed connection."""
     ranks = Ranks(
         "time.sleep(6); raise RuntimeError('Connection closed by peer')",
         tmp_path,
@@ -122,7 +129,7 @@ def test_a_killed_rank_of_another_machine_is_named(tmp_path, victim):
         local_size=1,
     )
     ranks.wait_for_work()
-    time.sleep(3)  # until it has published its heartbeat
+    time.sleep(3)  # until the victim has published its heartbeat
     ranks.send(victim, signal.SIGKILL)
     codes, output = ranks.end()
     assert codes == [-9 if rank == victim else 1 for rank in range(2)]
@@ -141,7 +148,7 @@ def test_a_lost_connection_between_running_ranks_is_the_last_message(tmp_path):
     assert (tmp_path / "final_status").read_text() == f"1 {message}"
 
 
-def test_an_error_that_all_ranks_raise_is_no_failure_of_one_rank(tmp_path):
+def test_a_stop_that_all_ranks_raise_is_not_reported_as_the_failure_of_one_rank(tmp_path):
     codes, output = Ranks("raise Stopped('start again')", tmp_path, 900).end()
     assert codes == [75, 75]
     assert "start again" in output
@@ -167,7 +174,7 @@ def test_an_error_that_only_rank_1_raises_ends_all_ranks_and_is_the_status(tmp_p
 
 
 def test_a_stop_request_before_the_first_step_ends_all_ranks(tmp_path, monkeypatch):
-    """This works although the main threads are in a library."""
+    """The watchdog ends them although the main threads wait in a library."""
     monkeypatch.setenv("STOP_REQUEST", "signal SIGUSR1")
     codes, output = Ranks(WAIT, tmp_path, 900).end()
     assert codes == [75, 75]
@@ -176,8 +183,14 @@ def test_a_stop_request_before_the_first_step_ends_all_ranks(tmp_path, monkeypat
 
 
 def test_a_rank_that_hangs_is_named_with_its_phase(tmp_path):
-    waits = f"heartbeat.beat('a sum') or {WAIT}"
-    act = f"heartbeat.beat('reading rows', 8) or (time.sleep(900) if rank else {waits})"
+    act = "\n    ".join(
+        (
+            "heartbeat.beat('reading rows', 8)",
+            "if rank == 1: time.sleep(900)",
+            "heartbeat.beat('a sum')",
+            WAIT,
+        )
+    )
     codes, output = Ranks(act, tmp_path, 2).end()
     assert codes == [1, 1]
     assert "rank 1 on " in last_line(output)
@@ -186,11 +199,15 @@ def test_a_rank_that_hangs_is_named_with_its_phase(tmp_path):
 
 
 def test_a_rank_that_never_loads_its_model_is_named(tmp_path):
-    loads = (
-        "import pipeline.cluster.heartbeat as h; h.LOADING_LIMIT_S = 3; "
-        "heartbeat.beat(h.LOADING_PHASES[0]); "
+    act = "\n    ".join(
+        (
+            "import pipeline.cluster.heartbeat as module",
+            "module.LOADING_LIMIT_S = 3",
+            "heartbeat.beat(module.LOADING_PHASES[0])",
+            "if rank == 0: heartbeat.beat(module.LOADING_PHASES[1])",
+            WAIT,
+        )
     )
-    act = f"{loads}rank or heartbeat.beat(h.LOADING_PHASES[1]); {WAIT}"
     codes, output = Ranks(act, tmp_path, 1).end()
     assert codes == [1, 1]
     assert last_line(output).startswith("no progress for 3 s (the others wait): rank 1 on ")
@@ -202,7 +219,7 @@ def test_a_rank_that_never_loads_its_model_is_named(tmp_path):
 def test_a_process_stopped_by_sigstop_is_named_and_killed(tmp_path, victim):
     ranks = Ranks(WAIT, tmp_path, 4)
     ranks.wait_for_work()
-    time.sleep(1)  # until it has published its heartbeat
+    time.sleep(1)  # until the victim has published its heartbeat
     ranks.send(victim, signal.SIGSTOP)
     codes, output = ranks.end(90)
     assert codes[1 - victim] == 1

@@ -28,7 +28,7 @@ def workspace(tmp_path_factory, tiny_model) -> Path:
 
 @pytest.fixture(scope="session")
 def run_file(workspace, tiny_model):
-    """A function that writes the run file of a run folder and returns its path."""
+    """Function: name of a run folder, and settings -> path of its run file, which is written."""
     return lambda name, **settings: write_run_file(workspace, name, tiny_model, **settings)
 
 

@@ -31,8 +31,9 @@ SETTINGS = {
     "bf16": True, "save_steps": SAVE_STEPS, "evaluation_strategy": "steps",
     "eval_steps": EVAL_STEPS,
 }  # fmt: skip
-IN_PACKS = {"packing": True, "epochs": TOTAL_STEPS // 4}  # an epoch of packs has 4 steps
-DEADLINE_S = 180.0
+# A run on packs with as many steps: an epoch of packs has 4.
+IN_PACKS = {"packing": True, "epochs": TOTAL_STEPS // 4}
+DEADLINE_S = 180.0  # for every wait
 
 
 def write_run_file(folder: Path, name: str, model: Path, **settings) -> Path:
@@ -50,13 +51,17 @@ def write_run_file(folder: Path, name: str, model: Path, **settings) -> Path:
 
 @dataclass
 class StartedRun:
-    """A started run: the `deepspeed` command and all processes that it starts."""
+    """A started run: the `deepspeed` command and all processes that it starts.
+
+    `start_s`: the start on the monotonic clock. `start_time`: in seconds since 1970, as in
+    status.json.
+    """
 
     run_file: Path
     process: subprocess.Popen
     log: Path
-    began: float = field(default_factory=time.monotonic)
-    began_at: float = field(default_factory=time.time)
+    start_s: float = field(default_factory=time.monotonic)
+    start_time: float = field(default_factory=time.time)
 
     @cached_property
     def folder(self) -> Path:
@@ -102,28 +107,28 @@ class StartedRun:
         while not condition():
             if not self.is_running():
                 raise AssertionError(f"ended before {name}:\n{self.output}")
-            if time.monotonic() - self.began > DEADLINE_S:
+            if time.monotonic() - self.start_s > DEADLINE_S:
                 raise AssertionError(f"no {name} in {DEADLINE_S} s:\n{self.output}")
             time.sleep(poll_s)
 
-    def is_over(self) -> bool:
-        """Whether the run is done, so that a signal would come too late."""
+    def is_done(self) -> bool:
+        """Whether the run is trained to the end, so that a signal would come too late."""
         return status(self.folder).get("state") == "done"
 
     def wait_for_step(self, step: int) -> None:
         """Wait until this start has reached a step."""
-        self.wait_until(lambda: self.is_over() or self.step() >= step, f"step {step}")
+        self.wait_until(lambda: self.is_done() or self.step() >= step, f"step {step}")
 
     def wait_for_save(self, step: int) -> None:
         """Wait until a checkpoint is being written after a step."""
         self.wait_for_step(step)
         folder = self.folder / "checkpoints"
-        self.wait_until(lambda: self.is_over() or list(folder.glob(".step-*.new")), "a save")
+        self.wait_until(lambda: self.is_done() or list(folder.glob(".step-*.new")), "a save")
 
     def wait_for_ranks(self) -> None:
         """Wait until the processes of both ranks exist; they then import modules for seconds."""
         self.wait_until(
-            lambda: self.is_over() or len(self.ranks()) == 2,
+            lambda: self.is_done() or len(self.ranks()) == 2,
             "two ranks",
             poll_s=0.1,  # the condition searches all processes
         )
@@ -140,7 +145,7 @@ class StartedRun:
         """The latest step of this start; 0 before it has trained or resumed."""
         current = status(self.folder)
         started = current.get("started") or 0.0
-        return int(current.get("step") or 0) if started >= self.began_at else 0
+        return int(current.get("step") or 0) if started >= self.start_time else 0
 
     def end(self, within_s: float = DEADLINE_S) -> int:
         """Wait until all processes of the run have ended; returns the exit code of the command."""
@@ -196,8 +201,10 @@ def start(
     `before`: a command, such as setpriv with its options, that is to start `deepspeed`.
     """
     log = log or run_file.with_suffix(".log")
-    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK")}
-    clean |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK")
+    }
+    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with log.open("w") as out:
         process = subprocess.Popen(
             [
@@ -205,7 +212,7 @@ def start(
                 "--master_port", str(free_port()),
                 "launch/train.py", run_file, *overrides,
             ],
-            cwd=ROOT, env=clean, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+            cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     return StartedRun(run_file, process, log)
 

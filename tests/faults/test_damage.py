@@ -33,7 +33,7 @@ def flip(name: str):
     return damage
 
 
-def plant(path):
+def add_pickle(path):
     (path / "optimizer.pkl").write_bytes(b"cos\nsystem\n(S'touch HARMED'\ntR.")
 
 
@@ -42,22 +42,23 @@ def empty(path):
         file.unlink()
 
 
+# Name of the damage -> function that damages the folder of a checkpoint.
 DAMAGES = {
     **{f"{name} cut to {n}/5": truncate(name, n / 5) for name in FILES for n in range(5)},
     **{f"a byte of {name} flipped": flip(name) for name in FILES},
     **{f"no {name}": (lambda path, name=name: (path / name).unlink()) for name in FILES},
-    "a planted pickle": plant,
-    "a foreign file": lambda path: (path / "notes.txt").write_text("mine"),
+    "an added pickle": add_pickle,
+    "a file of the user": lambda path: (path / "notes.txt").write_text("mine"),
     "an empty folder": empty,
 }
 
 
 @pytest.fixture(scope="module")
 def stopped(run_file, workspace):
-    """The folder of a run that was killed near its end, with two checkpoints."""
+    """Run file and folder of a run that was killed near its end, with two checkpoints."""
     path, folder = run_file("damaged"), workspace / "damaged"
     run = start(path)
-    run.wait_for_step(42)
+    run.wait_for_step(42)  # of 48
     run.kill()
     assert status(folder)["state"] == "running"
     assert len(steps_on_disk(folder)) >= 2

@@ -28,6 +28,7 @@ WITHOUT_OVERRIDE = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", 
 
 @contextmanager
 def small_disk(folder, size: str):
+    """Mount a tmpfs of this size at the folder."""
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
     try:
@@ -48,6 +49,7 @@ def fill(folder) -> None:
 
 
 def content(folder, step: int) -> dict[str, bytes]:
+    """The bytes of each file of a checkpoint."""
     path = folder / f"checkpoints/step-{step:08d}"
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
@@ -144,6 +146,7 @@ def test_a_folder_that_becomes_read_only_ends_the_run_and_it_resumes_bitwise(
 
 @contextmanager
 def read_only(folder):
+    """Mount the folder read-only."""
     subprocess.run(["mount", "--bind", folder, folder], check=True)
     try:
         subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)

@@ -40,6 +40,7 @@ TARGETS = ("rank 0", "rank 1", "node launcher", "outer command", "terminal")
 STEPS_PER_SIGNAL = 16
 # Slurm and Kubernetes send SIGKILL 30 s after SIGTERM, as DeepSpeed's launcher does to its ranks.
 WITHIN_S = 30.0
+# Target, signal and phase of each signal in `make test`.
 SHORT = [
     ("outer command", signal.SIGTERM, "evaluation"),
     ("node launcher", signal.SIGUSR2, "save"),
@@ -76,7 +77,10 @@ def cases():
     """Name and signals of each run; in `make faults`, every signal to a target in every phase."""
     if not IS_FULL:
         return [("short", SHORT)]
-    return [(t, [(t, s, p) for p in PHASES for s in SIGNALS]) for t in TARGETS]
+    return [
+        (target, [(target, number, phase) for phase in PHASES for number in SIGNALS])
+        for target in TARGETS
+    ]
 
 
 @pytest.mark.parametrize(("name", "signals"), cases(), ids=[name for name, _ in cases()])
@@ -89,33 +93,34 @@ def test_a_signal_stops_a_run_with_a_checkpoint_and_loses_no_step(
     )
     name = f"signalled-{name.replace(' ', '-')}"
     path, folder = run_file(name, **IN_PACKS if is_packed else {}), workspace / name
-    # `last_step`: the step at which the latest start stopped, 0 for a new run
-    random_source, lost, last_step, runs = random.Random(f"{SEED} {name}"), 0, 0, 1
-    for turn, (target, number, phase) in enumerate(signals):
+    random_source, num_lost_steps, num_runs = random.Random(f"{SEED} {name}"), 0, 1
+    last_step = 0  # at which the latest start stopped; 0 for a new run
+    for signal_index, (target, number, phase) in enumerate(signals):
         if last_step > TOTAL_STEPS - STEPS_PER_SIGNAL:  # else the next signal could come too late
             assert_resumes_bitwise(path, folder, uninterrupted, last_step)
             shutil.rmtree(folder)
-            last_step, runs = 0, runs + 1
-        earlier, kept = status(folder), steps_on_disk(folder)
+            last_step, num_runs = 0, num_runs + 1
+        earlier_status, earlier_steps = status(folder), steps_on_disk(folder)
         run = start_ranks(path) if "rank" in target else start(path)
         step = last_step + random_source.randrange(1, 3)
         wait_for(run, phase, step, random_source)
-        assert not run.is_over(), f"the run was over before signal {turn}"
+        assert not run.is_done(), f"the run was done before signal {signal_index}"
         deliver(run, target, number)
-        began = time.monotonic()
+        start_s = time.monotonic()
         code = run.end(WITHIN_S)
-        took, final = time.monotonic() - began, status(folder)
-        assert took < WITHIN_S, run.output
+        end_s, final = time.monotonic() - start_s, status(folder)
+        assert end_s < WITHIN_S, run.output
         print(
             f"{number.name} to {target} in {phase}: code {code}, status {final.get('state')} "
-            f"{final.get('exit_code')} at step {final.get('step')}, all ended in {took:.1f} s"
+            f"{final.get('exit_code')} at step {final.get('step')}, all ended in {end_s:.1f} s"
         )
         assert not run.is_running()
-        if phase == "start-up" and final.get("step", 0) == earlier.get("step", 0):
+        if phase == "start-up" and final.get("step", 0) == earlier_status.get("step", 0):
             # A signal before the rendezvous ends the process, and status.json stays as it was.
-            # After the rendezvous, the run stops and records that in status.json.
-            assert final == earlier or (final["state"], final["exit_code"]) == ("stopped", 75)
-            assert steps_on_disk(folder) == kept, run.output
+            # After the rendezvous, the run stops and records the stop in status.json.
+            is_stopped = (final.get("state"), final.get("exit_code")) == ("stopped", 75)
+            assert final == earlier_status or is_stopped
+            assert steps_on_disk(folder) == earlier_steps, run.output
             assert code != 0 or target == "node launcher", run.output
             continue
         assert (final["state"], final["exit_code"]) == ("stopped", 75), run.output
@@ -123,11 +128,11 @@ def test_a_signal_stops_a_run_with_a_checkpoint_and_loses_no_step(
         if "rank" in target:
             assert code == 75, run.output
         if last_step:
-            lost += last_step - run.resumed_step()
+            num_lost_steps += last_step - run.resumed_step()
         last_step = final["step"]
     assert_resumes_bitwise(path, folder, uninterrupted, last_step)
-    print(f"{len(signals)} signals to {runs} runs, steps lost: {lost}")
-    assert lost == 0
+    print(f"{len(signals)} signals to {num_runs} runs, steps lost: {num_lost_steps}")
+    assert num_lost_steps == 0
 
 
 def assert_resumes_bitwise(path, folder, uninterrupted, step):
@@ -157,11 +162,11 @@ def test_ctrl_c_stops_with_a_checkpoint_if_the_reader_of_the_output_ends_first(
             output += os.read(reader, 4096)
         time.sleep(0.01)
     os.close(reader)
-    run.wait_for_step(5)  # it continues without a reader
+    run.wait_for_step(5)  # the run continues without a reader
     os.killpg(run.process.pid, signal.SIGINT)
     run.process.wait(WITHIN_S)
     while run.processes():
-        assert time.monotonic() - run.began < 120
+        assert time.monotonic() - run.start_s < 120
         time.sleep(0.05)
     assert (status(folder)["state"], status(folder)["exit_code"]) == ("stopped", 75)
     assert steps_on_disk(folder)[-1] == status(folder)["step"]
@@ -170,8 +175,9 @@ def test_ctrl_c_stops_with_a_checkpoint_if_the_reader_of_the_output_ends_first(
 
 
 def test_an_interrupt_ends_a_rank_that_waits_at_the_rendezvous(run_file):
-    """It ends although Python only records signals while torch waits, and although SIGINT was
-    ignored at the start, as after a shell's `&`.
+    """Python itself would only record the signal while torch waits.
+
+    SIGINT is ignored at the start, as in processes that a shell starts with `&`.
     """
     port = free_port()
     variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
