@@ -43,8 +43,8 @@ def agents(model: Path, gsm8k: Path, folder: Path) -> None:
         data.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
         runs = [_cost_per_token(tokenizer, data, folder / f"{kind}-{i}") for i in range(3)]
         costs[kind] = tuple(map(min, zip(*runs, strict=True)))
-    for i, unit in enumerate(("second", "CPU second")):
-        short, long = costs["short"][i], costs["long"][i]
+    for index, unit in enumerate(("second", "CPU second")):
+        short, long = costs["short"][index], costs["long"][index]
         print(
             f"agents    tokens per {unit}: {LONG_ROWS} rows of {TURNS:,} turns {1 / long:,.0f}, "
             f"{SHORT_ROWS:,} rows of 2 turns {1 / short:,.0f}; "
@@ -75,10 +75,10 @@ def long_rows(rows: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
     texts = cycle(rows)
     for number in range(LONG_ROWS):
         messages: list[dict[str, Any]] = [{"role": "user", "content": f"Task {number}."}]
-        for turn, row in enumerate(islice(texts, TURNS // 2)):
+        for index, row in enumerate(islice(texts, TURNS // 2)):  # a call and its result
             arguments = {"expression": row["answer"]}
             function = {"name": "calculate", "arguments": arguments}
-            call = {"id": f"call{turn:05}", "type": "function", "function": function}
+            call = {"id": f"call{index:05}", "type": "function", "function": function}
             messages.append(
                 {
                     "role": "assistant",

@@ -17,8 +17,9 @@ from pipeline.data.order.order import BatchLayout, RankWork
 from pipeline.plan.cost.per_token import SequenceFlops
 from tests.tiny import sequences_of
 
-PACKS, TOKENS, DOCUMENTS, MICRO, BATCHES, WARMUP = 200_000, 1024, 10, 4, 400, 50
-ACCUMULATION = 2  # micro-batches of a rank in a step
+PACKS, TOKENS, DOCUMENTS = 200_000, 1024, 10  # packs of the data, and tokens and documents of each
+MICRO_BATCH_SIZE, ACCUMULATION = 4, 2  # packs of a micro-batch; micro-batches of a rank in a step
+BATCHES, WARMUP = 400, 50  # micro-batches, and the first of them, which are not measured
 
 
 class MappedPacks:
@@ -31,9 +32,11 @@ class MappedPacks:
         self.sequences = sequences_of(costs, costs - DOCUMENTS, are_packs=True)
 
     def sequence(self, i):
-        each = TOKENS // DOCUMENTS
+        """Token ids and label mask of each document of pack i."""
+        length = TOKENS // DOCUMENTS
         return [
-            (self._ids[i, at : at + each], self._mask) for at in range(0, DOCUMENTS * each, each)
+            (self._ids[i, start : start + length], self._mask)
+            for start in range(0, DOCUMENTS * length, length)
         ]
 
 
@@ -42,7 +45,7 @@ def mean_wait_s(split, workers, busy_s=0.0):
     layout = BatchLayout(
         data_parallel_size=8,
         accumulation_steps=ACCUMULATION,
-        micro_batch_size=MICRO,
+        micro_batch_size=MICRO_BATCH_SIZE,
         flops=SequenceFlops(per_token=1.0, per_square=1e-3, per_logit=1.0),
     )
     work = RankWork(split, layout, seed=0, rank=3, steps=range(BATCHES // ACCUMULATION))
@@ -61,7 +64,8 @@ def main():
         ids = np.lib.format.open_memmap(path, mode="w+", dtype=np.int32, shape=(PACKS, TOKENS))
         ids[:] = np.arange(TOKENS, dtype=np.int32)
         split = MappedPacks(path)
-        print(f"a micro-batch is {MICRO} packs of {TOKENS} tokens, {DOCUMENTS} documents each")
+        size = f"{MICRO_BATCH_SIZE} packs of {TOKENS} tokens, {DOCUMENTS} documents each"
+        print(f"a micro-batch is {size}")
         for workers in (0, 1, 2):
             waits = [1e3 * mean_wait_s(split, workers, busy_s) for busy_s in (0.0, 0.02)]
             print(

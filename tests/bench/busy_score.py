@@ -1,4 +1,4 @@
-"""Time of `score` with all cores idle, and with one core taken by another program.
+"""Time of the command score with all cores idle, and with one core used by another program.
 
     python -m tests.bench.busy_score RUN [--rows N] [--repeats N]
 
@@ -49,6 +49,7 @@ def one_busy_core():
 
 
 def seconds(run, rows):
+    """Wall-clock seconds of the command score on so many rows of a run."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, ROOT / "launch/score.py", run, "--rows", str(rows)]
         start = time.monotonic()

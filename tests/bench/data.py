@@ -112,14 +112,16 @@ def speed(arguments: argparse.Namespace, folder: Path) -> None:
                 costs[call].append(_cost(_run_tokenizer, arguments.model, call, texts))
             costs["prepare"].append(_cost(_run_prepare, settings))
         print(f"speed     {kind}: {len(rows):,} rows, {size / 1e6:.0f} MB, {PROCESSES} processes")
-        for i, unit in enumerate(("seconds", "CPU seconds of all processes")):
-            best = {name: min(run[i] for run in runs) for name, runs in costs.items()}
-            ours = best["prepare"]
-            shares = " and ".join(f"{100 * best[call] / ours:.0f} % of {call}" for call in calls)
-            each = ", ".join(
+        for index, unit in enumerate(("seconds", "CPU seconds of all processes")):
+            best = {name: min(run[index] for run in runs) for name, runs in costs.items()}
+            # The speed of prepare relative to that of the tokenizer alone.
+            shares = " and ".join(
+                f"{100 * best[call] / best['prepare']:.0f} % of {call}" for call in calls
+            )
+            rates = ", ".join(
                 f"{name} {cost:.1f} ({size / cost / 1e6:.2f} MB/s)" for name, cost in best.items()
             )
-            print(f"          {unit}: {each}: {shares}", flush=True)
+            print(f"          {unit}: {rates}: {shares}", flush=True)
 
 
 def _run_tokenizer(model: Path, call: str, texts: list[str]) -> None:
@@ -132,15 +134,15 @@ def _gsm8k_rows(path: Path, num_bytes: int) -> Iterator[tuple[str, str]]:
     """Questions and answers, repeated up to `num_bytes`; repetitions differ by a number."""
     with path.open(encoding="utf-8") as stream:
         rows = [json.loads(line) for line in stream]
-    done = turn = 0
-    while done < num_bytes:
+    yielded = repetition = 0
+    while yielded < num_bytes:
         for row in rows:
             question, answer = row["question"], row["answer"]
-            if turn:
-                question, answer = f"{turn}. {question}", f"{answer} ({turn})"
+            if repetition:
+                question, answer = f"{repetition}. {question}", f"{answer} ({repetition})"
             yield question, answer
-            done += len(question) + len(answer)
-        turn += 1
+            yielded += len(question) + len(answer)
+        repetition += 1
 
 
 def _value(kind: str, question: str, answer: str) -> dict[str, Any]:
@@ -207,10 +209,10 @@ def start(arguments: argparse.Namespace, folder: Path) -> None:
             for _ in range(3)
         ]
         seconds[rows] = min(measured)
-    few, many = seconds.values()
+    of_1000, of_all = seconds.values()
     print(
-        f"start     on {arguments.rows:,} prepared rows {many:.3f} s, on 1,000 {few:.3f} s: "
-        f"{many - few:.3f} s more",
+        f"start     on {arguments.rows:,} prepared rows {of_all:.3f} s, on 1,000 {of_1000:.3f} s: "
+        f"{of_all - of_1000:.3f} s more",
         flush=True,
     )
 
@@ -292,8 +294,8 @@ def packing(arguments: argparse.Namespace, folder: Path) -> None:
         start_time = time.perf_counter()
         make_packs(lengths, size)
         seconds = time.perf_counter() - start_time
-        each = "; ".join(f"{name} {value}" for name, value in fill_rates.items())
-        print(f"packing   {name} documents, packs of {size}: {each}; both {seconds:.2f} s")
+        rates = "; ".join(f"{algorithm} {value}" for algorithm, value in fill_rates.items())
+        print(f"packing   {name} documents, packs of {size}: {rates}; both {seconds:.2f} s")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     print(f"          process at most {peak:,.0f} MiB", flush=True)
 

@@ -12,7 +12,7 @@ class ExplainedLiveBytes(LiveBytes):
         super().__init__()
         self._operator = "before the first operator"
         self._events = []  # (storage, (size, operator)); (storage, None) when it is freed
-        self._at_peak = 0
+        self._num_events_at_peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self._operator = func
@@ -32,12 +32,12 @@ class ExplainedLiveBytes(LiveBytes):
     def _note(self, key, change):
         self._events.append((key, change))
         if self.now == self.peak:
-            self._at_peak = len(self._events)
+            self._num_events_at_peak = len(self._events)
 
     def alive(self):
         """Number of storages alive at the peak, by size and operator."""
         storages = {}
-        for key, change in self._events[: self._at_peak]:
+        for key, change in self._events[: self._num_events_at_peak]:
             if change is None:
                 storages.pop(key, None)  # a storage of 0 bytes has no first event
             else:

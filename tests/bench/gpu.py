@@ -1,4 +1,4 @@
-"""Everything that needs one GPU, in one process and in less than 8 minutes.
+"""Every measurement that needs one GPU, in one process and in less than 8 minutes.
 
     python -m tests.bench.gpu [--out FOLDER] [--limit SECONDS] [--tiny] [--long]
 
@@ -54,8 +54,9 @@ LLAMA_1B = {
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A short run: settings, share of checkpointed layers, documents in a sequence.
+    """A short run whose speed and memory are measured: one row of the page of results.
 
+    `checkpointed`: fraction of the layers. `documents`: number of documents in a sequence.
     `without`: a fast path that is off. `model`: changes of the shape of Llama 3.1 8B. `steps`:
     measured steps. `warm_up`: steps before them.
     """
@@ -217,8 +218,8 @@ def parts(bench, *, is_long=False):
         f"profile of {name}": partial(bench.profile, CELLS[name])
         for name in ("8B LoRA", "8B QLoRA")
     }
-    first = dict(list(cells.items())[:6])
-    return rates | first | profiles | cells
+    most_important = dict(list(cells.items())[:6])
+    return rates | most_important | profiles | cells
 
 
 def run_part(measure):
@@ -229,8 +230,8 @@ def run_part(measure):
     except gpu_rates.Missing as missing:
         return {"skipped": str(missing)}
     except Exception as error:  # recorded, so that the other parts still run
-        where = traceback.format_exc().strip().splitlines()[-3:]
-        result = {"failed": f"{type(error).__name__}: {error}"[:500], "where": where}
+        last_lines = traceback.format_exc().strip().splitlines()[-3:]
+        result = {"failed": f"{type(error).__name__}: {error}"[:500], "where": last_lines}
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -253,8 +254,8 @@ def main(arguments=None):
         results = {"date": time.strftime("%Y-%m-%d"), "tiny": options.tiny,
                    "machine": machine(hardware), "parts": {}}  # fmt: skip
         for name, measure in parts(bench, is_long=options.long).items():
-            late = time.perf_counter() - start > options.limit
-            part = {"skipped": "the time limit was reached"} if late else run_part(measure)
+            is_late = time.perf_counter() - start > options.limit
+            part = {"skipped": "the time limit was reached"} if is_late else run_part(measure)
             results["parts"][name] = part
             write_text(options.out / "gpu.json", json.dumps(results, indent=1))
             print(f"{time.perf_counter() - start:6.1f} s  {name}: {json.dumps(part)[:150]}",

@@ -28,12 +28,17 @@ def page(results):
             f"| {kind} | " + " | ".join(f"{part[kind]:.1%}" for part in profiles.values()) + " |"
             for kind in KINDS
         ]
-    rest = {n: p for n, p in parts.items() if "step_seconds" not in p and n not in profiles}
-    lines += ["", *(f"- {name}: {_flat(part)}" for name, part in rest.items()), ""]
+    others = {
+        name: part
+        for name, part in parts.items()
+        if "step_seconds" not in part and name not in profiles
+    }
+    lines += ["", *(f"- {name}: {_values(part)}" for name, part in others.items()), ""]
     return "\n".join(lines)
 
 
 def _cell(name, part):
+    """The row of a run in the table."""
     seconds, peak = part["step_seconds"], part["peak_bytes"]
     cells = [
         name,
@@ -46,6 +51,7 @@ def _cell(name, part):
     return f"| {' | '.join(cells)} |"
 
 
-def _flat(part):
+def _values(part):
+    """Names and values of a part, in one line."""
     values = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in part.items()}
     return ", ".join(f"{name} {value}" for name, value in values.items())

@@ -64,13 +64,15 @@ def attention(device, *, is_tiny):
 
     Also how much the two differ, relative to the norm: in the output and in each gradient.
     """
-    heads, keys, width, lengths = (4, 2, 16, [8, 24]) if is_tiny else (32, 8, 128, [512] * 16)
+    heads, key_heads, head_dim, lengths = (
+        (4, 2, 16, [8, 24]) if is_tiny else (32, 8, 128, [512] * 16)
+    )
     total, dtype = sum(lengths), torch.bfloat16
     query, key, value = (
-        torch.randn(total, n, width, device=device, dtype=dtype, requires_grad=True)
-        for n in (heads, keys, keys)
+        torch.randn(total, num_heads, head_dim, device=device, dtype=dtype, requires_grad=True)
+        for num_heads in (heads, key_heads, key_heads)
     )
-    upstream = torch.randn(total, heads, width, device=device, dtype=dtype)
+    output_gradient = torch.randn(total, heads, head_dim, device=device, dtype=dtype)
 
     def by_document():
         parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
@@ -84,7 +86,7 @@ def attention(device, *, is_tiny):
 
     def gradients(forward):
         output = forward()
-        return [output.detach(), *torch.autograd.grad(output, (query, key, value), upstream)]
+        return [output.detach(), *torch.autograd.grad(output, (query, key, value), output_gradient)]
 
     result = {"by document": seconds_of(lambda: gradients(by_document), device)}
     if device.type != "cuda":
@@ -105,16 +107,17 @@ def _varlen(lengths, device):
         from torch.nn.attention.varlen import varlen_attn
     except ImportError as error:
         raise Missing("torch.nn.attention.varlen") from error
-    ends = torch.tensor([0, *lengths], device=device, dtype=torch.int32).cumsum(0).int()
-    known = inspect.signature(varlen_attn).parameters
-    options = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    bounds = torch.tensor([0, *lengths], device=device, dtype=torch.int32).cumsum(0).int()
+    longest = max(lengths)
+    parameters = inspect.signature(varlen_attn).parameters
+    options = {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
 
     def attend(query, key, value):
-        if "enable_gqa" in known:
-            return varlen_attn(query, key, value, ends, ends, max(lengths), max(lengths),
+        if "enable_gqa" in parameters:
+            return varlen_attn(query, key, value, bounds, bounds, longest, longest,
                                enable_gqa=True, **options)  # fmt: skip
-        groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-        return varlen_attn(query, key, value, ends, ends, max(lengths), max(lengths), **options)
+        queries_per_key = query.shape[1] // key.shape[1]  # heads
+        key, value = (x.repeat_interleave(queries_per_key, 1) for x in (key, value))
+        return varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
 
     return attend

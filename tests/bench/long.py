@@ -37,6 +37,7 @@ SETTINGS = {
     "lora_r": 4, "batch_size": 1, "global_batch_size": 1, "zero_stage": 2,
     "gradient_checkpointing": True,
 }  # fmt: skip
+# Ways to save memory, beside checkpointing.
 SAVINGS = {
     "checkpointed": {"mlp_tiles": 1},
     "tiles": {"mlp_tiles": 8},
@@ -44,11 +45,11 @@ SAVINGS = {
 }
 LONGEST_OF_TWO_STEPS = 4096
 DEADLINE_S = 3600.0
-KEYS = ("length", "group", "savings")
+KEYS = ("length", "group", "savings")  # of a case; `group`: number of ranks that share a sequence
 
 
 def cases(lengths, groups):
-    """The keys of the cases; groups of several ranks are measured without savings."""
+    """The keys of the cases; groups of several ranks are measured with checkpointing only."""
     return [
         {"length": length, "group": group, "savings": name}
         for length in lengths
@@ -82,6 +83,7 @@ def measure(session, folder, settings):
 
 
 def timed_step(engine, batches_and_supervised):
+    """CPU seconds and wall-clock seconds of an optimizer step."""
     cpu, start = time.process_time(), time.perf_counter()
     engine.optimizer_step(*batches_and_supervised, 1e-3)
     return {"cpu_s": time.process_time() - cpu, "seconds": time.perf_counter() - start}

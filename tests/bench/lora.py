@@ -50,21 +50,21 @@ _BATCH = 8  # rows of a forward pass
 
 
 def main() -> None:
-    """Run what is missing, then print the mean of the quickstart's own settings."""
+    """Run the missing variants and seeds, then print the mean of the quickstart's own settings."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quickstart", action="store_true")
     parser.add_argument("--seeds", type=int, default=1, help="of each variant")
     args = parser.parse_args()
-    wanted: list[tuple[str, int]] = [("quickstart", seed) for seed in SEEDS]
+    runs: list[tuple[str, int]] = [("quickstart", seed) for seed in SEEDS]  # variant and seed
     if not args.quickstart:
-        wanted += [(name, seed) for seed in range(1, args.seeds + 1) for name in VARIANTS]
-    own = read_settings()
+        runs += [(name, seed) for seed in range(1, args.seeds + 1) for name in VARIANTS]
+    quickstart = read_settings()
     with tempfile.TemporaryDirectory() as folder:
         make_data(Path(folder), heldout_seed=FRESH_SEED, num_heldout=FRESH_ROWS)
-        for name, seed in wanted:
+        for name, seed in runs:
             key = {
                 "variant": name, "seed": seed, "heldout_seed": FRESH_SEED,
-                "train_rows": NUM_TRAIN, "settings": own | VARIANTS.get(name, {}),
+                "train_rows": NUM_TRAIN, "settings": quickstart | VARIANTS.get(name, {}),
             }  # fmt: skip
             if not any(key.items() <= line.items() for line in results()):
                 append(key | measure(key["settings"], seed, Path(folder)))
@@ -72,7 +72,7 @@ def main() -> None:
         100 * line["exact_match"]
         for line in results()
         if (line["settings"], line["heldout_seed"], line["train_rows"])
-        == (own, FRESH_SEED, NUM_TRAIN)
+        == (quickstart, FRESH_SEED, NUM_TRAIN)
     ]
     print(
         f"{len(matches)} seeds: exact match {mean(matches):.1f} % on {FRESH_ROWS} fresh rows, "

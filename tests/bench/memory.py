@@ -26,6 +26,8 @@ BASE = {
 COMMON = {"batch_size": 2, "global_batch_size": 8, "lora_r": 16, "max_length": 256}
 BF16, OFF, ON = {"bf16": True}, {"gradient_checkpointing": False}, {"gradient_checkpointing": True}
 NF4, ALL = BF16 | {"load_in_4bit": True}, {"lora_target_modules": "all-linear"}
+# In the names of cases, `ckpt-on`, `ckpt-off` and `ckpt-3-of-8` are about checkpointed layers, and
+# numbers such as 256 are tokens of a sequence.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +62,12 @@ SAVED = BF16 | OFF | {
     "modules_to_save": ["embed_tokens", "lm_head"],
     "max_length": 48, "batch_size": 1, "global_batch_size": 4,
 }  # fmt: skip
-WORDS_16K = {"vocab_size": 16384}
-TIED_16K = WORDS_16K | {"tie_word_embeddings": True}
+UNTIED_16K = {"vocab_size": 16384}  # embeddings and head that are large beside the layers
+TIED_16K = UNTIED_16K | {"tie_word_embeddings": True}
 HEADS, HPZ, OFFLOAD = {"head_dim": 32}, {"hpz_partition_size": 2}, {"offload_param": "cpu"}
 EXPERTS = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
-ADAPTED = {"lora_target_modules": ["auto", "experts"], "lora_r": 8}
-MIXED = {  # blocks with and without experts
+ADAPTED_EXPERTS = {"lora_target_modules": ["auto", "experts"], "lora_r": 8}
+MIXED = {  # decoder layers with and without experts
     "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2,
     "moe_intermediate_size": 256, "mlp_only_layers": [0, 1, 2], "head_dim": 32,
 }  # fmt: skip
@@ -78,23 +80,23 @@ OTHERS = {
         settings=SAVED | {"zero_stage": 2, "bf16": False}, model=TIED_16K
     ),
     "saved tied zero3": Case(settings=SAVED | {"zero_stage": 3}, model=TIED_16K),
-    "saved both zero2": Case(settings=SAVED | {"zero_stage": 2}, model=WORDS_16K),
+    "saved both zero2": Case(settings=SAVED | {"zero_stage": 2}, model=UNTIED_16K),
     "saved both zero2 accumulation 1": Case(
-        settings=SAVED | {"zero_stage": 2, "global_batch_size": 2}, model=WORDS_16K
+        settings=SAVED | {"zero_stage": 2, "global_batch_size": 2}, model=UNTIED_16K
     ),
     "saved tied zero2 accumulation 1": Case(
         settings=SAVED | {"zero_stage": 2, "global_batch_size": 2}, model=TIED_16K
     ),
-    "saved both zero3": Case(settings=SAVED | {"zero_stage": 3}, model=WORDS_16K),
+    "saved both zero3": Case(settings=SAVED | {"zero_stage": 3}, model=UNTIED_16K),
     "saved both zero3 accumulation 1": Case(
-        settings=SAVED | {"zero_stage": 3, "global_batch_size": 2}, model=WORDS_16K
+        settings=SAVED | {"zero_stage": 3, "global_batch_size": 2}, model=UNTIED_16K
     ),
-    "saved both nf4 zero2": Case(settings=SAVED | NF4 | {"zero_stage": 2}, model=WORDS_16K),
+    "saved both nf4 zero2": Case(settings=SAVED | NF4 | {"zero_stage": 2}, model=UNTIED_16K),
     "saved embeddings zero2": Case(
-        settings=SAVED | {"zero_stage": 2, "modules_to_save": ["embed_tokens"]}, model=WORDS_16K
+        settings=SAVED | {"zero_stage": 2, "modules_to_save": ["embed_tokens"]}, model=UNTIED_16K
     ),
     "saved both zero2 long": Case(
-        settings=SAVED | {"zero_stage": 2, "max_length": 256}, model=WORDS_16K
+        settings=SAVED | {"zero_stage": 2, "max_length": 256}, model=UNTIED_16K
     ),
     "dora": Case(settings=ZERO2 | DORA),
     "dora short": Case(settings=ZERO2 | DORA | {"max_length": 64, "batch_size": 1}),
@@ -121,13 +123,13 @@ OTHERS = {
         settings=ZERO2 | ALL | ON, model=MIXED, layout={"checkpointed_layers": 3}
     ),
     "qwen3_moe mixed zero3": Case(settings=ZERO3 | ALL, model=MIXED),
-    "experts zero2": Case(settings=ZERO2 | ADAPTED, model=EXPERTS),
-    "experts zero2 fp32": Case(settings=OFF | ADAPTED | {"zero_stage": 2}, model=EXPERTS),
-    "experts zero2 ckpt-on": Case(settings=ZERO2 | ADAPTED | ON, model=EXPERTS),
-    "experts zero3": Case(settings=ZERO3 | ADAPTED, model=EXPERTS),
-    "experts zero3 ckpt-on": Case(settings=ZERO3 | ADAPTED | ON, model=EXPERTS),
+    "experts zero2": Case(settings=ZERO2 | ADAPTED_EXPERTS, model=EXPERTS),
+    "experts zero2 fp32": Case(settings=OFF | ADAPTED_EXPERTS | {"zero_stage": 2}, model=EXPERTS),
+    "experts zero2 ckpt-on": Case(settings=ZERO2 | ADAPTED_EXPERTS | ON, model=EXPERTS),
+    "experts zero3": Case(settings=ZERO3 | ADAPTED_EXPERTS, model=EXPERTS),
+    "experts zero3 ckpt-on": Case(settings=ZERO3 | ADAPTED_EXPERTS | ON, model=EXPERTS),
     "experts mixed ckpt-3-of-8": Case(
-        settings=ZERO2 | ADAPTED | ON, model=MIXED, layout={"checkpointed_layers": 3}
+        settings=ZERO2 | ADAPTED_EXPERTS | ON, model=MIXED, layout={"checkpointed_layers": 3}
     ),
     "zero2 ckpt-3-of-8": Case(settings=ZERO2 | ON, layout={"checkpointed_layers": 3}),
     "zero3 ckpt-5-of-8": Case(settings=ZERO3 | ON, layout={"checkpointed_layers": 5}),
@@ -337,20 +339,21 @@ def measure(session, folder, case):
     from pipeline.plan.given.layout import SequenceProfile
 
     plan = plan_case(folder, case)
-    host = 0
+    offloaded_bytes = 0
     if plan.layout.offload_param == "cpu":  # on a CPU, offloaded parameters count as live tensors
-        host = base_bytes(plan.shape, plan.settings, plan.training_dtype) // plan.world_size
+        all_bytes = base_bytes(plan.shape, plan.settings, plan.training_dtype)
+        offloaded_bytes = all_bytes // plan.world_size
     with ExplainedLiveBytes() as live:
         base = load_base(plan, session.device)
-        loading = live.peak
+        loading_peak = live.peak
         largest = two_steps(session, plan, base, case.documents)
     sequences = SequenceProfile(tokens=plan.settings.max_length, attended=largest.attended)
     memory = memory_of(plan.shape, plan.settings, plan.layout, plan.hardware, sequences)
     return {
         "measured": live.peak,
-        "predicted": memory.tensor_bytes + host,
-        "loading": loading,
-        "predicted_loading": memory.loading_tensors + host,
+        "predicted": memory.tensor_bytes + offloaded_bytes,
+        "loading": loading_peak,
+        "predicted_loading": memory.loading_tensors + offloaded_bytes,
         "terms": memory.per_rank,
         "moment": memory.worst_moment,
         "alive": live.alive(),
@@ -370,7 +373,8 @@ def run(case, folder):
 
 
 def error_of(result):
-    return result["predicted"] / result["measured"] - 1  # 0.05: predicted 5 % too much
+    """Relative error of the prediction; 0.05 if it is 5 % too high."""
+    return result["predicted"] / result["measured"] - 1
 
 
 def mib(size):
@@ -378,6 +382,7 @@ def mib(size):
 
 
 def line(name, result):
+    """The result of a case in one line of text."""
     measured, predicted = mib(result["measured"]), mib(result["predicted"])
     return (
         f"{name:24} measured {measured:>7} predicted {predicted:>7} MiB"
@@ -387,6 +392,7 @@ def line(name, result):
 
 
 def row(name, result):
+    """The result of a case as a row of TABLE."""
     cells = mib(result["measured"]), mib(result["predicted"]), f"{error_of(result):+.1%}"
     return f"| {' | '.join((name, *cells, result['moment']))} |"
 
@@ -397,6 +403,7 @@ def summary(errors):
 
 
 def explanation(result):
+    """Lines with the predicted terms, and the measured tensors at the peak, largest first."""
     yield from (f"    {mib(size):>8} {term}" for term, size in result["terms"].items())
     yield "  alive at the peak:"
     largest = sorted(result["alive"].items(), key=lambda item: -item[0][0] * item[1])

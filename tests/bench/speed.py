@@ -70,7 +70,7 @@ def main() -> None:
     repeats = arguments.repeats or (1 if arguments.quick else 3)
     minutes = arguments.minutes or (4.5 if arguments.quick else 70)
     deadline = time.monotonic() + 60 * minutes
-    _bring_model()
+    _download_model()
     with tempfile.TemporaryDirectory() as folder:
         model = _with_few_layers(Path(folder) / "model") if arguments.quick else MODEL
         rows, name = write_rows(arguments.rows, Path(folder))
@@ -140,12 +140,12 @@ def flops_per_token(case: dict) -> float:
     sizes = [(hidden, hidden)] * 2 + [(hidden, keys)] * 2 + [(hidden, inner)] * 3
     base = layers * sum(a * b for a, b in sizes)
     adapter = layers * case["lora_r"] * sum(a + b for a, b in sizes)
-    again = 1 if case["gradient_checkpointing"] is True else 0
+    recomputed = 1 if case["gradient_checkpointing"] is True else 0  # forward passes
     attended = float((LENGTHS**2).sum() / LENGTHS.sum())
     scores = 2 * attended * hidden * layers  # the causal half of two products
     logits = 4 * config["vocab_size"] * hidden * _supervised_share(Path(case["rows"]))
-    products = (4 + 2 * again) * base + (6 + 2 * again) * adapter
-    return products + (3.5 + again) * scores + logits
+    products = (4 + 2 * recomputed) * base + (6 + 2 * recomputed) * adapter
+    return products + (3.5 + recomputed) * scores + logits
 
 
 def _supervised_share(rows: Path) -> float:
@@ -157,16 +157,18 @@ def _supervised_share(rows: Path) -> float:
 
 def write_rows(source: Path, folder: Path) -> tuple[Path, str]:
     """Write conversations as JSON lines; returns the file, and what the rows are."""
-    chooser = random.Random(0)
+    random_source = random.Random(0)
     if source.is_file():
         name = f"{NUM_ROWS} rows of GSM8K"
         pairs = [(row["question"], row["answer"]) for row in json_lines(source)]
-        pairs = chooser.sample(pairs, min(NUM_ROWS, len(pairs)))
+        pairs = random_source.sample(pairs, min(NUM_ROWS, len(pairs)))
     else:
         name = f"{NUM_ROWS} rows of random words, as long as rows of GSM8K"
         words = (ROOT / "docs/glossary.md").read_text(encoding="utf-8").split()
-        lengths = [max(20, int(n * 0.6)) for n in chooser.choices(LENGTHS.tolist(), k=NUM_ROWS)]
-        texts = [chooser.choices(words, k=length) for length in lengths]
+        lengths = [
+            max(20, int(n * 0.6)) for n in random_source.choices(LENGTHS.tolist(), k=NUM_ROWS)
+        ]
+        texts = [random_source.choices(words, k=length) for length in lengths]
         pairs = [(" ".join(t[: len(t) // 2]), " ".join(t[len(t) // 2 :])) for t in texts]
     path = folder / "rows.jsonl"
     with path.open("w", encoding="utf-8") as file:
@@ -177,7 +179,8 @@ def write_rows(source: Path, folder: Path) -> tuple[Path, str]:
     return path, name
 
 
-def _bring_model() -> None:
+def _download_model() -> None:
+    """Download the quickstart's model, unless its folder has it."""
     code = "import sys; from download_model import download_model as d; from pathlib import Path; "
     code += "d(Path(sys.argv[1]))"
     folder = ROOT / "launch/quickstart"

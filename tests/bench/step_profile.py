@@ -42,7 +42,7 @@ _PHASE = "the optimizer's step"
 
 
 class Phases(AbstractContextManager):
-    """Times at which phases of a step began, in the profiler's clock (microseconds)."""
+    """Marks phases of a step in the profile: `phases(name)` ends one and begins the next."""
 
     def __init__(self):
         self._range = None

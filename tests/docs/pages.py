@@ -29,7 +29,10 @@ _PROGRAM = re.compile(
 
 @dataclass(frozen=True)
 class CommandLine:
-    """A command of a page without its comment. `needs`: what the page says that it needs."""
+    """A command of a page without its comment.
+
+    `needs`: the machine or program that the page names in a comment `# needs ...` above it.
+    """
 
     page: str
     text: str
@@ -48,7 +51,8 @@ def command_lines(page: str, text: str) -> Iterator[CommandLine]:
             if line.startswith("# needs "):
                 needs = line.removeprefix("# needs ")
             command = re.split(r"\s+#\s", line.removeprefix("$ "))[0].strip()
-            if command and not command.startswith("#") and line.startswith("$ ") >= has_output:
+            is_output = has_output and not line.startswith("$ ")
+            if command and not command.startswith("#") and not is_output:
                 for part in command.split(" && "):
                     yield CommandLine(page, re.sub(r"^(time|\w+=\w+) ", "", part), needs)
     for span in re.findall(r"`([^`\n]+)`", _FENCE.sub("", text)):
@@ -83,7 +87,10 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
-    """(verb, arguments) of each `launch/VERB.py ...` and `rankzero VERB ...` of a page."""
+    """(verb, arguments) of each `launch/VERB.py ...` and `rankzero VERB ...` of a page.
+
+    A verb is a command of this project, such as train or merge.
+    """
     shell = ("console", "bash", "yaml", "dockerfile")  # yaml: comments with commands
     code = [body for language, body in _FENCE.findall(text) if language in shell]
     code += re.findall(r"`([^`\n]+)`", _FENCE.sub("", text))

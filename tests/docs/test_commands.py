@@ -1,7 +1,8 @@
 """Every command of the pages runs here or in another test, or the page says what it needs.
 
-Verbs run with a tiny model in the place of the files of the command. In a code block of a page, the
-comment `# needs ...` names the machine or the program that the commands below it need.
+Commands of this project (verbs, such as train) run with a tiny model in place of the named files.
+In a code block of a page, the comment `# needs ...` names the machine or the program that the
+commands below it need.
 """
 
 import re
@@ -24,7 +25,7 @@ LINES = {
     if name != "CHANGELOG.md"
     for line in command_lines(name, page.read_text(encoding="utf-8"))
 }
-# The beginning of a command: the file that runs such commands, or why nothing does.
+# Beginning of a command -> the file that runs such commands, or the reason why nothing does.
 ELSEWHERE = {
     "make": "Makefile",
     "sbatch": "tests/slurm/test_jobs.py",
@@ -50,8 +51,8 @@ ELSEWHERE = {
     "done": "of the shell",
     "pip install": "an installation",
 }
-# Words of commands, and their value in the workspace.
-PLACES = {
+# Words of commands -> words in their place, such as files of the workspace.
+REPLACED_WORDS = {
     "RUN.yaml": "RUN.yaml", "SECOND.yaml": "SECOND.yaml", "CONFIG.yaml": "axolotl.yaml",
     "RUN": "run", "RUN_FOLDER": "run", "my-run": "run", "$SCRATCH/first": "run", "MODEL": "base",
     "A": "run/adapter", "A:0.7": "run/adapter:0.7", "B:0.3": "run/adapter:0.3",
@@ -62,8 +63,8 @@ PLACES = {
     "N": "3", "R": "8", "$lr": "1e-4",
     "/data/models/llama-3.1-8b-instruct": "base",
 }  # fmt: skip
-OTHER_RUNS = ("run2", "run3")
-# Settings of a run file that a run of the tiny model replaces.
+OTHER_RUNS = ("run2", "run3")  # copies of the run folder `run`
+# Settings that replace those of a run file, for a run of the tiny model.
 TINY = {
     "model": "base", "train_data": "train.jsonl", "eval_data": "heldout.jsonl", "output_dir": "out",
     "max_length": 128, "max_steps": 1, "global_batch_size": 2, "batch_size": 1, "bf16": False,
@@ -74,7 +75,7 @@ _VERB = re.compile(
 )
 
 
-def belongs_elsewhere(line: CommandLine) -> bool:
+def is_run_elsewhere(line: CommandLine) -> bool:
     return line.needs is not None or any(map(line.text.startswith, ELSEWHERE))
 
 
@@ -82,14 +83,15 @@ def words_of(line: CommandLine) -> tuple[str, ...]:
     """The script and its arguments, with files of the workspace and settings of a tiny run."""
     match = _VERB.fullmatch(line.text)
     assert match, f"{line.page}: {line.text}: no test runs it, and the page names no need of it"
-    rest = match[3].replace("RUN RUN", "RUN run2")
-    rest = re.sub(r"\s>.*|\.\.\.|[\[\]]", "", rest.replace("'#### (-?[\\d.,]+)'", "."))
+    arguments = match[3].replace("RUN RUN", "RUN run2")
+    arguments = arguments.replace("'#### (-?[\\d.,]+)'", ".")  # a regular expression with a space
+    arguments = re.sub(r"\s>.*|\.\.\.|[\[\]]", "", arguments)
     words = []
-    for word in rest.split():
+    for word in arguments.split():
         key, equals, value = word.partition("=")
-        value = "out" if key == "output_dir" else PLACES.get(value, value)
-        words.append(f"{key}={value}" if equals else PLACES.get(word, word))
-    verb = match[1] or match[2]
+        value = "out" if key == "output_dir" else REPLACED_WORDS.get(value, value)
+        words.append(f"{key}={value}" if equals else REPLACED_WORDS.get(word, word))
+    verb = match[1] or match[2]  # of `python launch/VERB.py`, or of `rankzero VERB`
     if verb == "plan" and "--nodes" in words:
         words.append("global_batch_size=128")  # a multiple of the ranks
     if verb in ("train", "prepare") and words[0].startswith("launch/runs/"):
@@ -98,7 +100,7 @@ def words_of(line: CommandLine) -> tuple[str, ...]:
     return f"launch/{verb}.py", *words
 
 
-RUNNING = sorted({words_of(line) for line in LINES.values() if not belongs_elsewhere(line)})
+COMMANDS_TO_RUN = sorted({words_of(line) for line in LINES.values() if not is_run_elsewhere(line)})
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +124,7 @@ def template(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("words", RUNNING, ids=" ".join)
+@pytest.mark.parametrize("words", COMMANDS_TO_RUN, ids=" ".join)
 def test_a_command_of_a_page_runs(template, tmp_path, words):
     workspace = shutil.copytree(template, tmp_path / "workspace", symlinks=True)
     if "--undo" in words:
@@ -138,15 +140,15 @@ def run_here(workspace, *words):
 
 
 def test_the_pages_have_commands_of_each_kind():
-    assert len(RUNNING) > 40
+    assert len(COMMANDS_TO_RUN) > 40
     assert sum(line.needs is not None for line in LINES.values()) > 5
 
 
-@pytest.mark.parametrize("start", ELSEWHERE)
-def test_what_runs_elsewhere_is_in_the_pages_and_names_a_test(start):
-    assert any(text.startswith(start) for text in LINES), f"no page has {start}"
-    place = ELSEWHERE[start]
-    assert " " in place or (ROOT / place).is_file()
+@pytest.mark.parametrize("beginning", ELSEWHERE)
+def test_each_entry_of_elsewhere_is_in_the_pages_and_names_a_file_or_a_reason(beginning):
+    assert any(text.startswith(beginning) for text in LINES), f"no page has {beginning}"
+    file_or_reason = ELSEWHERE[beginning]
+    assert " " in file_or_reason or (ROOT / file_or_reason).is_file()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ COMMANDS = [(name, verb, words) for name, text in TEXTS.items() for verb, words 
 
 
 class CapturedParser(Exception):
-    """Carries the parser of a verb out of its function."""
+    """Ends the function of a verb (a command such as train), and carries its argument parser."""
 
 
 def parser_of(verb, monkeypatch):

@@ -1,4 +1,4 @@
-"""The check of the built site finds broken links and resources from a network."""
+"""The check of the built site finds broken links, and scripts, styles or images from a network."""
 
 import hashlib
 import importlib.util
@@ -12,6 +12,7 @@ pytestmark = pytest.mark.unit
 
 @pytest.fixture(scope="module")
 def build():
+    """The module docs/site/build.py."""
     spec = importlib.util.spec_from_file_location("site_build", ROOT / "docs/site/build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -19,6 +20,7 @@ def build():
 
 
 def problems_of(build, folder, body):
+    """The problems of a site whose first page has this body."""
     (folder / "other.html").write_text("<h2 id='here'>Here</h2>")
     (folder / "index.html").write_text(f"<html><body>{body}</body></html>")
     return build.problems(folder)
@@ -46,7 +48,7 @@ def test_a_style_sheet_that_loads_from_a_network_is_found(build, tmp_path):
     assert len(problems_of(build, tmp_path, "")) == 1
 
 
-def test_links_and_own_resources_are_no_problem(build, tmp_path):
+def test_links_and_resources_of_the_site_itself_are_no_problem(build, tmp_path):
     (tmp_path / "x.js").write_text("")
     body = "<script src='x.js'></script><a href='other.html#here'>x</a><a href='https://a.b'>y</a>"
     assert problems_of(build, tmp_path, body) == []

@@ -19,9 +19,9 @@ def test_every_part_is_measured_with_a_tiny_shape(tmp_path):
     assert not unmeasured, results
     for name in gpu.CELLS:
         assert results["parts"][name]["tokens_per_second"] > 0
-    off = results["parts"]["8B LoRA, loss by autograd"]["fast_paths"]
-    assert off["loss_gradient_in_forward"] == "off"
-    assert off["joint_lora"] == "on"
+    fast_paths = results["parts"]["8B LoRA, loss by autograd"]["fast_paths"]
+    assert fast_paths["loss_gradient_in_forward"] == "off"
+    assert fast_paths["joint_lora"] == "on"
     profile = results["parts"]["profile of 8B LoRA"]
     assert sum(profile[kind] for kind in KINDS) == pytest.approx(1)
     assert profile["base products"] > 0

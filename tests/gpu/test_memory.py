@@ -23,11 +23,12 @@ CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "
 RANKS = min(2, max(1, torch.cuda.device_count()))
 
 
-def llama(hidden, inner, layers, heads, keys, vocab, **rest):
+def llama(hidden, inner, layers, heads, keys, vocab, **other_keys):
+    """Keys of a Llama config; `heads` and `keys`: number of query heads and of key heads."""
     return {
         "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": keys, "vocab_size": vocab,
-    } | rest  # fmt: skip
+    } | other_keys  # fmt: skip
 
 
 TIED = {"tie_word_embeddings": True}
@@ -37,6 +38,7 @@ MODELS = {  # the shapes of SmolLM2 135M and of Llama 3.2 1B, 3.2 3B and 3.1 8B
     "3B": llama(3072, 8192, 28, 24, 8, 128256, **TIED, head_dim=128),
     "8B": llama(4096, 14336, 32, 32, 8, 128256),
 }
+# Sequences of a micro-batch, and tokens of each.
 SIZES = {"0.1B": (8, 2048), "1B": (4, 1024), "3B": (2, 1024), "8B": (1, 2048)}
 KINDS = {"lora": {}, "nf4": {"load_in_4bit": True}, "int8": {"load_in_8bit": True}}
 
@@ -48,7 +50,7 @@ def case(model, kind, checkpointed, *, stage=2, size=None, documents=1, **settin
     `documents`: number of documents in each sequence.
     """
     batch, length = size or SIZES[model]
-    blocks = int(checkpointed * MODELS[model]["num_hidden_layers"])
+    num_checkpointed = int(checkpointed * MODELS[model]["num_hidden_layers"])
     keys = {
         "zero_stage": stage, "batch_size": batch, "max_length": length,
         "global_batch_size": 2 * batch * RANKS,
@@ -57,9 +59,9 @@ def case(model, kind, checkpointed, *, stage=2, size=None, documents=1, **settin
     name += f" of {documents}" if documents > 1 else ""
     name += "".join(f" {key}={value}" for key, value in settings.items())
     return name, Case(
-        settings=BF16 | KINDS[kind] | (ON if blocks else OFF) | keys | settings,
+        settings=BF16 | KINDS[kind] | (ON if num_checkpointed else OFF) | keys | settings,
         model=MODELS[model],
-        layout={"checkpointed_layers": blocks},
+        layout={"checkpointed_layers": num_checkpointed},
         ranks=RANKS,
         documents=documents,
     )
@@ -67,16 +69,24 @@ def case(model, kind, checkpointed, *, stage=2, size=None, documents=1, **settin
 
 CASES = dict(
     [
-        case(model, kind, share)
+        case(model, kind, checkpointed)
         for model in MODELS
         for kind in ("lora", "nf4")
-        for share in (0, 0.5, 1)
+        for checkpointed in (0, 0.5, 1)
     ]
-    + [case(model, "int8", share) for model in ("1B", "8B") for share in (0, 1)]
-    + [case("1B", "lora", share, stage=stage) for stage in (1, 3) for share in (0, 0.5, 1)]
+    + [case(model, "int8", checkpointed) for model in ("1B", "8B") for checkpointed in (0, 1)]
+    + [
+        case("1B", "lora", checkpointed, stage=stage)
+        for stage in (1, 3)
+        for checkpointed in (0, 0.5, 1)
+    ]
     + [case("8B", "lora", 1, stage=3), case("8B", "nf4", 1, stage=3)]
     + [case("1B", "lora", 0, size=size) for size in ((1, 256), (1, 4096), (8, 512))]
-    + [case("1B", kind, share, documents=8) for kind in ("lora", "nf4") for share in (0, 1)]
+    + [
+        case("1B", kind, checkpointed, documents=8)
+        for kind in ("lora", "nf4")
+        for checkpointed in (0, 1)
+    ]
     + [case("1B", "lora", 0, lora_dropout=0.1), case("1B", "nf4", 1, lora_r=128)]
 )
 
@@ -123,7 +133,7 @@ def test_the_predicted_peak_is_within_ten_percent_of_the_measured_peak(tmp_path)
 
 @pytest.mark.engine
 @pytest.mark.timeout(300)  # another start of Python, torch and DeepSpeed for each rank
-def test_a_case_runs_under_torchrun_on_cpu_ranks(tmp_path):
+def test_the_measurement_of_a_case_runs_under_torchrun_on_cpu_ranks(tmp_path):
     settings = BF16 | ON | {"zero_stage": 3}
     result = result_of(
         tmp_path / "model", Case(settings=settings, layout={"checkpointed_layers": 4}), **CPU

@@ -10,7 +10,7 @@ import zipfile
 from email.parser import Parser
 from pathlib import Path
 
-LEFT_OUT = {"torchaudio", "torchvision", "torchcodec"}  # larger than the rest, for media only
+EXCLUDED = {"torchaudio", "torchvision", "torchcodec"}  # larger than the rest, for media only
 
 
 def main() -> None:
@@ -19,13 +19,13 @@ def main() -> None:
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(archive.read(name).decode())
-    needed = [
+    requirements = [
         line
         for line in metadata.get_all("Requires-Dist", [])
-        if "extra ==" not in line and re.split(r"[^\w.-]", line)[0] not in LEFT_OUT
+        if "extra ==" not in line and re.split(r"[^\w.-]", line)[0] not in EXCLUDED
     ]
     pip = [sys.executable, "-m", "pip", "install", "--quiet"]
-    subprocess.run([*pip, *needed], check=True)
+    subprocess.run([*pip, *requirements], check=True)
     subprocess.run([*pip, "--no-deps", str(wheel)], check=True)
 
 

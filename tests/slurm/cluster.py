@@ -20,7 +20,7 @@ from tests import ROOT
 BIN = Path(sys.executable).parent
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip")
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2")
-DEADLINE_S = 420.0
+DEADLINE_S = 420.0  # for a state of a job
 
 
 def reason_unavailable() -> str | None:
@@ -30,16 +30,16 @@ def reason_unavailable() -> str | None:
     """
     if os.geteuid() != 0:
         return "needs root, for namespaces and munge"
-    spaces = ["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "true"]
-    if subprocess.run(spaces, check=False, capture_output=True).returncode:
+    in_namespaces = ["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "true"]
+    if subprocess.run(in_namespaces, check=False, capture_output=True).returncode:
         return "needs namespaces, which this machine or container forbids"
     if all(shutil.which(name) for name in PROGRAMS):
         return None
     if shutil.which("apt-get") is None:
         return f"needs {', '.join(PROGRAMS)}, and there is no apt-get to install Debian's packages"
     policy = Path("/usr/sbin/policy-rc.d")
-    is_ours = not policy.exists()
-    if is_ours:
+    is_policy_added = not policy.exists()
+    if is_policy_added:
         policy.write_text("#!/bin/sh\nexit 101\n")
         policy.chmod(0o755)
     try:
@@ -48,7 +48,7 @@ def reason_unavailable() -> str | None:
         install = ["apt-get", "install", "-q", "-y", "--no-install-recommends", *PACKAGES]
         done = subprocess.run(install, check=False, text=True, **quiet)
     finally:
-        if is_ours:
+        if is_policy_added:
             policy.unlink()
     return None if done.returncode == 0 else f"apt-get: {done.stderr.strip().splitlines()[-1]}"
 
@@ -175,7 +175,7 @@ class Job:
     def hold(self, run: Path, rank: int, step: int) -> psutil.Process:
         """Stop a rank with SIGSTOP once a start of the run that is not yet held reaches a step.
 
-        The other ranks then wait for it.
+        The other ranks then wait for the stopped one. Returns its process.
         """
 
         def has_reached_step() -> bool:
@@ -196,8 +196,8 @@ class Job:
 
     def end(self, state: str, within_s: float = DEADLINE_S) -> None:
         """Wait for the end of the job, and assert its state."""
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        wait_until(lambda: self.show("JobState") in over, "end", self.diagnosis, within_s)
+        final_states = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        wait_until(lambda: self.show("JobState") in final_states, "end", self.diagnosis, within_s)
         assert self.show("JobState") == state, self.diagnosis()
 
     def diagnosis(self) -> str:

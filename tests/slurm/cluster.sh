@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # A Slurm of two nodes inside namespaces of its own: bash cluster.sh DIR, as cluster.py starts it.
 #
-# It is process 1 of a process namespace with a network of its own, the login node, where munged and
-# slurmctld run. A node is the same again inside: own network, host name, processes and shared
-# memory, one slurmd. So 127.0.0.1 and the host name differ from node to node, and nothing of the
-# machine is changed: when process 1 is killed, every process, network and mount here goes with it.
-# DIR/ready is there once slurmctld answers; disks are shared with the machine.
+# This script is process 1 of the login node: a process namespace with a network of its own, where
+# munged and slurmctld run. Each node is another namespace inside, with its own network, host name,
+# processes and shared memory, and one slurmd. So 127.0.0.1 and the host name differ from node to
+# node, and nothing of the machine is changed: when process 1 is killed, every process, network and
+# mount here ends with it. The file DIR/ready appears once slurmctld answers. Disks are shared with
+# the machine.
 #
 # Slurm's long waits are shortened: a requeued job waits 6 s (cred_expire; 121 s by default), a
 # silent node counts as lost after 10 s (SlurmdTimeout; 300 s).
@@ -15,7 +16,7 @@ dir=$1
 network=198.51.100 # reserved for documentation (RFC 5737)
 
 if [[ ${2:-} ]]; then # bash cluster.sh DIR NODE: process 1 of a node
-    read -r pid _ </proc/self/stat # as the login node counts
+    read -r pid _ </proc/self/stat # the process id in the namespace of the login node
     hostname "$2"
     mount -t proc proc /proc
     mount -t sysfs sysfs /sys
@@ -25,7 +26,7 @@ if [[ ${2:-} ]]; then # bash cluster.sh DIR NODE: process 1 of a node
     mv "$dir/$2.pid.new" "$dir/$2.pid"
     until ip -4 addr show dev eth0 2>/dev/null | grep -q inet; do sleep 0.05; done
     slurmd -N "$2" -f "$dir/slurm.conf"
-    while :; do sleep 3600 & wait "$!" || true; done # and collects orphans
+    while :; do sleep 3600 & wait "$!" || true; done # process 1 must live; it reaps orphans
 fi
 
 hostname login
@@ -40,9 +41,10 @@ ip link set bridge0 up
 mkdir -p "$dir"/{state,munge,spool/node1,spool/node2,gpus}
 head -c 1024 /dev/urandom >"$dir/munge/key"
 chmod 400 "$dir/munge/key"
-for gpu in {0..7}; do mknod "$dir/gpus/nvidia$gpu" c 1 3; done # handed out, never opened
+for gpu in {0..7}; do mknod "$dir/gpus/nvidia$gpu" c 1 3; done # allocated to jobs, never opened
 echo "Name=gpu File=$dir/gpus/nvidia[0-7] Flags=nvidia_gpu_env" >"$dir/gres.conf"
-echo "CgroupPlugin=cgroup/v1" >"$dir/cgroup.conf" # named, it is not looked for; nothing uses it
+# Slurm would search for a plugin if none were named; this one is not used.
+echo "CgroupPlugin=cgroup/v1" >"$dir/cgroup.conf"
 cat >"$dir/slurm.conf" <<END
 ClusterName=test
 SlurmctldHost=login($network.1)

@@ -53,7 +53,7 @@ def submit(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_file(submit, tiny_model) -> Callable[..., Path]:
-    """A function that writes the run file of a run folder and returns its path."""
+    """Function: name of a run folder, and settings -> path of its run file, which is written."""
 
     def write(name: str, **settings) -> Path:
         paths = {
@@ -70,7 +70,7 @@ def run_file(submit, tiny_model) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def train(cluster, submit, run_file):
-    """A function that submits a run with options of sbatch and returns its job and run folder."""
+    """Function: name of a run, and options of sbatch -> its submitted job, and its run folder."""
 
     def start(name: str, *flags: str):
         return cluster.sbatch(submit, *flags, TRAIN, run_file(name).name), submit / "runs" / name
@@ -80,10 +80,12 @@ def train(cluster, submit, run_file):
 
 @pytest.fixture(scope="session")
 def limited(train):
-    """A run that reaches its time limit: its ranks wait for a stopped one until Slurm's warning.
+    """Job and folder of a run that reaches its time limit.
 
-    The limit is set after its first steps, to one or two minutes from then, so that it does not
-    depend on how long the start takes.
+    Its ranks wait for a stopped one until Slurm warns of the limit, and then continue.
+
+    The limit is set after the first steps, to one or two minutes from then, so that the test does
+    not depend on how long the start takes.
     """
     job, run = train("limited", *TWO_BY_TWO, "--time=30", "--signal=B:USR1@60")
     held = job.hold(run, rank=3, step=4)
@@ -115,7 +117,7 @@ def job(tmp_path) -> Job:
 
 @pytest.fixture(scope="session")
 def lost(cluster, uninterrupted, train):
-    """A run whose second node has just lost its slurmd, in the middle of training."""
+    """Job and folder of a run whose second node has just lost its slurmd, during training."""
     job, run = train("lost", *TWO_BY_TWO)
     job.hold(run, rank=3, step=4)
     cluster.kill_slurmd("node2")

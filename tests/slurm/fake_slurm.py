@@ -87,12 +87,14 @@ class Job:
     def start(
         self, script: str, *words: str, do: str = "exit 0", cwd: Path | None = None, **more: str
     ) -> subprocess.Popen:
-        """Start a batch script; `do` is the script of its ranks."""
+        """Start a batch script with the arguments `words`, and `more` environment variables.
+
+        `do` is the script of its ranks.
+        """
         fake, checkout = self.folder / "fake", self.folder / "my checkout"
         (fake / "ranks").write_text(do)
-        command = " ".join(
-            [f"../my checkout/slurm/{script}", *words]
-        )  # as given to sbatch; scontrol prints it
+        # The arguments of sbatch, which scontrol prints.
+        command = " ".join([f"../my checkout/slurm/{script}", *words])
         (fake / "command").write_text(command)
         spool = self.folder / "slurm_script"
         shutil.copy(checkout / "slurm" / script, spool)
@@ -103,11 +105,13 @@ class Job:
         )  # fmt: skip
 
     def run(self, script: str, *words: str, do: str = "exit 0", **more: str) -> tuple[int, str]:
+        """Exit code and output of a batch script; arguments as for `start`."""
         process = self.start(script, *words, do=do, **more)
         output, _ = process.communicate(timeout=60)
         return process.returncode, output
 
     def train(self, do: str, *words: str, **more: str) -> tuple[int, str]:
+        """Exit code and output of train.sbatch; `do` is the script of its ranks."""
         return self.run("train.sbatch", "my run.yaml", *words, do=do, **more)
 
     @property
@@ -115,6 +119,7 @@ class Job:
         return self.folder / "submitted here"
 
     def calls(self, program: str) -> list[list[str]]:
+        """The arguments of each call of a fake program."""
         lines = (self.folder / "fake/calls").read_text().splitlines()
         words = [line.rstrip("\t").split("\t") for line in lines]
         return [line[1:] for line in words if line[0] == program]
@@ -132,6 +137,7 @@ class Job:
         python.chmod(0o755)
 
     def requeued(self) -> list[str]:
+        """The job ids that `scontrol requeue` was called with."""
         return [call[1] for call in self.calls("scontrol") if call[0] == "requeue"]
 
     def variable(self, name: str) -> str | None:

@@ -18,7 +18,7 @@ from tests.slurm.conftest import CPUS, DEBUG, TRAIN, TWO_BY_TWO
 pytestmark = pytest.mark.timeout(900)
 
 
-def same_adapter(one: Path, other: Path) -> bool:
+def have_same_adapter(one: Path, other: Path) -> bool:
     name = "adapter/adapter_model.safetensors"
     return (one / name).read_bytes() == (other / name).read_bytes()
 
@@ -38,13 +38,13 @@ def test_a_run_that_reaches_its_time_limit_is_requeued_and_bitwise_equal(limited
     assert job.restarts == 1
     assert "resuming from step" in job.output
     assert job.output.splitlines()[-1].endswith("done: runs/limited")
-    assert same_adapter(run, uninterrupted), job.diagnosis()
+    assert have_same_adapter(run, uninterrupted), job.diagnosis()
 
 
 def test_a_run_that_is_requeued_or_signalled_by_a_user_is_bitwise_equal(
     cluster, train, uninterrupted
 ):
-    job, run = train("outside", *TWO_BY_TWO)
+    job, run = train("requeued-by-user", *TWO_BY_TWO)
     held = job.hold(run, rank=3, step=2)
     cluster.run("scontrol", "requeue", job.number)
     held.send_signal(signal.SIGCONT)
@@ -54,7 +54,7 @@ def test_a_run_that_is_requeued_or_signalled_by_a_user_is_bitwise_equal(
     job.end("COMPLETED")
     assert job.restarts == 2
     assert job.output.count("a checkpoint was written") == 2
-    assert same_adapter(run, uninterrupted), job.diagnosis()
+    assert have_same_adapter(run, uninterrupted), job.diagnosis()
 
 
 def test_a_cancelled_job_stays_cancelled(cluster, train):
@@ -79,7 +79,7 @@ def test_a_killed_rank_ends_the_job_and_is_named_in_the_last_line(train):
 
 @pytest.fixture(scope="module")
 def other_node(lost):
-    """Options of sbatch for a job on the node that is not lost."""
+    """Options of sbatch for a job with one GPU (the last option) on the node that is not lost."""
     return ("--nodelist=node1", "--nodes=1", CPUS, "--gpus-per-node=1")
 
 
@@ -145,4 +145,4 @@ def test_a_run_that_lost_a_node_resumes_and_is_bitwise_equal(cluster, lost, unin
     job.end("COMPLETED")
     assert job.restarts == 1
     assert "resuming from step" in job.output
-    assert same_adapter(run, uninterrupted), job.diagnosis()
+    assert have_same_adapter(run, uninterrupted), job.diagnosis()

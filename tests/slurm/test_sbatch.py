@@ -113,7 +113,7 @@ def test_an_allocation_that_differs_between_nodes_or_lacks_cpus_is_refused(
 
 
 def test_a_step_that_cannot_start_ends_the_job_with_slurm_s_message(job):
-    """`srun --immediate` fails after its limit."""
+    """`srun --immediate=60` fails if the step has not started after 60 s."""
     refusal = "srun: error: Unable to create step for job 7: Requested nodes are busy"
     code, output = job.train(ranks_script("", 1, f"echo '{refusal}' >&2"))
     assert (code, refusal in output, job.requeued()) == (1, True, []), output
@@ -149,10 +149,11 @@ def test_the_environment_of_the_project_is_used_if_none_is_active(job):
     assert (code, "make install" in output) == (1, True), output
 
 
-EARLIER_STATUS = status("stopped", started=1.5)
+EARLIER_STATUS = status("stopped", started=1.5)  # other starts have a later time
 
 
 @pytest.mark.parametrize(
+    # script of the ranks, exit code of the job, requeued job ids, and a part of the output
     ("do", "code", "requeued", "part"),
     [
         (ranks_script(status("stopped"), 75), 75, ["7"], "stopped at step 4; requeued"),
@@ -191,9 +192,9 @@ def test_the_status_of_an_earlier_start_does_not_requeue_the_job(job, do, code, 
 
 
 def test_the_log_of_a_failed_rank_is_shown_and_the_reason_is_last(job):
-    say = 'for i in 3 4; do echo "it broke" >"$LOGS/rank-$i.log"; done\n'
-    say += 'echo "step 1" >>"$LOGS/rank-0.log"'
-    do = ranks_script(status("failed", exit_code=1, reason="rank 3: it broke"), 1, say)
+    write_logs = 'for i in 3 4; do echo "it broke" >"$LOGS/rank-$i.log"; done\n'
+    write_logs += 'echo "step 1" >>"$LOGS/rank-0.log"'
+    do = ranks_script(status("failed", exit_code=1, reason="rank 3: it broke"), 1, write_logs)
     _, output = job.train(do)
     assert "rank-3.log:\nit broke" in output
     assert output.count("it broke") == 2  # in the log, and in the reason
@@ -202,10 +203,10 @@ def test_the_log_of_a_failed_rank_is_shown_and_the_reason_is_last(job):
 
 
 def test_without_a_new_status_the_last_line_of_rank_0_is_the_last_line(job):
-    say = 'echo "srun: it broke" >&2; echo "rank 3 fell" >"$LOGS/rank-3.log"\n'
-    say += 'echo "cannot write" >>"$LOGS/rank-0.log"'
-    _, output = job.train(ranks_script("", 1, say))
-    assert output.index("srun: it broke") < output.index("rank 3 fell")
+    write_logs = 'echo "srun: it broke" >&2; echo "rank 3 failed" >"$LOGS/rank-3.log"\n'
+    write_logs += 'echo "cannot write" >>"$LOGS/rank-0.log"'
+    _, output = job.train(ranks_script("", 1, write_logs))
+    assert output.index("srun: it broke") < output.index("rank 3 failed")
     assert output.splitlines()[-1].endswith("rank 0: cannot write")
 
 
@@ -242,7 +243,7 @@ def test_a_refused_requeue_ends_with_the_code_of_a_stopped_run(job):
 
 
 @pytest.mark.parametrize("command", ["show", "requeue"])
-def test_a_short_outage_of_slurmctld_is_waited_out(job, command):
+def test_the_script_retries_during_a_short_outage_of_slurmctld(job, command):
     (job.folder / f"fake/away-{command}").write_text("2")
     code, output = job.train(ranks_script(status("stopped"), 75))
     assert (code, job.requeued()[-1:]) == (75, ["7"]), output
@@ -260,8 +261,11 @@ def test_a_long_outage_of_slurmctld_ends_the_job_with_a_message(job):
     assert "stopped at step 4; slurmctld does not answer" in output
 
 
-def test_three_requeues_without_progress_are_the_last(job):
-    outputs = [job.train(ranks_script(status("stopped", started=n), 75))[1] for n in range(2, 6)]
+def test_after_three_requeues_without_progress_a_job_is_not_requeued(job):
+    outputs = [
+        job.train(ranks_script(status("stopped", started=start_time), 75))[1]
+        for start_time in range(2, 6)
+    ]
     assert len(job.requeued()) == 3
     assert_mentions(outputs[-1], "3 requeues", "step 4")
     # The step is larger, so the count of requeues without progress starts at 0 again.
@@ -271,8 +275,8 @@ def test_three_requeues_without_progress_are_the_last(job):
 
 def test_a_stop_while_loading_does_not_count_as_progress(job):
     """The step of such a stop is 0, between two starts that reached step 4."""
-    for n, step in enumerate([4, 0, 4, 0]):
-        _, output = job.train(ranks_script(status("stopped", started=n + 2.5, step=step), 75))
+    for index, step in enumerate([4, 0, 4, 0]):
+        _, output = job.train(ranks_script(status("stopped", started=index + 2.5, step=step), 75))
     assert len(job.requeued()) == 3
     assert_mentions(output, "not requeued", "3 requeues")
 
@@ -330,9 +334,9 @@ def test_a_start_waits_only_for_a_status_written_on_another_node(job, host, wait
 def test_preflight_checks_and_is_not_requeued(job):
     (job.submit / "run").mkdir()
     (job.submit / "run/status.json").write_text(EARLIER_STATUS)
-    say = 'echo "all well" >>"$LOGS/rank-0.log"'
+    write_log = 'echo "all well" >>"$LOGS/rank-0.log"'
     code, output = job.run(
-        "train.sbatch", "--preflight", "my run.yaml", do=ranks_script("", 0, say)
+        "train.sbatch", "--preflight", "my run.yaml", do=ranks_script("", 0, write_log)
     )
     assert (code, "all well" in output) == (0, True), output
     assert job.calls("srun")[-1][-2:] == ["pipeline.cli.preflight", "my run.yaml"]
@@ -344,7 +348,7 @@ def test_preflight_checks_and_is_not_requeued(job):
 
 
 @pytest.mark.parametrize("script", ["train.sbatch", "debug.sbatch"])
-def test_a_script_copied_out_of_its_folder_names_the_right_place(job, script):
+def test_a_script_copied_without_env_sh_is_refused_with_the_path_to_submit(job, script):
     (job.folder / "my checkout/slurm/env.sh").rename(job.folder / "env.sh")
     code, output = job.run(script, "my run.yaml", do=ranks_script(status("done")))
     assert (code, f"slurm/{script}" in output) == (2, True), output

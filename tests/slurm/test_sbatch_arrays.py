@@ -8,6 +8,7 @@ from tests.slurm.fake_slurm import ranks_script, status
 pytestmark = pytest.mark.unit
 
 
+# Lines of settings; empty lines and comments do not count. The last must not be executed by bash.
 SWEEP = """\
 # one line for each task
 lr=1e-4 lora_target_modules="[q_proj, v_proj]"

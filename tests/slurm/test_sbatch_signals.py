@@ -11,6 +11,7 @@ from tests.slurm.fake_slurm import ranks_script, status
 pytestmark = pytest.mark.unit
 
 
+# The script of ranks that work for 30 s.
 WORK = "touch started; for i in {1..300}; do /bin/sleep 0.1; done"
 
 
