@@ -102,9 +102,9 @@ def require_recorded_base(recorded: Any, folder: Path, remedy: str) -> None:
         if not is_same_by_samples(recorded, folder):
             raise UserError(f"base: {folder} is not the model that was trained on; {remedy}")
         return
-    old, new = Fingerprint.from_json(recorded).tensors, base_fingerprint(folder).tensors
-    names = sorted(old.keys() | new.keys())
-    if different := [name for name in names if old.get(name) != new.get(name)]:
+    before, now = Fingerprint.from_json(recorded).tensors, base_fingerprint(folder).tensors
+    names = sorted(before.keys() | now.keys())
+    if different := [name for name in names if before.get(name) != now.get(name)]:
         raise UserError(
             f"base: {folder} is not the model that was trained on: {len(different)} of "
             f"{len(names)} tensors differ: {first_few(different)}; {remedy}"

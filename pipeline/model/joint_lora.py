@@ -81,11 +81,11 @@ class _Group:
         At ZeRO-3 each layer gets another view of the input, so memory is compared, not objects.
         `_input` keeps the memory from being reused until all layers have been called.
         """
-        known, output = self._input, self._outputs.get(layer)
-        if known is None or output is None or output.requires_grad != torch.is_grad_enabled():
+        last, output = self._input, self._outputs.get(layer)
+        if last is None or output is None or output.requires_grad != torch.is_grad_enabled():
             return False
-        has_same_layout = x.shape == known.shape and x.stride() == known.stride()
-        has_same_values = x.data_ptr() == known.data_ptr() and x._version == known._version
+        has_same_layout = x.shape == last.shape and x.stride() == last.stride()
+        has_same_values = x.data_ptr() == last.data_ptr() and x._version == last._version
         return has_same_layout and has_same_values
 
 
@@ -101,11 +101,17 @@ def _concatenated(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(tuple(matrices)) if len(matrices) > 1 else matrices[0]
 
 
-def _forward(layer: Any, group: _Group, plain: Any, x: torch.Tensor, **arguments: Any) -> Any:
-    """Forward method of an adapted layer; `plain`: the forward method of peft, for other cases."""
+def _forward(
+    layer: Any, group: _Group, peft_forward: Any, x: torch.Tensor, **arguments: Any
+) -> Any:
+    """Forward method of an adapted layer.
+
+    `peft_forward`: the layer's forward method in peft, for inputs and states that are not
+    supported here.
+    """
     b = layer.lora_B[_ADAPTER].weight
     if arguments or layer.disable_adapters or layer.merged or x.dtype != b.dtype:
-        return plain(x, **arguments)
+        return peft_forward(x, **arguments)
     flat = x.reshape(-1, x.shape[-1])
     output = layer.base_layer(flat)
     output = torch.addmm(

@@ -1,7 +1,8 @@
-"""LoftQ: A and B start with what 4-bit quantisation changed in each weight, as far as r allows.
+"""LoftQ: the initial A and B correct the error of 4-bit quantisation in each weight.
 
-The files of the base have the weights before quantisation. They are read one by one on rank 0. The
-base in memory does not change, so the adapter belongs to the quantised base.
+Their product is the best approximation of the error with LoRA's r. The files of the base have the
+weights before quantisation. They are read one by one on rank 0. The base in memory does not change,
+so the adapter belongs to the quantised base.
 """
 
 from typing import Any
@@ -48,9 +49,10 @@ def low_rank_factors(error: torch.Tensor, layer: AdaptedLayer) -> list[torch.Ten
     out the scaling: with `lora_alpha` = 2 r its product is twice the error. It also runs only on
     CUDA, and needs the whole quantised weights on each rank.
     """
+    # peft's names: the error is nearly L R, so R is A and L is B. The scaling is divided equally.
     factors = _low_rank_decomposition(error, reduced_rank=layer.r)  # type: ignore[no-untyped-call]
-    share = layer.scaling**-0.5
-    return [(share * factors[name]).contiguous() for name in ("R", "L")]
+    scale = layer.scaling**-0.5
+    return [(scale * factors[name]).contiguous() for name in ("R", "L")]
 
 
 class _QuantisationErrors:

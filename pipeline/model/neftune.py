@@ -37,12 +37,12 @@ class EmbeddingNoise:
             return output
         rows, length, hidden_size = output.shape
         whole_length = length * (1 if self._group is None else self._group.size)
-        scale = torch.zeros(rows, whole_length)  # largest noise of each token
+        max_noise = torch.zeros(rows, whole_length)  # of each token
         for row, lengths in enumerate(self.documents):
-            scales = [self._alpha / math.sqrt(tokens * hidden_size) for tokens in lengths]
-            per_token = torch.tensor(scales).repeat_interleave(torch.tensor(lengths))
-            scale[row, : sum(lengths)] = per_token
+            of_documents = [self._alpha / math.sqrt(tokens * hidden_size) for tokens in lengths]
+            per_token = torch.tensor(of_documents).repeat_interleave(torch.tensor(lengths))
+            max_noise[row, : sum(lengths)] = per_token
         if self._group is not None:
-            scale = self._group.local_part(scale, 0)
+            max_noise = self._group.local_part(max_noise, 0)
         noise = torch.empty_like(output).uniform_(-1, 1)
-        return output + noise * scale[..., None].to(output)
+        return output + noise * max_noise[..., None].to(output)

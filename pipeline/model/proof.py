@@ -170,13 +170,13 @@ def _loss_error(model: PreTrainedModel) -> float:
     """Relative difference between SummedLoss, in one and in three chunks, and the class's loss."""
     ids, labels = _ids(model), _labels(model)
     _set_attention(model, "eager")
-    theirs = float(model(input_ids=ids, labels=labels, use_cache=False).loss)
+    expected = float(model(input_ids=ids, labels=labels, use_cache=False).loss)
     _set_attention(model, WITHIN_DOCUMENTS)
     num_supervised = int((labels[:, 1:] != IGNORED).sum())
     errors = []
     for num_chunks in (1, 3):
         loss_sum = float(SummedLoss(model, num_chunks)(ids, labels, _ONE_DOCUMENT_PER_ROW))
-        errors.append(abs(loss_sum / num_supervised - theirs) / abs(theirs))
+        errors.append(abs(loss_sum / num_supervised - expected) / abs(expected))
     return max(errors)
 
 
@@ -194,9 +194,9 @@ def _attention_error(model: PreTrainedModel) -> float:
     The sequence is longer than the sliding window and the attention chunk of the small copy.
     """
     _set_attention(model, "eager")
-    theirs = model(input_ids=_ids(model), use_cache=False).logits
+    expected = model(input_ids=_ids(model), use_cache=False).logits
     _set_attention(model, WITHIN_DOCUMENTS)
-    return _relative_error(model(input_ids=_ids(model), use_cache=False).logits, theirs)
+    return _relative_error(model(input_ids=_ids(model), use_cache=False).logits, expected)
 
 
 @torch.no_grad()
@@ -250,9 +250,9 @@ def _adapter_error(model: PreTrainedModel, targets: Sequence[str]) -> float:
         raise UserError(f"a frozen weight got a gradient: {trained[0]}")
     lora = {name: p for name, p in named.items() if "lora_" in name}
     # A and B of each layer and of each expert tensor
-    expected = 2 * (len(target_names(model, targets)) + len(target_experts(model, targets)))
-    if len(lora) != expected:
-        raise UserError(f"peft adapted {len(lora)} matrices instead of {expected}")
+    num_expected = 2 * (len(target_names(model, targets)) + len(target_experts(model, targets)))
+    if len(lora) != num_expected:
+        raise UserError(f"peft adapted {len(lora)} matrices instead of {num_expected}")
     if unreached := [n for n, p in lora.items() if p.grad is None or not p.grad.any()]:
         raise UserError(
             f"no gradient reaches {len(unreached)} of {len(lora)} adapter matrices, the first is "
@@ -260,11 +260,12 @@ def _adapter_error(model: PreTrainedModel, targets: Sequence[str]) -> float:
         )
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         adapted.eval()
-        ours = adapted(input_ids=_ids(model), use_cache=False).logits
+        expected_logits = adapted(input_ids=_ids(model), use_cache=False).logits
         adapted.save_pretrained(folder, save_embedding_layers=False)
         base.set_attn_implementation(WITHIN_DOCUMENTS)
         loaded = PeftModel.from_pretrained(base, folder).eval()
-        return _relative_error(loaded(input_ids=_ids(model), use_cache=False).logits, ours)
+        logits = loaded(input_ids=_ids(model), use_cache=False).logits
+        return _relative_error(logits, expected_logits)
 
 
 def _checkpointing_error(

@@ -47,7 +47,7 @@ def split_base(
                     a.copy_(stored[keys[0]])
                     b.copy_(stored[keys[1]])
                 else:
-                    _set_matrices((a, b), weight, layer, (plan.settings.init_lora_weights, session))
+                    _set_matrices((a, b), weight, layer, plan.settings.init_lora_weights, session)
                 product = layer.scaling * (b.float() @ a.float())
                 weight.copy_((weight.float() - product).to(weight.dtype))
             if session.is_rank_zero:
@@ -74,13 +74,10 @@ def _set_matrices(
     matrices: tuple[torch.Tensor, torch.Tensor],
     weight: torch.Tensor,
     layer: AdaptedLayer,
-    method: tuple[Any, Session],
+    init_lora_weights: Any,
+    session: Session,
 ) -> None:
-    """Compute A0 and B0 of a layer on rank 0, and copy them into `matrices` on every rank.
-
-    `method`: peft's `init_lora_weights`, and the session of the ranks.
-    """
-    init_lora_weights, session = method
+    """Compute A0 and B0 of a layer on rank 0, and copy them into `matrices` on every rank."""
     # in fp32; ranks other than 0 have zeros
     full = [torch.zeros_like(matrix, dtype=torch.float32) for matrix in matrices]
     if session.is_rank_zero:

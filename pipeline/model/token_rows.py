@@ -38,8 +38,9 @@ def set_token_rows(model: PreTrainedModel, plan: Plan) -> None:
             weight.data = weight.data.clone()  # a loaded tensor may be a read-only memory map
         trained = weight[:num_rows]
         mean = trained.mean(0, dtype=torch.float32)
-        squares = torch.linalg.vector_norm(trained, dim=0, dtype=torch.float32) ** 2 / num_rows
-        deviation = (squares - mean**2).clamp(min=0).sqrt()
+        # without an fp32 copy of the rows
+        mean_square = torch.linalg.vector_norm(trained, dim=0, dtype=torch.float32) ** 2 / num_rows
+        deviation = (mean_square - mean**2).clamp(min=0).sqrt()
         noise = torch.randn(len(rows.ids), weight.shape[1], generator=generator).to(mean.device)
         weight[rows.indices] = (mean + _NOISE * deviation * noise).to(weight.dtype)
 
