@@ -22,7 +22,7 @@ LLAMA_CPP = "LLAMA_CPP_DIR"  # environment variable with the source folder of ll
 QUANTISATIONS = ("q8_0", "q4_k_m")
 _ADAPTER, _MODELFILE = "adapter.gguf", "Modelfile"
 _EXPORTED_FILE = re.compile(r"adapter\.gguf|model(-q8_0|-q4_k_m)?\.gguf|Modelfile")
-_HOW_TO_GET_IT = (  # end of a message about missing programs
+_LLAMA_CPP_REMEDY = (  # end of a message about missing programs
     "get llama.cpp with `git clone https://github.com/ggml-org/llama.cpp`, or from the source of "
     "llama-cpp-python (`pip download --no-deps --no-binary :all: llama-cpp-python`, folder "
     f"vendor/llama.cpp), and name its folder with --llama-cpp or {LLAMA_CPP}"
@@ -59,11 +59,11 @@ def find_llama_cpp(folder: Path | None, quantisation: str | None) -> LlamaCpp:
     if folder is None and os.environ.get(LLAMA_CPP):
         folder = Path(os.environ[LLAMA_CPP])
     if folder is None:
-        raise UserError(f"--gguf needs llama.cpp's converters: {_HOW_TO_GET_IT}")
+        raise UserError(f"--gguf needs llama.cpp's converters: {_LLAMA_CPP_REMEDY}")
     scripts = [folder / name for name in ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py")]
     for script in scripts:
         if not script.is_file():
-            raise UserError(f"{folder} has no {script.name}: {_HOW_TO_GET_IT}")
+            raise UserError(f"{folder} has no {script.name}: {_LLAMA_CPP_REMEDY}")
     if importlib.util.find_spec("sentencepiece") is None:
         raise UserError("llama.cpp's converters need sentencepiece: pip install 'rankzero[gguf]'")
     quantiser = None
@@ -95,22 +95,22 @@ def export_gguf(
         reason = "it also corrects the 4-bit base of the training (init_lora_weights: loftq)"
     model_name = "model.gguf" if quantisation is None else f"model-{quantisation}.gguf"
     try:
-        with atomic_folder(out, lambda _: None) as fresh:
+        with atomic_folder(out, lambda _: None) as temporary:
             if reason:
                 logger.warning("%s is not written: %s", _ADAPTER, reason)
             else:
-                _convert_adapter(tools, sources, adapter, fresh)
+                _convert_adapter(tools, sources, adapter, temporary)
             options = ["--trust-remote-code"] if sources.trust_remote_code else []
             command = [sys.executable, str(tools.model_converter), str(sources.merged), *options]
-            _run([*command, "--outfile", str(fresh / "model.gguf"), "--outtype", "auto"])
+            _run([*command, "--outfile", str(temporary / "model.gguf"), "--outtype", "auto"])
             if quantisation is not None:
                 assert tools.quantiser is not None
-                files = [str(fresh / "model.gguf"), str(fresh / model_name)]
+                files = [str(temporary / "model.gguf"), str(temporary / model_name)]
                 _run([tools.quantiser, *files, quantisation.upper()])
-                (fresh / "model.gguf").unlink()
+                (temporary / "model.gguf").unlink()
             # Only the first {model} is replaced, because the chat template may contain this text.
             text = modelfile.replace("{model}", model_name, 1)
-            (fresh / _MODELFILE).write_text(text, encoding="utf-8")
+            (temporary / _MODELFILE).write_text(text, encoding="utf-8")
     except OSError as error:
         raise RankZeroError(f"{out}: the export cannot be written: {error}") from error
     return sorted(out.iterdir())

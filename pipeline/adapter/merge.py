@@ -70,11 +70,11 @@ def merge_adapters(
     require_replaceable(out, [base, *(adapter.folder for adapter in adapters)])
     with show_progress("planning the merge"):
         plan = plan_merge(base, adapters, options)
-    with _resumable_folder(plan, out) as fresh:
-        finished = _finished_shards(plan, fresh)
+    with _resumable_folder(plan, out) as temporary:
+        finished = _finished_shards(plan, temporary)
         num_resumed = len(finished)
-        _merge_shards(plan, fresh, finished)
-        copy_other_files(plan, fresh)
+        _merge_shards(plan, temporary, finished)
+        copy_other_files(plan, temporary)
         changes: dict[str, float] = {}  # name of a tensor -> its relative change
         for changes_of_shard in finished.values():
             changes |= changes_of_shard
@@ -88,8 +88,8 @@ def merge_adapters(
             most_changed=most_changed,
             seconds=time.perf_counter() - start,
         )
-        (fresh / _FINISHED_SHARDS).unlink()
-        write_marker(plan, fresh, report)
+        (temporary / _FINISHED_SHARDS).unlink()
+        write_marker(plan, temporary, report)
     return report
 
 
@@ -105,21 +105,21 @@ def _resumable_folder(plan: MergePlan, out: Path) -> Iterator[Path]:
         check_output(plan, folder)
 
     try:
-        with atomic_folder(out, check, is_resumable=True) as fresh:
-            descriptor = os.open(fresh, os.O_RDONLY)
+        with atomic_folder(out, check, is_resumable=True) as temporary:
+            descriptor = os.open(temporary, os.O_RDONLY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                yield fresh
+                yield temporary
             except UserError:
                 with suppress(OSError):  # raised if the folder is not empty
-                    fresh.rmdir()
+                    temporary.rmdir()
                 raise
             except BlockingIOError:
                 raise UserError(
                     f"{out}: another merge is writing this folder; wait until it has ended"
                 ) from None
             except RankZeroError:
-                _empty(fresh)
+                _empty(temporary)
                 raise
             finally:
                 os.close(descriptor)

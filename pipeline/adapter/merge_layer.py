@@ -91,8 +91,9 @@ def require_finite(name: str, weight: torch.Tensor) -> None:
     """Raise RankZeroError if a tensor of the merged model has values that are not finite."""
     if not weight.isfinite().all():
         raise RankZeroError(
-            f"{name}: the merged weight is not finite in {str(weight.dtype)[6:]}: the base or the "
-            "adapter is damaged, or the values are too large for it; try --dtype bf16"
+            f"{name}: the merged weight is not finite in {str(weight.dtype).removeprefix('torch.')}"
+            ": the base or the adapter is damaged, or the values are too large for it; try --dtype "
+            "bf16"
         )
 
 

@@ -63,25 +63,25 @@ def publish_adapter(
     copies = _tied_copies(plan)
     expected |= {key: expected[source] for key, source in copies.items()}
 
-    def check(fresh: Path) -> None:
-        verify_adapter_file(fresh / WEIGHTS, expected, trained=True)
-        if read_json(fresh / _CONFIG) != config:
+    def check(temporary: Path) -> None:
+        verify_adapter_file(temporary / WEIGHTS, expected, trained=True)
+        if read_json(temporary / _CONFIG) != config:
             raise RankZeroError(f"{folder / _CONFIG}: its content differs from what was written")
 
     try:
-        with atomic_folder(folder, check) as fresh:
+        with atomic_folder(folder, check) as temporary:
             weights = {key: tensor.contiguous() for key, tensor in tensors.items()}
             weights |= {key: weights[source].clone() for key, source in copies.items()}
-            save_file(weights, fresh / WEIGHTS, metadata={"format": "pt"})
-            (fresh / _CONFIG).write_text(dump_json(config), encoding="utf-8")
-            (fresh / _CARD).write_text(card, encoding="utf-8")
-            write_trained_on(fresh, settings, base, started_from)
+            save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+            (temporary / _CONFIG).write_text(dump_json(config), encoding="utf-8")
+            (temporary / _CARD).write_text(card, encoding="utf-8")
+            write_trained_on(temporary, settings, base, started_from)
             if settings.new_tokens:
-                run_tokenizer(settings).save_pretrained(fresh)
+                run_tokenizer(settings).save_pretrained(temporary)
             else:
-                copy_files(settings.model_folder, fresh, TOKENIZER_FILES)
+                copy_files(settings.model_folder, temporary, TOKENIZER_FILES)
             if (template := chat_template_of(settings)) is not None:  # replaces the base's template
-                (fresh / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+                (temporary / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise RankZeroError(f"{folder}: the adapter cannot be written: {error}") from error
 
