@@ -168,12 +168,11 @@ class Encoder:
 
         Raises UserError for the tokenizer or its chat template.
         """
-        rows = [self._drafts_or_error(example) for example in examples]
-        tokens = self._tokenise(
-            [draft for row in rows if isinstance(row, _Drafts) for draft in row.drafts]
-        )
+        drafted = [self._drafts_or_error(example) for example in examples]
+        usable = [row for row in drafted if isinstance(row, _Drafts)]
+        tokens = self._tokenise([draft for row in usable for draft in row.drafts])
         results: list[Encoded | RowError] = []
-        for example, row in zip(examples, rows, strict=True):
+        for example, row in zip(examples, drafted, strict=True):
             if isinstance(row, RowError):
                 results.append(row)
                 continue
@@ -328,7 +327,9 @@ class Encoder:
             omitted += (text for texts in rendered.omitted.values() for text in texts)
         if omitted:
             tokens = self._text_tokenizer.encode(omitted, with_offsets=False)
-            token_counts["omitted_reasoning"] = sum(len(each.ids) for each in tokens)
+            token_counts["omitted_reasoning"] = sum(
+                len(tokens_of_text.ids) for tokens_of_text in tokens
+            )
         return drafts
 
     def _trained_turns(self, conversation: Conversation) -> list[int]:
@@ -352,15 +353,15 @@ class Encoder:
         # With split_turns, each document replaces this count; the last one contains all texts.
         ordinary_text = self._ordinary_spans(rendered.text, rendered.special, token_counts)
         spans_are_unsupervised = settings.train_on == "all"
-        with_span = trained
+        messages = trained  # indexes of the messages whose spans the draft gets
         if spans_are_unsupervised:
-            with_span = [i for i, m in enumerate(conversation.messages) if not m.is_trained]
+            messages = [i for i, m in enumerate(conversation.messages) if not m.is_trained]
         reasoning: list[Span] = []
         if not settings.train_on_reasoning:
             reasoning = [span for i in trained for span in rendered.reasoning[i]]
         return _Draft(
             rendered.text,
-            [span for i in with_span for span in rendered.turn_spans.get(i, ())],
+            [span for i in messages for span in rendered.turn_spans.get(i, ())],
             is_chat=True,
             spans_are_unsupervised=spans_are_unsupervised,
             reasoning=reasoning,
@@ -412,7 +413,7 @@ class Encoder:
                 ids, first = before + after, len(before)
         assert self._eos is not None  # checked when the draft was created
         if self._bos is not None and ids[:1] != [self._bos]:
-            ids, first = [self._bos, *ids], first + (start > 0)
+            ids, first = [self._bos, *ids], first + 1
         if ids[-1:] != [self._eos]:
             ids = [*ids, self._eos]
         supervised = np.ones(len(ids), dtype=np.bool_)

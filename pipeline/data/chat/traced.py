@@ -241,6 +241,7 @@ def make_environment() -> "Environment":
         is_sorted = named.get("sort_keys", len(arguments) > 3 and arguments[3])
         return _trace_strings(text, value, is_sorted=bool(is_sorted))
 
+    # The parameters have the names that Jinja gives them; `d` is the separator.
     def traced_join(value: Iterable[Any], d: str = "", attribute: str | None = None) -> str:
         parts = value if attribute is None else [item[attribute] for item in value]
         return _join(d, map(_as_text, parts))

@@ -233,20 +233,22 @@ class TurnFinder:
         # The template always writes the generation prompt.
         return [shared] if shared and not gaps[0].startswith(prompt) else gaps[:1]
 
-    def _shared_header(self, one: str, other: str) -> str:
-        """The common prefix of two texts, up to the end of its last special token or line.
+    def _shared_header(self, opening: str, gap: str) -> str:
+        """The common prefix of an opening and the text before an assistant's text.
 
-        Empty if they share no special token. Also empty if `one` continues with a word after the
-        prefix: then the two texts are headers of different roles.
+        It ends with the last special token or line that both have. Empty if they share no special
+        token. Also empty if `opening` continues with a word after the prefix: then the two texts
+        are headers of different roles.
         """
-        common = one[: _common_prefix_length(one, other)]
-        ends = [
+        common = opening[: _common_prefix_length(opening, gap)]
+        token_ends = [
             match.end()
-            for match in self._special.finditer(one)
-            if match.end() <= len(common) and other.startswith(match[0], match.start())
+            for match in self._special.finditer(opening)
+            if match.end() <= len(common) and gap.startswith(match[0], match.start())
         ]
-        cut = max(ends[-1], common.rfind("\n") + 1) if ends else 0
-        return one[:cut] if one[cut:].lstrip()[:1] in ("", "<", "[") else ""
+        header_end = max(token_ends[-1], common.rfind("\n") + 1) if token_ends else 0
+        is_complete = opening[header_end:].lstrip()[:1] in ("", "<", "[")
+        return opening[:header_end] if is_complete else ""
 
     def _find_headers(self) -> list[str]:
         """The headers of assistant turns: their openings without the end of the preceding turn."""
@@ -257,12 +259,12 @@ class TurnFinder:
             # The end of a user's turn is also written after a user message that nothing follows.
             # But a template that always writes the generation prompt (Command R) writes the whole
             # opening there; it writes the end of the turn alone between two user messages.
-            other = between_users if after_user.startswith(opening) else after_user
-            cut = _common_prefix_length(opening, other)
+            end_of_turn = between_users if after_user.startswith(opening) else after_user
+            header_start = _common_prefix_length(opening, end_of_turn)
             for match in self._special.finditer(opening):
-                if match.start() < cut < match.end():  # inside of a special token
-                    cut = match.start()
-            headers.append(opening[cut:])
+                if match.start() < header_start < match.end():  # inside of a special token
+                    header_start = match.start()
+            headers.append(opening[header_start:])
         return [header for header in headers if self._special.search(header)]
 
     def _find_ends(self) -> set[str]:
@@ -461,11 +463,11 @@ def _blocks_in_span(span: TracedSpan, blocks: Sequence[Span], tag_start: int) ->
     """
     return [
         (
-            tag_start if first <= span.first else span.start + first - span.first,
-            span.stop - max(0, span.last - last),
+            tag_start if block_start <= span.first else span.start + block_start - span.first,
+            span.stop - max(0, span.last - block_stop),
         )
-        for first, last in blocks
-        if first < span.last and last > span.first
+        for block_start, block_stop in blocks
+        if block_start < span.last and block_stop > span.first
     ]
 
 
@@ -482,8 +484,8 @@ def _marked_spans(blocks: list[Span], end: int | None, is_trained: bool) -> list
     return [(start, stop if end is None else min(stop, end)) for start, stop in blocks]
 
 
-def _common_prefix_length(one: str, other: str) -> int:
-    for i, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
+def _common_prefix_length(text: str, other_text: str) -> int:
+    for i, (char, other_char) in enumerate(zip(text, other_text, strict=False)):
+        if char != other_char:
             return i
-    return min(len(one), len(other))
+    return min(len(text), len(other_text))

@@ -95,10 +95,10 @@ def best_fit_decreasing(counts: Array, max_length: int) -> Iterator[Pattern]:
     for length in np.flatnonzero(counts)[::-1].tolist():
         num_left = int(counts[length])
         while num_left:
-            smallest = bisect_left(gaps, length)  # index of the smallest gap with room
-            if smallest == len(gaps):  # no open pack has room: open as many as are needed
+            index = bisect_left(gaps, length)  # of the smallest gap with room
+            if index == len(gaps):  # no open pack has room: open as many as are needed
                 add(max_length, None, -(-num_left // (max_length // length)))
-            gap = gaps[smallest]
+            gap = gaps[index]
             contents, num_packs = buckets[gap].pop()
             per_pack = min(gap // length, num_left)
             num_filled = min(num_packs, num_left // per_pack)
@@ -144,18 +144,18 @@ def _lengths_of_pack(counts: Array, present: list[int], max_length: int) -> list
     `counts` and `present`: see `fill_gaps`. This function and `_filling_lengths` change `counts`
     temporarily and then restore it.
     """
-    taken = Counter({present[-1]: 1})
+    pack = Counter({present[-1]: 1})
     counts[present[-1]] -= 1
     gap = max_length - present[-1]
     while (length := _longest(counts, present, gap)) and gap > _SEARCHED_DOCUMENTS * length:
         number = min(int(counts[length]), gap // length - _SEARCHED_DOCUMENTS + 1)
-        taken[length] += number
+        pack[length] += number
         counts[length] -= number
         gap -= number * length
-    filled = _filling_lengths(counts, present, gap, _CANDIDATES)
-    for length, number in taken.items():
+    filling = _filling_lengths(counts, present, gap, _CANDIDATES)
+    for length, number in pack.items():
         counts[length] += number
-    return [*taken.elements(), *filled]
+    return [*pack.elements(), *filling]
 
 
 def _longest(counts: Array, present: list[int], gap: int) -> int:
@@ -185,9 +185,10 @@ def _filling_lengths(counts: Array, present: list[int], gap: int, candidates: in
         if counts[length]:
             tried += 1
             counts[length] -= 1
-            filled = [length, *_filling_lengths(counts, present, gap - length, candidates // 4)]
+            # Fewer candidates for each further document, so that the search ends soon.
+            filling = [length, *_filling_lengths(counts, present, gap - length, candidates // 4)]
             counts[length] += 1
-            best = max(best, filled, key=sum)
+            best = max(best, filling, key=sum)
     if best:
         return best
     longest = _longest(counts, present, gap)

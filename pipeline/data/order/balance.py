@@ -6,7 +6,7 @@ import numpy.typing as npt
 Array = npt.NDArray[np.int64]
 _MAX_SWAPS = 1000
 # Costs are converted to integers, the largest to this one: integer sums are equal on every CPU.
-_UNITS = 2.0**32
+_LARGEST_COST = 2.0**32
 
 
 def divide(costs: npt.NDArray[np.float64], ranks: int) -> list[Array]:
@@ -20,25 +20,27 @@ def divide(costs: npt.NDArray[np.float64], ranks: int) -> list[Array]:
     """
     count = len(costs)
     per_rank = -(-count // ranks)
-    units = np.zeros(per_rank * ranks, np.int64)  # indices from `count` on are padding, not items
-    units[:count] = np.rint(costs * (_UNITS / max(costs.max(initial=0.0), 1e-300)))
-    items = np.empty((ranks, per_rank), np.int64)
+    # Indices from `count` on are padding without cost, so that every rank gets `per_rank` items.
+    scaled = np.zeros(per_rank * ranks, np.int64)
+    largest = max(costs.max(initial=0.0), 1e-300)  # not 0, by which nothing can be divided
+    scaled[:count] = np.rint(costs * (_LARGEST_COST / largest))
+    items = np.empty((ranks, per_rank), np.int64)  # indices of each rank's items
     sums, sizes = np.zeros(ranks, np.int64), np.zeros(ranks, np.int64)
-    for item in np.argsort(-units, kind="stable"):
+    for item in np.argsort(-scaled, kind="stable"):
         rank = np.where(sizes < per_rank, sums, np.iinfo(np.int64).max).argmin()
         items[rank, sizes[rank]] = item
-        sums[rank] += units[item]
+        sums[rank] += scaled[item]
         sizes[rank] += 1
     for _ in range(_MAX_SWAPS):
         high, low = sums.argmax(), sums.argmin()
         difference = sums[high] - sums[low]
         # (i, j): difference of the sums if item i of `high` and item j of `low` are swapped.
-        swapped = np.abs(difference - 2 * (units[items[high]][:, None] - units[items[low]]))
+        swapped = np.abs(difference - 2 * (scaled[items[high]][:, None] - scaled[items[low]]))
         i, j = np.unravel_index(swapped.argmin(), swapped.shape)
         if swapped[i, j] >= difference:
             break
         items[high, i], items[low, j] = items[low, j], items[high, i]
-        sums[high] = units[items[high]].sum()
-        sums[low] = units[items[low]].sum()
-    items = np.take_along_axis(items, np.argsort(-units[items], axis=1, kind="stable"), axis=1)
+        sums[high] = scaled[items[high]].sum()
+        sums[low] = scaled[items[low]].sum()
+    items = np.take_along_axis(items, np.argsort(-scaled[items], axis=1, kind="stable"), axis=1)
     return [row[row < count] for row in items]

@@ -90,10 +90,10 @@ def _groups(
 ) -> tuple[Integers, Integers]:
     """Groups of `size` sequences, (N, G), and the sequences that do not fill a group.
 
-    If `size` is above 1, sequences of similar length form a group. `hash_inputs`: seed. Noise is
-    added to the log lengths before sorting, so that the groups differ between epochs. The noise is
-    larger for groups of more than _LENGTH_GROUP_SIZE sequences, so that a step has short and long
-    documents. Sorting within the group still gives micro-batches of similar lengths.
+    If `size` is above 1, sequences of similar length form a group. Noise is added to the log
+    lengths before sorting, so that the groups differ between epochs; `hash_inputs` are its seed.
+    The noise is larger for groups of more than _LENGTH_GROUP_SIZE sequences, so that a step has
+    short and long documents. Sorting within the group still gives micro-batches of similar lengths.
     """
     if size == 1:
         return shuffled[:, None], shuffled[:0]
@@ -263,14 +263,15 @@ def evaluation_work(
     size = micro_batch_size
     by_length = indices[np.argsort(-sequences.tokens[indices], kind="stable")]
     groups = [by_length[first : first + size] for first in range(0, len(indices), size)]
-    work: list[list[MicroBatch]] = [[] for _ in range(data_parallel_size)]
+    micro_batches: list[list[MicroBatch]] = [[] for _ in range(data_parallel_size)]  # by rank
     ranks = list(range(data_parallel_size))
-    for number, first in enumerate(range(0, len(groups), data_parallel_size)):
-        for index, rank in enumerate(ranks if number % 2 == 0 else reversed(ranks), start=first):
+    for start in range(0, len(groups), data_parallel_size):
+        for index, rank in enumerate(ranks, start):
             # The last micro-batches may be empty.
             group = tuple(groups[index].tolist()) if index < len(groups) else ()
-            work[rank].append(MicroBatch(group, index * size))
-    return work
+            micro_batches[rank].append(MicroBatch(group, index * size))
+        ranks.reverse()
+    return micro_batches
 
 
 def forward_seed(seed: int, step: int, first: int, rank_in_group: int = 0) -> int:
@@ -281,5 +282,5 @@ def forward_seed(seed: int, step: int, first: int, rank_in_group: int = 0) -> in
     they need different dropout masks. 0 is not hashed, so that without groups the seeds are those
     of earlier versions.
     """
-    words = (seed, step, first, rank_in_group) if rank_in_group else (seed, step, first)
-    return int(hash_of(*words) >> np.uint64(1))
+    inputs = (seed, step, first, rank_in_group) if rank_in_group else (seed, step, first)
+    return int(hash_of(*inputs) >> np.uint64(1))  # 63 bits

@@ -44,8 +44,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
     The name of a nested number is, for example, `omitted reasoning: tokens`.
     """
     for key, value in values.items():
-        word = "keeps 99 %" if key == "keeps_99" else key  # reasons and columns stay as they are
-        name = f"{prefix}{_DETAIL}{word}" if prefix else key.replace("_", " ")
+        # Keys inside an entry may be texts of the user, such as column names; they are not changed.
+        detail = "keeps 99 %" if key == "keeps_99" else key
+        name = f"{prefix}{_DETAIL}{detail}" if prefix else key.replace("_", " ")
         if isinstance(value, Mapping) and key not in _SEPARATE:
             yield from _flat(value, name)
         elif key not in _SEPARATE:

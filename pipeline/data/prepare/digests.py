@@ -21,7 +21,7 @@ from pipeline.rows.examples import Completion, Conversation, Example, Text
 NOTHING_HELD_OUT, _ALL = 0, 2**64
 # Factor of the second hash: 2**64 / golden ratio, an odd number, so that no two digests become
 # equal.
-_SPREAD = 0x9E3779B97F4A7C15
+_SECOND_HASH_FACTOR = 0x9E3779B97F4A7C15
 
 
 def digest(example: Example, *, keeps_space: bool = False) -> int:
@@ -59,8 +59,10 @@ def threshold_of_rows(digests: Array, rows: int) -> int:
 
     `digests`: (N,) uint64. If the last held-out row has duplicates, they are held out too.
     """
-    spread = np.sort(digests * np.uint64(_SPREAD))
-    return int(spread[min(rows, len(spread)) - 1]) + 1 if len(spread) else NOTHING_HELD_OUT
+    if not len(digests):
+        return NOTHING_HELD_OUT
+    second_hashes = np.sort(digests * np.uint64(_SECOND_HASH_FACTOR))
+    return int(second_hashes[min(rows, len(second_hashes)) - 1]) + 1
 
 
 def is_held_out(digest: int, threshold: int) -> bool:
@@ -69,7 +71,7 @@ def is_held_out(digest: int, threshold: int) -> bool:
     The digest is hashed again, because packing selects rows by the digest too, for a source with a
     weight such as 2.3, and the two selections must be independent.
     """
-    return (digest * _SPREAD) % _ALL < threshold
+    return (digest * _SECOND_HASH_FACTOR) % _ALL < threshold
 
 
 class ChunkDigests:

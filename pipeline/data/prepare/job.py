@@ -96,11 +96,11 @@ class JobRun:
 
     def finish(self) -> dict[str, tuple[SplitIndex, dict[str, Any]]]:
         """Complete the splits. Returns the index and the audit of each."""
-        sizes = [len(split.writer) for split in self._splits.values()]
-        if len(sizes) == 2 and not all(sizes):
+        documents = [len(split.writer) for split in self._splits.values()]  # number in each
+        if len(documents) == 2 and not all(documents):
             raise UserError(
-                f"eval_data: {self._settings.held_out} leaves {sizes[0]} documents to train on "
-                f"and holds out {sizes[1]}; give another share or number, or more rows"
+                f"eval_data: {self._settings.held_out} leaves {documents[0]} documents to train on "
+                f"and holds out {documents[1]}; give another share or number, or more rows"
             )
         return {name: split.finish() for name, split in self._splits.items()}
 
