@@ -13,6 +13,8 @@ from tests.messages import refused
 
 pytestmark = pytest.mark.unit
 
+# All environments of launchers below are those of rank 5 of 8. It has local rank 1 on the second of
+# two nodes with four ranks each.
 DEEPSPEED = {
     "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_SIZE": "4", "CROSS_RANK": "1",
     "CROSS_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29500",
@@ -31,6 +33,10 @@ SRUN = {
 ONE_TASK_PER_NODE = SRUN | {
     "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
     "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
+}  # fmt: skip
+ONE_TASK = SRUN | {
+    "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1",
+    "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
 }  # fmt: skip
 TWO_TASKS_ON_ONE_NODE = ONE_TASK_PER_NODE | {
     "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_PROCID": "0", "SLURM_STEP_NUM_NODES": "1",
@@ -76,7 +82,8 @@ def test_the_rank_variables_of_deepspeed_and_torchrun_are_read(env, launcher):
 def test_a_task_of_srun_is_a_rank():
     placement = from_environment(SRUN)
     assert placement.launcher == "srun"
-    assert placement.variables() == DEEPSPEED | {"MASTER_ADDR": "gpu07", "MASTER_PORT": "16234"}
+    port = str(15_000 + 1234)  # depends on the id of the job
+    assert placement.variables() == DEEPSPEED | {"MASTER_ADDR": "gpu07", "MASTER_PORT": port}
     assert placement.rendezvous_id == "Slurm step 1234.0, start 0"
 
 
@@ -128,12 +135,10 @@ def test_variables_of_ranks_that_agree_with_srun_are_accepted():
 
 
 def test_a_step_of_one_task_is_a_run_of_one_process():
-    one = {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1",
-           "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}  # fmt: skip
-    assert from_environment(SRUN | one) == Placement()
+    assert from_environment(ONE_TASK) == Placement()
     # In the shell of `srun --pty bash`, the user starts deepspeed with a hostfile.
     rank_of_deepspeed = DEEPSPEED | {"RANK": "1"}
-    assert from_environment(SRUN | one | rank_of_deepspeed).rank == 1
+    assert from_environment(ONE_TASK | rank_of_deepspeed).rank == 1
 
 
 @pytest.mark.parametrize("env", [OPEN_MPI, HYDRA], ids=["Open MPI", "Hydra"])
@@ -148,8 +153,9 @@ def test_a_process_of_mpirun_is_a_rank(env):
 
 
 def test_mpirun_with_one_process_is_a_run_of_one_process():
-    env = {name: "1" if "SIZE" in name else "0" for name in OPEN_MPI}
-    assert from_environment(env) == Placement()
+    ranks = {name: "0" for name in OPEN_MPI if name.endswith("RANK")}
+    sizes = {name: "1" for name in OPEN_MPI if name.endswith("SIZE")}
+    assert from_environment(ranks | sizes) == Placement()
 
 
 def test_mpirun_inside_a_slurm_job_defines_the_ranks():
@@ -168,9 +174,7 @@ def test_srun_that_sets_variables_of_pmi_is_not_detected_as_mpirun():
 
 
 def test_mpirun_in_a_step_of_one_task_with_pmi_defines_the_ranks():
-    one = {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1",
-           "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "PMI_RANK": "0", "PMI_SIZE": "1"}  # fmt: skip
-    placement = from_environment(SRUN | one | OPEN_MPI)
+    placement = from_environment(ONE_TASK | {"PMI_RANK": "0", "PMI_SIZE": "1"} | OPEN_MPI)
     assert (placement.launcher, placement.rank, placement.world_size) == ("mpirun", 5, 8)
 
 
@@ -305,10 +309,8 @@ def test_rank_variables_that_contradict_the_launcher_are_refused(change):
 
 
 def test_variables_of_a_hook_in_a_step_of_one_task_give_one_process():
-    one = {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1",
-           "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}  # fmt: skip
     hook = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    assert from_environment(SRUN | one | hook) == Placement()
+    assert from_environment(ONE_TASK | hook) == Placement()
 
 
 def test_torchrun_with_one_rank_per_task_defines_the_ranks():
@@ -322,7 +324,7 @@ POD = {
     "KUBERNETES_SERVICE_HOST": "10.0.0.1", "RANK": "2", "WORLD_SIZE": "4",
     "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456", "PYTHONUNBUFFERED": "1",
 }  # fmt: skip
-# Arguments of torchrun as variables, which Kubeflow's operator sets.
+# Arguments of torchrun as variables (PET: PyTorch elastic), which Kubeflow's operator sets.
 PET = {"PET_NNODES": "4", "PET_NODE_RANK": "2", "PET_NPROC_PER_NODE": "auto"}
 
 
@@ -378,8 +380,8 @@ def test_options_of_accelerate_that_the_run_would_ignore_are_refused(env, facts)
 def test_ranks_that_accelerate_starts_without_such_options_are_read_like_torchrun():
     env = TORCHRUN | {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "no"}
     assert from_environment(env).launcher == "torchrun"
-    one = {"ACCELERATE_USE_CPU": "False", "ACCELERATE_MIXED_PRECISION": "no"}
-    assert from_environment(one) == Placement()
+    one_process = {"ACCELERATE_USE_CPU": "False", "ACCELERATE_MIXED_PRECISION": "no"}
+    assert from_environment(one_process) == Placement()
 
 
 @pytest.mark.parametrize(
@@ -400,11 +402,14 @@ def test_the_first_host_of_a_list(nodes, first):
 
 
 def test_ports_of_jobs_differ_and_are_below_the_ephemeral_range():
-    jobs = [rendezvous_port(job, 0) for job in range(90_000, 91_000)]
-    assert len(set(jobs)) == len(jobs)
+    """Ports are 15,000 to 29,999. The first and the last one are those of jobs 0 and 14,999."""
+    ports_of_jobs = [rendezvous_port(job, step=0) for job in range(90_000, 91_000)]
+    assert len(set(ports_of_jobs)) == 1000
     for first_port in (
-        rendezvous_port(0, 0), rendezvous_port(14_999, 0), rendezvous_port(2**31, 40)
-    ):  # fmt: skip
+        rendezvous_port(0, step=0),
+        rendezvous_port(14_999, step=0),
+        rendezvous_port(2**31, step=40),
+    ):
         ports = ports_after(first_port, 8)
         assert ports[0] == first_port
         assert len(set(ports)) == 8

@@ -1,5 +1,7 @@
 """slurm/*.sbatch with fakes of srun and scontrol: the steps that they start, and how they end.
 
+The fixture `job` (conftest.py) is a job of 2 nodes with 8 GPUs each, in which the fake srun runs a
+shell script, `do`, instead of the ranks. Such scripts write a status.json, at step 4 by default.
 test_jobs.py runs the same scripts under a real Slurm.
 """
 

@@ -23,6 +23,8 @@ from tests.messages import assert_mentions, refused
 
 pytestmark = pytest.mark.tensor
 
+# What a run must have in common with a checkpoint. "d" stands for the key of the training
+# documents, "b" for the fingerprint of the base.
 IDENTITY = Identity(data="d", base="b", total_steps=9, adapter="lora_r 4")
 WEIGHTS = {"k.lora_A.weight": torch.randn(4, 8), "k.lora_B.weight": torch.randn(8, 4)}
 MOMENTS = {  # the two moments of Adam
@@ -140,24 +142,24 @@ def test_a_damaged_checkpoint_is_named_and_skipped(checkpoints, damage):
 
 
 def test_without_an_intact_checkpoint_a_start_is_refused(checkpoints):
-    assert checkpoint_to_resume(checkpoints, "auto", "resume") == (None, [])
+    assert checkpoint_to_resume(checkpoints, resume="auto", start="resume") == (None, [])
     written = [write(checkpoints, step) for step in (3, 6)]
     for path in written:
         flip("state.json")(path)
     for resume in ("auto", "must"):
         with refused(f"resume: {resume}", *written, "resume: never"):
-            checkpoint_to_resume(checkpoints, resume, "resume")
-    assert checkpoint_to_resume(checkpoints, "never", "new") == (None, [])
+            checkpoint_to_resume(checkpoints, resume, start="resume")
+    assert checkpoint_to_resume(checkpoints, resume="never", start="new") == (None, [])
 
 
 def test_resume_must_without_a_checkpoint_is_refused(checkpoints):
     with refused("resume: must", "resume: auto"):
-        checkpoint_to_resume(checkpoints, "must", "resume")
+        checkpoint_to_resume(checkpoints, resume="must", start="resume")
 
 
 def test_a_new_run_does_not_resume_from_checkpoints_of_an_earlier_one(checkpoints):
     write(checkpoints, 3)
-    assert checkpoint_to_resume(checkpoints, "auto", "new") == (None, [])
+    assert checkpoint_to_resume(checkpoints, resume="auto", start="new") == (None, [])
 
 
 @pytest.mark.parametrize(("namespace", "function"), [(Path, "iterdir"), (hashlib, "file_digest")])
@@ -214,9 +216,9 @@ def test_other_tokens_of_the_same_data_are_refused_with_the_versions(checkpoints
             about={"data_made_with": {"transformers": transformers, "jinja2": "3.1"}},
         )
 
-    first = run_with("abc", "5.0")
-    path = write(first, 3)
-    assert first.require_resumable(path).step == 3
+    recorded_run = run_with("abc", "5.0")
+    path = write(recorded_run, 3)
+    assert recorded_run.require_resumable(path).step == 3
     assert run_with("abc", "6.0").require_resumable(path).step == 3
     assert checkpoints.require_resumable(path).step == 3  # before the data is prepared
     name = {"d": "training data", "e": "held-out data"}[split]
@@ -230,7 +232,7 @@ def test_other_tokens_of_the_same_data_are_refused_with_the_versions(checkpoints
     with refused(path, "transformers 5.0"):
         run_with("def", "6.0", "data", folder="other").require_resumable(path)
     without_digests = write(checkpoints, 4)  # as an earlier version wrote it
-    assert first.require_resumable(without_digests).step == 4
+    assert recorded_run.require_resumable(without_digests).step == 4
 
 
 def with_digests(folder, tokens) -> Checkpoints:
@@ -365,6 +367,8 @@ def test_there_are_never_more_checkpoints_than_predicted(checkpoints, tmp_path, 
             numbers.append(len(list((tmp_path / "checkpoints").glob(f"{prefix}-*"))))
 
     monkeypatch.setattr(checkpoints, "_write_folder", write_and_count)
+    # Several between two checkpoints (every 4 steps), one at a checkpoint long after the preceding
+    # one, and one between checkpoints that is the last.
     steps_with_a_new_lowest_loss = (1, 2, 3, 4, 5, 6, 7, 8, 16, 18)
     for step in range(1, 25):
         best = max(best for best in steps_with_a_new_lowest_loss if best <= step)
@@ -422,7 +426,7 @@ def test_a_run_in_another_folder_resumes_with_the_same_data_and_schedule(checkpo
     assert of_another_folder(tmp_path, path).require_resumable(path).step == 3
 
 
-@pytest.mark.parametrize("total_steps", [2, 3, 20])
+@pytest.mark.parametrize("total_steps", [2, 3, 20])  # below, at and above the checkpoint's step
 @pytest.mark.parametrize("data", ["d", "other"])
 def test_another_data_set_or_schedule_needs_a_new_run(checkpoints, tmp_path, data, total_steps):
     """The position in the epoch and the learning rate would be those of the other run."""
@@ -433,7 +437,7 @@ def test_another_data_set_or_schedule_needs_a_new_run(checkpoints, tmp_path, dat
         other.require_resumable(path)
 
 
-@pytest.mark.parametrize("step", [9, 10])
+@pytest.mark.parametrize("step", [9, 10])  # all 9 steps of the new run, or more
 def test_a_finished_run_of_another_folder_has_no_step_left(checkpoints, tmp_path, step):
     path = write(checkpoints, step)
     with refused(path, f"step {step}", "step 9", "max_steps"):
