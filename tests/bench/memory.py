@@ -24,10 +24,14 @@ BASE = {
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 COMMON = {"batch_size": 2, "global_batch_size": 8, "lora_r": 16, "max_length": 256}
-BF16, OFF, ON = {"bf16": True}, {"gradient_checkpointing": False}, {"gradient_checkpointing": True}
-NF4, ALL = BF16 | {"load_in_4bit": True}, {"lora_target_modules": "all-linear"}
-# In the names of cases, `ckpt-on`, `ckpt-off` and `ckpt-3-of-8` are about checkpointed layers, and
-# numbers such as 256 are tokens of a sequence.
+CKPT_OFF, CKPT_ON = {"gradient_checkpointing": False}, {"gradient_checkpointing": True}
+BF16, ALL = {"bf16": True}, {"lora_target_modules": "all-linear"}
+NF4 = BF16 | {"load_in_4bit": True}
+# Words in the names of cases: `ckpt-on`, `ckpt-off` and `ckpt-3-of-8` are about checkpointed
+# layers. Numbers such as 256 are tokens of a sequence. `saved`: embeddings and head are trained
+# (setting modules_to_save); `tied`: they are one matrix, and `both`: they are two. `experts`:
+# adapters of experts. `accumulation 1`: steps of one micro-batch. `split-2`: 2 ranks share each
+# sequence.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,19 +56,20 @@ GRID = {
     )
     for kind, settings in {"fp32": {}, "bf16": BF16, "nf4": NF4}.items()
     for stage in (1, 2, 3)
-    for on, checkpointing in {"off": OFF, "on": ON}.items()
+    for on, checkpointing in {"off": CKPT_OFF, "on": CKPT_ON}.items()
     for length in (64, 256)
     if not (kind == "nf4" and stage == 3 and on == "off")  # refused: rule 4bit-zero3-unchecked
 }
-ZERO2, ZERO3 = BF16 | OFF | {"zero_stage": 2}, BF16 | OFF | {"zero_stage": 3}
+ZERO2, ZERO3 = BF16 | CKPT_OFF | {"zero_stage": 2}, BF16 | CKPT_OFF | {"zero_stage": 3}
 DORA = {"use_dora": True}
-SAVED = BF16 | OFF | {
+SAVED = BF16 | CKPT_OFF | {
     "modules_to_save": ["embed_tokens", "lm_head"],
     "max_length": 48, "batch_size": 1, "global_batch_size": 4,
 }  # fmt: skip
 UNTIED_16K = {"vocab_size": 16384}  # embeddings and head that are large beside the layers
 TIED_16K = UNTIED_16K | {"tie_word_embeddings": True}
-HEADS, HPZ, OFFLOAD = {"head_dim": 32}, {"hpz_partition_size": 2}, {"offload_param": "cpu"}
+HEADS, OFFLOAD = {"head_dim": 32}, {"offload_param": "cpu"}
+HPZ = {"hpz_partition_size": 2}  # ZeRO++: each 2 ranks hold all parameters
 EXPERTS = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 ADAPTED_EXPERTS = {"lora_target_modules": ["auto", "experts"], "lora_r": 8}
 MIXED = {  # decoder layers with and without experts
@@ -101,10 +106,10 @@ OTHERS = {
     "dora": Case(settings=ZERO2 | DORA),
     "dora short": Case(settings=ZERO2 | DORA | {"max_length": 64, "batch_size": 1}),
     "dora dropout": Case(settings=ZERO2 | DORA | {"lora_dropout": 0.1}),
-    "dora nf4 ckpt-on": Case(settings=ZERO2 | ON | NF4 | DORA),
+    "dora nf4 ckpt-on": Case(settings=ZERO2 | CKPT_ON | NF4 | DORA),
     "dora nf4 dropout": Case(settings=ZERO2 | NF4 | DORA | {"lora_dropout": 0.1}),
     "attention alone": Case(settings=ZERO2 | {"lora_target_modules": ["q_proj", "v_proj"]}),
-    "large vocabulary": Case(settings=ZERO2 | ON, model={"vocab_size": 16384}),
+    "large vocabulary": Case(settings=ZERO2 | CKPT_ON, model={"vocab_size": 16384}),
     "qwen3": Case(settings=ZERO2, model={"model_type": "qwen3"} | HEADS),
     "gemma2": Case(settings=ZERO2, model={"model_type": "gemma2"} | HEADS),
     "gemma2 ckpt-on 1024": Case(
@@ -116,48 +121,50 @@ OTHERS = {
     "phi3": Case(settings=ZERO2 | ALL, model={"model_type": "phi3"}),
     "gpt_neox": Case(settings=ZERO2 | ALL, model={"model_type": "gpt_neox"}),
     "mixtral": Case(settings=ZERO2 | ALL, model=EXPERTS),
-    "mixtral fp32": Case(settings=OFF | ALL | {"zero_stage": 2}, model=EXPERTS),
+    "mixtral fp32": Case(settings=CKPT_OFF | ALL | {"zero_stage": 2}, model=EXPERTS),
     "mixtral zero3": Case(settings=ZERO3 | ALL, model=EXPERTS),
     "qwen3_moe mixed": Case(settings=ZERO2 | ALL, model=MIXED),
     "qwen3_moe mixed ckpt-3-of-8": Case(
-        settings=ZERO2 | ALL | ON, model=MIXED, layout={"checkpointed_layers": 3}
+        settings=ZERO2 | ALL | CKPT_ON, model=MIXED, layout={"checkpointed_layers": 3}
     ),
     "qwen3_moe mixed zero3": Case(settings=ZERO3 | ALL, model=MIXED),
     "experts zero2": Case(settings=ZERO2 | ADAPTED_EXPERTS, model=EXPERTS),
-    "experts zero2 fp32": Case(settings=OFF | ADAPTED_EXPERTS | {"zero_stage": 2}, model=EXPERTS),
-    "experts zero2 ckpt-on": Case(settings=ZERO2 | ADAPTED_EXPERTS | ON, model=EXPERTS),
-    "experts zero3": Case(settings=ZERO3 | ADAPTED_EXPERTS, model=EXPERTS),
-    "experts zero3 ckpt-on": Case(settings=ZERO3 | ADAPTED_EXPERTS | ON, model=EXPERTS),
-    "experts mixed ckpt-3-of-8": Case(
-        settings=ZERO2 | ADAPTED_EXPERTS | ON, model=MIXED, layout={"checkpointed_layers": 3}
+    "experts zero2 fp32": Case(
+        settings=CKPT_OFF | ADAPTED_EXPERTS | {"zero_stage": 2}, model=EXPERTS
     ),
-    "zero2 ckpt-3-of-8": Case(settings=ZERO2 | ON, layout={"checkpointed_layers": 3}),
-    "zero3 ckpt-5-of-8": Case(settings=ZERO3 | ON, layout={"checkpointed_layers": 5}),
+    "experts zero2 ckpt-on": Case(settings=ZERO2 | ADAPTED_EXPERTS | CKPT_ON, model=EXPERTS),
+    "experts zero3": Case(settings=ZERO3 | ADAPTED_EXPERTS, model=EXPERTS),
+    "experts zero3 ckpt-on": Case(settings=ZERO3 | ADAPTED_EXPERTS | CKPT_ON, model=EXPERTS),
+    "experts mixed ckpt-3-of-8": Case(
+        settings=ZERO2 | ADAPTED_EXPERTS | CKPT_ON, model=MIXED, layout={"checkpointed_layers": 3}
+    ),
+    "zero2 ckpt-3-of-8": Case(settings=ZERO2 | CKPT_ON, layout={"checkpointed_layers": 3}),
+    "zero3 ckpt-5-of-8": Case(settings=ZERO3 | CKPT_ON, layout={"checkpointed_layers": 5}),
     "hpz 2 on 4 ranks": Case(settings=ZERO3, layout=HPZ, ranks=4),
-    "hpz 2 on 4 ranks nf4": Case(settings=ZERO3 | NF4 | ON, layout=HPZ, ranks=4),
+    "hpz 2 on 4 ranks nf4": Case(settings=ZERO3 | NF4 | CKPT_ON, layout=HPZ, ranks=4),
     "offload": Case(settings=ZERO3, layout=OFFLOAD),
-    "offload nf4": Case(settings=ZERO3 | NF4 | ON, layout=OFFLOAD),
+    "offload nf4": Case(settings=ZERO3 | NF4 | CKPT_ON, layout=OFFLOAD),
     "zero2 1 rank": Case(settings=ZERO2, ranks=1),
     "zero3 1 rank": Case(settings=ZERO3, ranks=1),
     "zero2 accumulation 1": Case(settings=ZERO2 | {"batch_size": 4}),
-    "zero3 accumulation 1": Case(settings=ZERO3 | ON | {"batch_size": 4}),
+    "zero3 accumulation 1": Case(settings=ZERO3 | CKPT_ON | {"batch_size": 4}),
 }
 GEMMA2 = {"model_type": "gemma2"} | HEADS
 PACKED = {
     "fp32 kernels ckpt-off": Case(settings=ZERO2, is_slow_in_bf16=True),
-    "fp32 kernels ckpt-on": Case(settings=ZERO2 | ON, is_slow_in_bf16=True),
+    "fp32 kernels ckpt-on": Case(settings=ZERO2 | CKPT_ON, is_slow_in_bf16=True),
     "fp32 kernels zero3": Case(settings=ZERO3, is_slow_in_bf16=True),
     "fp32 kernels attention alone": Case(
         settings=ZERO2 | {"lora_target_modules": ["q_proj", "v_proj"]}, is_slow_in_bf16=True
     ),
     "packed fp32 kernels": Case(settings=ZERO2, documents=5, is_slow_in_bf16=True),
-    "packed fp32 zero2 ckpt-off": Case(settings=OFF | {"zero_stage": 2}, documents=5),
+    "packed fp32 zero2 ckpt-off": Case(settings=CKPT_OFF | {"zero_stage": 2}, documents=5),
     "packed bf16 zero2 ckpt-off": Case(settings=ZERO2, documents=5),
-    "packed bf16 zero2 ckpt-on": Case(settings=ZERO2 | ON, documents=5),
+    "packed bf16 zero2 ckpt-on": Case(settings=ZERO2 | CKPT_ON, documents=5),
     "packed bf16 zero3 ckpt-off": Case(settings=ZERO3, documents=5),
-    "packed bf16 zero3 ckpt-on": Case(settings=ZERO3 | ON, documents=5),
+    "packed bf16 zero3 ckpt-on": Case(settings=ZERO3 | CKPT_ON, documents=5),
     "packed nf4 zero2 ckpt-off": Case(settings=ZERO2 | NF4, documents=5),
-    "packed nf4 zero3 ckpt-on": Case(settings=ZERO3 | NF4 | ON, documents=5),
+    "packed nf4 zero3 ckpt-on": Case(settings=ZERO3 | NF4 | CKPT_ON, documents=5),
     "packed int8": Case(settings=ZERO2 | {"load_in_8bit": True}, documents=5),
     "packed dropout": Case(settings=ZERO2 | {"lora_dropout": 0.1}, documents=5),
     "packed attention alone": Case(
@@ -167,7 +174,7 @@ PACKED = {
     "packed qwen3": Case(settings=ZERO2, model={"model_type": "qwen3"} | HEADS, documents=5),
     "packed gemma2": Case(settings=ZERO2, model=GEMMA2, documents=5),
     "packed gemma2 ckpt-on 1024": Case(
-        settings=ZERO2 | ON | {"max_length": 1024}, model=GEMMA2, documents=3
+        settings=ZERO2 | CKPT_ON | {"max_length": 1024}, model=GEMMA2, documents=3
     ),
     "packed gemma2 ckpt-off 1024": Case(
         settings=ZERO2 | {"max_length": 1024}, model=GEMMA2, documents=3
@@ -178,13 +185,13 @@ PACKED = {
     "packed mixtral": Case(settings=ZERO2 | ALL, model=EXPERTS, documents=5),
 }
 # Classes that families.py does not have, one for each kind of block.
-MLA = {
+MLA = {  # multi-head latent attention
     "q_lora_rank": 128, "kv_lora_rank": 128, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16,
     "v_head_dim": 32, "num_key_value_heads": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
     "moe_intermediate_size": 256, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
     "first_k_dense_replace": 1,
 }  # fmt: skip
-LINEAR = {
+LINEAR = {  # linear attention in three of four layers
     "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 4,
     "linear_num_value_heads": 8, "num_experts": 4, "num_experts_per_tok": 2,
     "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256,
@@ -217,14 +224,14 @@ CLASSES = {
         settings=BF16 | checkpointing | {"zero_stage": stage}, model=model | {"model_type": kind}
     )
     for kind, model in CLASS_MODELS.items()
-    for stage, on, checkpointing in ((2, "off", OFF), (3, "on", ON))
+    for stage, on, checkpointing in ((2, "off", CKPT_OFF), (3, "on", CKPT_ON))
 }
 SPLIT2, SPLIT4 = ({"sequence_parallel_size": size} for size in (2, 4))
 SPLIT = {  # groups of ranks share each sequence
-    "split-2 fp32 zero2 ckpt-off": Case(settings=OFF | {"zero_stage": 2} | SPLIT2),
+    "split-2 fp32 zero2 ckpt-off": Case(settings=CKPT_OFF | {"zero_stage": 2} | SPLIT2),
     "split-2 zero2 ckpt-off": Case(settings=ZERO2 | SPLIT2),
     "split-2 zero2 ckpt-off 1024": Case(settings=ZERO2 | SPLIT2 | {"max_length": 1024}),
-    "split-2 zero3 ckpt-on": Case(settings=ZERO3 | ON | SPLIT2),
+    "split-2 zero3 ckpt-on": Case(settings=ZERO3 | CKPT_ON | SPLIT2),
     "split-2 packed": Case(settings=ZERO2 | SPLIT2, documents=5),
     "split-2 gemma2": Case(settings=ZERO2 | SPLIT2, model=GEMMA2),
     "split-2 gpt_neox": Case(settings=ZERO2 | ALL | SPLIT2, model={"model_type": "gpt_neox"}),
@@ -246,8 +253,8 @@ LONGER = {
     for kind, settings in {"fp32": {}, "bf16": BF16, "nf4": NF4}.items()
     for stage in (2, 3)
     for name, savings in {
-        "tiles ckpt-off": TILES | OFF,
-        "tiles ckpt-on": TILES | ON,
+        "tiles ckpt-off": TILES | CKPT_OFF,
+        "tiles ckpt-on": TILES | CKPT_ON,
         "tiles inputs-on-host": TILES | HOST_INPUTS,
         "inputs-on-host": HOST_INPUTS,
     }.items()

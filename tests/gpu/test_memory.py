@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from tests import ROOT
-from tests.bench.memory import BF16, OFF, ON, TABLE, Case, error_of, row, summary
+from tests.bench.memory import BF16, CKPT_OFF, CKPT_ON, TABLE, Case, error_of, row, summary
 
 CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 RANKS = min(2, max(1, torch.cuda.device_count()))
@@ -59,7 +59,7 @@ def case(model, kind, checkpointed, *, stage=2, size=None, documents=1, **settin
     name += f" of {documents}" if documents > 1 else ""
     name += "".join(f" {key}={value}" for key, value in settings.items())
     return name, Case(
-        settings=BF16 | KINDS[kind] | (ON if num_checkpointed else OFF) | keys | settings,
+        settings=BF16 | KINDS[kind] | (CKPT_ON if num_checkpointed else CKPT_OFF) | keys | settings,
         model=MODELS[model],
         layout={"checkpointed_layers": num_checkpointed},
         ranks=RANKS,
@@ -134,7 +134,7 @@ def test_the_predicted_peak_is_within_ten_percent_of_the_measured_peak(tmp_path)
 @pytest.mark.engine
 @pytest.mark.timeout(300)  # another start of Python, torch and DeepSpeed for each rank
 def test_the_measurement_of_a_case_runs_under_torchrun_on_cpu_ranks(tmp_path):
-    settings = BF16 | ON | {"zero_stage": 3}
+    settings = BF16 | CKPT_ON | {"zero_stage": 3}
     result = result_of(
         tmp_path / "model", Case(settings=settings, layout={"checkpointed_layers": 4}), **CPU
     )

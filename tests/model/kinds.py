@@ -6,7 +6,7 @@ variant of the model_type before the slash.
 
 # ruff: noqa: C408 - configs as keyword arguments
 
-VOCABULARY = 259
+VOCABULARY = 259  # that of the tests' tokenizer: 256 bytes and 3 special tokens
 SMALL = dict(
     hidden_size=64,
     intermediate_size=128,
@@ -18,7 +18,7 @@ SMALL = dict(
     bos_token_id=1,
     eos_token_id=2,
     max_position_embeddings=256,
-    initializer_range=0.2,
+    initializer_range=0.2,  # with the usual 0.02, models of this size hardly react to their input
 )
 
 
@@ -28,7 +28,7 @@ def small(**changes):
 
 
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
-MLA = dict(
+MLA = dict(  # multi-head latent attention
     num_key_value_heads=4,
     q_lora_rank=64,
     kv_lora_rank=64,
@@ -42,7 +42,7 @@ MLA = dict(
     n_group=1,
     topk_group=1,
 )
-LINEAR = dict(
+LINEAR = dict(  # linear attention
     linear_conv_kernel_dim=4,
     linear_key_head_dim=16,
     linear_value_head_dim=16,
@@ -50,6 +50,8 @@ LINEAR = dict(
     linear_num_value_heads=4,
     head_dim=16,
 )
+# Types of the four layers. The kinds that use SLIDING have a window of 5 tokens (sliding_window),
+# which is shorter than the sequences of the tests.
 HYBRID = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
 SLIDING = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
 VISION = dict(
