@@ -26,22 +26,25 @@ from pipeline.adapter.merge import merge_adapters
 from pipeline.adapter.merge_plan import MergeOptions, WeightedAdapter
 from pipeline.model.checkpoint_names import model_on_meta
 
-HIDDEN, INNER, HEADS, KV_HEADS, R = 4096, 14336, 32, 8, 64
-CHUNK = 2**24
+HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, R = 4096, 14336, 32, 8, 64
+CHUNK_BYTES = 2**24
 SHAPES = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
     "self_attn.k_proj": (HIDDEN * KV_HEADS // HEADS, HIDDEN),
     "self_attn.v_proj": (HIDDEN * KV_HEADS // HEADS, HIDDEN),
     "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INNER, HIDDEN),
-    "mlp.up_proj": (INNER, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INNER),
+    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
 }
 VOCABULARY = 32000
 
 
 def make_base(folder, num_bytes):
-    """Shards of one block each, of random bf16 values, until the model has this size."""
+    """Save a model of about this size: one shard for each decoder layer, and one for the rest.
+
+    All layers have the same random values. Returns the number of layers.
+    """
     folder.mkdir()
     block = {
         name: torch.randn(shape, dtype=torch.bfloat16) * 0.02 for name, shape in SHAPES.items()
@@ -49,27 +52,28 @@ def make_base(folder, num_bytes):
     norms = {name: torch.ones(HIDDEN, dtype=torch.bfloat16) for name in ("input", "post_attention")}
     layers = max(1, num_bytes // sum(tensor.nbytes for tensor in block.values()))
     weight_map = {}
-    for layer in range(layers + 1):
-        if layer < layers:
-            prefix = f"model.layers.{layer}."
-            tensors = {f"{prefix}{name}.weight": tensor for name, tensor in block.items()}
-            tensors |= {
-                f"{prefix}{name}_layernorm.weight": tensor for name, tensor in norms.items()
-            }
-        else:
-            tensors = {
-                "model.embed_tokens.weight": torch.zeros(VOCABULARY, HIDDEN, dtype=torch.bfloat16),
-                "model.norm.weight": norms["input"].clone(),
-            }
-        name = f"model-{layer:05d}.safetensors"
+
+    def save_shard(index, tensors):
+        name = f"model-{index:05d}.safetensors"
         save_file(tensors, folder / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, name)
+        weight_map.update(dict.fromkeys(tensors, name))
+
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        tensors = {f"{prefix}{name}.weight": tensor for name, tensor in block.items()}
+        tensors |= {f"{prefix}{name}_layernorm.weight": tensor for name, tensor in norms.items()}
+        save_shard(layer, tensors)
+    outside_layers = {
+        "model.embed_tokens.weight": torch.zeros(VOCABULARY, HIDDEN, dtype=torch.bfloat16),
+        "model.norm.weight": norms["input"],
+    }
+    save_shard(layers, outside_layers)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN,
-        "intermediate_size": INNER, "num_hidden_layers": layers, "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS, "vocab_size": VOCABULARY, "tie_word_embeddings": True,
-        "dtype": "bfloat16",
+        "intermediate_size": INTERMEDIATE, "num_hidden_layers": layers,
+        "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "vocab_size": VOCABULARY,
+        "tie_word_embeddings": True, "dtype": "bfloat16",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     return layers
@@ -90,12 +94,15 @@ def make_adapter(folder, layers):
 
 
 def copy_with_checksum(base, out):
-    """Copy all weights, hash them, and sync them to the disk."""
+    """Copy all weights, hash them, and sync them to the disk.
+
+    Nothing reads the hash: the copy computes with every byte only because a merge does so too.
+    """
     out.mkdir()
     for path in sorted(base.glob("*.safetensors")):
         digest = hashlib.sha256()
         with path.open("rb") as source, (out / path.name).open("wb") as target:
-            while chunk := source.read(CHUNK):
+            while chunk := source.read(CHUNK_BYTES):
                 digest.update(chunk)
                 target.write(chunk)
             target.flush()
@@ -123,15 +130,16 @@ def main():
         rates = {name: [] for name in work}
         for repeat in range(repeats):
             for name, run in work.items():
-                start, busy = time.perf_counter(), time.process_time()
+                start, cpu_start = time.perf_counter(), time.process_time()
                 run(folder / "out")
-                seconds, busy = time.perf_counter() - start, time.process_time() - busy
+                seconds = time.perf_counter() - start
+                cpu_seconds = time.process_time() - cpu_start
                 shutil.rmtree(folder / "out")
                 rates[name].append(size / 1e6 / seconds)
                 load = os.getloadavg()[0]
                 print(
                     f"{repeat + 1} {name:<6} {rates[name][-1]:7.0f} MB/s, {seconds:6.1f} s, "
-                    f"{busy:6.1f} s of CPU, load {load:.1f}",
+                    f"{cpu_seconds:6.1f} s of CPU, load {load:.1f}",
                     flush=True,
                 )
         ratios = [merge / copy for copy, merge in zip(rates["copy"], rates["merge"], strict=True)]
