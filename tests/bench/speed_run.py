@@ -30,8 +30,8 @@ def install(name: str) -> Path:
     requirements = PEERS / f"{name}.txt"
     digest = hashlib.sha256(requirements.read_bytes()).hexdigest()
     folder = CACHE / name
-    python, mark = folder / "bin/python", folder / "requirements.sha256"
-    if mark.is_file() and mark.read_text() == digest:
+    python, installed = folder / "bin/python", folder / "requirements.sha256"
+    if installed.is_file() and installed.read_text() == digest:
         return python
     print(f"installing {requirements.name} into {folder} (some minutes)", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -43,7 +43,7 @@ def install(name: str) -> Path:
         subprocess.run([*pip, "--index-url", index, torch.strip()], check=True)
     # The file lists every package, so that the environment is the same in a year.
     subprocess.run([*pip, "--no-deps", "-r", requirements], check=True)
-    mark.write_text(digest)
+    installed.write_text(digest)
     return python
 
 
@@ -84,25 +84,25 @@ def measure(tool: Tool, case: dict[str, object], folder: Path) -> dict[str, obje
         command = [str(python), *_LAUNCH, str(tool.script), str(folder / "case.json")]
         steps = folder / "steps-0.jsonl"
     log = folder / "output.log"
-    load = os.getloadavg()[0]
+    load = os.getloadavg()[0]  # processes that other programs keep busy, before the run
     started = time.time()
-    code, pss, first_step = _watched(command, _environment(tool.environment), log, steps)
+    code, peak_pss, first_step = _run_and_watch(command, _environment(tool.environment), log, steps)
     wall_s = time.time() - started
     if code:
-        return {"error": f"exit code {code}: {_last_words(log)}"}
+        return {"error": f"exit code {code}: {_end_of_output(log)}"}
     summarise = _rankzero_steps if tool.script is None else _peer_steps
     summary = summarise(steps.parent, int(case["first_measured"]))
     return {
         **summary,
         "first_step_s": round(first_step - started, 1),
         "wall_s": round(wall_s, 1),
-        "pss_bytes": pss,
+        "pss_bytes": peak_pss,
         "load": load,
     }
 
 
-def _last_words(log: Path) -> str:
-    """The end of the output, without torchrun's summary of its ranks."""
+def _end_of_output(log: Path) -> str:
+    """The last 1500 characters of the output, without torchrun's summary of its ranks."""
     text = log.read_text(errors="replace")
     return re.split(r"\n[EW]\d{4} [^\n]*torch/distributed/elastic", text)[0][-1500:]
 
@@ -123,11 +123,14 @@ def _environment(name: str | None) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _watched(
+def _run_and_watch(
     command: list[str], environment: dict[str, str], log: Path, steps: Path
 ) -> tuple[int, int, float]:
-    """Exit code, peak of the proportional set size of all processes, time of the first step."""
-    deadline, pss, first_step, polls = time.time() + _LIMIT_S, 0, 0.0, 0
+    """Exit code, peak bytes of all processes (proportional set size), and time of the first step.
+
+    `steps`: file in which the run writes a line at the end of each step.
+    """
+    deadline, peak_pss, first_step, polls = time.time() + _LIMIT_S, 0, 0.0, 0
     with log.open("wb") as output, subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
@@ -135,7 +138,7 @@ def _watched(
         tree = psutil.Process(process.pid)
         while process.poll() is None:
             if polls % _MEMORY_POLLS == 0:
-                pss = max(pss, _proportional_bytes(tree))
+                peak_pss = max(peak_pss, _proportional_bytes(tree))
             if not first_step and steps.is_file() and steps.stat().st_size:
                 first_step = time.time()
             if time.time() > deadline:
@@ -144,7 +147,7 @@ def _watched(
                         child.kill()
             polls += 1
             time.sleep(_POLL_S)
-    return process.returncode, pss, first_step
+    return process.returncode, peak_pss, first_step
 
 
 def _proportional_bytes(tree: psutil.Process) -> int:
@@ -175,6 +178,7 @@ def _rankzero_command(case: dict[str, object], folder: Path) -> list[str]:
 
 
 def _rankzero_steps(folder: Path, first: int) -> dict[str, float]:
+    """Rates of a run of this project. `first`: number of the first measured step, from 1."""
     steps = json_lines(folder / "metrics.jsonl")[first - 1 :]
     seconds = sum(step["step_seconds"] for step in steps)
     return {
@@ -185,10 +189,13 @@ def _rankzero_steps(folder: Path, first: int) -> dict[str, float]:
 
 
 def _peer_steps(folder: Path, first: int) -> dict[str, float]:
-    """Sums over the ranks; the time is that of rank 0."""
+    """Rates of another tool, summed over the ranks; the time is that of rank 0.
+
+    `first`: number of the first measured step, from 1. It begins at the end of the step before it.
+    """
     ranks = [json_lines(path) for path in folder.glob("steps-*.jsonl")]
-    times = [step["time"] for step in json_lines(folder / "steps-0.jsonl")]
-    seconds = times[-1] - times[first - 2]
+    end_times = [step["time"] for step in json_lines(folder / "steps-0.jsonl")]
+    seconds = end_times[-1] - end_times[first - 2]
 
     def rate(key: str) -> float:
         return sum(step[key] for rank in ranks for step in rank[first - 1 :]) / seconds
@@ -198,7 +205,7 @@ def _peer_steps(folder: Path, first: int) -> dict[str, float]:
         "useful_per_s": tokens,
         "supervised_per_s": rate("supervised_tokens"),
         "padding_share": 1 - tokens / rate("computed_tokens"),
-        "step_s": seconds / (len(times) - first + 1),
+        "step_s": seconds / (len(end_times) - first + 1),
     }
 
 

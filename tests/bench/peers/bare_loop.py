@@ -17,17 +17,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def batch_of(rows, pad_id):
+    """A batch of these rows, padded at the end to the longest one."""
     length = max(len(row["input_ids"]) for row in rows)
 
     def padded(key, value):
         return torch.tensor([row[key] + [value] * (length - len(row[key])) for row in rows])
 
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     return {
         "input_ids": padded("input_ids", pad_id),
         "labels": padded("labels", -100),
-        "attention_mask": torch.tensor(
-            [[1] * len(r["input_ids"]) + [0] * (length - len(r["input_ids"])) for r in rows]
-        ),
+        "attention_mask": (torch.arange(length) < lengths[:, None]).long(),
     }
 
 
@@ -48,14 +48,15 @@ def main():
     trained = [p for p in model.parameters() if p.requires_grad]
     masters = [p.detach().float().requires_grad_() for p in trained]
     optimizer = torch.optim.AdamW(masters, lr=case["lr"])
-    size, accumulation = case["batch_size"], case["accumulation_steps"]
+    batch_size, accumulation_steps = case["batch_size"], case["accumulation_steps"]
     model.train()
     for _ in range(case["max_steps"]):
-        for index in range(accumulation):
-            batch, rows = batch_of(rows[:size], tokenizer.pad_token_id), rows[size:]
-            is_last = index + 1 == accumulation
+        for index in range(accumulation_steps):
+            batch = batch_of(rows[:batch_size], tokenizer.pad_token_id)
+            rows = rows[batch_size:]
+            is_last = index + 1 == accumulation_steps
             with nullcontext() if is_last else parallel.no_sync():
-                (parallel(**batch).loss / accumulation).backward()
+                (parallel(**batch).loss / accumulation_steps).backward()
         for master, parameter in zip(masters, trained, strict=True):
             master.grad, parameter.grad = parameter.grad.float(), None
         torch.nn.utils.clip_grad_norm_(masters, 1.0)

@@ -11,29 +11,34 @@ from pathlib import Path
 
 import torch
 
-TOKENS, SECONDS, PASSES = 384, 1.0, 5  # for at least so long and so often
+TOKENS = 384  # rows of each input: about the tokens of a micro-batch of `make bench`
+MIN_SECONDS, MIN_PASSES = 1.0, 5
 
 
 def rate(sizes, dtype):
-    """Median rate over several passes through all layers."""
+    """Median rate over several passes through 8 layers; the first pass warms up.
+
+    `sizes`: shapes of the weights of a layer, each (outputs, inputs).
+    """
     layers = [torch.randn(size, dtype=dtype) for _ in range(8) for size in sizes]
     inputs = {size: torch.randn(TOKENS, size, dtype=dtype) for _, size in sizes}
     flops = sum(2 * TOKENS * weight.numel() for weight in layers)
     rates, begin = [], time.perf_counter()
-    while time.perf_counter() - begin < SECONDS or len(rates) < PASSES:
+    while time.perf_counter() - begin < MIN_SECONDS or len(rates) < MIN_PASSES:
         start = time.perf_counter()
         for weight in layers:
             torch.nn.functional.linear(inputs[weight.shape[1]], weight)
         rates.append(flops / (time.perf_counter() - start))
-    return sorted(rates[1:])[len(rates[1:]) // 2]
+    measured = sorted(rates[1:])
+    return measured[len(measured) // 2]
 
 
 def main():
     config = json.loads((Path(sys.argv[1]) / "config.json").read_text(encoding="utf-8"))
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    hidden, intermediate = config["hidden_size"], config["intermediate_size"]
     keys = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
     sizes = [(hidden, hidden), (keys, hidden), (keys, hidden), (hidden, hidden)]
-    sizes += [(inner, hidden), (inner, hidden), (hidden, inner)]
+    sizes += [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
     print(max(rate(sizes, dtype) for dtype in (torch.bfloat16, torch.float32)))
 
 

@@ -36,7 +36,10 @@ def load_model(case, **options):
 
 
 def tokenised_rows(case):
-    """Token ids of each row, and labels that are -100 except in the assistant's turn."""
+    """The tokenizer, and the token ids and labels of each row, a question with its answer.
+
+    Labels are -100 except in the answer, the assistant's turn.
+    """
     tokenizer = AutoTokenizer.from_pretrained(case["model"])
     rows = []
     for line in Path(case["rows"]).read_text(encoding="utf-8").splitlines():

@@ -2,7 +2,7 @@
 
 
 def trainer_arguments(case):
-    stage = {
+    deepspeed_config = {
         "zero_optimization": {"stage": case["zero_stage"]},
         "bf16": {"enabled": True},
         "gradient_accumulation_steps": "auto",
@@ -12,7 +12,7 @@ def trainer_arguments(case):
     }
     return {
         "output_dir": f"{case['folder']}/output", "use_cpu": True, "bf16": True,
-        "deepspeed": stage, "ddp_backend": "gloo", "max_steps": case["max_steps"],
+        "deepspeed": deepspeed_config, "ddp_backend": "gloo", "max_steps": case["max_steps"],
         "per_device_train_batch_size": case["batch_size"],
         "gradient_accumulation_steps": case["accumulation_steps"],
         "gradient_checkpointing": case["gradient_checkpointing"], "learning_rate": case["lr"],

@@ -15,16 +15,16 @@ from trl import SFTConfig, SFTTrainer
 def main():
     case = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     order = "group_by_length" if case["sorted"] else "random"
-    load = {"dtype": torch.bfloat16}
+    model_options = {"dtype": torch.bfloat16}
     if case["load_in_4bit"]:
-        load["quantization_config"] = quantisation(case)
+        model_options["quantization_config"] = quantisation(case)
     arguments = SFTConfig(
         **trainer_arguments(case), train_sampling_strategy=order, packing=case["packing"],
-        max_length=case["max_length"], model_init_kwargs=load,
+        max_length=case["max_length"], model_init_kwargs=model_options,
     )  # fmt: skip
     lines = Path(case["rows"]).read_text(encoding="utf-8").splitlines()
-    turns = [json.loads(line)["messages"] for line in lines]
-    rows = [{"prompt": messages[:1], "completion": messages[1:]} for messages in turns]
+    conversations = [json.loads(line)["messages"] for line in lines]
+    rows = [{"prompt": messages[:1], "completion": messages[1:]} for messages in conversations]
     trainer = SFTTrainer(
         model=case["model"],
         args=arguments,
