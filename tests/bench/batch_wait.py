@@ -46,8 +46,10 @@ def mean_wait_s(split, workers, busy_s=0.0):
         data_parallel_size=8,
         accumulation_steps=ACCUMULATION,
         micro_batch_size=MICRO_BATCH_SIZE,
+        # Any cost that grows with the length: packs are divided over the ranks by it.
         flops=SequenceFlops(per_token=1.0, per_square=1e-3, per_logit=1.0),
     )
+    # All ranks do the same work; rank 3 stands for them.
     work = RankWork(split, layout, seed=0, rank=3, steps=range(BATCHES // ACCUMULATION))
     waits, start = [], time.perf_counter()
     for _ in batches_of(split, work, num_workers=workers):

@@ -28,9 +28,9 @@ def main():
     arguments = parser.parse_args()
     times = {"idle": [], "busy": []}
     for _ in range(arguments.repeats):
-        for name, other in (("idle", nullcontext()), ("busy", one_busy_core())):
+        for name, other_program in (("idle", nullcontext()), ("busy", one_busy_core())):
             load = os.getloadavg()[0]
-            with other:
+            with other_program:
                 times[name].append(seconds(arguments.run, arguments.rows))
             print(f"{name}: {times[name][-1]:.1f} s (load before: {load:.1f})", flush=True)
     ratio = median(times["busy"]) / median(times["idle"])

@@ -38,7 +38,7 @@ STYLE = (
 )
 # Terminal images: name -> text that is on the screen when it is taken; None: the end.
 MOMENTS = {"terminal-training": " 60 %", "terminal-scoring": "exact match", "terminal-end": None}
-THEMES = {"light": "", "dark": "-dark"}  # and the end of the names of their images
+THEMES = {"light": "", "dark": "-dark"}  # theme -> suffix of the names of its images
 
 
 def main() -> None:
@@ -54,12 +54,14 @@ def main() -> None:
             screens = run_quickstart(folder)
         with chromium(folder / "profile") as browser:
             for name, screen in screens.items():
+                # 760 pixels are wider than 80 columns; the image is cropped to the text.
                 take(browser, screen, IMAGES / f"{name}.png", width=760)
             page = SITE / "docs/lora.html"
-            for theme, end in THEMES.items():
-                take(browser, report, IMAGES / f"report-desktop{end}.png", width=1100, theme=theme)
-                take(browser, report, IMAGES / f"report-phone{end}.png", width=390, theme=theme)
-                take(browser, page, IMAGES / f"site-phone{end}.png", width=390, theme=theme)
+            for theme, suffix in THEMES.items():
+                desktop = IMAGES / f"report-desktop{suffix}.png"
+                take(browser, report, desktop, width=1100, theme=theme)
+                take(browser, report, IMAGES / f"report-phone{suffix}.png", width=390, theme=theme)
+                take(browser, page, IMAGES / f"site-phone{suffix}.png", width=390, theme=theme)
             take(browser, report, IMAGES / "report-curves.png", width=1100, section="Curves")
             take(browser, SITE / "index.html", IMAGES / "site-desktop.png", width=1280)
 
@@ -105,9 +107,9 @@ def run_quickstart(folder: Path) -> dict[str, Path]:
     process, terminal = start([python, "launch/quickstart/quickstart.py"], folder)
     while output := read(terminal):
         stream.feed(output)
-        text = "\n".join(screen.display)
-        for name, mark in list(waiting.items()):
-            if mark is not None and mark in text:
+        shown = "\n".join(screen.display)
+        for name, awaited_text in list(waiting.items()):
+            if awaited_text is not None and awaited_text in shown:
                 del waiting[name]
                 files[name] = write_page(screen, folder / f"{name}.html")
     assert process.wait() == 0, "\n".join(screen.display)
@@ -117,18 +119,26 @@ def run_quickstart(folder: Path) -> dict[str, Path]:
 
 
 def start(command: list, folder: Path) -> tuple[subprocess.Popen, int]:
-    """Start a command with a terminal of 80 columns as its standard streams."""
-    terminal, inner = pty.openpty()
-    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+    """Start a command with a terminal of 80 columns as its standard streams.
+
+    Returns the process, and the file descriptor from which the terminal's output is read.
+    """
+    terminal, end_of_process = pty.openpty()
+    fcntl.ioctl(end_of_process, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
     environment = os.environ | {
         "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "COLUMNS": str(COLUMNS),
         "PATH": f"{ROOT / '.venv/bin'}:{os.environ['PATH']}",
     }  # fmt: skip
     environment.pop("DISPLAY", None)
     process = subprocess.Popen(
-        command, cwd=folder, env=environment, stdin=inner, stdout=inner, stderr=inner
+        command,
+        cwd=folder,
+        env=environment,
+        stdin=end_of_process,
+        stdout=end_of_process,
+        stderr=end_of_process,
     )
-    os.close(inner)
+    os.close(end_of_process)
     return process, terminal
 
 
