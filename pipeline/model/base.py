@@ -1,12 +1,13 @@
 """Loading of the frozen base model in 32, 16, 8 or 4 bits, replicated or sharded.
 
-Only this file uses bitsandbytes, through transformers. At ZeRO-3 all ranks must load together.
+Only this file and sharded_loading.py use bitsandbytes. At ZeRO-3 all ranks must load together.
 """
 
 import copy
 import gc
 import re
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
@@ -37,6 +37,7 @@ from pipeline.model.host_activations import HostActivations
 from pipeline.model.load_fixes import corrected_loading
 from pipeline.model.packed import checkpoint_tensors
 from pipeline.model.packed_files import is_packed
+from pipeline.model.sharded_loading import sharded_while_loading
 from pipeline.model.structure import blocks
 from pipeline.model.token_rows import set_token_rows
 from pipeline.plan.given.fast_paths import FP32_KERNELS
@@ -52,32 +53,23 @@ _VALUES_PER_PART = 2**20  # number of values that are quantised at a time
 def load_base(plan: Plan, device: torch.device) -> PreTrainedModel:
     """Load the base on its device, frozen, with activation checkpointing as planned.
 
-    If the run has `new_tokens`, embeddings and head have rows for them.
-
-    At ZeRO-3 an unquantised base is sharded while it is read. A quantised base is loaded whole on
-    every rank (transformers 5.23 does not shard it), and DeepSpeed shards it later. If the plan has
-    `loads_through_host`, it is loaded into host memory and sharded from there.
+    If the run has `new_tokens`, embeddings and head have rows for them. At ZeRO-3 the base is
+    sharded while it is read.
     """
     settings, dtype = plan.settings, DTYPES[plan.training_dtype]
-    options: dict[str, Any] = {}
-    sharding = None
+    options: dict[str, Any] = {"device_map": {"": device}}
     if settings.is_quantised:
         options["quantization_config"] = _quantization(settings, plan.shape, dtype)
-    if settings.is_quantised or plan.layout.zero_stage < 3:
-        loading_device = torch.device("cpu") if plan.layout.loads_through_host else device
-        options["device_map"] = {"": loading_device}
-    else:
-        sharding = _sharding_config(plan)  # transformers shards only as long as this object exists
-    model = load_plain(
-        settings.model_folder,
-        dtype=dtype,
-        attention=attention_name(plan),
-        trust_remote_code=settings.trust_remote_code,
-        **options,
-    )
-    del sharding
+    with sharded_while_loading(plan, device) if plan.layout.is_sharded else nullcontext():
+        model = load_plain(
+            settings.model_folder,
+            dtype=dtype,
+            attention=attention_name(plan),
+            trust_remote_code=settings.trust_remote_code,
+            **options,
+        )
     gc.collect()
-    freeze_base(model, plan, device)
+    freeze_base(model, plan)
     set_token_rows(model, plan)
     return model
 
@@ -89,38 +81,16 @@ def attention_name(plan: Plan) -> str:
     return WITHIN_DOCUMENTS if plan.fast_paths[FP32_KERNELS] else WITHIN_DOCUMENTS_FP32
 
 
-def freeze_base(model: PreTrainedModel, plan: Plan, device: torch.device) -> PreTrainedModel:
-    """Freeze a base in place, and enable activation checkpointing as planned; returns the base.
-
-    If the plan has `loads_through_host`, the base is sharded here, which is collective.
-    """
+def freeze_base(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """Freeze a base in place, and enable activation checkpointing as planned; returns the base."""
     model.requires_grad_(False)
     for module in model.modules():
         # On a CPU with AVX512-BF16 a 4-bit layer repacks its weight in its first forward pass in
         # eval mode; ZeRO's shards need the original layout (bitsandbytes 0.50.2 nn/modules.py:613).
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - of a library's class
-    if plan.layout.loads_through_host:
-        _shard_from_host(model, plan, device)
     _checkpoint_activations(model, plan)
     return model
-
-
-def _shard_from_host(model: PreTrainedModel, plan: Plan, device: torch.device) -> None:
-    """Shard a base from host memory; only one tensor at a time is on the device. Collective.
-
-    Buffers and 4-bit constants are moved to the device here, because DeepSpeed does not move a
-    model that is already sharded (0.19.8 runtime/engine.py:1859).
-    """
-    import deepspeed
-
-    deepspeed.zero.Init(module=model, config_dict_or_path=dict(plan.deepspeed))
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
-    for parameter in model.parameters():
-        if (state := getattr(parameter, "quant_state", None)) is not None:
-            state.to(device)
 
 
 def load_plain(
@@ -141,9 +111,7 @@ def load_plain(
     tensors = None
     if is_packed(folder):
         options["config"] = model_config(folder, trust_remote_code=trust_remote_code)
-        is_sharded: bool = is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
-        is_receiver = is_sharded and torch.distributed.get_rank() != 0
-        tensors = checkpoint_tensors(folder, only_shapes=is_receiver)
+        tensors = checkpoint_tensors(folder)
     try:
         with corrected_loading(tensors):
             model, loaded = auto_class(folder, trust_remote_code).from_pretrained(
@@ -287,13 +255,6 @@ def _quantization(
         bnb_4bit_compute_dtype=dtype if compute == "auto" else DTYPES[compute],
         bnb_4bit_quant_storage=STORAGE[settings.bnb_4bit_quant_storage],  # rule 4bit-storage
     )
-
-
-def _sharding_config(plan: Plan) -> Any:
-    """An object that makes transformers shard every model that it loads while the object exists."""
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig
-
-    return HfDeepSpeedConfig(dict(plan.deepspeed))  # type: ignore[no-untyped-call]
 
 
 def _checkpoint_activations(model: PreTrainedModel, plan: Plan) -> None:

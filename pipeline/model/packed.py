@@ -95,17 +95,10 @@ def _values(argument: Any) -> Any:
     return argument
 
 
-def checkpoint_tensors(folder: Path, *, only_shapes: bool = False) -> dict[str, torch.Tensor]:
-    """All tensors of a model folder by their names, read when they are used.
-
-    `only_shapes`: on the meta device instead, for ranks that receive the values from rank 0.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    for file in checkpoint_files(folder):
-        for name, entry in file.entries.items():
-            tensors[name] = (
-                torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device="meta")
-                if only_shapes
-                else CheckpointTensor(file.path, name, entry)
-            )
-    return tensors
+def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a model folder by their names, read when they are used."""
+    return {
+        name: CheckpointTensor(file.path, name, entry)
+        for file in checkpoint_files(folder)
+        for name, entry in file.entries.items()
+    }

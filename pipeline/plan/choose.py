@@ -372,16 +372,11 @@ def _predict_candidate(
     """The candidate for a layout, with its predicted memory and speed."""
     hardware, sequences = cluster.hardware, SequenceProfile(tokens=settings.max_length)
     need = memory(shape, settings, layout, hardware, sequences)
-    limit = cluster.device_limit
-    if settings.is_quantised and layout.is_sharded and need.load_peak_bytes > limit:
-        # A quantised base is whole on each rank while it is loaded. Load it into host memory.
-        layout = replace(layout, loads_through_host=True)
-        need = memory(shape, settings, layout, hardware, sequences)
     return Candidate(
         layout=layout,
         memory=need,
         speed=step_seconds(shape, settings, layout, hardware, sequences),
-        refusal=_memory_refusal(need, limit, cluster.host_limit),
+        refusal=_memory_refusal(need, cluster.device_limit, cluster.host_limit),
     )
 
 

@@ -29,7 +29,7 @@ def random_base(plan, device):
         quantisation = Quantisation(settings=settings, shape=plan.shape, dtype=dtype)
         for name in quantisation.layers(model_on_meta(settings.model_folder)):
             model.set_submodule(name, _quantised(model.get_submodule(name), settings, dtype))
-    return freeze_base(model, plan, device)
+    return freeze_base(model, plan)
 
 
 def _quantised(linear, settings, dtype):

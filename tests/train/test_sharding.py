@@ -71,7 +71,7 @@ GROUPS = {
         ],
     ),
     "4 ranks": ({}, 4, [({}, HPZ), ({"batch_size": 1} | CHECKPOINTED, HPZ)]),
-    "nf4": (NF4, 2, [({}, OFFLOAD), ({}, {"loads_through_host": True})]),
+    "nf4": (NF4, 2, [({}, OFFLOAD), ({}, {})]),
     "nf4, 4 ranks": (NF4, 4, [({}, HPZ), ({}, HPZ | OFFLOAD)]),
 }  # fmt: skip
 RUNS = [(name, index) for name, (*_, runs) in GROUPS.items() for index in range(len(runs))]

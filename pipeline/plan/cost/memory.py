@@ -394,11 +394,12 @@ def _block_bytes(block: Block, settings: RunSettings, b: int) -> int:
 def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_cuda: bool) -> int:
     """Peak bytes on a rank's device while the base is loaded.
 
-    At ZeRO-3, transformers 5.23 shards a 16-bit base while rank 0 reads it: each rank holds its
-    shard and the tensor that is being read. A quantised base is whole on every rank before
-    DeepSpeed shards it, unless it is loaded into host memory first (`loads_through_host`,
-    model/base.py). While it is quantised, a rank also holds 16-bit tensors that are not quantised
-    yet: one on a CPU (measured), up to four on a GPU (assumed).
+    At ZeRO-3 the base is sharded while it is loaded (model/sharded_loading.py): each rank holds its
+    shard and up to two parameters: one that it has read and perhaps quantised, and one that it
+    receives.
+
+    At other stages the base is whole on each rank. While it is quantised, a rank also holds 16-bit
+    tensors that are not quantised yet: one on a CPU (measured), up to four on a GPU (assumed).
     """
     b = layout.bytes_per_value
     base = base_bytes(shape, settings, layout.training_dtype)
@@ -410,15 +411,18 @@ def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_c
     if (rows := token_rows(shape, settings)) is not None:
         # Embeddings and head with new rows are whole on each rank until DeepSpeed shards them.
         copies += b * shape.vocab_size * shape.hidden_size * len(rows.modules)
-    if layout.is_sharded and (not settings.is_quantised or layout.loads_through_host):
+    if layout.is_sharded:
         tensors = [tensor for block in shape.blocks for tensor in block.experts]
         experts = b * max((tensor.parameters for tensor in tensors), default=0)
-        being_read = max(largest, shape.vocab_size * shape.hidden_size * b, experts)
-        on_rank_0 = 0 if is_cuda else base  # a CPU rank 0 reads the whole base into device memory
+        held = 2 * max(shape.vocab_size * shape.hidden_size * b, experts)
+        # A quantised layer is held twice only in 4 bits.
+        held = max(
+            held, largest + shape.largest_linear // 2 if settings.is_quantised else 2 * largest
+        )
         sharded, hpz_size = base - constants, layout.hpz_partition_size
         shard = 0 if layout.offload_param == "cpu" else sharded // layout.world_size
         shard += sharded // hpz_size if hpz_size > 1 else 0
-        return shard + constants + being_read + on_rank_0 + copies
+        return shard + constants + held + copies
     num_unquantised = 4 if is_cuda else 1
     return base + copies + (num_unquantised * largest if settings.is_quantised else 0)
 
@@ -449,9 +453,5 @@ def _host_peak(shape: ModelShape, settings: RunSettings, layout: Layout, device_
     base = base_bytes(shape, settings, layout.training_dtype)
     if layout.offload_param == "cpu":  # one pinned shard per rank
         need += ranks * base // layout.world_size
-    if layout.loads_through_host:
-        need += ranks * base
-    elif layout.is_sharded and not settings.is_quantised and device_peak == 0:
-        need += base  # rank 0 reads the whole base
     # Rank 0 gathers and writes the adapter and the optimizer states.
     return need + 16 * trainable_parameters(shape, settings)

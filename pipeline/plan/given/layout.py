@@ -15,12 +15,10 @@ class Layout:
     blocks, because their backward pass runs last, when the activations of the others are freed.
     `hpz_partition_size`: number of ranks that shard a second copy of the base (hpZ) at ZeRO-3; 1 if
     there is no second copy. `offload_param`: where ZeRO-3 keeps the shards of the base: `none` is
-    the device, `cpu` host memory. `loads_through_host`: whether a quantised base, too large for one
-    device before it is sharded, is loaded into host memory and sharded from there.
-    `sequence_parallel_size`: number of consecutive ranks that share each sequence; 1 if each rank
-    has its own sequences. `offload_activations`: whether inputs of checkpointed blocks are in host
-    memory until the backward pass. `mlp_tiles`: number of parts of a sequence that each MLP
-    computes one after another.
+    the device, `cpu` host memory. `sequence_parallel_size`: number of consecutive ranks that share
+    each sequence; 1 if each rank has its own sequences. `offload_activations`: whether inputs of
+    checkpointed blocks are in host memory until the backward pass. `mlp_tiles`: number of parts of
+    a sequence that each MLP computes one after another.
     """
 
     zero_stage: int
@@ -32,7 +30,6 @@ class Layout:
     training_dtype: str
     hpz_partition_size: int = 1
     offload_param: Offload = "none"
-    loads_through_host: bool = False
     sequence_parallel_size: int = 1
     offload_activations: bool = False
     mlp_tiles: int = 1
