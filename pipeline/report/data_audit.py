@@ -1,4 +1,8 @@
-"""Sections of the report about the data: counts, length histogram, sources, rejected rows."""
+"""Sections of the report about the data: counts, length histogram, sources, rejected rows.
+
+`audit` is the content of data/audit.json: for each split, `train` and `eval`, the counts of its
+rows, documents and tokens.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -73,11 +77,11 @@ def length_texts(plan: Record) -> list[str]:
 
 def split_audits(audit: Record) -> list[SplitAudit]:
     """The tables of each split that has at least one of them."""
-    audits = []
+    split_tables = []
     for name, values in audit.items():
         split = dict_or_empty(values)
         lengths = dict_or_empty(split.get("length"))
-        audits.append(
+        split_tables.append(
             SplitAudit(
                 name=name,
                 lengths=list(_length_bins(dict_or_empty(lengths.get("histogram")))),
@@ -85,7 +89,7 @@ def split_audits(audit: Record) -> list[SplitAudit]:
                 reasons=list(dict_or_empty(split.get("rejected")).items()),
             )
         )
-    return [audit for audit in audits if audit.lengths or audit.sources or audit.reasons]
+    return [tables for tables in split_tables if tables.lengths or tables.sources or tables.reasons]
 
 
 def source_columns() -> tuple[str, ...]:

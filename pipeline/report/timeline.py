@@ -10,10 +10,8 @@ from pipeline.report.curves import Marks
 from pipeline.report.folder import Record, RunRecords, dict_or_empty, float_or_none
 
 # A range of steps is a pair of its first and last step.
-_MAX_MARKED_RANGES = (
-    500  # of skipped steps in the charts; the time line has the number of all steps
-)
-_MAX_LISTED_RANGES = 10  # in an event
+_MAX_MARKED_RANGES = 500  # of skipped steps, in the charts
+_MAX_LISTED_RANGES = 10  # in the text of an event, which also has the number of all steps
 _ENDS = {  # final state of a start -> text
     "done": "finished", "stopped": "stopped", "failed": "failed", "killed": "killed",
     "dead": "ended without a last status",
@@ -45,7 +43,7 @@ class Timeline:
 
 def timeline_of(run: RunRecords) -> Timeline:
     """The time line, as far as status.json and metrics.jsonl have it."""
-    skipped = _ranges([r["step"] for r in run.steps if r.get("was_applied") is False])
+    skipped = _ranges([line["step"] for line in run.steps if line.get("was_applied") is False])
     losses = zip(*run.measured("loss"), strict=True)
     not_finite = _ranges([step for step, loss in losses if not isfinite(loss)])
     starts = starts_of(run)
