@@ -76,7 +76,7 @@ def _quality(run: RunRecords) -> Iterator[Tile]:
     scores = {name: dict_or_empty(models.get(name)) for name in MODELS}
     exact_match = {name: float_or_none(scores[name].get("exact_match")) for name in MODELS}
     loss = {name: float_or_none(scores[name].get("loss")) for name in MODELS}
-    losses = run.held_out()[1]
+    evaluated = run.held_out()[1]  # losses in the order of the steps
     if exact_match["adapter"] is not None:
         rows = float_or_none(run.score.get("rows"))
         notes = []
@@ -97,11 +97,11 @@ def _quality(run: RunRecords) -> Iterator[Tile]:
             before="" if loss["base"] is None else text.loss(loss["base"]),
             note="" if loss["merged"] is None else f"merged {text.loss(loss['merged'])}",
         )
-    elif losses:
+    elif evaluated:
         yield Tile(
             label="Held-out loss",
-            value=text.loss(losses[-1]),
-            before=text.loss(losses[0]) if len(losses) > 1 else "",
+            value=text.loss(evaluated[-1]),
+            before=text.loss(evaluated[0]) if len(evaluated) > 1 else "",
             note=lowest_text(run),
         )
 
