@@ -182,7 +182,7 @@ def test_a_secret_in_the_header_of_the_weights_stops_publishing(run, publish):
         (("--to", "name", "--base-model", "org/base"), None, ("--to", "ORG/NAME")),
         (("--to", "org/name"), None, ("--base-model",)),
         (TO, "adapter/adapter_model.safetensors", ("no adapter",)),
-        ((*TO, "--merged"), "merged/config.json", ("no merged model", "rankzero merge")),
+        ((*TO, "--merged"), "merged/config.json", ("no merged model", "launch/merge.py")),
         (TO, "run.yaml", ("run.yaml",)),
     ],
 )

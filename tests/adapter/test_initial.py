@@ -72,18 +72,18 @@ def test_outputs_at_step_0_equal_those_of_the_adapter(tiny_model, first, setting
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     expected = logits(PeftModel.from_pretrained(base, first))
     model = attach_adapter(AutoModelForCausalLM.from_pretrained(tiny_model), plan)
-    plain = logits(model)
+    untrained = logits(model)
     parameters = trainable(model)
-    fresh = {key: p.detach().clone() for key, p in parameters.items()}
-    weights = initial_weights(read_adapter(first), plan, fresh)
+    initial_values = {key: p.detach().clone() for key, p in parameters.items()}
+    weights = initial_weights(read_adapter(first), plan, initial_values)
     assert weights.keys() == parameters.keys()
     for key, parameter in parameters.items():
         parameter.data = weights[key]
     assert (logits(model) - expected).norm() < 1e-6 * expected.norm()
-    assert (plain - expected).norm() > 0.1 * expected.norm()
+    assert (untrained - expected).norm() > 0.1 * expected.norm()
     # Rows of A beyond the r of the adapter have the initial values of a new run.
     larger = [key for key, t in weights.items() if t.shape[0] > 4 and key.endswith("A.weight")]
-    assert all(torch.equal(weights[key][4:], fresh[key][4:]) for key in larger)
+    assert all(torch.equal(weights[key][4:], initial_values[key][4:]) for key in larger)
 
 
 def test_a_dora_run_starts_from_a_smaller_dora_adapter_with_its_outputs(tiny_model, tmp_path):
@@ -95,8 +95,8 @@ def test_a_dora_run_starts_from_a_smaller_dora_adapter_with_its_outputs(tiny_mod
     expected = logits(PeftModel.from_pretrained(base, first))
     model = attach_adapter(AutoModelForCausalLM.from_pretrained(tiny_model), plan)
     parameters = trainable(model)
-    fresh = {key: p.detach().clone() for key, p in parameters.items()}
-    for key, value in initial_weights(read_adapter(first), plan, fresh).items():
+    initial_values = {key: p.detach().clone() for key, p in parameters.items()}
+    for key, value in initial_weights(read_adapter(first), plan, initial_values).items():
         parameters[key].data = value
     assert (logits(model) - expected).norm() < 1e-6 * expected.norm()
     with refused("init_adapter", "magnitude", "use_dora: true"):
@@ -113,7 +113,8 @@ def test_missing_r_and_alpha_have_the_defaults_of_peft(tiny_model, tmp_path):
     require_startable(make_plan(tiny_model, init_adapter=str(first), **settings))
 
 
-# Settings of a run that starts from the adapter `first` (r 4, alpha 8), and facts of the message.
+# Settings of a run that starts from the adapter `first`, and facts of the message. That adapter has
+# r 4, alpha 8, and seven modules in each of two layers.
 REFUSED = {
     "r": ({"lora_r": 8}, ["r 4", "r 8", "init_adapter_resize"]),
     "smaller": ({"lora_r": 2, "init_adapter_resize": True}, ["r 4", "r 2", "lora_r: 4"]),

@@ -23,6 +23,7 @@ from tests.tiny import make_model
 
 pytestmark = pytest.mark.tensor
 
+BASE_TOKENS = 259  # vocabulary of the Llama bases; adapters add rows for tokens 259 and 260
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 LLAMA = {
     "plain": {},
@@ -35,7 +36,7 @@ LLAMA = {
     "dora-rslora": {"rank_pattern": {"o_proj": 2}, "use_rslora": True, "use_dora": True},
     "some-layers": {"layers_to_transform": [1]},
     "saved-modules": {"modules_to_save": ["lm_head", "input_layernorm"]},
-    "tokens": {"trainable_token_indices": [3, 5, 258]},
+    "tokens": {"trainable_token_indices": [3, 5, BASE_TOKENS - 1]},
     "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
     "embedding-dora": {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
     "head": {"target_modules": ["q_proj", "lm_head"]},
@@ -148,8 +149,8 @@ def test_several_adapters_are_merged_bitwise_as_by_peft(bases, tmp_path, options
         weights = {"first": 1.0, "second": 1.0}
     targets = {"first": SEVEN_PROJECTIONS, "second": ("q_proj", "down_proj")}
     for seed, name in enumerate(weights):
-        own = {"r": 4 + 2 * seed, "target_modules": list(targets[name])}
-        make_adapter(base, tmp_path / name, seed=seed, **own, **options)
+        targets_and_r = {"r": 4 + 2 * seed, "target_modules": list(targets[name])}
+        make_adapter(base, tmp_path / name, seed=seed, **targets_and_r, **options)
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     model = PeftModel.from_pretrained(model, tmp_path / "first", adapter_name="first")
     model.load_adapter(tmp_path / "second", "second")
@@ -253,17 +254,20 @@ def test_new_tokens_of_a_tied_base_that_stores_the_head_too_are_in_both(bases, t
     stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
     save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
     require_merged_as_by_peft(base, tmp_path, trainable_token_indices=[7, 2])
-    adapter = adapter_with_rows(base, tmp_path / "added", [260, 4, 259], 261)
+    adapter = adapter_of_two_new_tokens(base, tmp_path / "added", [260, 4, 259])
     merge_adapter(base, adapter, tmp_path / "larger")
-    for merged in (tmp_path / "merged", tmp_path / "larger"):
-        ours = tensors(merged)
-        assert torch.equal(ours["lm_head.weight"], ours["model.embed_tokens.weight"])
+    for folder in (tmp_path / "merged", tmp_path / "larger"):
+        merged = tensors(folder)
+        assert torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
 
 
-def adapter_with_rows(base, folder, indices, rows):
-    """Save an adapter with trained token rows, for the base with this number of rows."""
+def adapter_of_two_new_tokens(base, folder, indices):
+    """Save an adapter that trains the rows with these indices, for the base with two more tokens.
+
+    `indices`: those of the embeddings, or of each module with a row per token.
+    """
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model.resize_token_embeddings(rows, mean_resizing=False)
+    model.resize_token_embeddings(BASE_TOKENS + 2, mean_resizing=False)
     config = LoraConfig(
         r=2, target_modules=["q_proj"], trainable_token_indices=indices, task_type="CAUSAL_LM"
     )
@@ -284,26 +288,25 @@ def adapter_with_rows(base, folder, indices, rows):
         ("llama-BF16", "F32", {"embed_tokens": [259, 260], "lm_head": [259, 260]}),
     ],
 )
-def test_rows_after_those_of_the_base_are_merged_bitwise_as_by_peft(
+def test_embedding_rows_of_new_tokens_are_merged_bitwise_as_by_peft(
     bases, tmp_path, name, dtype, indices
 ):
     base, merged = bases / name, tmp_path / "merged"
-    adapter = adapter_with_rows(base, tmp_path / "adapter", indices, 261)
+    adapter = adapter_of_two_new_tokens(base, tmp_path / "adapter", indices)
     merge_adapter(base, adapter, merged, dtype=dtype)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=DTYPES.get(dtype, "auto"))
-    model.resize_token_embeddings(261, mean_resizing=False)
+    model.resize_token_embeddings(BASE_TOKENS + 2, mean_resizing=False)
     by_peft = PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
-    ours = tensors(merged)
-    assert all(torch.equal(tensor, by_peft[key]) for key, tensor in ours.items())
+    assert all(torch.equal(tensor, by_peft[key]) for key, tensor in tensors(merged).items())
     loaded = AutoModelForCausalLM.from_pretrained(merged)
-    assert loaded.config.vocab_size == loaded.lm_head.weight.shape[0] == 261
+    assert loaded.config.vocab_size == loaded.lm_head.weight.shape[0] == BASE_TOKENS + 2
 
 
-def test_rows_that_leave_a_gap_or_miss_the_head_are_refused(bases, tmp_path):
+def test_embedding_rows_that_leave_a_gap_or_miss_the_head_are_refused(bases, tmp_path):
     base = bases / "llama-BF16"
     both = {"embed_tokens": [260], "lm_head": [260]}
     for indices, fact in ((both, "259"), ({"embed_tokens": [259]}, "embed_tokens")):
-        adapter = adapter_with_rows(base, tmp_path / fact, indices, 261)
+        adapter = adapter_of_two_new_tokens(base, tmp_path / fact, indices)
         with refused(fact, "lm_head", "merge_and_unload"):
             merge_adapter(base, adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

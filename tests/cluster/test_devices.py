@@ -94,6 +94,7 @@ def test_instances_that_do_not_exist_are_not_visible():
 
 
 def test_a_detected_gpu_has_its_own_memory_and_the_rates_of_its_name(unset):
+    # 81,559 MiB is what the driver reports for an H100; the smaller GPU of the two counts.
     pair = [Device("GPU-a", gib=81559 / 1024), Device("GPU-b", gib=81000 / 1024)]
     unset.setitem(sys.modules, "pynvml", make_nvml(pair))
     result = detect_hardware()

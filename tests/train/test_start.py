@@ -1,6 +1,8 @@
 """A start in a run folder is new, a resume, nothing to do, or refused: docs/reliability.md.
 
-STARTS is that table: state of the folder and change of the settings -> decision.
+STARTS is that table: state of the folder and change of the settings -> decision. The fixture
+`begin` (conftest.py) is a run folder and a function that decides and opens a start in it, with
+changed settings: ACCEPTED is a change that the setting accept_changes accepts, OTHER is not.
 """
 
 import errno
@@ -400,6 +402,7 @@ def test_hidden_files_of_a_killed_start_do_not_refuse_the_next(begin):
 def test_a_run_is_alive_if_its_process_lives_or_its_heartbeat_is_recent():
     now = time.time()
     running = {"state": "running", "host": "other", "pids": [1], "started": now}
+    # A run writes a heartbeat every 10 s.
     assert is_alive(running | {"heartbeat": now - 5})
     assert not is_alive(running | {"heartbeat": now - 500})
     assert not is_alive(running | {"heartbeat": now, "state": "stopped"})
