@@ -6,6 +6,7 @@ only if several ranks communicate: in a single process `rank_zero_first` works w
 
 import json
 import os
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -85,11 +86,14 @@ class Session:
             return torch.device("cpu")
         return torch.device("cuda", device_index(self.placement, torch.cuda.device_count()))
 
-    def rank_zero_first(self, work: Callable[[], Any]) -> Any:
+    def rank_zero_first(
+        self, work: Callable[[], Any], meanwhile: Callable[[], None] | None = None
+    ) -> Any:
         """Call `work` on rank 0 while the others wait, and return its result on all ranks.
 
         The result must be JSON values. The ranks wait on the store, without a time-out. A
-        RankZeroError of rank 0 is raised on all ranks.
+        RankZeroError of rank 0 is raised on all ranks. `meanwhile`: work that the other ranks do in
+        a thread while they wait. They complete it before they return, unless rank 0 has an error.
         """
         if self.placement.world_size == 1:
             return work()
@@ -106,24 +110,44 @@ class Session:
             store.set(key, json.dumps({"result": result}))
             self._await_readers(store, key)
             return result
+        thread = None
+        if meanwhile is not None:
+            # A daemon, because after an error the process ends without waiting for it.
+            thread = threading.Thread(target=meanwhile, name="meanwhile", daemon=True)
+            thread.start()
         _wait_for(store, key)
         answer = json.loads(store.get(key))
         store.set(f"{key}/read-by-{self.placement.rank}", "")
         if "error" in answer:
             kinds = {kind.exit_code: kind for kind in (RankZeroError, UserError, Stopped)}
             raise kinds[answer["code"]](answer["error"])
+        if thread is not None:
+            thread.join()
         return answer["result"]
+
+    def import_deepspeed(self) -> None:
+        """Import DeepSpeed and bitsandbytes. Not a collective; may run in any thread."""
+        if self._is_cuda:
+            import torch
+
+            # First, because bitsandbytes uses the device. Each thread has its own.
+            torch.cuda.set_device(self.device)
+        _import_without_compiler()
+        import deepspeed
+
+        # On first access DeepSpeed 0.19.8 would call the compiler for every operator. It reads only
+        # one entry (comm/torch.py:49), to compile an operator on every new CPU machine with g++.
+        # That operator is only for inference.
+        deepspeed.ops.__compatible_ops__ = {}
 
     def start(self) -> None:
         """Initialise the process group and DeepSpeed's communication."""
-        import torch
         import torch.distributed as dist
 
         store = self._open_store()
         if self.placement.nodes > 1 and (name := interface_between(store, self.placement)):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-        if self._is_cuda:
-            torch.cuda.set_device(self.device)  # before any load: bitsandbytes uses it
+        self.import_deepspeed()
         dist.init_process_group(
             "nccl" if self._is_cuda else "gloo",
             store=store,
@@ -136,12 +160,8 @@ class Session:
             # Numbers in host memory are summed in each step. gloo sums them without a
             # synchronisation of the device, so that the GPU always has kernels in its queue.
             self._host_group = dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT)
-        _import_without_compiler()
         import deepspeed
 
-        # DeepSpeed 0.19 would compile this op with g++ on every new CPU machine
-        # (comm/torch.py:47). It is only for inference.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
     def sequence_group(self, size: int) -> "SequenceGroup | None":

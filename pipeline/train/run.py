@@ -2,7 +2,9 @@
 
 import logging
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 from pipeline.cluster.devices import set_up_rank
@@ -70,7 +72,8 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
             logger.info("%s is done with these settings; nothing to do", folder.path)
             return
         # Rank 0 sends the index, because other machines may still read an earlier index.json.
-        index = DataIndex.from_json(session.rank_zero_first(folder.prepare), folder.path / "data")
+        prepared = session.rank_zero_first(folder.prepare, meanwhile=partial(get_ready, context))
+        index = DataIndex.from_json(prepared, folder.path / "data")
         folder.use_data(index)
 
         with show_progress("importing PyTorch and DeepSpeed"):
@@ -85,3 +88,20 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
         with state.display:
             stop_reason = training_loop(state)
         finish(state, stop_reason)
+
+
+def get_ready(context: RunContext) -> None:
+    """Import the modules of training and check the model class, while rank 0 prepares the data.
+
+    The proof is written to the cache, where rank 0 finds it. Errors are ignored, because all ranks
+    repeat the imports, and rank 0 the check, and then report them.
+    """
+    session = context.session
+    with suppress(Exception):
+        session.import_deepspeed()
+        for name in ("assemble", "finish", "loop"):
+            import_module(f"pipeline.train.{name}")
+        if session.placement.rank == 1:
+            from pipeline.model.proof import require_proof
+
+            require_proof(context.plan)

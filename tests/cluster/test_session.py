@@ -66,6 +66,34 @@ def fail_on_rank_zero(session):
     return session.any_rank(True)  # the group still works
 
 
+def work_meanwhile(session):
+    done = []
+
+    def meanwhile():
+        time.sleep(0.3)  # longer than the work of rank 0
+        done.append(session.placement.rank)
+
+    return session.rank_zero_first(lambda: 1, meanwhile), done
+
+
+def test_the_other_ranks_complete_the_work_that_they_do_meanwhile(tmp_path):
+    assert run_ranks(work_meanwhile, tmp_path=tmp_path) == [(1, []), (1, [1])]
+
+
+def fail_before_the_other_is_done(session):
+    def work():
+        raise UserError("line 3 is wrong")
+
+    start = time.monotonic()
+    with refused("line 3"):
+        session.rank_zero_first(work, meanwhile=lambda: time.sleep(60))
+    return time.monotonic() - start < 30
+
+
+def test_an_error_of_rank_zero_does_not_wait_for_the_other_work(tmp_path):
+    assert run_ranks(fail_before_the_other_is_done, tmp_path=tmp_path) == [True, True]
+
+
 def test_an_error_of_rank_zero_is_raised_on_every_rank(tmp_path):
     assert run_ranks(fail_on_rank_zero, tmp_path=tmp_path) == [True, True]
 
