@@ -51,7 +51,6 @@ from pipeline.model.base import load_base
 from tests.tiny import make_model, make_plan
 
 get_checkpoint_conversion_mapping("llama")  # compiles 900 patterns, once for all model types
-_ = deepspeed.ops.__compatible_ops__  # imports setuptools, and calls the compiler
 for line in importlib.metadata.requires("rankzero") or ():
     with suppress(importlib.metadata.PackageNotFoundError):
         importlib.metadata.version(Requirement(line).name)
