@@ -9,9 +9,11 @@ import json
 import logging
 import os
 import re
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +31,7 @@ RECORD = "base.json"  # file of a run folder with the fingerprint of the run's b
 _CONFIG = "config.json"
 _BUFFER_BYTES = 2**22
 _MAX_THREADS = 16
+_one_at_a_time = threading.Lock()  # a second thread waits, and then finds the hashes in the cache
 
 # Version 1 of fingerprints, used up to release 0.1.0, hashed only samples of each file.
 _SAMPLES = 16
@@ -69,26 +72,46 @@ class Fingerprint:
 
 def base_fingerprint(folder: Path) -> Fingerprint:
     """The fingerprint of a model folder. Raises UserError if a file cannot be read."""
-    start = time.perf_counter()
-    cache = _HashCache(folder)
-    config = hashlib.sha256((folder / _CONFIG).read_bytes()).hexdigest()
-    tensors, hashed_bytes = {_CONFIG: config}, 0
-    files = weight_files(folder)
-    total = sum(path.stat().st_size for path in files)
+    total = sum(path.stat().st_size for path in weight_files(folder))
     with show_progress(f"hashing {folder}", total=total) as work:
-        for path in files:
+        return _fingerprint(folder, work.advance)
+
+
+def start_hashing(folder: Path) -> None:
+    """Compute the fingerprint of a model folder in a thread, for a later `base_fingerprint`.
+
+    That call waits for the thread and finds the hashes in the cache. Errors are ignored here,
+    because that call repeats them.
+    """
+
+    def compute() -> None:
+        with suppress(OSError, UserError):
+            _fingerprint(folder, lambda amount: None)
+
+    # A daemon, because the process may end meanwhile.
+    threading.Thread(target=compute, name="fingerprint", daemon=True).start()
+
+
+def _fingerprint(folder: Path, advance: Callable[[int], None]) -> Fingerprint:
+    """The fingerprint of a model folder. `advance` gets the size of each file that is done."""
+    start = time.perf_counter()
+    with _one_at_a_time:
+        cache = _HashCache(folder)
+        config = hashlib.sha256((folder / _CONFIG).read_bytes()).hexdigest()
+        tensors, hashed_bytes = {_CONFIG: config}, 0
+        for path in weight_files(folder):
             state = _file_state(path)  # before hashing, because the file may change meanwhile
             hashes = cache.get(path.name, state)
             if hashes is None:
                 hashes = _hash_file(path)
                 hashed_bytes += state["size"]
                 cache.put(path.name, state, hashes)
-            work.advance(state["size"])
+            advance(state["size"])
             tensors |= hashes
-    if hashed_bytes:
-        cache.save()
-        seconds = time.perf_counter() - start
-        logger.debug("base: %.1f GB hashed in %.1f s", hashed_bytes / 1e9, seconds)
+        if hashed_bytes:
+            cache.save()
+            seconds = time.perf_counter() - start
+            logger.debug("base: %.1f GB hashed in %.1f s", hashed_bytes / 1e9, seconds)
     return Fingerprint(tensors)
 
 
@@ -123,9 +146,11 @@ def require_base_of_run(run_folder: Path, model_folder: Path) -> str:
     return base_fingerprint(model_folder).digest
 
 
-def record_base_of_run(run_folder: Path, model_folder: Path) -> None:
-    """Write the fingerprint of the base of a run to base.json."""
-    write_text(run_folder / RECORD, dump_json(base_fingerprint(model_folder).as_json()))
+def record_base_of_run(run_folder: Path, model_folder: Path) -> str:
+    """Write the fingerprint of the base of a run to base.json; returns its digest."""
+    fingerprint = base_fingerprint(model_folder)
+    write_text(run_folder / RECORD, dump_json(fingerprint.as_json()))
+    return fingerprint.digest
 
 
 def base_of_run(run_folder: Path, model_folder: Path) -> Fingerprint:

@@ -76,15 +76,16 @@ class Identity:
     """Properties that must be equal in a checkpoint and in the run that resumes from it.
 
     `data`: hash of the training files and of the settings that turn them into documents. `base`:
-    fingerprint of the base. `total_steps`: None until the data is prepared. `adapter`: description
-    of its size. The setting `accept_changes` accepts differences of `data`, `base` and
-    `total_steps`. `adapter` may never differ, because Adam's moments would have other shapes.
+    fingerprint of the base; None until it is computed, in a run that starts from step 0.
+    `total_steps`: None until the data is prepared. `adapter`: description of its size. The setting
+    `accept_changes` accepts differences of `data`, `base` and `total_steps`. `adapter` may never
+    differ, because Adam's moments would have other shapes.
     `tokens`: key of each prepared split -> digest of its tokens; None until the data is prepared.
     Tokens can differ although `data` is equal, for example with another version of tokenizers.
     """
 
     data: str
-    base: str
+    base: str | None
     total_steps: int | None
     adapter: str
     tokens: Mapping[str, str] | None = None

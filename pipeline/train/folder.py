@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pipeline.data.prepare.prepare import check_first_rows, prepare_data, train_
 from pipeline.errors import RankZeroError, Stopped, UserError
 from pipeline.files import dump_json, write_text
 from pipeline.model.complete import require_complete
-from pipeline.model.fingerprint import record_base_of_run
+from pipeline.model.fingerprint import record_base_of_run, start_hashing
 from pipeline.plan.plan import Plan
 from pipeline.plan.render import plan_json, plan_overview, plan_text
 from pipeline.train.checkpoint import Checkpoints
@@ -100,6 +101,7 @@ class RunFolder:
         has more steps.
         """
         context = self._context
+        start_hashing(context.settings.model_folder)
         limit = _DEBUG_ROWS if context.is_debug else None
         with context.stops.interrupting():  # it may take hours
             index = prepare_data(context.settings, self.path / "data", limit)
@@ -127,7 +129,9 @@ class RunFolder:
         context, status = self._context, self.status
         assert status is not None, "called on rank 0"
         open_run(self.path, context.plan, self.start, is_debug=context.is_debug)
-        record_base_of_run(self.path, context.settings.model_folder)
+        base = record_base_of_run(self.path, context.settings.model_folder)
+        if self.checkpoints is not None:
+            self.checkpoints.identity = replace(self.checkpoints.identity, base=base)
         if self.resumed is None:
             record_initial_adapter(self.path, context.settings)
         status.write_start(self._earlier_status)

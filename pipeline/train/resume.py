@@ -19,16 +19,20 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "safe
 def checkpoints_of(
     folder: Path, plan: Plan, start: Start, data: str, index: DataIndex | None = None
 ) -> Checkpoints:
-    """The checkpoints of a run folder, for a run with this plan. Reads the whole base to hash it.
+    """The checkpoints of a run folder, for a run with this plan.
+
+    To resume from one of them, the whole base is read and hashed. For a start from step 0,
+    `RunFolder.open` adds the fingerprint of the base, which is computed while the ranks load it.
 
     `data`: key of the training documents, a hash of the training files and of the settings that
     turn them into documents. `index`: index of the prepared data; None before it is prepared.
     Raises UserError if the run was started with another base.
     """
-    settings = plan.settings
+    settings, base = plan.settings, None
+    is_path = is_checkpoint_path(settings.resume)
     if start == "resume" and "base" not in settings.accept_changes:
         base = require_base_of_run(folder, settings.model_folder)
-    else:
+    elif start == "resume" or is_path:
         base = base_fingerprint(settings.model_folder).digest
     shapes = adapter_shapes(plan.shape, settings)
     identity = Identity(
@@ -40,7 +44,6 @@ def checkpoints_of(
         f"{len(shapes)} tensors of {plan.trainable} parameters"
         + "".join(f", {name} {value}" for name, value in settings.adapter_options.items()),
     )
-    is_path = is_checkpoint_path(settings.resume)
     return Checkpoints(
         folder / "checkpoints",
         identity,

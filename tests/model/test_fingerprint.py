@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from pipeline.model.fingerprint import (
     require_base_of_run,
     require_recorded_base,
     sampled_fingerprint,
+    start_hashing,
 )
 from tests.messages import assert_mentions, refused
 from tests.tiny import make_model
@@ -181,3 +183,30 @@ def test_every_dtype_of_a_checkpoint_is_hashed(tmp_path):
     path = folder / "model.safetensors"
     save_file(load_file(path) | {"extra": torch.zeros(0, dtype=torch.int8)}, path)
     assert "extra" in base_fingerprint(folder).tensors
+
+
+def test_a_base_that_is_hashed_in_a_thread_is_read_once(base, monkeypatch):
+    expected, hashed = base_fingerprint(base).digest, []
+    (base.parent / "cache").rename(base.parent / "earlier")
+    clear_process_cache(monkeypatch)
+    hash_file = fingerprint._hash_file
+
+    def slow(path):
+        hashed.append(path.name)
+        time.sleep(0.1)
+        return hash_file(path)
+
+    monkeypatch.setattr(fingerprint, "_hash_file", slow)
+    start_hashing(base)
+    while not hashed:
+        time.sleep(0.01)
+    assert base_fingerprint(base).digest == expected
+    assert sorted(hashed) == sorted(path.name for path in base.glob("*.safetensors"))
+
+
+def test_an_error_of_the_thread_is_raised_by_the_later_call(base):
+    for path in base.glob("*.safetensors"):
+        path.write_bytes(b"no tensors")
+    start_hashing(base)
+    with refused(base):
+        base_fingerprint(base)

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from pipeline.cluster.stop import StopRequests
 from pipeline.errors import RankZeroError, Stopped, UserError
 from pipeline.model import complete
+from pipeline.model.fingerprint import base_fingerprint
 from pipeline.train.context import RunContext
 from pipeline.train.folder import RunFolder
 from pipeline.train.owner import OWNER, identity
+from pipeline.train.resume import checkpoints_of
 from pipeline.train.status import RunStatus, end_for_dead_owner, read_status
 from tests.messages import refused
 from tests.tiny import make_plan, make_rows
@@ -95,6 +97,15 @@ def test_a_run_is_replaced_only_when_the_folder_is_opened(folder):
     folder.open(step=0)
     assert read_status(folder.status.path)["state"] == "running"
     assert not (folder.path / "metrics.jsonl").exists()
+
+
+def test_the_checkpoints_of_a_new_run_record_its_base_when_the_folder_is_opened(folder):
+    plan = folder._context.plan
+    folder.checkpoints = checkpoints_of(folder.path, plan, "new", "key of the data")
+    assert folder.checkpoints.identity.base is None  # hashing would delay the preparation
+    folder.open(step=0)
+    base = base_fingerprint(plan.settings.model_folder).digest
+    assert folder.checkpoints.identity.base == base
 
 
 def test_a_run_without_an_error_is_done_and_no_longer_owns_its_folder(folder):
