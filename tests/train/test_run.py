@@ -1,5 +1,6 @@
-"""The modules that a rank imports before its first step."""
+"""The modules that a rank imports before its first step, and garbage collection meanwhile."""
 
+import gc
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 
+from pipeline.train.run import collect_rarely
 from tests import ROOT
 
 pytestmark = pytest.mark.tensor
@@ -44,3 +46,16 @@ def test_a_rank_imports_no_unneeded_module_before_its_first_step():
     assert {"deepspeed", "bitsandbytes", *TRAINING} <= ready
     assert not {name for name in started if name.partition(".")[0] == "pipeline"} - ready
     assert not started & set(UNNEEDED)
+
+
+def test_garbage_is_collected_rarely_until_all_modules_are_imported():
+    before = gc.get_threshold()
+    end = collect_rarely()
+    try:
+        assert gc.get_threshold()[0] > 100 * before[0]
+    finally:
+        end()
+        frozen = gc.get_freeze_count()
+        gc.unfreeze()
+    assert gc.get_threshold() == before
+    assert frozen > 10_000
