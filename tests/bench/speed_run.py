@@ -108,14 +108,16 @@ def _end_of_output(log: Path) -> str:
 
 
 def _environment(name: str | None) -> dict[str, str]:
-    """One thread for each rank, no hub, and `bin` of this environment in PATH.
+    """One thread for each rank, no hub, compiled modules, and `bin` of this environment in PATH.
 
     The path of this environment is in the name of its folder of operators: with another path, as in
     another checkout, the first run would compile the operator again.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // RANKS)
     own = f"project-{hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]}"
-    return os.environ | {
+    # Otherwise each start would compile all modules of this project, but none of the packages.
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return inherited | {
         "OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT),
         "TORCH_EXTENSIONS_DIR": str(CACHE / f"extensions-{name or own}"),
