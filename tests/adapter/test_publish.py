@@ -20,7 +20,7 @@ from tests.tiny import make_plan
 
 pytestmark = pytest.mark.tensor
 
-IDS = torch.arange(3, 43).reshape(2, 20)
+IDS = torch.arange(3, 43).reshape(2, 20)  # token ids of two sequences, whose logits are compared
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,10 @@ def plan(tiny_model):
 
 @pytest.fixture(scope="module")
 def trained(tiny_model, plan):
-    """An adapter with non-zero matrices, and the logits of the model with it in memory."""
+    """The tensors of an adapter, none of them zero, and the logits of the model with it in memory.
+
+    Tests that use only the tensors take them from the fixture `trained_tensors`.
+    """
     model = attach_adapter(AutoModelForCausalLM.from_pretrained(tiny_model), plan).eval()
     torch.manual_seed(1)
     with torch.no_grad():
@@ -41,7 +44,12 @@ def trained(tiny_model, plan):
     return tensors, logits
 
 
-def write(plan, tensors, folder):
+@pytest.fixture
+def trained_tensors(trained):
+    return trained[0]
+
+
+def write_adapter(plan, tensors, folder):
     base = base_fingerprint(plan.settings.model_folder)
     publish_adapter(plan, tensors, folder, step=7, base=base)
 
@@ -50,25 +58,29 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_the_folder_has_the_chat_template_of_the_run_not_of_the_base(tiny_model, trained, tmp_path):
+def test_the_folder_has_the_chat_template_of_the_run_not_of_the_base(
+    tiny_model, trained_tensors, tmp_path
+):
     plan = make_plan(tiny_model, chat_template="chatml")
-    write(plan, trained[0], tmp_path / "adapter")
+    write_adapter(plan, trained_tensors, tmp_path / "adapter")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "adapter")
     assert tokenizer.chat_template == chat_template_of(plan.settings)
     assert tokenizer.chat_template != AutoTokenizer.from_pretrained(tiny_model).chat_template
 
 
 @pytest.fixture
-def published(plan, trained, tmp_path):
-    write(plan, trained[0], tmp_path / "adapter")
+def published(plan, trained_tensors, tmp_path):
+    """The folder of the published adapter."""
+    write_adapter(plan, trained_tensors, tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
 def test_plain_peft_gives_the_logits_of_the_trained_model(tiny_model, published, trained):
+    _, logits = trained
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     loaded = PeftModel.from_pretrained(base, published).eval()
     with torch.no_grad():
-        assert torch.equal(loaded(IDS).logits, trained[1])
+        assert torch.equal(loaded(IDS).logits, logits)
 
 
 def test_plain_peft_gives_equal_logits_in_bf16_and_close_ones_by_default(tiny_model, tmp_path):
@@ -79,12 +91,13 @@ def test_plain_peft_gives_equal_logits_in_bf16_and_close_ones_by_default(tiny_mo
 
     model = attach_adapter(base(), plan).eval()
     torch.manual_seed(1)
+    # The optimizer's fp32 copies of the bf16 parameters; an adapter is published from them.
     masters = {key: 0.03 * torch.randn(shape) for key, shape in expected_shapes(plan).items()}
     with torch.no_grad():
         for key, parameter in trainable(model).items():
             parameter.copy_(masters[key])
         logits = model(IDS).logits
-        write(plan, masters, tmp_path / "adapter")
+        write_adapter(plan, masters, tmp_path / "adapter")
         in_bf16 = PeftModel.from_pretrained(
             base(), tmp_path / "adapter", autocast_adapter_dtype=False
         )
@@ -114,13 +127,13 @@ def test_the_folder_has_config_tokenizer_and_card(tiny_model, published, plan):
 
 
 def test_the_card_names_trained_end_tokens_at_which_generation_does_not_stop(
-    plan, trained, tmp_path
+    plan, trained_tensors, tmp_path
 ):
     count = {"rows": 3, "tokens": 4, "first": "train.jsonl:2", "is_last": True}
     (tmp_path / "data").mkdir()
     audit = {"train": {"ends_without_stop": {"<|eot|> (9)": count}}}
     (tmp_path / "data" / "audit.json").write_text(json.dumps(audit))
-    write(plan, trained[0], tmp_path / "adapter")
+    write_adapter(plan, trained_tensors, tmp_path / "adapter")
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert_mentions(card, "<|eot|> (9)", "3 rows", "eos_token_id", "generation_config.json")
 
@@ -129,7 +142,7 @@ def test_the_card_names_trained_end_tokens_at_which_generation_does_not_stop(
 def test_target_modules_are_published_as_names(tiny_model, targets, tmp_path):
     plan = make_plan(tiny_model, lora_target_modules=targets)
     tensors = {key: torch.ones(shape) for key, shape in expected_shapes(plan).items()}
-    write(plan, tensors, tmp_path / "adapter")
+    write_adapter(plan, tensors, tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert isinstance(config["target_modules"], list)
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -137,9 +150,10 @@ def test_target_modules_are_published_as_names(tiny_model, targets, tmp_path):
     assert trainable(loaded).keys() == tensors.keys()
 
 
-def test_a_second_adapter_replaces_the_first(plan, trained, published):
+def test_a_second_adapter_replaces_the_first(plan, trained_tensors, published):
     before = contents(published)
-    write(plan, {key: 2 * tensor for key, tensor in trained[0].items()}, published)
+    doubled = {key: 2 * tensor for key, tensor in trained_tensors.items()}
+    write_adapter(plan, doubled, published)
     after = contents(published)
     assert before.keys() == after.keys()
     assert before["adapter_model.safetensors"] != after["adapter_model.safetensors"]
@@ -174,25 +188,30 @@ def disk_full(tensors, monkeypatch):
 
 
 @pytest.mark.parametrize("failure", [untrained, badly_written, disk_full])
-def test_a_failure_keeps_the_previous_adapter(plan, trained, published, monkeypatch, failure):
+def test_a_failure_keeps_the_previous_adapter(
+    plan, trained_tensors, published, monkeypatch, failure
+):
     before = contents(published)
     with pytest.raises(RankZeroError):
-        write(plan, failure(trained[0], monkeypatch), published)
+        write_adapter(plan, failure(trained_tensors, monkeypatch), published)
     assert contents(published) == before
     assert [path.name for path in published.parent.iterdir()] == ["adapter"]
 
 
-@pytest.mark.parametrize("killed_at", [".adapter.old", "adapter"])
+@pytest.mark.parametrize("new_name", [".adapter.old", "adapter"])
 def test_a_kill_at_a_rename_keeps_the_previous_adapter(
-    plan, trained, published, monkeypatch, killed_at
+    plan, trained_tensors, published, monkeypatch, new_name
 ):
-    """A KeyboardInterrupt replaces the kill; the folder is copied as a real kill leaves it."""
+    """The previous adapter is renamed to .adapter.old, and then the new one to adapter.
+
+    A KeyboardInterrupt replaces the kill; the folder is copied as a real kill leaves it.
+    """
     before = contents(published)
     left_by_kill = published.parent / "left"
     rename = Path.rename
 
     def rename_until_killed(self, target):
-        if Path(target).name == killed_at:
+        if Path(target).name == new_name:
             monkeypatch.setattr(Path, "rename", rename)
             shutil.copytree(published.parent, left_by_kill)
             raise KeyboardInterrupt
@@ -200,12 +219,12 @@ def test_a_kill_at_a_rename_keeps_the_previous_adapter(
 
     monkeypatch.setattr(Path, "rename", rename_until_killed)
     with pytest.raises(KeyboardInterrupt):
-        write(plan, trained[0], published)
+        write_adapter(plan, trained_tensors, published)
     assert contents(published) == before
     # The folder as a real kill leaves it: if the next publish fails, it restores the first adapter.
     monkeypatch.setattr(publish, "verify_adapter_file", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        write(plan, trained[0], left_by_kill / "adapter")
+        write_adapter(plan, trained_tensors, left_by_kill / "adapter")
     assert contents(left_by_kill / "adapter") == before
     assert [path.name for path in left_by_kill.iterdir()] == ["adapter"]
 
@@ -225,7 +244,7 @@ UNSERVABLE = {
 
 
 @pytest.mark.parametrize("name", UNSERVABLE)
-def test_an_adapter_that_serving_engines_reject_is_refused(plan, trained, name):
+def test_an_adapter_that_serving_engines_reject_is_refused(plan, trained_tensors, name):
     change, config, facts = UNSERVABLE[name]
     with refused(*facts, error=RankZeroError):
-        check_servable(change(trained[0]), adapter_config(plan.settings) | config)
+        check_servable(change(trained_tensors), adapter_config(plan.settings) | config)

@@ -49,10 +49,11 @@ WAIT = "session._open_store().wait(['never'], timedelta(hours=1))"
 class Ranks:
     """Two ranks that run `act` and write to one log, in forks of the preloaded interpreter.
 
-    `local_size`: ranks on a node; with 1 the two count as ranks on different machines.
+    `hang_s`: seconds without a heartbeat after which a rank hangs; the default is longer than any
+    test. `local_size`: ranks on a node; with 1 the two count as ranks on different machines.
     """
 
-    def __init__(self, act: str, tmp_path, hang_s: float, local_size: int = 2):
+    def __init__(self, act: str, tmp_path, *, hang_s: float = 900, local_size: int = 2):
         self.log = tmp_path / "log"
         common = {
             "WORLD_SIZE": "2", "LOCAL_SIZE": str(local_size), "MASTER_ADDR": "127.0.0.1",
@@ -91,7 +92,7 @@ def last_line(output: str) -> str:
 
 def test_an_error_of_one_rank_is_the_last_message(tmp_path):
     act = f"raise ValueError('a bad row') if rank == 1 else {WAIT}"
-    codes, output = Ranks(act, tmp_path, 900).end()
+    codes, output = Ranks(act, tmp_path).end()
     assert codes == [1, 1]
     assert last_line(output) == "ValueError: a bad row"
     assert output.count("Traceback") == 1
@@ -101,14 +102,14 @@ def test_an_error_of_one_rank_is_the_last_message(tmp_path):
 
 def test_an_error_of_rank_0_is_the_last_message(tmp_path):
     act = f"raise ValueError('a bad row') if rank == 0 else {WAIT}"
-    codes, output = Ranks(act, tmp_path, 900).end()
+    codes, output = Ranks(act, tmp_path).end()
     assert codes == [1, 1]
     assert last_line(output) == "ValueError: a bad row"
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_is_named_by_another_rank(tmp_path, victim):
-    ranks = Ranks(WAIT, tmp_path, 900)
+    ranks = Ranks(WAIT, tmp_path)
     ranks.wait_for_work()
     ranks.send(victim, signal.SIGKILL)
     codes, output = ranks.end()
@@ -123,10 +124,7 @@ def test_a_killed_rank_is_named_by_another_rank(tmp_path, victim):
 def test_a_killed_rank_of_another_machine_is_named(tmp_path, victim):
     """The others do not see the process of that rank; gloo only reports a closed connection."""
     ranks = Ranks(
-        "time.sleep(6); raise RuntimeError('Connection closed by peer')",
-        tmp_path,
-        900,
-        local_size=1,
+        "time.sleep(6); raise RuntimeError('Connection closed by peer')", tmp_path, local_size=1
     )
     ranks.wait_for_work()
     time.sleep(3)  # until the victim has published its heartbeat
@@ -141,7 +139,7 @@ def test_a_killed_rank_of_another_machine_is_named(tmp_path, victim):
 
 def test_a_lost_connection_between_running_ranks_is_the_last_message(tmp_path):
     act = f"raise RuntimeError('Connection closed by peer') if rank == 0 else {WAIT}"
-    codes, output = Ranks(act, tmp_path, 900, local_size=1).end()
+    codes, output = Ranks(act, tmp_path, local_size=1).end()
     assert codes == [1, 1]
     message = "rank 0: lost its connection to another rank: Connection closed by peer"
     assert last_line(output) == message
@@ -149,8 +147,8 @@ def test_a_lost_connection_between_running_ranks_is_the_last_message(tmp_path):
 
 
 def test_a_stop_that_all_ranks_raise_is_not_reported_as_the_failure_of_one_rank(tmp_path):
-    codes, output = Ranks("raise Stopped('start again')", tmp_path, 900).end()
-    assert codes == [75, 75]
+    codes, output = Ranks("raise Stopped('start again')", tmp_path).end()
+    assert codes == [75, 75]  # the code of a run that was stopped and can resume
     assert "start again" in output
     assert "without a message" not in output
     assert not (tmp_path / "final_status").exists()
@@ -158,7 +156,7 @@ def test_a_stop_that_all_ranks_raise_is_not_reported_as_the_failure_of_one_rank(
 
 def assert_single_error_ends_all(tmp_path, victim):
     act = f"raise SingleRankError('its worker died') if rank == {victim} else {WAIT}"
-    codes, output = Ranks(act, tmp_path, 900).end()
+    codes, output = Ranks(act, tmp_path).end()
     assert codes == [1, 1]
     assert last_line(output) == f"rank {victim}: its worker died"
     assert "Traceback" not in output
@@ -176,7 +174,7 @@ def test_an_error_that_only_rank_1_raises_ends_all_ranks_and_is_the_status(tmp_p
 def test_a_stop_request_before_the_first_step_ends_all_ranks(tmp_path, monkeypatch):
     """The watchdog ends them although the main threads wait in a library."""
     monkeypatch.setenv("STOP_REQUEST", "signal SIGUSR1")
-    codes, output = Ranks(WAIT, tmp_path, 900).end()
+    codes, output = Ranks(WAIT, tmp_path).end()
     assert codes == [75, 75]
     assert_mentions(last_line(output), "before the first step", "signal SIGUSR1")
     assert (tmp_path / "final_status").read_text() == f"75 {last_line(output)}"
@@ -191,7 +189,7 @@ def test_a_rank_that_hangs_is_named_with_its_phase(tmp_path):
             WAIT,
         )
     )
-    codes, output = Ranks(act, tmp_path, 2).end()
+    codes, output = Ranks(act, tmp_path, hang_s=2).end()
     assert codes == [1, 1]
     assert "rank 1 on " in last_line(output)
     assert "hangs at step 8 in reading rows (<command>:" in last_line(output)
@@ -208,7 +206,7 @@ def test_a_rank_that_never_loads_its_model_is_named(tmp_path):
             WAIT,
         )
     )
-    codes, output = Ranks(act, tmp_path, 1).end()
+    codes, output = Ranks(act, tmp_path, hang_s=1).end()
     assert codes == [1, 1]
     assert last_line(output).startswith("no progress for 3 s (the others wait): rank 1 on ")
     assert "hangs at step 7 in loading the base" in last_line(output)
@@ -217,7 +215,7 @@ def test_a_rank_that_never_loads_its_model_is_named(tmp_path):
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.skipif(os.environ.get("FAULTS") != "full", reason="`make faults`: half a minute each")
 def test_a_process_stopped_by_sigstop_is_named_and_killed(tmp_path, victim):
-    ranks = Ranks(WAIT, tmp_path, 4)
+    ranks = Ranks(WAIT, tmp_path, hang_s=4)
     ranks.wait_for_work()
     time.sleep(1)  # until the victim has published its heartbeat
     ranks.send(victim, signal.SIGSTOP)

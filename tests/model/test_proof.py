@@ -74,7 +74,7 @@ def test_a_class_whose_attention_differs_from_ours_is_refused(llama, monkeypatch
         lambda self, q, k, v, mask: fused(self, 1.01 * q, k, v, mask),
     )
     result = prove_model(llama, ATTENTION)
-    assert_mentions(result.refusals[1], "attention", "1e-05")
+    assert_mentions(" ".join(result.refusals), "attention", "1e-05")  # 1e-05 is LIMIT
 
 
 def test_a_class_that_ignores_the_attention_function_is_refused(llama, monkeypatch):
@@ -229,7 +229,8 @@ def test_the_small_copy_of_longrope_has_a_factor_for_each_pair_of_its_head():
         num_attention_heads=24, max_position_embeddings=131072, pad_token_id=0,
     )  # fmt: skip
     model = small_model(AutoModelForCausalLM, config)
-    assert len(model.config.rope_parameters["short_factor"]) == 0.75 * 16 / 2
+    head_dim = 16  # of the small copy; RoPE rotates pairs of 75 % of its values
+    assert len(model.config.rope_parameters["short_factor"]) == 0.75 * head_dim / 2
 
 
 @pytest.mark.parametrize("kind", ["gpt_neo", "mamba"])
