@@ -24,15 +24,16 @@ FOLDER, RUN_FILE = Path("quickstart"), "launch/runs/quickstart.yaml"
 RUN_FOLDER = FOLDER / "run"
 
 
-def run_if_outdated(command: str, source: Path, output: Path) -> None:
-    """Print a command and run it, unless the file `output` is newer than the file `source`."""
+def run_if_outdated(command: str, source: Path, output: Path) -> bool:
+    """Run a command unless the file `output` is newer than `source`; returns whether it ran."""
     print(f"\n$ {command}", flush=True)
     if output.exists() and output.stat().st_mtime >= source.stat().st_mtime:
         print(f"  already done: {output}", flush=True)
-        return
+        return False
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     if code := subprocess.run(command.split(), env=environment, check=False).returncode:
         sys.exit(f"the command ended with exit code {code}")
+    return True
 
 
 def main() -> None:
@@ -47,12 +48,17 @@ def main() -> None:
     data, adapter = FOLDER / "train.jsonl", RUN_FOLDER / "adapter/README.md"
     merged, scores = RUN_FOLDER / "merged/config.json", RUN_FOLDER / "score.json"
     report = RUN_FOLDER / "report.html"
-    run_if_outdated(f"{deepspeed} launch/train.py {RUN_FILE}", data, adapter)
-    run_if_outdated(f"python launch/merge.py {RUN_FOLDER}", adapter, merged)
-    run_if_outdated(f"{deepspeed} launch/score.py {RUN_FOLDER}", merged, scores)
-    run_if_outdated(f"python launch/report.py {RUN_FOLDER}", scores, report)
+    has_run = [
+        run_if_outdated(f"{deepspeed} launch/train.py {RUN_FILE}", data, adapter),
+        run_if_outdated(f"python launch/merge.py {RUN_FOLDER}", adapter, merged),
+        run_if_outdated(f"{deepspeed} launch/score.py {RUN_FOLDER}", merged, scores),
+        run_if_outdated(f"python launch/report.py {RUN_FOLDER}", scores, report),
+    ]
     print_summary(RUN_FOLDER, RUN_FILE)
-    print(f"Time without the download: {duration(time.monotonic() - start)}")
+    if any(has_run):
+        print(f"Time without the download: {duration(time.monotonic() - start)}")
+    else:
+        print(f"Nothing was left to do. To start over, remove {RUN_FOLDER}.")
     if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
         webbrowser.open(report.resolve().as_uri())
 

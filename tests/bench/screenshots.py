@@ -34,10 +34,10 @@ COLOURS = {
 }  # fmt: skip
 STYLE = (
     "body { margin: 0; background: #17191d } pre { margin: 0; padding: 14px 18px; color: #d8dade; "
-    "display: inline-block; font: 14px/1.25 'DejaVu Sans Mono', monospace }"
+    "display: inline-block; font: 14px/1.17 'DejaVu Sans Mono', monospace }"
 )
 # Terminal images: name -> text that is on the screen when it is taken; None: the end.
-MOMENTS = {"terminal-training": " 60 %", "terminal-scoring": "exact match", "terminal-end": None}
+MOMENTS = {"terminal-training": " 60 %", "terminal-scoring": "└", "terminal-end": None}
 THEMES = {"light": "", "dark": "-dark"}  # theme -> suffix of the names of its images
 
 
