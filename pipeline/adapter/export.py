@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pipeline.adapter.adapter_file import Adapter, read_adapter
 from pipeline.adapter.trained_on import corrects_quantisation
+from pipeline.cluster.progress import show_progress
 from pipeline.errors import RankZeroError, UserError
 from pipeline.files import atomic_folder, dump_json, read_json
 
@@ -174,10 +175,11 @@ def _run(command: Sequence[str]) -> None:
     """Run a program of llama.cpp. Raises RankZeroError with the end of its output if it fails."""
     logger.info("%s", " ".join(Path(word).name if "/" in word else word for word in command))
     try:
-        result = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-            errors="replace",
-        )  # fmt: skip
+        with show_progress("converting"):
+            result = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+                errors="replace",
+            )  # fmt: skip
     except OSError as error:
         raise RankZeroError(f"{command[0]} cannot be started: {error}") from error
     if result.returncode != 0:

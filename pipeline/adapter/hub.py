@@ -18,6 +18,7 @@ from pipeline.adapter.adapter_file import read_config
 from pipeline.adapter.merge_output import TOKENIZER_FILES
 from pipeline.adapter.serving import bnb_arguments
 from pipeline.adapter.trained_on import corrects_quantisation
+from pipeline.cluster.progress import show_progress
 from pipeline.config.hub import HubSplit
 from pipeline.config.settings import RunSettings
 from pipeline.errors import RankZeroError, UserError
@@ -353,10 +354,11 @@ def upload(folder: Path, name: str, *, is_private: bool) -> str:
                 f"({earlier_files[0]}); nothing was sent; name another repository, or remove its "
                 "files"
             )
-        commit = api.upload_folder(
-            repo_id=name, folder_path=folder, commit_message="Published with RankZero",
-            delete_patterns=[escape(file) for file in earlier_files],
-        )  # fmt: skip
+        with show_progress("uploading"):
+            commit = api.upload_folder(
+                repo_id=name, folder_path=folder, commit_message="Published with RankZero",
+                delete_patterns=[escape(file) for file in earlier_files],
+            )  # fmt: skip
     except UserError:
         raise
     except LocalTokenNotFoundError as error:

@@ -12,12 +12,13 @@ local cache, its own config.json is used.
 import argparse
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pipeline.cli.arguments import Parser, count, positive
 from pipeline.cluster.devices import hardware_from_options
 from pipeline.cluster.exits import run_main
+from pipeline.cluster.progress import Work, show_progress
 from pipeline.commands import command, script
 from pipeline.config.load import load_settings, settings_without_file
 from pipeline.config.schema import run_file_schema
@@ -29,7 +30,7 @@ from pipeline.model.complete import require_complete
 from pipeline.plan.choose import Cluster
 from pipeline.plan.fits import fit_rows, fits_text
 from pipeline.plan.given.hardware import GIB
-from pipeline.plan.given.published import published_models, published_shape
+from pipeline.plan.given.published import PublishedModel, published_models, published_shape
 from pipeline.plan.given.shape import ModelShape, read_shape
 from pipeline.plan.plan import DoesNotFitError, Plan, plan_and_candidates
 from pipeline.plan.render import candidates_text, plan_json, plan_text
@@ -52,7 +53,10 @@ def plan() -> None:
     ranks_per_node = args.gpus_per_node or hardware.devices_per_node
     if args.fits:
         cluster = Cluster(hardware=hardware, nodes=args.nodes, ranks_per_node=ranks_per_node)
-        print(fits_text(fit_rows(published_models(), settings, cluster), settings, cluster))
+        models = published_models()
+        with show_progress("planning", total=len(models)) as work:
+            rows = fit_rows(_counted(models, work), settings, cluster)
+        print(fits_text(rows, settings, cluster))
         return
     try:
         best, candidates = plan_and_candidates(
@@ -81,6 +85,13 @@ def plan() -> None:
     # `plan_and_candidates` raises the refusals of a model in a folder. Those of a published model
     # are raised here, after its plan was printed.
     raise_refusals(best.rules)
+
+
+def _counted(models: Iterable[PublishedModel], work: Work) -> Iterator[PublishedModel]:
+    """The models; each is counted as work when the next one is requested."""
+    for model in models:
+        yield model
+        work.advance()
 
 
 def _settings(args: argparse.Namespace) -> RunSettings:

@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from tempfile import gettempdir
 from typing import Any, NoReturn, TextIO
@@ -49,6 +49,8 @@ def run_main(
             _report(str(error), tracebacks=tracebacks and is_failure, is_on_all_ranks=True)
         _flush_and_end(error.exit_code)
     except KeyboardInterrupt:
+        if current_local_rank() == 0:
+            _report("stopped by Ctrl-C")
         _flush_and_end(128 + signal.SIGINT)
     except Exception as error:  # noqa: BLE001 - the outermost handler of a process
         if is_lost_connection(error) and not tracebacks:
@@ -71,8 +73,11 @@ def end_process(code: int) -> NoReturn:
     """End this process at once, from any thread. Only this function calls `os._exit`.
 
     No exit handler runs and no thread is joined, because threads of a broken process group may
-    never end.
+    never end. A progress bar may have hidden the cursor of the terminal, so it is shown again.
     """
+    with suppress(OSError):
+        if os.isatty(1):
+            os.write(1, b"\x1b[?25h")
     os._exit(code)
 
 

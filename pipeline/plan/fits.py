@@ -6,7 +6,7 @@ base and with QLoRA on a 4-bit base.
 
 import textwrap
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.config.settings import RunSettings
@@ -48,7 +48,7 @@ class FitRow:
 
 
 def fit_rows(
-    models: Sequence[PublishedModel], settings: RunSettings, cluster: Cluster
+    models: Iterable[PublishedModel], settings: RunSettings, cluster: Cluster
 ) -> list[FitRow]:
     """A row for each model, smallest first.
 

@@ -52,7 +52,8 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
     path = session.rank_zero_first(lambda: None if folder.resumed is None else str(folder.resumed))
     checkpoint = None if path is None else Path(path)
     # Rank 0 compares our loss and attention with those of the model's own class on a small copy.
-    proof = Proof(**session.rank_zero_first(lambda: asdict(require_proof(context.plan))))
+    with show_progress("checking the model's class"):
+        proof = Proof(**session.rank_zero_first(lambda: asdict(require_proof(context.plan))))
     plan = context.plan = context.plan.with_proof(proof)
     if folder.checkpoints is not None:  # on rank 0
         folder.checkpoints.about = {**folder.checkpoints.about, "fast_paths": plan.fast_path_states}
@@ -72,12 +73,14 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
     if checkpoint is not None:
         heartbeat.beat(restoring)
         progress = read_progress(checkpoint)
-        _restore(engine, checkpoint, progress)
+        with show_progress("restoring the checkpoint"):
+            _restore(engine, checkpoint, progress)
         logger.info("resuming from step %d (%s)", progress.step, checkpoint)
         _reset_unusable_best(context, folder, progress, index)
     elif context.settings.init_adapter is not None:
         heartbeat.beat(restoring)
-        load_initial_adapter(engine, plan)
+        with show_progress("loading the initial adapter"):
+            load_initial_adapter(engine, plan)
         logger.info("starting from the adapter %s", context.settings.init_adapter_folder)
     progress.eval_key = _eval_key(index)
     questions = held_out_questions(plan, index, session)

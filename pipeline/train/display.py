@@ -71,10 +71,11 @@ class ProgressDisplay:
             logger.info("%s", self._view.as_line())
 
     @contextmanager
-    def show_work(self, text: str, total: int) -> Iterator[Work]:
+    def show_work(self, text: str, total: int | None = None) -> Iterator[Work]:
         """Show the progress of the `with` statement's body, such as an evaluation.
 
-        `total`: amount of work in the body, in units that the body counts with `Work.advance`.
+        `total`: amount of work in the body, in units that the body counts with `Work.advance`; None
+        if it is unknown.
         """
         if self._live is None:
             with show_progress(text, total) as work:

@@ -8,6 +8,7 @@ import torch
 from pipeline.adapter.gather import gather_weights
 from pipeline.adapter.products import mark_outdated
 from pipeline.adapter.publish import on_unchanged_base, publish_adapter
+from pipeline.cluster.progress import show_progress
 from pipeline.commands import command
 from pipeline.errors import RankZeroError, Stopped
 from pipeline.model.adapter import frozen_checksum
@@ -34,12 +35,14 @@ def finish(run: TrainingState, stop_reason: str | None) -> None:
             f"{saved}: start again{with_auto} to resume"
         )
     run.heartbeat.beat("gathering the adapter")
-    weights = gather_weights(run.engine.parameters, keep=run.session.is_rank_zero)
-    run.heartbeat.beat("publishing")
-    step = run.session.rank_zero_first(lambda: _publish(run, weights))
+    with show_progress("gathering and writing the adapter"):
+        weights = gather_weights(run.engine.parameters, keep=run.session.is_rank_zero)
+        run.heartbeat.beat("publishing")
+        step = run.session.rank_zero_first(lambda: _publish(run, weights))
     logger.info("adapter of step %d: %s", step, folder / "adapter")
     run.heartbeat.beat("waiting for the last save")
-    run.session.rank_zero_first(lambda: _require_saved(run))
+    with show_progress("waiting for the last save"):
+        run.session.rank_zero_first(lambda: _require_saved(run))
     if run.frozen_checksum is not None:
         _require_frozen_base(run)
         logger.info("debug: losses finite, every lora_B changed, no frozen weight changed")

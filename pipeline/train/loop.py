@@ -50,7 +50,8 @@ def training_loop(run: TrainingState) -> str | None:
         if run.session.is_rank_zero:
             # Before the save, because that may fail, and with the file the next start stops too.
             run.stops.remove_stop_file()
-        save_before_stop(run)
+        with run.display.show_work("saving a checkpoint"):
+            save_before_stop(run)
         return str(stop)
     finally:
         # From now on a stop request no longer ends the process: the adapter is published. Without

@@ -71,10 +71,12 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
         )  # fmt: skip
         stack.enter_context(watchdog)
         stops.install_handlers(folder.end_by_second_interrupt)
-        assess_first_stage(rank, probes)
+        with show_progress("waiting for the checks of all ranks"):
+            assess_first_stage(rank, probes)
 
         stack.enter_context(folder.outcome_recorded())
-        folder.start = session.rank_zero_first(folder.begin)
+        with show_progress("reading the run folder and the first rows"):
+            folder.start = session.rank_zero_first(folder.begin)
         if folder.start == "done":
             logger.info("%s is done with these settings; nothing to do", folder.path)
             return

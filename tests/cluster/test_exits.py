@@ -1,6 +1,7 @@
 """Exit codes of a process, and one message for all ranks."""
 
 import os
+import pty
 import re
 import subprocess
 import sys
@@ -38,13 +39,34 @@ def end(body: str, tracebacks: bool = False, **environment: str):
         ("raise UserError('line 3: no')", 2, "line 3: no\n"),
         ("raise RankZeroError('lost')", 1, "lost\n"),
         ("raise Stopped('again later')", 75, "again later\n"),
-        ("raise KeyboardInterrupt", 130, ""),
+        ("raise KeyboardInterrupt", 130, "stopped by Ctrl-C\n"),
         ("sys.exit(5)", 5, ""),
     ],
 )
 def test_each_error_has_its_exit_code_and_message(body, code, message):
     result = end(body)
     assert (result.returncode, result.stderr) == (code, message)
+
+
+def test_a_process_that_ends_during_a_progress_bar_leaves_the_cursor_visible():
+    code = (
+        "from pipeline.cluster.exits import configure_logging, end_process\n"
+        "from pipeline.cluster.progress import show_progress\n"
+        "configure_logging()\n"
+        "with show_progress('loading'): end_process(3)\n"
+    )
+    terminal, inner = pty.openpty()
+    environment = os.environ | {"TERM": "xterm"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], stdin=inner, stdout=inner, stderr=inner, env=environment,
+        check=False,
+    )  # fmt: skip
+    os.close(inner)
+    output = os.read(terminal, 2**16)
+    os.close(terminal)
+    hidden, shown = output.rfind(b"\x1b[?25l"), output.rfind(b"\x1b[?25h")
+    assert result.returncode == 3
+    assert 0 <= hidden < shown, output
 
 
 def test_a_defect_shows_its_traceback_and_rank():

@@ -115,7 +115,7 @@ class JobRun:
             return threshold_of_share(0.5)  # a trial on a few rows
         chunks = lines.chunks(self._job.sources, lines.CHUNK_ROWS)
         results = parallel_map(chunks, partial(ChunkDigests, self._settings), processes=processes)
-        with closing(results):
+        with closing(results), show_progress("choosing the held-out rows"):
             digests = np.concatenate([np.zeros(0, np.uint64), *results])
         return threshold_of_rows(digests, held_out)
 

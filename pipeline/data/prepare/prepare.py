@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from pipeline.cluster.progress import show_progress
 from pipeline.config.settings import RunSettings, settings_without_effect
 from pipeline.data.dataset.reader import (
     INDEX,
@@ -130,7 +131,8 @@ def prepare_data(
     """
     with _report_full_disk(data_dir):
         fingerprints = Fingerprints(data_dir)
-        jobs = _jobs(settings, fingerprints, limit)
+        with show_progress("hashing the data"):
+            jobs = _jobs(settings, fingerprints, limit)
         for job in jobs:
             for source in job.sources:
                 for note in source.notes:
@@ -154,7 +156,8 @@ def prepare_data(
                 rejects = [writer.flushed_rejects() for writer in writers.values()]
                 with _save_rejects_on_refusal(rejects, data_dir if limit is None else None):
                     run.require_usable(_max_rejected(settings, limit))
-                splits |= run.finish()
+                with show_progress(f"{job.setting}: packing and writing"):
+                    splits |= run.finish()
                 written |= writers
             if written:
                 fingerprints.require_unchanged()
