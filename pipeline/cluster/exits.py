@@ -161,6 +161,8 @@ def _report(message: str, *, tracebacks: bool = False, is_on_all_ranks: bool = F
     if tracebacks:
         traceback.print_exc()
     sys.stdout.flush()
+    if sys.stderr.isatty():
+        message = f"\r\x1b[K{message}"  # clears a line that a progress bar has left
     print(message, file=sys.stderr, flush=True)  # noqa: T201 - the message of the error
 
 
