@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from pipeline.cluster.devices import set_up_rank
 from pipeline.cluster.exits import end_process
 from pipeline.cluster.heartbeat import Heartbeat
+from pipeline.cluster.progress import show_progress
 from pipeline.cluster.session import Session
 from pipeline.cluster.watchdog import Watchdog
 from pipeline.errors import RankZeroError, UserError
@@ -64,12 +65,14 @@ def check_run(
         timer.start()
         heartbeat.beat("settings")
         run.context = context.with_run(run_file, overrides)
-        run.run_first_stage()
-        timer.cancel()
-        with Watchdog(
-            session, heartbeat, limit_s, reason_before_loop=lambda: None, on_end=run.end_by_watchdog
-        ):
-            failed = run.run_other_stages()
+        with show_progress("checking"):
+            run.run_first_stage()
+            timer.cancel()
+            with Watchdog(
+                session, heartbeat, limit_s, reason_before_loop=lambda: None,
+                on_end=run.end_by_watchdog,
+            ):  # fmt: skip
+                failed = run.run_other_stages()
     run.show()
     if failed:
         raise UserError(f"preflight: {', '.join(failed)}: see the report")

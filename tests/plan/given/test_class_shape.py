@@ -318,7 +318,7 @@ def test_a_plan_of_an_unchecked_class_names_the_command_that_checks_it(tmp_path)
     write(tmp_path, "olmo2", {})
     plan = make_plan(tmp_path)
     [rule] = [rule for rule in plan.rules if rule.id == "class-not-proven"]
-    assert_mentions(rule.message, "olmo2", "launch/preflight.py")
+    assert_mentions(rule.message, "olmo2", "rankzero preflight")
     assert plan.proof is None
     assert plan_json(plan)["proof"] is None
 
