@@ -89,11 +89,12 @@ def _compare_with_alternative(key: str, chosen: Candidate, ranked: Sequence[Cand
         for c in (chosen, best)
     )
     if chosen_time == best_time:
-        return f"no alternative is faster: predicted {chosen_time}/step, also for {name}"
-    return (
-        f"the fastest that fits: predicted {chosen_time}/step, and {best_time}/step with {name} "
-        f"(for a global batch of {sequences} and sequences of max_length tokens)"
-    )
+        reason = f"no alternative is faster: predicted {chosen_time}/step, also for {name}"
+    else:
+        reason = (
+            f"the fastest that fits: predicted {chosen_time}/step, and {best_time}/step with {name}"
+        )
+    return f"{reason} (for a global batch of {sequences} and sequences of max_length tokens)"
 
 
 def _checkpointing_reason(

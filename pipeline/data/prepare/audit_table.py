@@ -11,6 +11,14 @@ from rich.text import Text
 _BAR = 40  # characters of the longest bar
 _SEPARATE = ("length", "sources")  # entries of a split that have tables of their own
 _DETAIL = ": "  # between the name of a count and the name of its part
+_LABELS = {  # of the entry max_length, whose counts are from before max_length is applied
+    "max length: documents": "before max_length: documents",
+    "max length: longer": "longer than max_length: documents",
+    "max length: tokens": "before max_length: supervised tokens",
+    "max length: lost": "lost by max_length: supervised tokens",
+    "max length: keeps_99": "max_length that keeps 99 %",
+    "max length: keeps_all": "max_length that keeps all",
+}
 _MAX_FILES = 20  # shown of one source; audit.json has all
 
 
@@ -45,12 +53,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
     """
     for key, value in values.items():
         # Keys inside an entry may be texts of the user, such as column names; they are not changed.
-        detail = "keeps 99 %" if key == "keeps_99" else key
-        name = f"{prefix}{_DETAIL}{detail}" if prefix else key.replace("_", " ")
+        name = f"{prefix}{_DETAIL}{key}" if prefix else key.replace("_", " ")
         if isinstance(value, Mapping) and key not in _SEPARATE:
             yield from _flat(value, name)
         elif key not in _SEPARATE:
-            yield name, value
+            yield _LABELS.get(name, name), value
 
 
 def _cell(name: str, value: float | str) -> str:

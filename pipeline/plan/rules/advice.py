@@ -103,8 +103,8 @@ def _rule_for_size(name: Preset, documents: str) -> Rule[PlanContext]:
         applies=_deviates_from(name),
         reason=f"rule of thumb for {documents} training documents: {low} to {high} epochs and "
         f"lora_dropout {dropout:g} or more",
-        remedy=f"`preset: {name}` sets both, with r {PRESETS[name]['lora_r']} and lr "
-        f"{PRESETS[name]['lr']:g}",
+        remedy=f"leave both out and set `preset: {name}`, which also sets "
+        f"r {PRESETS[name]['lora_r']} and lr {PRESETS[name]['lr']:g}",
         source="docs/lora.md",
     )
 
@@ -190,7 +190,7 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
     ),
     Rule(
         id="few-steps",
-        level="advise",
+        level="warn",  # so that the start of a run shows it
         applies=_has_few_steps,
         reason="the run has fewer than 30 steps, rarely enough to learn the data (rule of thumb)",
         remedy="set packing: false if the documents are short, a smaller global_batch_size, or "

@@ -181,6 +181,13 @@ def test_details_that_are_0_are_left_out_of_the_table(run):
     assert "truncated rows" in printed(run)
 
 
+def test_the_table_describes_the_lengths_in_terms_of_max_length(run):
+    run.prepare(eval_data=None)
+    table = printed(run)
+    assert "max_length that keeps all" in table
+    assert "keeps_all" not in table
+
+
 def test_every_file_is_listed_with_its_number_of_rows(run):
     """Bad rows are counted too. A file may have no rows, or be read in part because of `limit`."""
     folder = run.folder / "rows"

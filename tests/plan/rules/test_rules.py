@@ -11,7 +11,7 @@ from pipeline.plan.deepspeed.overlay import overlay
 from pipeline.plan.given.layout import Layout
 from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import make_plan
-from pipeline.plan.render import plan_text
+from pipeline.plan.render import plan_overview, plan_text
 from pipeline.plan.rules.model import INPUT_RULES
 from pipeline.plan.rules.rule import PlanContext, installed_versions
 from pipeline.plan.rules.table import RULES
@@ -126,10 +126,15 @@ def test_advice_on_the_data_size_needs_the_size(plan):
     def advice(of_plan):
         return [rule.id for rule in of_plan.rules if rule.level == "advise"]
 
+    def warnings(of_plan):
+        return [rule.id for rule in of_plan.rules if rule.level == "warn"]
+
     new_plan = plan(lora_r=16)  # no advice about a server
     small, large = new_plan.with_data(sized(500)), new_plan.with_data(sized(50_000))
     assert advice(new_plan) == advice(large) == []
-    assert advice(small) == ["data-small", "few-steps"]
+    assert advice(small) == ["data-small"]
+    assert set(warnings(small)) - set(warnings(large)) == {"few-steps"}
+    assert "few-steps" in plan_overview(small)  # what the start of a run logs
     assert "`preset: small`" in plan_text(small)
     assert small.settings == new_plan.settings
 
