@@ -18,6 +18,7 @@ from pipeline.errors import RankZeroError, SingleRankError, Stopped, shorten
 # Time that a rank waits to be ended by its launcher. DeepSpeed's node launcher checks once a second
 # whether a rank has ended, and then terminates the others.
 _GRACE_S = 10.0
+_DUMB_TERMINALS = (None, "dumb", "unknown")  # values of TERM without escape sequences
 # Texts in errors of gloo, NCCL and the key-value store if another rank has ended.
 _CONNECTION_ERRORS = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe",
@@ -76,7 +77,7 @@ def end_process(code: int) -> NoReturn:
     never end. A progress bar may have hidden the cursor of the terminal, so it is shown again.
     """
     with suppress(OSError):
-        if os.isatty(1):
+        if os.isatty(1) and os.environ.get("TERM") not in _DUMB_TERMINALS:
             os.write(1, b"\x1b[?25h")
     os._exit(code)
 
@@ -161,7 +162,7 @@ def _report(message: str, *, tracebacks: bool = False, is_on_all_ranks: bool = F
     if tracebacks:
         traceback.print_exc()
     sys.stdout.flush()
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and os.environ.get("TERM") not in _DUMB_TERMINALS:
         message = f"\r\x1b[K{message}"  # clears a line that a progress bar has left
     print(message, file=sys.stderr, flush=True)  # noqa: T201 - the message of the error
 

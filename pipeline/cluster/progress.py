@@ -124,7 +124,7 @@ def show_progress(text: str, total: int | None = None, *, in_bytes: bool = False
         yield work
         return
     console = terminal()
-    if console.is_terminal:
+    if can_redraw(console):
         work = _TerminalWork(text, total, console, in_bytes=in_bytes)
     with work.shown():
         yield work
@@ -133,6 +133,11 @@ def show_progress(text: str, total: int | None = None, *, in_bytes: bool = False
 def terminal() -> Console:
     """A rich console for standard output."""
     return Console(file=sys.stdout, highlight=False, soft_wrap=True)
+
+
+def can_redraw(console: Console) -> bool:
+    """Whether a console can show a bar or a live view; not in a file or with TERM=dumb."""
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 def duration(seconds: float) -> str:

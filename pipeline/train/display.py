@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.cluster.progress import Work, duration, show_progress, terminal
+from pipeline.cluster.progress import Work, can_redraw, duration, show_progress, terminal
 from pipeline.plan.given.hardware import GIB
 from pipeline.plan.plan import Plan
 
@@ -39,7 +39,7 @@ class ProgressDisplay:
         self._is_shown = is_shown
         console = terminal()
         self._live: Live | None = None
-        if is_shown and console.is_terminal and logger.isEnabledFor(logging.INFO):
+        if is_shown and can_redraw(console) and logger.isEnabledFor(logging.INFO):
             # rich prints log lines above the view.
             self._live = Live(self._view, console=console, refresh_per_second=2)
         self._first_step = ExitStack()  # the progress until the first step is done

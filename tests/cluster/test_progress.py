@@ -5,9 +5,10 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from rich.console import Console
 
 from pipeline.cluster import progress
-from pipeline.cluster.progress import duration, show_progress
+from pipeline.cluster.progress import can_redraw, duration, show_progress
 from tests.messages import assert_mentions
 
 pytestmark = pytest.mark.unit
@@ -120,3 +121,9 @@ def test_work_in_bytes_shows_its_rate_and_the_time_left(
         clock.now = 20.0
         work.advance(20_000_000)
         assert_mentions(wait_for_message(caplog, "1 MB/s"), "copying", "25 %", "0:01:00")
+
+
+@pytest.mark.parametrize(("term", "is_redrawn"), [("xterm", True), ("dumb", False)])
+def test_a_terminal_without_escape_sequences_gets_lines(term: str, is_redrawn: bool) -> None:
+    console = Console(force_terminal=True, _environ={"TERM": term})
+    assert can_redraw(console) == is_redrawn
