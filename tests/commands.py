@@ -21,7 +21,8 @@ from typing import Self
 from tests import ROOT
 from tests.ranks import CONTEXT
 
-_GRACE_S = 30.0  # between a launcher's SIGTERM and SIGKILL; DeepSpeed's value
+# DeepSpeed's launcher waits this long between SIGTERM and SIGKILL, and so does Command.end.
+_GRACE_S = 30.0
 
 
 class Command:
@@ -35,23 +36,26 @@ class Command:
         cwd: Path = ROOT,
         log: Path | None = None,
     ) -> None:
-        """Fork `python *arguments` for each dict of environment variables, or for each rank.
+        """Fork `python *arguments` once for each dict of environment variables in `variables`.
 
-        All processes append their output to `log`; without it, each has files of its own.
+        With `ranks`, start that number of processes, which rendezvous as the ranks of one run. All
+        processes append their output to `log`; without `log`, each writes to files of its own.
         """
         if ranks is not None:
             variables = variables_of_ranks(ranks)
         self._folder = tempfile.TemporaryDirectory(prefix="rankzero-command-")
         folder = Path(self._folder.name)
-        self._files = [
+        self._files = [  # standard output and standard error of each process
             (log, log) if log else (folder / f"{i}.out", folder / f"{i}.err")
             for i in range(len(variables))
         ]
         self._processes = []
-        for added, files in zip(variables, self._files, strict=True):
-            environment = dict(os.environ) | {"DS_ACCELERATOR": "cpu"} | added
-            line = [str(argument) for argument in arguments]
-            process = CONTEXT.Process(target=_run_python, args=(line, environment, cwd, files))
+        for variables_of_process, files in zip(variables, self._files, strict=True):
+            environment = dict(os.environ) | {"DS_ACCELERATOR": "cpu"} | variables_of_process
+            python_arguments = [str(argument) for argument in arguments]
+            process = CONTEXT.Process(
+                target=_run_python, args=(python_arguments, environment, cwd, files)
+            )
             process.start()
             self._processes.append(process)
 
@@ -124,19 +128,22 @@ class Command:
 def run(
     *arguments: str | Path, ranks: int | None = None, cwd: Path = ROOT, **variables: str
 ) -> tuple[int, str]:
-    """Exit code and output of a command."""
-    own = {} if ranks is not None else {"variables": [variables]}
-    with Command(*arguments, ranks=ranks, cwd=cwd, **own) as command:
+    """Run `python *arguments` and return its exit code and output.
+
+    `ranks`: number of processes; without it, one process with the environment variables given.
+    """
+    processes = {"variables": [variables]} if ranks is None else {"ranks": ranks}
+    with Command(*arguments, cwd=cwd, **processes) as command:
         return command.end()
 
 
 def variables_of_ranks(world_size: int) -> list[dict[str, str]]:
-    """Environment variables of torch's rendezvous for the ranks of one machine."""
+    """Environment variables of torch's rendezvous for each rank; all ranks are on this machine."""
     common = {
         "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
     }  # fmt: skip
-    return [common | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world_size)]
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
 
 
 def free_port() -> int:
@@ -149,27 +156,32 @@ def free_port() -> int:
 def _run_python(
     arguments: list[str], environment: dict[str, str], cwd: Path, files: tuple[Path, Path]
 ) -> None:
-    """Run `python *arguments` in the forked process."""
+    """Do in the forked process what `python *arguments` does.
+
+    `files`: the files to which standard output and standard error are appended.
+    """
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
-    for number, path in enumerate(files, start=1):
-        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(opened, number)
-        os.close(opened)
+    for standard_descriptor, path in zip((1, 2), files, strict=True):
+        opened_descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(opened_descriptor, standard_descriptor)
+        os.close(opened_descriptor)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - open until exit
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    first, *rest = arguments
-    if first == "-c":
-        sys.argv = ["-c", *rest[1:]]
-        exec(compile(rest[0], "<command>", "exec"), {"__name__": "__main__"})
-    elif first == "-m":
-        sys.argv = rest
-        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    if arguments[0] == "-c":
+        code = arguments[1]
+        sys.argv = ["-c", *arguments[2:]]
+        exec(compile(code, "<command>", "exec"), {"__name__": "__main__"})
+    elif arguments[0] == "-m":
+        module = arguments[1]
+        sys.argv = arguments[1:]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     else:
+        script = arguments[0]
         sys.argv = arguments
-        sys.path.insert(0, str((cwd / first).parent))
-        runpy.run_path(first, run_name="__main__")
+        sys.path.insert(0, str((cwd / script).parent))
+        runpy.run_path(script, run_name="__main__")
 
 
 def _text_of(path: Path) -> str:

@@ -17,10 +17,12 @@ from tests.tiny import make_model
 
 # Two xdist workers with a thread for every core would compete for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["RANKZERO_CACHE"] = tempfile.mkdtemp(prefix="rankzero-tests-")  # subprocesses too
+# A variable, unlike a fixture, also keeps child processes from the user's cache.
+os.environ["RANKZERO_CACHE"] = tempfile.mkdtemp(prefix="rankzero-tests-")
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
+# The variables by which torchrun and DeepSpeed's launcher tell a process its rank.
 _LAUNCHER_VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR",
     "MASTER_PORT",
@@ -38,9 +40,14 @@ def _no_launcher_variables():
 
 
 def pytest_collection_modifyitems(items):
-    """Run slow tiers first, so that both xdist workers end at about the same time."""
-    tiers = ("e2e", "engine", "group", "tensor")
-    items.sort(key=lambda item: [item.get_closest_marker(tier) is None for tier in tiers])
+    """Run slow tests first, so that both xdist workers end at about the same time."""
+    slowest_first = ["e2e", "engine", "group", "tensor"]
+
+    def position(item):
+        has_marker = [item.get_closest_marker(marker) is not None for marker in slowest_first]
+        return has_marker.index(True) if any(has_marker) else len(slowest_first)
+
+    items.sort(key=position)
 
 
 class _SubprocessByFork:

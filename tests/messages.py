@@ -31,7 +31,8 @@ def refused(
 
 
 def _has_fact(text: str, fact: str) -> bool:
+    # re.escape puts a backslash before each space of the fact.
     pattern = re.sub(r"\\?\s+", r"\\s+", re.escape(fact.strip()))
-    start = r"(?<!\w)" if fact[:1].isalnum() else ""
-    end = r"(?!\w)" if fact[-1:].isalnum() else ""
-    return re.search(f"{start}{pattern}{end}", text, re.IGNORECASE) is not None
+    no_word_before = r"(?<!\w)" if fact[:1].isalnum() else ""
+    no_word_after = r"(?!\w)" if fact[-1:].isalnum() else ""
+    return re.search(f"{no_word_before}{pattern}{no_word_after}", text, re.IGNORECASE) is not None

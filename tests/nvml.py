@@ -1,4 +1,7 @@
-"""A fake pynvml: its functions return the GPUs and MIG instances of a list."""
+"""A fake pynvml, NVIDIA's Python binding of NVML: it shows the GPUs and MIG instances of a list.
+
+A MIG instance is a part of a GPU that programs use like a GPU.
+"""
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -8,7 +11,10 @@ from pipeline.plan.given.hardware import GIB
 
 @dataclass(eq=False)
 class Device:
-    """A GPU, or a MIG instance with its ids of the GPU instance and the compute instance."""
+    """A GPU with its MIG instances in `mig`, or a MIG instance.
+
+    `ids`: None for a GPU; NVML's ids of the GPU instance and compute instance for a MIG instance.
+    """
 
     uuid: str
     gib: float = 80
@@ -22,7 +28,11 @@ def gpus(count: int) -> list[Device]:
 
 
 def make_nvml(devices: list[Device]) -> SimpleNamespace:
-    """The functions of pynvml that the project calls; NVMLError is OSError."""
+    """The functions of pynvml that the project calls, for these GPUs.
+
+    A function fails for the same arguments as in pynvml, with OSError in place of NVMLError. One
+    process with id 77 uses 1 GiB of each GPU.
+    """
 
     def parent(handle: Device) -> Device:
         parents = [device for device in devices if handle in device.mig]

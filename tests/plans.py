@@ -1,4 +1,7 @@
-"""Model configs, hardware and data sizes for plans in tests: no weights, no devices."""
+"""Model configs, hardware and data sizes for plans in tests: no weights, no devices.
+
+The models are dicts of config.json.
+"""
 
 from dataclasses import replace
 
@@ -22,7 +25,7 @@ SMOLLM2 = {
     "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
     "vocab_size": 49152, "tie_word_embeddings": True,
 }  # fmt: skip
-CPU = cpu_of(2, 24 * GIB)
+CPU = cpu_of(num_cores=2, memory_bytes=24 * GIB)
 H100S = replace(gpu_named("h100-80gb"), devices_per_node=8, host_bytes=1024 * GIB)
 
 
@@ -34,20 +37,20 @@ def gpu(gib: float = 80, count: int = 8, capability=(9, 0)) -> Hardware:
 
 
 def sized(documents: int, mean: int = 200, longest: int | None = None) -> DataSize:
-    """The size of a prepared training set: exact counts."""
+    """The size of a prepared training set; `mean` and `longest` are lengths in tokens."""
     return DataSize(documents=documents, tokens=documents * mean, longest=longest, is_exact=True)
 
 
 def with_layout(plan, **changes):
-    """The plan with a changed layout, and the DeepSpeed config for that layout."""
+    """The plan with a changed Layout (ZeRO stage, offload, ...) and the DeepSpeed config for it."""
     layout, is_cuda = replace(plan.layout, **changes), plan.hardware.kind == "cuda"
     config = deepspeed_config(plan.shape, plan.settings, layout, is_cuda=is_cuda)
     return replace(plan, layout=layout, deepspeed=config)
 
 
 def with_blocks(shape, **changes):
-    """The model shape with these values; fields of a block are changed in every block."""
-    block_fields = Block.__dataclass_fields__.keys() & changes.keys()
-    in_blocks = {key: changes.pop(key) for key in block_fields}
-    blocks = tuple(replace(block, **in_blocks) for block in shape.blocks)
+    """The model shape with changed fields; a field of Block is changed in every block."""
+    changed_block_fields = Block.__dataclass_fields__.keys() & changes.keys()
+    block_changes = {key: changes.pop(key) for key in changed_block_fields}
+    blocks = tuple(replace(block, **block_changes) for block in shape.blocks)
     return replace(shape, blocks=blocks, **changes)

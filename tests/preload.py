@@ -10,7 +10,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-# Reading the metadata of a package takes 2 ms, and a run reads those of 60.
+# Reading the metadata of a package takes 2 ms, and a run reads the metadata of 60 packages.
 importlib.metadata.version = functools.cache(importlib.metadata.version)
 
 import torch
@@ -59,7 +59,7 @@ tqdm.monitor_interval = 0  # progress bars would start a thread
 with tempfile.TemporaryDirectory() as folder:
     plan = make_plan(make_model(Path(folder) / "model"), zero_stage=2)
     attach_adapter(load_base(plan, torch.device("cpu")), plan)
-# A fork would lack other threads, and their locks would stay locked.
+# A fork has no copy of other threads, and a lock that such a thread holds would stay locked in it.
 assert threading.active_count() == 1, threading.enumerate()
 # Garbage collection in a fork would otherwise write to, and so copy, the pages of all modules.
 gc.freeze()

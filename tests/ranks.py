@@ -1,8 +1,8 @@
 """Run one function on N gloo ranks with a deadline.
 
 The ranks are forked from a forkserver that has already imported torch and DeepSpeed, so that a
-2-rank ZeRO test takes about a second. Bodies are module-level functions (pickled by name). The
-rendezvous is a file (FileStore) and needs no port.
+2-rank ZeRO test takes about a second. The function is defined at module level, because it is
+pickled by name. The rendezvous is a file (FileStore) and needs no port.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ def run_ranks(
 ) -> list[Any]:
     """Call ``body(session, *args)`` on every rank and return the results by rank.
 
-    Raises AssertionError with the traceback of the first rank that failed, or with the ranks that
-    were still running at the deadline. No process survives the call.
+    `session`: the process group of the rank. Raises AssertionError with the traceback of the first
+    rank that failed, or with the ranks that were still running at the deadline. No process
+    survives the call.
     """
     store = tmp_path / f"rendezvous-{time.monotonic_ns()}"
     arguments = [(rank, world_size, store, body, args) for rank in range(world_size)]
@@ -48,17 +49,18 @@ def run_processes(
     body: Callable[..., Any], arguments: list[tuple[Any, ...]], deadline_s: float = 90.0
 ) -> list[Any]:
     """Call ``body(*args)`` concurrently, in a process for each tuple; errors as in `run_ranks`."""
-    ends = [CONTEXT.Pipe(duplex=False) for _ in arguments]
-    # pickle copies tensors. The pickler of processes would share each through a file descriptor.
+    pipes = [CONTEXT.Pipe(duplex=False) for _ in arguments]  # (receiving end, sending end)
+    # pickle copies tensors. multiprocessing would share each tensor through a file descriptor.
     workers = [
-        CONTEXT.Process(target=_send_result, args=(send, pickle.dumps((body, args))))
-        for args, (_, send) in zip(arguments, ends, strict=True)
+        CONTEXT.Process(target=_send_result, args=(sender, pickle.dumps((body, args))))
+        for args, (_, sender) in zip(arguments, pipes, strict=True)
     ]
-    for worker, (_, send) in zip(workers, ends, strict=True):
+    for worker, (_, sender) in zip(workers, pipes, strict=True):
         worker.start()
-        send.close()
+        sender.close()
     try:
-        return _collect({recv: rank for rank, (recv, _) in enumerate(ends)}, deadline_s)
+        rank_of = {receiver: rank for rank, (receiver, _) in enumerate(pipes)}
+        return _collect_results(rank_of, deadline_s)
     finally:
         for worker in workers:
             worker.join(0.2)
@@ -67,43 +69,46 @@ def run_processes(
                 worker.join()
 
 
-def _collect(waiting: dict[Connection, int], deadline_s: float) -> list[Any]:
+def _collect_results(waiting: dict[Connection, int], deadline_s: float) -> list[Any]:
+    """The results by rank; `waiting`: each pipe that a result comes from, and its rank."""
     results: list[Any] = [None] * len(waiting)
-    died: list[int] = []  # often because another rank failed, whose report is awaited
+    # A rank often dies because another rank failed. Wait 10 s more for the other's traceback.
+    dead_ranks: list[int] = []
     end = time.monotonic() + deadline_s
     while waiting:
-        if died:
+        if dead_ranks:
             end = min(end, time.monotonic() + 10.0)
         ready = wait(list(waiting), timeout=max(0.0, end - time.monotonic()))
-        if not ready and not died:
-            late = sorted(waiting.values())
-            raise AssertionError(f"ranks {late} still running after {deadline_s:g} s")
+        if not ready and not dead_ranks:
+            late_ranks = sorted(waiting.values())
+            raise AssertionError(f"ranks {late_ranks} still running after {deadline_s:g} s")
         if not ready:
             break
-        for recv in ready:
-            rank = waiting.pop(recv)
+        for receiver in ready:
+            rank = waiting.pop(receiver)
             try:
-                ok, value = pickle.loads(recv.recv_bytes())
+                has_succeeded, value = pickle.loads(receiver.recv_bytes())
             except EOFError:
-                died.append(rank)
+                dead_ranks.append(rank)
                 continue
-            if not ok:
+            if not has_succeeded:
                 raise AssertionError(f"rank {rank}:\n{value}")
             results[rank] = value
-    if died:
-        raise AssertionError(f"rank {died[0]}:\nthe process died without a result")
+    if dead_ranks:
+        raise AssertionError(f"rank {dead_ranks[0]}:\nthe process died without a result")
     return results
 
 
-def _send_result(send: Connection, pickled: bytes) -> None:
+def _send_result(sender: Connection, pickled_call: bytes) -> None:
+    """Send (True, result of the call) or (False, its traceback), which the test process raises."""
     import torch
 
     torch.set_num_threads(1)
     try:
-        body, args = pickle.loads(pickled)
-        send.send_bytes(pickle.dumps((True, body(*args))))
-    except BaseException:  # the test's process raises it
-        send.send_bytes(pickle.dumps((False, traceback.format_exc())))
+        body, args = pickle.loads(pickled_call)
+        sender.send_bytes(pickle.dumps((True, body(*args))))
+    except BaseException:
+        sender.send_bytes(pickle.dumps((False, traceback.format_exc())))
 
 
 def _in_session(
@@ -127,9 +132,11 @@ def _in_session(
 
 
 def run_groups_once(groups, function, model, tmp_path_factory):
-    """Function: name of a group -> its results on rank 0; the ranks start once for each group.
+    """Return a function from the name of a group of runs to the results of its runs.
 
-    `groups`: name -> (number of ranks, runs). The ranks call `function(session, model, runs)`.
+    `groups`: name -> (number of ranks, settings of each run). The first request for a group starts
+    its ranks, which call `function(session, model, runs)`. The results are those of rank 0; later
+    requests for the group return them again.
     """
 
     @cache

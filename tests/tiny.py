@@ -30,7 +30,7 @@ def tiny_config(tokenizer, *, tied: bool = True):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
-        initializer_range=0.2,  # with the usual 0.02 all answers are equal at this size
+        initializer_range=0.2,  # with the default of 0.02, all logits of this model are about equal
         **CONFIG,
     )
 
@@ -83,7 +83,10 @@ def make_rows(path: Path, count: int = 24) -> Path:
 def make_plan(
     folder: Path, world_size: int = 1, documents: int | None = None, *, hardware=None, **settings
 ):
-    """The plan of a run on a model folder; defaults: fp32, no dropout, no packing, CPU ranks."""
+    """The plan of a run on a model folder; defaults: fp32, no dropout, no packing, CPU ranks.
+
+    `documents`: number of training documents, if the plan shall know the size of the data.
+    """
     from pipeline.config.settings import RunSettings
     from pipeline.plan.given.catalogue import cpu_of
     from pipeline.plan.given.data_size import DataSize
@@ -104,11 +107,10 @@ def make_plan(
         "packing": False,
     }
     run = RunSettings.model_validate(values | settings)
-    machine = hardware or cpu_of(2, 2**34)
     plan = make_plan(
         run,
         read_shape(str(folder), trust_remote_code=settings.get("trust_remote_code", False)),
-        machine,
+        hardware or cpu_of(num_cores=2, memory_bytes=16 * 2**30),
         nodes=1,
         ranks_per_node=world_size,
     )
@@ -120,7 +122,11 @@ def make_plan(
 
 
 def sequences_of(lengths, supervised, sources=None, *, are_packs: bool = False):
-    """Sequences of one document each; `sources`: number of sequences and of repeats of each."""
+    """Sequences of one document each.
+
+    `lengths` and `supervised`: number of tokens, and of tokens with a label, of each sequence.
+    `sources`: for each source, its number of sequences and how often an epoch has each of them.
+    """
     from pipeline.data.dataset.sequences import Segment, Sequences
 
     segments, start = [], 0
@@ -139,18 +145,24 @@ def sequences_of(lengths, supervised, sources=None, *, are_packs: bool = False):
 
 
 class Documents:
-    """A split in memory: random documents that differ in length and label mask."""
+    """A data set in memory: random documents that differ in length and label mask.
+
+    Lengths are 3 to `longest` - 1 tokens. 259 is the vocabulary size of `make_tokenizer`; its first
+    3 ids are special tokens, which the documents do not have.
+    """
 
     def __init__(self, count: int = 40, vocab_size: int = 259, longest: int = 24, seed: int = 0):
         random = np.random.default_rng(seed)
         self.lengths = random.integers(3, longest, count)
         self._ids = [random.integers(3, vocab_size, n).astype(np.int32) for n in self.lengths]
+        supervised_fractions = random.uniform(0.1, 0.9, count)
         self._masks = [
-            random.random(n) < share
-            for n, share in zip(self.lengths, random.uniform(0.1, 0.9, count), strict=True)
+            random.random(length) < fraction
+            for length, fraction in zip(self.lengths, supervised_fractions, strict=True)
         ]
         for mask in self._masks:
-            mask[0], mask[-1] = False, True
+            mask[0] = False  # no token precedes the first and could predict it
+            mask[-1] = True  # at least one label in each document
         self.supervised_counts = np.array([mask.sum() for mask in self._masks])
         self.sequences = sequences_of(self.lengths, self.supervised_counts)
 

@@ -17,6 +17,7 @@ from tests.tiny import Documents, make_plan
 
 
 def build_engine(session, folder: Path, settings: dict, documents: int = 40):
+    """The plan for these settings, and an Engine with the model and a new adapter."""
     plan = make_plan(folder, session.placement.world_size, documents, **settings)
     model, _ = build_model(plan, session, None)
     group = session.sequence_group(plan.layout.sequence_parallel_size)
@@ -24,30 +25,37 @@ def build_engine(session, folder: Path, settings: dict, documents: int = 40):
 
 
 def work(plan, split, step: int, rank: int) -> tuple[list[SeededBatch], int]:
-    """The micro-batches of a rank in one step, and the step's number of supervised tokens."""
-    size = plan.layout.sequence_parallel_size
-    group, place = divmod(rank, size)
+    """The micro-batches of a rank in one step, and the step's number of supervised tokens.
+
+    `split`: the data set. The ranks of a sequence-parallel group have the same sequences, and each
+    rank has another part of each sequence.
+    """
+    group_size = plan.layout.sequence_parallel_size
+    group, rank_in_group = divmod(rank, group_size)
     layout = BatchLayout(
         data_parallel_size=plan.layout.data_parallel_size,
         accumulation_steps=plan.layout.accumulation_steps,
         micro_batch_size=plan.layout.micro_batch_size,
         flops=sequence_flops(cost_per_token(plan.shape, plan.settings, plan.training_dtype)),
     )
-    work_of_rank = RankWork(split, layout, seed=0, rank=group, steps=range(step, step + 1))
+    micro_batches = RankWork(split, layout, seed=0, rank=group, steps=range(step, step + 1))
     batches = [
         SeededBatch(
-            build_batch(split, m.sequences, SequencePart(size, place)),
-            forward_seed(0, step, m.first, place),
+            build_batch(split, micro_batch.sequences, SequencePart(group_size, rank_in_group)),
+            forward_seed(0, step, micro_batch.first, rank_in_group),
         )
-        for m in work_of_rank
+        for micro_batch in micro_batches
     ]
-    return batches, work_of_rank.size_of(step).supervised_tokens
+    return batches, micro_batches.size_of(step).supervised_tokens
 
 
 def train_tiny(
     session, folder: Path, settings: dict, steps: int = 5, documents: int = 40, split=None
 ) -> dict:
-    """Losses (mean over supervised tokens), gradient norms, fp32 weights; gradients of step 0."""
+    """Train and return losses, gradient norms, final fp32 weights, and the gradients of step 0.
+
+    A loss is the mean over the supervised tokens of a step. Weights are on rank 0 only.
+    """
     plan, engine = build_engine(session, folder, settings, documents)
     split = split or Documents(documents)
     rank = session.placement.rank
@@ -55,7 +63,8 @@ def train_tiny(
     for step in range(steps):
         batches, supervised = work(plan, split, step, rank)
         lr = plan.learning_rate(step)
-        if step == 0:  # as in Engine.optimizer_step, with the gradients read before the step
+        # Step 0 repeats the body of Engine.optimizer_step and reads the gradients within it.
+        if step == 0:
             engine.deepspeed.train()
             engine.set_learning_rate(lr)
             total, _ = engine.backward_passes(batches, supervised)
@@ -73,14 +82,15 @@ def train_tiny(
 
 
 def train_each(session, folder: Path, runs: list[dict], *arguments) -> list[dict]:
-    """Results of `train_tiny` for several settings; the ranks start once for all of them."""
+    """Results of `train_tiny` for each of `runs`, a list of settings, on the ranks of `session`."""
     return [train_tiny(session, folder, settings, *arguments) for settings in runs]
 
 
 def three_steps(session, plan, engine, state=None) -> dict:
     """Losses of steps 0 to 2, state (weights, moments) after step 0, and final weights.
 
-    `state`: that of another run after step 0, which is restored and continued at step 1.
+    `state`: the state of another run after step 0. If given, it is restored and steps 1 and 2
+    follow.
     """
     result, parameters = {"losses": []}, engine.parameters
     if state is not None:
@@ -97,7 +107,11 @@ def three_steps(session, plan, engine, state=None) -> dict:
 
 
 def assert_stages_equal_and_resumes_exact(runs: dict) -> None:
-    """Compare results of `three_steps` at each stage, and of runs resumed from `zero2`."""
+    """Compare results of `three_steps` at the ZeRO stages, and of runs resumed from stage 2.
+
+    Keys of `runs`: zero1, zero2 and zero3; "zero2 resumed" and "zero3 resumed" had the state of
+    zero2.
+    """
     losses, final = runs["zero2"]["losses"], runs["zero2"]["final"]
     for name in ("zero1", "zero3"):
         assert runs[name]["losses"] == pytest.approx(losses, rel=1e-6)

@@ -1,4 +1,8 @@
-"""Configurations of other training programs become run files with the same training."""
+"""Configurations of other training programs are converted to run files with the same training.
+
+Expected values that a configuration below does not have are the defaults of its program. The
+expected global batch size is the product of micro-batch, accumulation steps and GPUs.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -121,10 +125,12 @@ output_dir: out
 
 
 def converted(folder: Path, text: str, *, name: str = "config.yaml", gpus: int = 1) -> RunSettings:
+    """Settings of the run file to which this configuration for `gpus` GPUs is converted."""
     return load_settings(write_run_file(folder, text, name=name, gpus=gpus))
 
 
 def write_run_file(folder: Path, text: str, *, name: str = "config.yaml", gpus: int = 1) -> Path:
+    """Write the configuration of another program and the run file to which it is converted."""
     (folder / name).write_text(text)
     run_file = folder / "RUN.yaml"
     run_file.write_text(run_file_text(read_peer_config(folder / name), gpus))
@@ -132,6 +138,7 @@ def write_run_file(folder: Path, text: str, *, name: str = "config.yaml", gpus: 
 
 
 def assert_settings(settings: RunSettings, **expected: Any) -> None:
+    """Assert that these settings have the expected values; others are not compared."""
     assert settings.model_dump(include=set(expected)) == expected
 
 
@@ -147,18 +154,21 @@ def test_a_config_of_axolotl_becomes_the_same_training(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
-def test_llama_factory_with_its_registry_of_data_sets(tmp_path: Path) -> None:
+def test_a_config_of_llama_factory_and_its_dataset_info_become_the_same_training(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "registry").mkdir()
     (tmp_path / "registry/dataset_info.json").write_text(
         '{"identity": {"file_name": "identity.json"}, "chats": {"hf_hub_url": "org/chats",'
         ' "formatting": "sharegpt", "columns": {"messages": "dialogue"}}}'
     )
-    limited = {"weight": 1.0, "limit": 100}
+    weight_and_limit = {"weight": 1.0, "limit": 100}  # max_samples: 100
     assert_settings(
         converted(tmp_path, LLAMA_FACTORY), model="org/base-4b", lora_r=16, lora_dropout=0.0,
         lora_target_modules=["q_proj", "v_proj"], columns={"conversations": "dialogue"},
         train_data=[
-            {"path": "registry/identity.json", **limited}, {"path": "org/chats:train", **limited}
+            {"path": "registry/identity.json", **weight_and_limit},
+            {"path": "org/chats:train", **weight_and_limit},
         ],
         max_length=512, train_on="last-assistant", global_batch_size=8, lr=1e-4, max_steps=50,
         epochs="auto", lr_scheduler_type="constant", warmup_ratio=0, weight_decay=0.0, bf16=True,
@@ -166,7 +176,7 @@ def test_llama_factory_with_its_registry_of_data_sets(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
-def test_a_script_of_ms_swift(tmp_path: Path) -> None:
+def test_a_shell_script_of_ms_swift_becomes_the_same_training(tmp_path: Path) -> None:
     assert_settings(
         converted(tmp_path, SWIFT, name="train.sh", gpus=2), model="org/base-7b", bf16=True,
         train_data=[{"path": "org/alpaca:train", "weight": 1.0, "limit": 500}, "rows/own.jsonl"],
@@ -185,13 +195,15 @@ def test_a_config_of_torchtune_becomes_the_same_training(tmp_path: Path) -> None
     )  # fmt: skip
 
 
-def test_each_nested_option_of_torchtune_is_converted_or_named(tmp_path: Path) -> None:
-    others = """
+def test_each_nested_option_of_torchtune_is_converted_or_named_in_the_run_file(
+    tmp_path: Path,
+) -> None:
+    options_without_setting = """
 profiler: {_component_: torchtune.training.setup_torch_profiler, schedule: {wait_steps: 5}}
 loss: {_component_: torchtune.modules.loss.LinearCrossEntropyLoss, num_output_chunks: 8}
 """
-    nested = TORCHTUNE.replace("lr: 3e-4", "lr: 3e-4\n  fused: true\n  betas: [0.9, 0.99]")
-    text = write_run_file(tmp_path, nested + others).read_text()
+    config = TORCHTUNE.replace("lr: 3e-4", "lr: 3e-4\n  fused: true\n  betas: [0.9, 0.99]")
+    text = write_run_file(tmp_path, config + options_without_setting).read_text()
     for option, value in {
         "profiler._component_": "setup_torch_profiler", "profiler.schedule.wait_steps": "5",
         "loss._component_": "LinearCrossEntropyLoss", "loss.num_output_chunks": "8",
@@ -202,7 +214,7 @@ loss: {_component_: torchtune.modules.loss.LinearCrossEntropyLoss, num_output_ch
     assert load_settings(tmp_path / "RUN.yaml").lr == 3e-4
 
 
-def test_trl_gets_the_defaults_of_trl(tmp_path: Path) -> None:
+def test_options_that_a_config_of_trl_lacks_get_the_defaults_of_trl(tmp_path: Path) -> None:
     assert_settings(
         converted(tmp_path, TRL, gpus=2), train_data="org/chats:train", lr=2e-5, epochs=3,
         lora_r=16, lora_alpha=32, lr_scheduler_type="linear", warmup_ratio=0, weight_decay=0.0,
@@ -210,10 +222,11 @@ def test_trl_gets_the_defaults_of_trl(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
-def test_a_flag_that_is_off_replaces_no_setting(tmp_path: Path) -> None:
+def test_fp16_false_does_not_replace_bf16(tmp_path: Path) -> None:
     run_file = write_run_file(tmp_path, AXOLOTL + "bf16: auto\nfp16: false\n")
     lines = run_file.read_text().splitlines()
-    assert {"bf16: auto", "fp16: false"} <= {line.partition("#")[0].strip() for line in lines}
+    lines_without_comments = {line.partition("#")[0].strip() for line in lines}
+    assert {"bf16: auto", "fp16: false"} <= lines_without_comments
 
 
 @pytest.mark.parametrize(
@@ -225,22 +238,28 @@ def test_a_flag_that_is_off_replaces_no_setting(tmp_path: Path) -> None:
         ("pissa_init: false", True),
     ],
 )
-def test_pissa_of_llama_factory(tmp_path: Path, options: str, expected: object) -> None:
-    config = LLAMA_FACTORY.replace("quantization_bit: 4\n", "")
+def test_pissa_options_of_llama_factory_become_init_lora_weights(
+    tmp_path: Path, options: str, expected: object
+) -> None:
+    config = LLAMA_FACTORY.replace("quantization_bit: 4\n", "")  # PiSSA needs an unquantised base
     config = f"{config}{options}\npissa_convert: true\n"
     assert_settings(converted(tmp_path, config), init_lora_weights=expected)
 
 
-def test_gpus_that_share_sequences_count_once_in_the_global_batch(tmp_path: Path) -> None:
+def test_gpus_of_a_context_parallel_group_count_once_in_the_global_batch(tmp_path: Path) -> None:
     config = AXOLOTL + "context_parallel_size: 4\n"
+    micro_batch, accumulation_steps, groups = 2, 4, 8 // 4
     assert_settings(
-        converted(tmp_path, config, gpus=8), sequence_parallel_size=4, global_batch_size=2 * 4 * 2
+        converted(tmp_path, config, gpus=8),
+        sequence_parallel_size=4,
+        global_batch_size=micro_batch * accumulation_steps * groups,
     )
 
 
+# Options of other programs (peers) with and without a setting here, settings, an unknown name.
 OPTIONS = sorted(
     {*settings_by_trait("peers"), *RunSettings.model_fields, "unheard_of"}
-    | {name.replace("*", "x").replace("?", "x") for name in ADVICE}
+    | {pattern.replace("*", "x").replace("?", "x") for pattern in ADVICE}
 )
 VALUES = st.one_of(
     st.booleans(), st.integers(-1, 99), st.floats(0, 2), st.sampled_from(["cosine", "all", "x y"]),
@@ -251,15 +270,17 @@ VALUES = st.one_of(
 @given(st.dictionaries(st.sampled_from(OPTIONS), VALUES, max_size=8))
 @example({"eval_data": 1, "eval_dataset": 1})  # two options with the same value for one setting
 def test_any_options_give_a_run_file_that_names_them_all(options: dict[str, Any]) -> None:
+    # A random value of these options would be refused as another kind of training.
     kinds = ("adapter", "finetuning_type", "train_type", "tuner_type", "stage", "rl", "rlhf_type")
     options = {name: value for name, value in options.items() if name not in kinds}
     options |= {"model": "org/base", "lora_r": 8}
     text = run_file_text(PeerConfig(Path("c.yaml"), "TRL", options), 1)
     assert isinstance(yaml.safe_load(text), dict)
-    sizes = ("batch_size", "gradient_accumulation_steps")  # they are in global_batch_size
+    factors_of_global_batch_size = ("batch_size", "gradient_accumulation_steps")
     for option, value in options.items():
-        is_size = settings_by_trait("peers").get(option, option) in sizes
-        assert is_size or value in ("", [], {}) or option in text
+        setting = settings_by_trait("peers").get(option, option)
+        is_factor = setting in factors_of_global_batch_size
+        assert is_factor or value in ("", [], {}) or option in text
 
 
 @pytest.mark.parametrize("line", ["rl: dpo", "adapter: vera", "stage: rm"])
@@ -269,6 +290,6 @@ def test_another_kind_of_training_is_refused(tmp_path: Path, line: str) -> None:
         write_run_file(tmp_path, config)
 
 
-def test_a_file_without_options_of_training_is_refused(tmp_path: Path) -> None:
+def test_a_config_of_accelerate_without_training_options_is_refused(tmp_path: Path) -> None:
     with refused(tmp_path / "config.yaml", "learning_rate"):
         write_run_file(tmp_path, "mixed_precision: bf16\nnum_machines: 2\n")

@@ -1,5 +1,7 @@
 """The steps at which a run evaluates and saves, and refusal of keys that contradict each other."""
 
+from itertools import pairwise
+
 import pytest
 
 from pipeline.config.frequency import Frequency
@@ -11,6 +13,8 @@ pytestmark = pytest.mark.unit
 
 @pytest.fixture
 def load(tmp_path):
+    """Function that writes a run file with these settings and loads it."""
+
     def write_and_load(**values):
         path = tmp_path / "RUN.yaml"
         lines = "".join(f"{key}: {value}\n" for key, value in values.items())
@@ -20,37 +24,44 @@ def load(tmp_path):
     return write_and_load
 
 
-def steps_due(frequency, *, steps_per_epoch, total):
-    return [step for step in range(1, total + 1) if frequency.is_due(step, steps_per_epoch)]
+def steps_due(frequency, *, steps_per_epoch, total_steps):
+    return [step for step in range(1, total_steps + 1) if frequency.is_due(step, steps_per_epoch)]
 
 
 def test_an_interval_of_steps_continues_across_epochs():
-    assert steps_due(Frequency(1, 4), steps_per_epoch=6, total=13) == [4, 8, 12]
+    every_4_steps = Frequency(times=1, period=4)
+    assert steps_due(every_4_steps, steps_per_epoch=6, total_steps=13) == [4, 8, 12]
 
 
-def test_an_event_once_per_epoch_is_due_at_the_last_step():
-    assert steps_due(Frequency(1), steps_per_epoch=6, total=13) == [6, 12]
+def test_an_evaluation_once_per_epoch_is_due_at_the_last_step_of_the_epoch():
+    once_per_epoch = Frequency(times=1)
+    assert steps_due(once_per_epoch, steps_per_epoch=6, total_steps=13) == [6, 12]
 
 
 @pytest.mark.parametrize("steps_per_epoch", [1, 2, 3, 7, 10, 100])
 @pytest.mark.parametrize("times", [1, 2, 3, 4, 9])
-def test_each_epoch_has_the_requested_number_at_even_distances(times, steps_per_epoch):
-    due = steps_due(Frequency(times), steps_per_epoch=steps_per_epoch, total=3 * steps_per_epoch)
-    assert len(due) == 3 * min(times, steps_per_epoch)
-    assert {3 * steps_per_epoch, 2 * steps_per_epoch, steps_per_epoch} <= set(due)
-    gaps = [b - a for a, b in zip([0, *due], due, strict=False)]
+def test_each_epoch_has_the_requested_number_of_evaluations_at_even_distances(
+    times, steps_per_epoch
+):
+    due = steps_due(
+        Frequency(times), steps_per_epoch=steps_per_epoch, total_steps=3 * steps_per_epoch
+    )
+    assert len(due) == 3 * min(times, steps_per_epoch)  # at most one evaluation after each step
+    last_steps_of_epochs = {steps_per_epoch, 2 * steps_per_epoch, 3 * steps_per_epoch}
+    assert last_steps_of_epochs <= set(due)
+    gaps = [later - earlier for earlier, later in pairwise([0, *due])]
     assert max(gaps) - min(gaps) <= 1
 
 
 def test_eval_steps_needs_no_evaluation_strategy(load):
-    assert load(eval_steps=7).evaluations == Frequency(1, 7)
-    assert load(eval_steps=7, evaluation_strategy="epoch").evaluations == Frequency(1)
-    assert load().evaluations == Frequency(1)
+    assert load(eval_steps=7).evaluations == Frequency(times=1, period=7)
+    assert load(eval_steps=7, evaluation_strategy="epoch").evaluations == Frequency(times=1)
+    assert load().evaluations == Frequency(times=1)
 
 
 def test_evals_and_saves_per_epoch_need_no_strategy(load):
-    assert load(evals_per_epoch=4).evaluations == Frequency(4)
-    assert load(saves_per_epoch=2).saves == Frequency(2)
+    assert load(evals_per_epoch=4).evaluations == Frequency(times=4)
+    assert load(saves_per_epoch=2).saves == Frequency(times=2)
 
 
 def test_strategy_no_means_never(load):

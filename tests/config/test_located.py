@@ -1,4 +1,7 @@
-"""YAML and JSON files: the line of each key, and one short message for any invalid text."""
+"""YAML and JSON files: the line number of each key, and one short message for any invalid text.
+
+The path of a key is a tuple of the keys and list positions that lead to it.
+"""
 
 from pathlib import Path
 
@@ -13,10 +16,12 @@ pytestmark = pytest.mark.unit
 
 @pytest.fixture
 def read(tmp_path):
-    def write_and_read(text, kind="YAML"):
+    """Function that writes this text to a file and reads it as YAML or JSON."""
+
+    def write_and_read(text, syntax="YAML"):
         path = tmp_path / "FILE"
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return read_located(path, kind)
+        return read_located(path, syntax)
 
     return write_and_read
 
@@ -74,7 +79,7 @@ def test_yaml_that_is_not_json_is_refused_as_json(read, text):
 
 
 @pytest.mark.parametrize(
-    ("kind", "text"),
+    ("syntax", "text"),
     [
         ("YAML", "b: 1\nb: 2\n"),
         ("YAML", "a: [{b: 1,\nb: 2}]"),
@@ -82,24 +87,30 @@ def test_yaml_that_is_not_json_is_refused_as_json(read, text):
         ("JSON", '{"a": {"b": 1,\n"b": 2}}'),
     ],
 )
-def test_a_key_given_twice_is_refused_at_every_depth(read, kind, text):
+def test_a_key_given_twice_is_refused_at_every_depth(read, syntax, text):
     with refused("FILE:2", "b", "twice", "line 1"):
-        read(text, kind)
+        read(text, syntax)
 
 
-def aliases(count: int, levels: int) -> str:
+def nested_aliases(count: int, levels: int) -> str:
+    """YAML of a few lines whose last list has `count` ** `levels` values after expansion.
+
+    The list of each level has `count` aliases of the list of the level before.
+    """
     lines = ["l0: &l0 [" + ",".join("x" * count) + "]"]
-    lines += [f"l{i}: &l{i} [" + ",".join([f"*l{i - 1}"] * count) + "]" for i in range(1, levels)]
+    for level in range(1, levels):
+        items = ",".join([f"*l{level - 1}"] * count)
+        lines.append(f"l{level}: &l{level} [{items}]")
     return "\n".join(lines)
 
 
 INVALID = {
-    "depth": "a: " + "[" * 5000,
-    "closed depth": "a: " + "[" * 5000 + "]" * 5000,
-    "block depth": "\n".join(" " * i + "a:" for i in range(500)),
-    "digits": "a: " + "7" * 20_000,
-    "negative digits": "a: -" + "7" * 20,
-    "aliases": aliases(9, 9),
+    "deeply nested lists without end": "a: " + "[" * 5000,
+    "deeply nested lists": "a: " + "[" * 5000 + "]" * 5000,
+    "deeply nested mappings": "\n".join(" " * i + "a:" for i in range(500)),
+    "a long number": "a: " + "7" * 20_000,
+    "a negative number beyond 64 bits": "a: -" + "7" * 20,
+    "aliases of aliases": nested_aliases(9, 9),
     "an alias of itself": "a: &x [*x]",
     "an alias of itself in a mapping": "a: &x {b: *x}",
     "a NUL": b"a: b\0c",

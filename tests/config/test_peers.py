@@ -1,9 +1,14 @@
-"""Each option of another program gets advice, and all of them are in one message."""
+"""Advice: what to write instead of an option, or a value, of another training program.
+
+A run file with such options is refused with one message, which has a line of advice for each. The
+trait "peers" of a setting has its names in other programs.
+"""
 
 import pytest
 
 from pipeline.config.load import load_settings
-from pipeline.config.peers import ADVICE, VALUES, advice, value_advice
+from pipeline.config.peers import ADVICE, advice, value_advice
+from pipeline.config.peers import VALUES as ADVICE_ON_VALUES
 from pipeline.config.settings import RunSettings, settings_by_trait
 from pipeline.errors import UserError
 from tests.messages import assert_mentions
@@ -47,10 +52,12 @@ def test_a_run_file_of_axolotl_gets_one_message_with_a_line_for_each_option(tmp_
     with pytest.raises(UserError) as error:
         load_settings(path)
     lines = str(error.value).splitlines()
-    assert len(lines) == len(ADVICE_FOR_AXOLOTL)  # model and train_data are not reported as missing
+    # base_model and datasets stand for model and train_data, which are not reported as missing.
+    assert len(lines) == len(ADVICE_FOR_AXOLOTL)
     keys = [line.partition(":")[0] for line in AXOLOTL.splitlines()]
     for line, (key, expected) in zip(lines, ADVICE_FOR_AXOLOTL.items(), strict=True):
-        assert_mentions(line, f"RUN.yaml:{keys.index(key) + 1}: {key}:", expected)
+        line_number = keys.index(key) + 1
+        assert_mentions(line, f"RUN.yaml:{line_number}: {key}:", expected)
 
 
 @pytest.mark.parametrize("name", settings_by_trait("peers"))
@@ -59,12 +66,12 @@ def test_a_name_of_another_program_is_answered_with_the_setting(name):
 
 
 @pytest.mark.parametrize("key", ["--learning-rate", "Learning_Rate", "learning-rate"])
-def test_case_hyphens_and_dashes_of_an_option_do_not_matter(key):
+def test_an_option_may_have_upper_case_hyphens_and_leading_dashes(key):
     assert_mentions(advice(key), "lr")
 
 
 @pytest.mark.parametrize(
-    ("key", "reason"),
+    ("option", "replacement"),
     [
         ("optim", "AdamW"), ("optimizer", "AdamW"), ("group_by_length", "packing"),
         ("device_map", "zero_stage"), ("fsdp_config", "ZeRO"),
@@ -82,13 +89,16 @@ def test_case_hyphens_and_dashes_of_an_option_do_not_matter(key):
         ("lora_bias", "LoRA"), ("quantization_bit", "load_in_4bit: true"),
     ],
 )  # fmt: skip
-def test_an_option_without_a_setting_is_answered_with_what_replaces_it(key, reason):
-    assert_mentions(advice(key), reason)
+def test_the_advice_on_an_option_without_a_setting_has_its_replacement(option, replacement):
+    assert_mentions(advice(option), replacement)
 
 
-def test_no_advice_hides_a_setting_or_its_names_in_other_programs():
+def test_the_table_of_advice_has_no_setting_and_no_other_name_of_a_setting():
     for name in [*RunSettings.model_fields, *settings_by_trait("peers")]:
         assert name not in ADVICE
+
+
+def test_each_advice_is_one_short_line():
     assert all("\n" not in text and len(text) < 130 for text in ADVICE.values())
 
 
@@ -104,6 +114,7 @@ def test_an_unknown_name_gets_a_similar_setting_or_the_page_of_all_settings(tmp_
 
 
 BASE = "model: m\ntrain_data: t.jsonl\noutput_dir: o\n"
+# Lines with a value of another program, and facts that the message has about it.
 VALUES_OF_PEERS = {
     "lr_scheduler_type: constant_with_warmup": ["constant"],
     "lr_scheduler: cosine_with_restarts": ["lr_scheduler_type", "linear, cosine and constant"],
@@ -147,17 +158,17 @@ def test_a_value_of_another_program_is_answered_with_the_value_to_write(tmp_path
 
 
 def test_advice_on_many_values_is_in_one_message(tmp_path):
-    lines = {line.split(":")[0]: line for line in VALUES_OF_PEERS}
+    line_of_key = {line.split(":")[0]: line for line in VALUES_OF_PEERS}  # one line for each key
     path = tmp_path / "RUN.yaml"
-    path.write_text(BASE + "\n".join(lines.values()) + "\n")
+    path.write_text(BASE + "\n".join(line_of_key.values()) + "\n")
     with pytest.raises(UserError) as error:
         load_settings(path)
-    messages = str(error.value).splitlines()
-    assert sorted(line.split(": ")[1] for line in messages) == sorted(lines)
+    keys_in_message = [line.split(": ")[1] for line in str(error.value).splitlines()]
+    assert sorted(keys_in_message) == sorted(line_of_key)
 
 
 def test_a_valid_value_gets_no_advice():
     settings = RunSettings.model_validate({"model": "m", "train_data": "t", "output_dir": "o"})
-    for setting in VALUES:
+    for setting in ADVICE_ON_VALUES:
         assert value_advice(setting, getattr(settings, setting), is_valid=True) is None
     assert value_advice("eval_steps", 50) is None

@@ -31,8 +31,8 @@ def test_shipped_run_files_are_valid_and_name_the_schema_in_their_first_line(val
 
 
 @pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
-def test_the_header_of_a_run_file_has_machine_memory_time_and_its_own_command(path):
-    header = re.match(r"(#.*\n)+", path.read_text(encoding="utf-8"))[0]
+def test_the_first_comment_of_a_run_file_has_machine_memory_time_and_its_own_command(path):
+    header = re.match(r"(#.*\n)+", path.read_text(encoding="utf-8"))[0]  # first lines with #
     assert "\n#   Machine    " in header
     assert re.search(r"\d GiB per rank", header)
     assert re.search(r"\d (s per step|min for the \d+ steps)", header)
@@ -42,9 +42,9 @@ def test_the_header_of_a_run_file_has_machine_memory_time_and_its_own_command(pa
 def test_the_defaults_are_valid_and_every_setting_is_described(validator):
     settings = RunSettings.model_validate(REQUIRED)
     validator.validate(settings.model_dump(mode="json"))
-    described = validator.schema["properties"]
-    assert described.keys() == RunSettings.model_fields.keys()
-    assert all(each["description"] for each in described.values())
+    properties = validator.schema["properties"]
+    assert properties.keys() == RunSettings.model_fields.keys()
+    assert all(setting["description"] for setting in properties.values())
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ REQUIRED = "model: m\ntrain_data: t.jsonl\noutput_dir: run\n"
 
 @pytest.fixture
 def run_file(tmp_path: Path):
+    """Function that writes a run file: the three required settings, and this text from line 4."""
+
     def write(text: str) -> Path:
         path = tmp_path / "RUN.yaml"
         path.write_text(REQUIRED + text, encoding="utf-8")
@@ -34,9 +36,10 @@ def test_defaults_are_the_balanced_preset(run_file):
 def test_precedence_is_preset_run_file_command_line(run_file):
     path = run_file("preset: [small, memory-constrained]\nlr: 3e-4\nbatch_size: 2\n")
     settings = load_settings(path, ["lr=5e-5", "lora_target_modules=[q_proj]"])
-    assert (settings.epochs, settings.load_in_4bit) == (3, True)  # each preset
-    assert settings.batch_size == 2  # the run file over the preset
-    assert settings.lr == 5e-5  # the command line over the run file
+    assert settings.epochs == 3  # the preset small
+    assert settings.load_in_4bit is True  # the preset memory-constrained
+    assert settings.batch_size == 2  # the run file has precedence over the preset
+    assert settings.lr == 5e-5  # the command line has precedence over the run file
     assert settings.lora_target_modules == ["q_proj"]
 
 
@@ -69,12 +72,12 @@ def test_max_steps_and_epochs_are_both_used_if_the_user_sets_both(run_file):
 @pytest.mark.parametrize(
     ("text", "value"), [("3e-4", 3e-4), ("1E-3", 1e-3), ("0.001", 1e-3), ("2", 2.0), (".5", 0.5)]
 )
-def test_every_form_of_a_number_is_a_number(run_file, text, value):
+def test_every_usual_form_of_a_number_is_read_as_a_number(run_file, text, value):
     assert load_settings(run_file(f"lr: {text}\n")).lr == value
 
 
 @pytest.mark.parametrize(
-    ("text", "parts"),
+    ("text", "facts"),
     [
         ("lora_rnk: 8", ["RUN.yaml:4", "lora_rnk", "lora_r"]),
         ("lerning_rate: 8", ["RUN.yaml:4", "lerning_rate", "did you mean 'lr'"]),
@@ -120,35 +123,47 @@ def test_every_form_of_a_number_is_a_number(run_file, text, value):
         ("eval_data: 0", ["eval_data", "rows", 1]),
     ],
 )
-def test_wrong_input_is_refused_with_place_and_remedy(run_file, text, parts):
-    with refused(*parts):
+def test_wrong_input_is_refused_with_place_and_remedy(run_file, text, facts):
+    with refused(*facts):
         load_settings(run_file(text + "\n"))
 
 
-def test_wrong_data_sources_get_no_message_of_pydantic(run_file):
-    for override in ("train_data={path: x, wieght: 2}", "eval_data=1.0", "eval_data=5%"):
-        with pytest.raises(UserError) as error:
-            load_settings(run_file(""), [override])
-        assert " or must be" not in str(error.value)
-        assert "valid" not in str(error.value)
+@pytest.mark.parametrize(
+    "override", ["train_data={path: x, wieght: 2}", "eval_data=1.0", "eval_data=5%"]
+)
+def test_a_wrong_data_source_gets_a_message_of_our_own(run_file, override):
+    """Pydantic lists each type of the union, as in "must be a valid string or must be ..."."""
+    with pytest.raises(UserError) as error:
+        load_settings(run_file(""), [override])
+    assert " or must be" not in str(error.value)
+    assert "valid" not in str(error.value)
+
+
+def test_a_number_as_train_data_is_refused_with_the_kinds_of_sources(run_file):
     with refused("train_data", "file", "folder", "org/name:split"):
         load_settings(run_file(""), ["train_data=7"])
-    for good in ("0.05", "20", "x.jsonl", "[x, {path: y, limit: 2}]", "{path: x, weight: 2}"):
-        assert load_settings(run_file(""), [f"eval_data={good}"]).eval_data is not None
 
 
-def test_plain_values_equal_those_of_yaml_1_2(run_file):
+@pytest.mark.parametrize(
+    "value", ["0.05", "20", "x.jsonl", "[x, {path: y, limit: 2}]", "{path: x, weight: 2}"]
+)
+def test_eval_data_is_a_fraction_a_number_of_rows_or_sources(run_file, value):
+    assert load_settings(run_file(""), [f"eval_data={value}"]).eval_data is not None
+
+
+def test_times_and_dates_are_not_read_as_numbers_and_date_objects(run_file):
+    """YAML 1.1 reads 12:00:00 as 43200 in base 60, and 2024-01-01 as a date; YAML 1.2 does not."""
     settings = load_settings(run_file("time_limit: 12:00:00\n"), ["output_dir=2024-01-01"])
     assert settings.time_limit_s == 12 * 3600
     assert settings.output_dir == "2024-01-01"
 
 
 def test_all_wrong_keys_are_in_one_message(run_file):
-    """Unknown keys, invalid values and paths; the message has a line for each."""
+    """The message has a line for each unknown key, invalid value and invalid path."""
     with pytest.raises(UserError) as error:
         load_settings(run_file("lr: x\nnum_epochs: 3\n"), ["lora_r=0", "epochs=none", "resume=$"])
-    lines = sorted(line.split(": ")[1] for line in str(error.value).splitlines())
-    assert lines == ["epochs", "lora_r", "lr", "num_epochs", "resume"]
+    keys = sorted(line.split(": ")[1] for line in str(error.value).splitlines())
+    assert keys == ["epochs", "lora_r", "lr", "num_epochs", "resume"]
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words"])
@@ -200,7 +215,8 @@ def test_a_hub_model_keeps_its_name_and_gets_the_commit_of_the_local_cache(tmp_p
     settings = load_settings(path)
     assert (settings.model, settings.model_revision) == ("org/name-1.5", "abc123")
     assert settings.model_folder == snapshot
-    (folder / "refs/main").write_text("later")  # fetched again: the commit stays
+    # The main branch of the local cache moves to another commit; a dumped run keeps its commit.
+    (folder / "refs/main").write_text("later")
     (folder / "snapshots/later").mkdir()
     path.write_text(dump_settings(settings))
     assert load_settings(path).model_folder == snapshot
@@ -218,16 +234,16 @@ def test_a_hub_model_keeps_its_name_and_gets_the_commit_of_the_local_cache(tmp_p
         "dataloader_prefetch_factor: 1000000000", "output_dir: ''", "deepspeed_json: ''",
     ],
 )  # fmt: skip
-def test_values_beyond_every_machine_are_refused_with_their_line(tmp_path, text):
+def test_values_that_no_machine_can_run_are_refused_with_their_line(tmp_path, text):
     key = text.partition(":")[0]
-    lines = [line for line in REQUIRED.splitlines() if not line.startswith(key)]
+    other_lines = [line for line in REQUIRED.splitlines() if not line.startswith(key)]
     path = tmp_path / "RUN.yaml"
-    path.write_text("\n".join([*lines, text]))
-    with refused(f"RUN.yaml:{len(lines) + 1}", key):
+    path.write_text("\n".join([*other_lines, text]))
+    with refused(f"RUN.yaml:{len(other_lines) + 1}", key):
         load_settings(path)
 
 
-def test_a_source_cannot_be_repeated_beyond_memory(run_file):
+def test_a_weight_that_repeats_a_source_beyond_memory_is_refused(run_file):
     path = run_file("")
     with refused("weight"):
         load_settings(path, ["train_data={path: t, weight: 1e308}"])
@@ -245,4 +261,4 @@ def test_a_path_that_cannot_be_expanded_gives_one_message(tmp_path, monkeypatch)
 def test_a_run_file_of_thousands_of_unknown_keys_gives_one_short_message(run_file):
     with refused("RUN.yaml:4", "k0", "more errors") as error:
         load_settings(run_file("".join(f"k{i}: 1\n" for i in range(2000))))
-    assert len(str(error.value).splitlines()) < 100
+    assert len(str(error.value).splitlines()) < 100  # far below 2000

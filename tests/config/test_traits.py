@@ -55,10 +55,11 @@ def test_settings_that_affect_the_adapter_have_the_change_result():
 
 def test_layout_fields_and_deepspeed_keys_of_traits_exist():
     assert settings_by_trait("layout").keys() <= Layout.__dataclass_fields__.keys()
-    for key in settings_by_trait("deepspeed"):
-        block, _, inner = key.partition(".")
-        assert block in TOP_LEVEL, key
-        assert block != "zero_optimization" or inner.split(".")[0] in ZERO_OPTIMIZATION, key
+    for key in settings_by_trait("deepspeed"):  # for example zero_optimization.stage
+        top_level_key, _, nested_key = key.partition(".")
+        assert top_level_key in TOP_LEVEL, key
+        if top_level_key == "zero_optimization":
+            assert nested_key.split(".")[0] in ZERO_OPTIMIZATION, key
 
 
 def test_each_peer_name_belongs_to_one_setting_and_is_not_a_setting_here():
@@ -73,8 +74,7 @@ def _peers(field):
 
 
 REQUIRED = {"model": "m", "train_data": "t", "output_dir": "o"}
-# Setting -> a value of another key without which the setting has no effect, and one with which it
-# has.
+# Setting -> other settings with which it has no effect, and other settings with which it has one.
 WITHOUT_EFFECT = {
     "save_steps": ({"save_strategy": "epoch"}, {"save_strategy": "steps"}),
     "eval_steps": ({"eval_data": 9, "evaluation_strategy": "epoch"}, {"eval_data": 9}),
@@ -90,6 +90,7 @@ WITHOUT_EFFECT = {
     "split_turns": ({"data_format": "text"}, {}),
     "init_lora_weights": ({"init_adapter": "a"}, {}),
 }
+# Setting -> a value for the tests; defaults would not count as set by the user.
 VALUES = {
     "save_steps": 100, "eval_steps": 5, "evals_per_epoch": 2, "bnb_4bit_quant_type": "nf4",
     "min_lr_ratio": 0.1, "offload_param": "cpu", "dataloader_prefetch_factor": 4, "run_name": "x",
@@ -100,11 +101,12 @@ VALUES = {
 
 @pytest.mark.parametrize("name", WITHOUT_EFFECT)
 def test_a_setting_without_effect_is_named_with_its_condition(name):
-    without, with_effect = WITHOUT_EFFECT[name]
+    others_without_effect, others_with_effect = WITHOUT_EFFECT[name]
     given = REQUIRED | {name: VALUES[name]}
-    named = settings_without_effect(RunSettings.model_validate(given | without))
-    assert set(re.findall(r"\w+", named[name])) & NAMES - {name}
-    assert not settings_without_effect(RunSettings.model_validate(given | with_effect))
+    reasons = settings_without_effect(RunSettings.model_validate(given | others_without_effect))
+    other_settings_in_reason = set(re.findall(r"\w+", reasons[name])) & (NAMES - {name})
+    assert other_settings_in_reason
+    assert not settings_without_effect(RunSettings.model_validate(given | others_with_effect))
 
 
 @pytest.mark.parametrize("formats", [["text"], ["pre-tokenised", "text"]])
@@ -119,17 +121,15 @@ def test_settings_of_conversations_have_no_effect_on_rows_without_messages(forma
     assert not settings_without_effect(settings, [*formats, "messages"])
 
 
-def test_all_conditions_name_settings_and_hold_for_the_defaults_of_other_settings():
+def test_conditions_of_the_trait_needs_have_valid_values_of_other_settings():
+    """A condition is KEY, KEY=A|B, !KEY or KEY!=A|B."""
     for name, field in RunSettings.model_fields.items():
         for condition in field.json_schema_extra["needs"] if field.json_schema_extra else ():
-            key, _, allowed = condition.partition("=")
-            assert key.strip("!") in NAMES - {name}, condition
-            for value in filter(None, allowed.split("|")):
-                RunSettings.model_validate(REQUIRED | {key.strip("!"): _typed(value)})
-
-
-def _typed(value):
-    return yaml.safe_load(value)
+            key_and_negation, _, values = condition.partition("=")
+            key = key_and_negation.strip("!")
+            assert key in NAMES - {name}, condition
+            for value in filter(None, values.split("|")):
+                RunSettings.model_validate(REQUIRED | {key: yaml.safe_load(value)})
 
 
 def test_a_run_yaml_with_all_defaults_has_no_setting_without_effect(tmp_path):
