@@ -1,4 +1,9 @@
-"""The choice of a layout: where it changes, its invariants, and its reasons."""
+"""The choice of a layout: conditions at which it changes, invariants, and stated reasons.
+
+A layout says how a run is divided over ranks and how it saves memory: ZeRO stage, micro-batch,
+checkpointed layers, offload, sequence parallelism. Candidates are the layouts that the settings
+allow, best first; a candidate with a `refusal` does not fit or is excluded by a rule.
+"""
 
 import json
 import re
@@ -28,12 +33,12 @@ H100 = gpu_named("h100-80gb")
 
 @pytest.fixture
 def ranked(tmp_path):
-    """Plan and candidates of a run; other keys are settings."""
+    """Function that returns the plan and all candidates of a run; default: 8 H100 of 80 GB."""
 
-    def make(config=LLAMA_8B, hardware=None, ranks=8, nodes=1, **keys):
+    def make(config=LLAMA_8B, hardware=None, ranks=8, nodes=1, **settings):
         (tmp_path / "config.json").write_text(json.dumps(config))
         values = {"model": str(tmp_path), "train_data": "t", "output_dir": "o", "lora_r": 16}
-        run = RunSettings.model_validate(values | keys)
+        run = RunSettings.model_validate(values | settings)
         shape = read_shape(run.model)
         return plan_and_candidates(run, shape, hardware or H100, nodes=nodes, ranks_per_node=ranks)
 
@@ -42,8 +47,10 @@ def ranked(tmp_path):
 
 @pytest.fixture
 def layout(ranked):
-    def make(*arguments, **keys):
-        return ranked(*arguments, **keys)[0].layout
+    """Function that returns the layout of the plan; its arguments are those of `ranked`."""
+
+    def make(*arguments, **keywords):
+        return ranked(*arguments, **keywords)[0].layout
 
     return make
 
@@ -53,7 +60,7 @@ def test_a_base_that_fits_is_replicated_and_one_that_does_not_is_sharded(layout,
     sharded = ranked(LLAMA_70B)[0]
     assert sharded.layout.zero_stage == 3
     assert "zero_stage 2 needs" in sharded.why["zero_stage"]
-    assert layout(LLAMA_70B, load_in_4bit=True).zero_stage == 2  # 40 GB in 4 bits
+    assert layout(LLAMA_70B, load_in_4bit=True).zero_stage == 2  # about 40 GB in 4 bits
 
 
 def test_the_stage_changes_at_the_memory_that_the_replicated_base_needs(ranked):
@@ -61,12 +68,13 @@ def test_the_stage_changes_at_the_memory_that_the_replicated_base_needs(ranked):
     keys = {"batch_size": 1, "gradient_checkpointing": True, "max_length": 256, "ranks": 2}
     plan = ranked(hardware=gpu(80), **keys)[0]
     need = plan.memory.device_need
-    fitting = next(g for g in range(10, 81) if gpu(g).usable_bytes(2) >= need)
-    assert ranked(hardware=gpu(fitting), **keys)[0].layout.zero_stage == 2
-    assert ranked(hardware=gpu(fitting - 1), **keys)[0].layout.zero_stage == 3
+    smallest_gib = next(gib for gib in range(10, 81) if gpu(gib).usable_bytes(2) >= need)
+    assert ranked(hardware=gpu(smallest_gib), **keys)[0].layout.zero_stage == 2
+    assert ranked(hardware=gpu(smallest_gib - 1), **keys)[0].layout.zero_stage == 3
 
 
-def test_hpz_is_for_slow_links_between_nodes(layout):
+def test_hpz_is_used_for_slow_links_between_nodes(layout):
+    """With hpZ the ranks of each node together have a copy of the base, and gather it locally."""
     slow = replace(H100, network=H100.node_link / 20)
     assert layout(LLAMA_70B, slow, nodes=2).hpz_partition_size == 8
     assert layout(LLAMA_70B, slow, nodes=1).hpz_partition_size == 1
@@ -76,15 +84,18 @@ def test_hpz_is_for_slow_links_between_nodes(layout):
 
 
 def test_no_more_layers_are_checkpointed_than_memory_requires(ranked):
-    few = ranked(max_length=512, batch_size=1)[0].layout
-    assert few.checkpointed_layers == 0
+    small_batch = ranked(max_length=512, batch_size=1)[0].layout
+    assert small_batch.checkpointed_layers == 0
     plan = ranked(max_length=8192, batch_size=4)[0]
-    count = plan.layout.checkpointed_layers
-    assert 0 < count < 32
-    fewer = replace(plan.layout, checkpointed_layers=count - 1)
-    need = memory(plan.shape, plan.settings, fewer, plan.hardware, SequenceProfile(tokens=8192))
+    num_checkpointed = plan.layout.checkpointed_layers
+    assert 0 < num_checkpointed < 32
+    with_one_less = replace(plan.layout, checkpointed_layers=num_checkpointed - 1)
+    need = memory(
+        plan.shape, plan.settings, with_one_less, plan.hardware, SequenceProfile(tokens=8192)
+    )
     assert need.device_need > plan.hardware.usable_bytes(8) >= plan.memory.device_need
-    assert_mentions(plan.why["checkpointed_layers"], f"{count} of 32", f"{count - 1}")
+    reason = plan.why["checkpointed_layers"]
+    assert_mentions(reason, f"{num_checkpointed} of 32", f"{num_checkpointed - 1}")
 
 
 def test_the_base_is_offloaded_only_if_nothing_else_fits(layout):
@@ -104,7 +115,7 @@ def test_a_quantised_base_larger_than_a_device_and_the_host_is_sharded(layout):
 
 
 @pytest.mark.parametrize(
-    ("keys", "expected"),
+    ("fixed_settings", "fixed_layout_fields"),
     [
         (
             {"zero_stage": 3, "batch_size": 2, "gradient_checkpointing": True},
@@ -124,15 +135,17 @@ def test_a_quantised_base_larger_than_a_device_and_the_host_is_sharded(layout):
         ),
     ],
 )
-def test_every_candidate_has_the_values_that_the_settings_fix(ranked, keys, expected):
-    every = ranked(max_length=512, **keys)[1]
-    assert every
-    for candidate in every:
-        assert vars(candidate.layout).items() >= expected.items()
+def test_every_candidate_has_the_values_that_the_settings_fix(
+    ranked, fixed_settings, fixed_layout_fields
+):
+    _, candidates_of_run = ranked(max_length=512, **fixed_settings)
+    assert candidates_of_run
+    for candidate in candidates_of_run:
+        assert vars(candidate.layout).items() >= fixed_layout_fields.items()
 
 
 def test_a_run_that_does_not_fit_is_refused_with_a_change_that_makes_it_fit(ranked):
-    """The run with the change of the message fits, and needs the memory of the message."""
+    """With the change that the message proposes, the run needs the memory that it predicts."""
     keys = {"hardware": gpu(16), "ranks": 1, "batch_size": 1, "offload_param": "none"}
     with refused("offload_param: auto"):
         ranked(**keys, max_length=256)
@@ -143,7 +156,8 @@ def test_a_run_that_does_not_fit_is_refused_with_a_change_that_makes_it_fit(rank
         ranked(**keys)
     match = re.search(r"load_in_4bit: true it needs ([0-9.]+) of [0-9.]+ GiB$", str(error.value))
     need = ranked(**keys, load_in_4bit=True)[0].memory.device_need
-    assert float(match[1]) == pytest.approx(need / 2**30, abs=0.05)
+    rounding_error = 0.05  # GiB
+    assert float(match[1]) == pytest.approx(need / GIB, abs=rounding_error)
 
 
 def test_if_no_setting_makes_a_run_fit_the_message_has_the_number_of_nodes(ranked):
@@ -155,13 +169,13 @@ def test_if_no_setting_makes_a_run_fit_the_message_has_the_number_of_nodes(ranke
     assert ranked(LLAMA_70B, nodes=nodes, **keys)[0].layout.world_size == nodes
 
 
-def test_a_candidate_that_a_rule_refuses_names_the_rule(ranked):
+def test_the_refusal_of_a_candidate_by_a_rule_has_the_id_of_the_rule(ranked):
     keys = {"load_in_4bit": True, "gradient_checkpointing": False, "max_length": 256}
-    plan, every = ranked(**keys)
+    plan, candidates_of_run = ranked(**keys)
     assert plan.layout.zero_stage == 2
-    sharded = [c for c in every if c.layout.zero_stage == 3]
-    assert sharded
-    assert all(c.refusal.endswith("[rule 4bit-zero3-unchecked]") for c in sharded)
+    at_zero3 = [candidate for candidate in candidates_of_run if candidate.layout.zero_stage == 3]
+    assert at_zero3
+    assert all(each.refusal.endswith("[rule 4bit-zero3-unchecked]") for each in at_zero3)
     with refused("rule 4bit-zero3-unchecked"):
         ranked(**keys, zero_stage=3)
 
@@ -171,13 +185,13 @@ def test_a_plan_for_128_gpus_uses_all_of_them(layout):
     assert (chosen.world_size, chosen.global_batch_size) == (128, 256)
 
 
-def test_a_cpu_never_offloads_and_trains_in_fp32_without_sharding(layout):
+def test_on_a_cpu_nothing_is_offloaded_and_the_base_is_not_sharded(layout):
     assert layout(SMOLLM2, CPU, ranks=2).offload_param == "none"
     in_fp32 = layout(SMOLLM2, CPU, ranks=2, bf16=False, fp16=False)
     assert in_fp32.zero_stage in (1, 2)
 
 
-KEYS = st.fixed_dictionaries(
+SETTINGS = st.fixed_dictionaries(
     {
         "lora_r": st.sampled_from([8, 64]),
         "max_length": st.sampled_from([256, 2048, 8192]),
@@ -188,28 +202,33 @@ KEYS = st.fixed_dictionaries(
 
 
 @settings(deadline=None, max_examples=40)
-@given(keys=KEYS, ranks=st.sampled_from([1, 2, 8]), nodes=st.sampled_from([1, 2, 4]),
+@given(run_settings=SETTINGS, ranks=st.sampled_from([1, 2, 8]), nodes=st.sampled_from([1, 2, 4]),
        gib=st.sampled_from([24, 40, 80, 141]))  # fmt: skip
-def test_the_first_candidate_is_the_fastest_with_its_sharding_and_offloading(
-    shape_of_8b, keys, ranks, nodes, gib
+def test_the_first_candidate_is_the_fastest_of_those_with_the_same_sharding_and_offload(
+    shape_of_8b, run_settings, ranks, nodes, gib
 ):
+    """A replicated base is preferred to a sharded one, and no offload to offload, at any speed."""
     values = {"model": "m", "train_data": "t", "output_dir": "o"}
-    run, hardware = RunSettings.model_validate(values | keys), gpu(gib)
+    run, hardware = RunSettings.model_validate(values | run_settings), gpu(gib)
     cluster = Cluster(hardware=hardware, nodes=nodes, ranks_per_node=ranks)
-    every = candidates(run, shape_of_8b, cluster)
-    fitting = [c for c in every if c.refusal is None]
-    assert every[: len(fitting)] == fitting
-    for candidate in every:
-        assert candidate.layout.global_batch_size == keys["global_batch_size"]
+    candidates_of_run = candidates(run, shape_of_8b, cluster)
+    fitting = [candidate for candidate in candidates_of_run if candidate.refusal is None]
+    assert candidates_of_run[: len(fitting)] == fitting
+    for candidate in candidates_of_run:
+        assert candidate.layout.global_batch_size == run_settings["global_batch_size"]
         fits = candidate.memory.device_need <= hardware.usable_bytes(ranks)
         assert fits or candidate.refusal
     if fitting:
         best = fitting[0]
-        comparable = [c for c in fitting if c.layout.is_sharded == best.layout.is_sharded
-               and c.layout.offload_param == best.layout.offload_param]  # fmt: skip
-        assert best.speed.seconds_per_step == min(c.speed.seconds_per_step for c in comparable)
+
+        def is_comparable(layout):
+            best_choice = best.layout.is_sharded, best.layout.offload_param
+            return (layout.is_sharded, layout.offload_param) == best_choice
+
+        times = [c.speed.seconds_per_step for c in fitting if is_comparable(c.layout)]
+        assert best.speed.seconds_per_step == min(times)
         assert not best.layout.is_sharded or all(c.layout.is_sharded for c in fitting)
-    assert len({c.layout for c in every}) == len(every)
+    assert len({candidate.layout for candidate in candidates_of_run}) == len(candidates_of_run)
 
 
 @pytest.fixture(scope="module")
@@ -219,58 +238,69 @@ def shape_of_8b(tmp_path_factory):
     return read_shape(str(folder))
 
 
-def test_the_plan_is_the_first_candidate(ranked, shape_of_8b):
-    plan, every = ranked()
-    same = make_plan(plan.settings, plan.shape, H100, nodes=1, ranks_per_node=8)
-    assert plan.layout == every[0].layout == same.layout
+def test_the_layout_of_the_plan_is_that_of_the_first_candidate(ranked):
+    plan, candidates_of_run = ranked()
+    made_directly = make_plan(plan.settings, plan.shape, H100, nodes=1, ranks_per_node=8)
+    assert plan.layout == candidates_of_run[0].layout == made_directly.layout
 
 
-def test_each_reason_names_the_alternative(ranked):
+def test_each_reason_has_the_setting_or_the_alternative_that_decided(ranked):
     why = ranked(bf16=False)[0].why
     assert why["training_dtype"] == "bf16: false"
-    in_fp32 = ranked(bf16=False, fp16=False, max_length=256)[0].why
-    assert_mentions(in_fp32["zero_stage"], "zero_stage 2", "s/step")
-    fixed = ranked(gradient_accumulation_steps=4)[0].why
-    assert_mentions(fixed["micro_batch_size"], "other settings")
-    sharded = ranked(hpz_partition_size=4)[0].why
-    assert_mentions(sharded["zero_stage"], "zero_stage 2", "rule hpz-without-zero3")
+    why_in_fp32 = ranked(bf16=False, fp16=False, max_length=256)[0].why
+    assert_mentions(why_in_fp32["zero_stage"], "zero_stage 2", "s/step")
+    why_with_accumulation = ranked(gradient_accumulation_steps=4)[0].why
+    assert_mentions(why_with_accumulation["micro_batch_size"], "other settings")
+    why_with_hpz = ranked(hpz_partition_size=4)[0].why
+    assert_mentions(why_with_hpz["zero_stage"], "zero_stage 2", "rule hpz-without-zero3")
     assert_mentions(ranked()[0].why["zero_stage"], "only adapter gradients are communicated")
 
 
-def test_ranks_that_share_sequences_count_once_in_the_global_batch(ranked):
-    keys = {"global_batch_size": 16, "batch_size": 1, "ranks": 8}
-    for size, accumulation in ((1, 2), (2, 4), (8, 16)):
-        layout = ranked(sequence_parallel_size=size, **keys)[0].layout
-        assert (layout.accumulation_steps, layout.global_batch_size) == (accumulation, 16)
-        assert layout.data_parallel_size == 8 // size
+@pytest.mark.parametrize(("group_size", "accumulation_steps"), [(1, 2), (2, 4), (8, 16)])
+def test_ranks_of_a_sequence_parallel_group_count_once_in_the_global_batch(
+    ranked, group_size, accumulation_steps
+):
+    plan, _ = ranked(sequence_parallel_size=group_size, global_batch_size=16, batch_size=1, ranks=8)
+    assert plan.layout.global_batch_size == 16
+    assert plan.layout.accumulation_steps == accumulation_steps
+    assert plan.layout.data_parallel_size == 8 // group_size
+
+
+def test_a_global_batch_that_groups_of_ranks_cannot_divide_is_refused(ranked):
     with refused("global_batch_size: 9", "4 groups of 2 ranks", "8 or 12"):
         ranked(sequence_parallel_size=2, ranks=8, global_batch_size=9, batch_size=1)
 
 
-@pytest.mark.parametrize(("nodes", "batch"), [(1, 16), (3, 24)])
-def test_a_group_that_is_chosen_does_not_change_the_global_batch(ranked, nodes, batch):
-    plan, every = ranked(max_length=600_000, nodes=nodes)
+@pytest.mark.parametrize(("nodes", "global_batch"), [(1, 16), (3, 24)])
+def test_an_automatic_sequence_parallel_size_does_not_change_the_global_batch(
+    ranked, nodes, global_batch
+):
+    plan, candidates_of_run = ranked(max_length=600_000, nodes=nodes)
     assert plan.layout.sequence_parallel_size > 1
-    assert {candidate.layout.global_batch_size for candidate in every} == {batch}
+    assert {each.layout.global_batch_size for each in candidates_of_run} == {global_batch}
     assert plan_overview(plan).count(f"{plan.layout.sequence_parallel_size} ranks") == 1
 
 
 def test_layouts_with_unequal_global_batches_are_compared_by_the_time_of_a_sequence(ranked):
     """With `batch_size` alone, a larger group has a smaller global batch, and so shorter steps."""
     keys = {"batch_size": 1, "gradient_checkpointing": True, "offload_param": "none"}
-    plan, every = ranked(max_length=131_072, hardware=gpu_named("a100-40gb"), **keys)
-    fitting = [candidate for candidate in every if candidate.refusal is None]
-    replicated = [c for c in fitting
-        if not c.layout.is_sharded and not c.layout.offload_activations]  # fmt: skip
+    plan, candidates_of_run = ranked(max_length=131_072, hardware=gpu_named("a100-40gb"), **keys)
+    replicated = [
+        candidate
+        for candidate in candidates_of_run
+        if candidate.refusal is None
+        and not candidate.layout.is_sharded
+        and not candidate.layout.offload_activations
+    ]
     assert len({candidate.layout.global_batch_size for candidate in replicated}) > 1
     assert plan.speed.tokens_per_second == max(c.speed.tokens_per_second for c in replicated)
     times = re.findall(r"([\d.]+) s/step", plan.why["sequence_parallel_size"])
-    assert len(times) == 2
-    assert float(times[0]) <= float(times[1])
+    of_plan, of_alternative = map(float, times)
+    assert of_plan <= of_alternative
 
 
 def test_a_reason_says_if_the_alternative_would_offload_activations(ranked):
-    """Its time is then no reason: such a layout is not preferred even if it is faster."""
+    """The alternative is then not called slower, because it is not preferred at any speed."""
     keys = {"max_length": 65_536, "offload_param": "cpu", "nodes": 4, "ranks": 2}
     plan = ranked(hardware=gpu_named("l4-24gb"), **keys)[0]
     assert not plan.layout.offload_activations
@@ -278,16 +308,20 @@ def test_a_reason_says_if_the_alternative_would_offload_activations(ranked):
     assert_mentions(plan.why["sequence_parallel_size"], "offload_activations")
 
 
-def test_host_memory_holds_the_inputs_of_the_fewest_checkpointed_layers(ranked):
-    """Checkpointing more layers than the device needs would need more host memory."""
+def test_offload_uses_no_more_host_memory_than_the_device_requires(ranked):
+    """Host memory has the inputs of the checkpointed layers, so that more layers need more of it.
+
+    The layout that is chosen with a large host is also chosen with a host of just its size.
+    """
     keys = {"max_length": 164_000, "ranks": 1, "zero_stage": 2, "mlp_tiles": 64, "lora_dropout": 0}
-    layout = ranked(**keys)[0].layout
-    assert layout.offload_activations
-    count = layout.checkpointed_layers
-    need = next(c for c in ranked(**keys)[1] if c.layout == layout).memory.host_peak_bytes
-    host_bytes = int(need / 0.9) + 1
-    smaller = ranked(hardware=replace(H100, host_bytes=host_bytes), **keys)[0].layout
-    assert (smaller.checkpointed_layers, smaller.offload_activations) == (count, True)
+    plan, candidates_of_run = ranked(**keys)
+    assert plan.layout.offload_activations
+    chosen = next(each for each in candidates_of_run if each.layout == plan.layout)
+    usable_share = 0.9  # of host memory
+    host_bytes = int(chosen.memory.host_peak_bytes / usable_share) + 1
+    on_small_host = ranked(hardware=replace(H100, host_bytes=host_bytes), **keys)[0].layout
+    assert on_small_host.checkpointed_layers == plan.layout.checkpointed_layers
+    assert on_small_host.offload_activations
 
 
 def test_activations_are_not_offloaded_if_no_layer_may_be_checkpointed(ranked):
@@ -298,36 +332,38 @@ def test_activations_are_not_offloaded_if_no_layer_may_be_checkpointed(ranked):
 
 
 @pytest.mark.parametrize(
-    ("size", "nodes", "ranks", "possible"),
+    ("size", "nodes", "ranks", "possible_sizes"),
     [(4, 1, 6, "1, 2, 3, 6"), (16, 1, 8, "1, 2, 4, 8"), (32, 2, 8, "1, 2, 4, 8, 16"),
      (16, 3, 8, "1, 2, 4, 8, 24")],
 )  # fmt: skip
-def test_groups_lie_within_a_node_or_span_whole_nodes(ranked, size, nodes, ranks, possible):
-    with refused(f"sequence_parallel_size: {size}", f"{ranks} ranks", possible):
+def test_a_sequence_parallel_group_neither_within_a_node_nor_of_whole_nodes_is_refused(
+    ranked, size, nodes, ranks, possible_sizes
+):
+    with refused(f"sequence_parallel_size: {size}", f"{ranks} ranks", possible_sizes):
         ranked(sequence_parallel_size=size, nodes=nodes, ranks=ranks)
 
 
 @pytest.mark.parametrize("size", [2, 8, 16])
-def test_a_group_within_a_node_or_of_whole_nodes_is_planned(ranked, size):
+def test_a_sequence_parallel_group_within_a_node_or_of_whole_nodes_is_planned(ranked, size):
     assert ranked(sequence_parallel_size=size, nodes=2)[0].layout.sequence_parallel_size == size
 
 
-def test_heads_that_do_not_divide_are_refused_with_the_sizes_that_do(ranked):
+def test_a_group_size_that_does_not_divide_the_heads_is_refused_with_the_sizes_that_do(ranked):
     with refused("rule split-heads", "1, 3, 9 divide the 9 heads"):
         ranked(SMOLLM2, sequence_parallel_size=2)
     assert ranked(SMOLLM2, ranks=9, sequence_parallel_size=9)[0].layout.world_size == 9
 
 
-def test_groups_divide_activations_and_logits_but_not_weights(ranked):
+def test_a_group_of_4_ranks_divides_activations_by_4_and_leaves_weights(ranked):
     keys = {"max_length": 16384, "batch_size": 1, "gradient_checkpointing": True}
-    one, four = (ranked(sequence_parallel_size=size, **keys)[0] for size in (1, 4))
-    one_terms, four_terms = one.memory.per_rank, four.memory.per_rank
-    assert four_terms["base_weights"] == one_terms["base_weights"]
-    assert four_terms["activations"] == pytest.approx(one_terms["activations"] / 4, rel=0.01)
-    assert four.memory.peak_bytes < one.memory.peak_bytes
+    one, four = (ranked(sequence_parallel_size=size, **keys)[0].memory.per_rank for size in (1, 4))
+    assert four["base_weights"] == one["base_weights"]
+    assert four["activations"] == pytest.approx(one["activations"] / 4, rel=0.01)
+    assert sum(four.values()) < sum(one.values())
 
 
-def test_an_exchange_is_priced_by_the_slowest_link_of_its_group(ranked):
+def test_the_time_of_all_to_alls_follows_the_slowest_link_of_the_group(ranked):
+    """Ranks of a sequence-parallel group exchange sequence parts for heads by all-to-alls."""
     keys = {
         "max_length": 16384, "batch_size": 1, "nodes": 2, "global_batch_size": 16,
         "gradient_checkpointing": True,
@@ -337,20 +373,24 @@ def test_an_exchange_is_priced_by_the_slowest_link_of_its_group(ranked):
         for size in (1, 2, 8, 16)
     }
     assert seconds[1] == 0
-    # At the same global batch, a rank of a group of P sends (P - 1) / P of equally many values. A
-    # group of 16 exchanges 2 copies of the 8 key heads, beside 32 query heads.
+    # A rank has values for 32 query heads and 8 key and value heads at each group size, and sends
+    # the part (size - 1) / size of them.
     assert seconds[8] / seconds[2] == pytest.approx((7 / 8) / (1 / 2), rel=0.05)
-    links = H100.node_link / min(H100.node_link, H100.network)
-    slower = (15 / 16) / (7 / 8) * (32 + 16) / (32 + 8) * links
-    assert seconds[16] / seconds[8] == pytest.approx(slower, rel=0.1)
+    # A group of 16 spans two nodes, and needs 2 copies of the 8 key heads, one head for each rank.
+    link_ratio = H100.node_link / min(H100.node_link, H100.network)
+    expected_ratio = (15 / 16) / (7 / 8) * (32 + 2 * 8) / (32 + 8) * link_ratio
+    assert seconds[16] / seconds[8] == pytest.approx(expected_ratio, rel=0.1)
 
 
-LONG = {"config": LLAMA_8B, "ranks": 1, "hardware": gpu(80, count=1), "global_batch_size": 1}
+ONE_GPU = {"config": LLAMA_8B, "ranks": 1, "hardware": gpu(80, count=1), "global_batch_size": 1}
 
 
-def test_tiles_and_offload_are_used_only_where_a_longer_sequence_needs_them(ranked):
+def test_tiles_and_offload_of_activations_are_used_only_if_the_sequence_does_not_fit_otherwise(
+    ranked,
+):
+    """MLP tiles: an MLP computes the parts of a sequence one after another."""
     short, tiled, offloaded = (
-        ranked(**LONG, max_length=length)[0] for length in (16_384, 131_072, 262_144)
+        ranked(**ONE_GPU, max_length=length)[0] for length in (16_384, 131_072, 262_144)
     )
     assert (short.layout.mlp_tiles, short.layout.offload_activations) == (1, False)
     assert (tiled.layout.mlp_tiles, tiled.layout.offload_activations) == (32, False)
@@ -358,67 +398,87 @@ def test_tiles_and_offload_are_used_only_where_a_longer_sequence_needs_them(rank
     assert not {"mlp_tiles", "offload_activations"} & short.why.keys()
     assert "offload_activations False needs" in offloaded.why["offload_activations"]
     assert tiled.layout.offload_param == offloaded.layout.offload_param == "none"
-    assert offloaded.memory.host_peak_bytes > 31 * 2**31 > tiled.memory.host_peak_bytes
+    # At least 31 layers have their input in host memory: 262144 tokens x 4096 values x 2 bytes.
+    input_bytes = 262_144 * 4096 * 2
+    assert offloaded.memory.host_peak_bytes > 31 * input_bytes > tiled.memory.host_peak_bytes
     assert offloaded.speed.terms["tiles"] > 0
     assert offloaded.speed.terms["activation_copies"] > 0
 
 
-def test_sequences_are_split_over_ranks_if_they_only_fit_with_copies_in_host_memory(ranked):
+def test_sequences_are_split_over_ranks_if_they_only_fit_with_activations_in_host_memory(ranked):
     keys = {"hardware": gpu(80), "global_batch_size": 8, "max_length": 262_144}
-    plan, found = ranked(**keys)
+    plan, candidates_of_run = ranked(**keys)
     assert plan.layout.sequence_parallel_size == 8
     assert not plan.layout.offload_activations
     assert plan.layout.global_batch_size == 8
-    assert {c.layout.sequence_parallel_size for c in found} == {1, 2, 4, 8}
+    assert {c.layout.sequence_parallel_size for c in candidates_of_run} == {1, 2, 4, 8}
     assert "sequence_parallel_size" in plan.why
-    best, others = found[0], [c for c in found if c.layout.zero_stage == 2 and not c.refusal]
-    on_devices = [c.speed.seconds_per_step for c in others if not c.layout.offload_activations]
-    assert best.speed.seconds_per_step == min(on_devices)
-    for refused_keys in ({"sequence_parallel_size": 1}, {"hardware": gpu(80, count=1), "ranks": 1}):
-        assert ranked(**keys | refused_keys)[0].layout.sequence_parallel_size == 1
+    times_without_offload = [
+        candidate.speed.seconds_per_step
+        for candidate in candidates_of_run
+        if candidate.layout.zero_stage == 2
+        and not candidate.refusal
+        and not candidate.layout.offload_activations
+    ]
+    assert candidates_of_run[0].speed.seconds_per_step == min(times_without_offload)
+    one_rank = {"hardware": gpu(80, count=1), "ranks": 1}
+    for changes in ({"sequence_parallel_size": 1}, one_rank):
+        assert ranked(**keys | changes)[0].layout.sequence_parallel_size == 1
 
 
-def test_sequences_are_not_split_if_a_rule_would_refuse_it(ranked):
-    """SmolLM2 has 9 heads, and dropout in attention depends on the size."""
-    keys = {"hardware": gpu(24), "global_batch_size": 8, "max_length": 1_048_576}
-    for config in (SMOLLM2, SMOLLM2 | {"num_attention_heads": 8, "attention_dropout": 0.1}):
-        try:
-            found = ranked(config, **keys)[1]
-        except DoesNotFitError as error:
-            found = error.ranked
-        assert {c.layout.sequence_parallel_size for c in found} == {1}
+def candidates_even_if_none_fits(ranked, *arguments, **keywords):
+    try:
+        return ranked(*arguments, **keywords)[1]
+    except DoesNotFitError as error:
+        return error.ranked
 
 
-def test_offload_that_the_host_has_no_memory_for_is_refused(ranked):
-    small = replace(gpu(80, count=1), host_bytes=32 * GIB)
+@pytest.mark.parametrize(
+    "config_change",
+    [
+        {},  # the 9 heads of SmolLM2 cannot be divided over 2, 4 or 8 ranks
+        # The random numbers of dropout in attention depend on the group size.
+        {"num_attention_heads": 8, "attention_dropout": 0.1},
+    ],
+)
+def test_sequences_are_not_split_if_a_rule_would_refuse_the_split(ranked, config_change):
+    candidates_of_run = candidates_even_if_none_fits(
+        ranked, SMOLLM2 | config_change,
+        hardware=gpu(24), global_batch_size=8, max_length=1_048_576,
+    )  # fmt: skip
+    assert {c.layout.sequence_parallel_size for c in candidates_of_run} == {1}
+
+
+def test_a_run_that_fits_only_with_more_host_memory_is_refused(ranked):
+    small_host = replace(gpu(80, count=1), host_bytes=32 * GIB)
     with refused("max_length", "does not fit"):
-        ranked(**(LONG | {"hardware": small}), max_length=262_144)
+        ranked(**(ONE_GPU | {"hardware": small_host}), max_length=262_144)
 
 
-def test_activations_are_not_offloaded_if_the_settings_forbid_it(ranked):
-    for keys in ({"offload_activations": False}, {"gradient_checkpointing": False}):
-        try:
-            found = ranked(**LONG, **keys, max_length=262_144)[1]
-        except DoesNotFitError as error:
-            found = error.ranked
-        assert not any(candidate.layout.offload_activations for candidate in found)
-    _, found = ranked(SMOLLM2, CPU, ranks=2, max_length=4096)
-    assert not any(candidate.layout.offload_activations for candidate in found)
-
-
-def test_offload_set_to_true_checkpoints_every_layer(layout):
-    chosen = layout(SMOLLM2, CPU, ranks=2, max_length=512, offload_activations=True, mlp_tiles=3)
-    assert (chosen.checkpointed_layers, chosen.offload_activations, chosen.mlp_tiles) == (
-        30,
-        True,
-        3,
+@pytest.mark.parametrize("key", ["offload_activations", "gradient_checkpointing"])
+def test_activations_are_not_offloaded_if_a_setting_forbids_it(ranked, key):
+    candidates_of_run = candidates_even_if_none_fits(
+        ranked, **ONE_GPU, **{key: False}, max_length=262_144
     )
+    assert not any(candidate.layout.offload_activations for candidate in candidates_of_run)
 
 
-def test_tiles_of_an_mlp_save_memory_and_cost_time(ranked):
+def test_activations_are_not_offloaded_on_a_cpu(ranked):
+    _, candidates_of_run = ranked(SMOLLM2, CPU, ranks=2, max_length=4096)
+    assert not any(candidate.layout.offload_activations for candidate in candidates_of_run)
+
+
+def test_offload_activations_true_checkpoints_all_30_layers(layout):
+    chosen = layout(SMOLLM2, CPU, ranks=2, max_length=512, offload_activations=True, mlp_tiles=3)
+    assert chosen.offload_activations
+    assert chosen.checkpointed_layers == 30
+    assert chosen.mlp_tiles == 3
+
+
+def test_mlp_tiles_save_memory_and_cost_time(ranked):
     whole, tiled = (
-        ranked(**LONG, max_length=32_768, mlp_tiles=n, gradient_checkpointing=True)[0]
-        for n in (1, 8)
+        ranked(**ONE_GPU, max_length=32_768, mlp_tiles=num_tiles, gradient_checkpointing=True)[0]
+        for num_tiles in (1, 8)
     )
     assert tiled.memory.peak_bytes < whole.memory.peak_bytes
     assert tiled.speed.seconds_per_step > whole.speed.seconds_per_step

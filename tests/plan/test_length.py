@@ -1,4 +1,4 @@
-"""The longest length that fits, and what the lengths need that lose fewer tokens."""
+"""The longest `max_length` that fits, and the memory at a `max_length` that loses fewer tokens."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ from tests.plans import CPU, LLAMA_8B, SMOLLM2, gpu
 
 pytestmark = pytest.mark.unit
 
-CLUSTERS = [
+RUNS = [  # config.json, hardware, ranks, settings
     (LLAMA_8B, gpu(80, count=8), 8, {}),
     (LLAMA_8B, gpu(24, count=1), 1, {"load_in_4bit": True}),
     (LLAMA_8B, replace(gpu(80, count=1), host_bytes=64 * GIB), 1, {}),
@@ -28,22 +28,22 @@ CLUSTERS = [
 ]
 
 
-def settings(**keys):
+def settings(**changes):
     values = {"model": "m", "train_data": "t", "output_dir": "o", "lora_r": 16}
-    return RunSettings.model_validate(values | keys)
+    return RunSettings.model_validate(values | changes)
 
 
-@pytest.mark.parametrize(("config", "hardware", "ranks", "keys"), CLUSTERS)
-def test_the_longest_length_fits_and_5_percent_more_does_not(config, hardware, ranks, keys):
+@pytest.mark.parametrize(("config", "hardware", "ranks", "changes"), RUNS)
+def test_the_longest_length_fits_and_5_percent_more_does_not(config, hardware, ranks, changes):
     shape = shape_of(config, "m")
     cluster = Cluster(hardware=hardware, nodes=1, ranks_per_node=ranks)
-    longest = longest_length(settings(**keys), shape, cluster).max_length
+    longest = longest_length(settings(**changes), shape, cluster).max_length
     for length, fits in ((longest, True), (int(1.05 * longest), False)):
-        best = candidates(settings(**keys, max_length=length), shape, cluster)[0]
+        best = candidates(settings(**changes, max_length=length), shape, cluster)[0]
         assert (best.refusal is None) == fits
 
 
-def test_the_line_names_the_whole_machine_and_one_device():
+def test_the_text_has_the_longest_length_on_all_devices_and_on_one_device():
     shape = replace(shape_of(LLAMA_8B, "m"), max_positions=131_072)
     cluster = Cluster(hardware=gpu(80), nodes=1, ranks_per_node=8)
     text = longest_text(settings(), shape, cluster)
@@ -53,21 +53,25 @@ def test_the_line_names_the_whole_machine_and_one_device():
 
 
 @pytest.mark.parametrize(
-    "keys",
+    "changes",
     [
         {"sequence_parallel_size": 4},
         {"zero_stage": 3, "hpz_partition_size": 8},
         {"batch_size": 1, "gradient_accumulation_steps": 2, "global_batch_size": 16},
     ],
 )
-def test_settings_for_all_ranks_do_not_matter_to_one_device(keys):
+def test_settings_that_depend_on_the_number_of_ranks_are_ignored_for_one_device(changes):
     shape = shape_of(LLAMA_8B, "m")
     cluster = Cluster(hardware=gpu(80), nodes=1, ranks_per_node=8)
-    of_one, expected = (
-        longest_text(settings(**each), shape, cluster).partition("; ")[2] for each in (keys, {})
-    )
-    assert_mentions(of_one, "1 of them")
-    assert of_one.split(" (")[0] == expected.split(" (")[0]
+
+    def text_on_one_device(changed_settings):
+        text = longest_text(settings(**changed_settings), shape, cluster)
+        _text_on_all_devices, text_on_one = text.split("; ")
+        return text_on_one.split(" (")[0]  # without the layout, which is in parentheses
+
+    text = text_on_one_device(changes)
+    assert_mentions(text, "1 of them")
+    assert text == text_on_one_device({})
 
 
 def test_the_run_file_for_long_trajectories_fits_on_its_machine_and_on_one_gpu():
@@ -83,7 +87,7 @@ def test_the_run_file_for_long_trajectories_fits_on_its_machine_and_on_one_gpu()
 
 
 @pytest.mark.parametrize(
-    ("over_length", "lost", "words"),
+    ("over_length", "lost", "facts"),
     [
         ("truncate", 400, ["truncated", "loses 400 of 10,000 supervised tokens (4 %)"]),
         ("drop", 900, ["dropped", "loses 900 of 10,000 supervised tokens (9 %)"]),
@@ -95,24 +99,25 @@ def test_the_run_file_for_long_trajectories_fits_on_its_machine_and_on_one_gpu()
         ("fail", 400, ["over_length: fail ends the run"]),
     ],
 )
-def test_the_loss_is_named_for_every_over_length(over_length, lost, words):
+def test_the_lost_tokens_are_stated_for_every_over_length(over_length, lost, facts):
     loss = LengthLoss(
-        documents=100, longer=7, tokens=10_000, lost=lost, keeps_99=4096, keeps_all=9_000_000
-    )
+        documents=100, longer=7, tokens=10_000, lost=lost,
+        keeps_99=4096, keeps_all=9_000_000,  # the second is too long for 8 GPUs
+    )  # fmt: skip
     data = DataSize(documents=100, tokens=9000, longest=9, is_exact=True, length_loss=loss)
     shape, run = shape_of(LLAMA_8B, "m"), settings(over_length=over_length)
     cluster = Cluster(hardware=gpu(80), nodes=1, ranks_per_node=8)
     texts = length_texts(data, run, shape, cluster)
     assert_mentions(
-        " ".join(texts), "7 of 100 documents", "more than 1,024 tokens", *words,
+        " ".join(texts), "7 of 100 documents", "more than 1,024 tokens", *facts,
         "max_length 4,096 keeps 99 %", "max_length 9,000,000 keeps 100 %", ", but needs",
     )  # fmt: skip
-    assert len(length_texts(data, run, shape, None)) == 1
-    shorter = replace(data, length_loss=replace(loss, longer=0))
-    assert length_texts(shorter, run, shape, cluster) == []
+    assert len(length_texts(data, run, shape, cluster=None)) == 1  # only the loss
+    no_longer_documents = replace(data, length_loss=replace(loss, longer=0))
+    assert length_texts(no_longer_documents, run, shape, cluster) == []
 
 
-def test_a_length_beyond_the_positions_of_the_model_is_named_as_such():
+def test_the_text_says_if_a_length_exceeds_the_positions_of_the_model():
     loss = LengthLoss(documents=9, longer=2, tokens=900, lost=90, keeps_99=4096, keeps_all=140_000)
     data = DataSize(documents=9, tokens=900, longest=9, is_exact=True, length_loss=loss)
     shape = replace(shape_of(LLAMA_8B, "m"), max_positions=131_072)

@@ -8,15 +8,13 @@ from pipeline.plan.plan import Schedule
 pytestmark = pytest.mark.unit
 
 
-def schedule(steps_per_epoch, **values):
-    settings = RunSettings(model="m", train_data="t", output_dir="o", **values)
-    computed = Schedule.of(settings, steps_per_epoch)
-    assert computed.steps_per_epoch == steps_per_epoch
-    return computed.total_steps, computed.warmup_steps
+def schedule(steps_per_epoch, **settings):
+    run = RunSettings(model="m", train_data="t", output_dir="o", **settings)
+    return Schedule.of(run, steps_per_epoch)
 
 
 @pytest.mark.parametrize(
-    ("values", "total"),
+    ("settings", "total_steps"),
     [
         ({}, 30),
         ({"epochs": 3.0}, 90),
@@ -29,14 +27,17 @@ def schedule(steps_per_epoch, **values):
         ({"max_steps": 7}, 7),
     ],
 )
-def test_a_run_ends_after_its_epochs_or_its_max_steps(values, total):
-    assert schedule(30, **values)[0] == total
+def test_a_run_with_30_steps_per_epoch_ends_after_its_epochs_or_its_max_steps(
+    settings, total_steps
+):
+    run_schedule = schedule(30, **settings)
+    assert (run_schedule.steps_per_epoch, run_schedule.total_steps) == (30, total_steps)
 
 
 @pytest.mark.parametrize(
-    ("values", "warmup"),
+    ("settings", "warmup_steps"),
     [
-        ({}, 3),  # 0.03 of 100, the default
+        ({}, 3),  # the default, 0.03 of 100 steps
         ({"warmup_ratio": 0.1}, 10),
         ({"warmup_ratio": 0.0}, 0),
         ({"warmup_steps": 0}, 0),
@@ -46,5 +47,5 @@ def test_a_run_ends_after_its_epochs_or_its_max_steps(values, total):
         ({"warmup_steps": 2000}, 100),
     ],
 )
-def test_the_warm_up_is_a_number_of_steps_or_a_fraction(values, warmup):
-    assert schedule(100, **values)[1] == warmup
+def test_the_warm_up_is_a_number_of_steps_or_a_fraction_of_the_100_steps(settings, warmup_steps):
+    assert schedule(100, **settings).warmup_steps == warmup_steps

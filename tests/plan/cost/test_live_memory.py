@@ -1,6 +1,7 @@
 """The predicted peak of live tensor bytes is within 10 % of the peak measured in CPU runs.
 
-The cases are a selection of those of tests/bench/memory.py, most with fewer layers.
+The cases are a selection of those of tests/bench/memory.py, most with fewer layers. A name has the
+dtype, ZeRO stage, activation checkpointing (`ckpt`) and sequence length of its case.
 """
 
 from dataclasses import replace
@@ -39,7 +40,7 @@ NAMES = [
     "bf16 zero2 inputs-on-host",
     "tiles packed",
 ]
-# Models counted on their class, one for each kind of block; their lists name 8 blocks.
+# One model for each kind of block. Their configs list the kinds of 8 blocks, so 8 blocks are kept.
 KINDS_OF_BLOCKS = [
     "class cohere zero2 ckpt-off",  # parallel attention and MLP
     "class gpt_oss zero2 ckpt-off",  # sinks, sliding windows, experts
@@ -52,7 +53,7 @@ KINDS_OF_BLOCKS = [
 ALL_BLOCKS = {
     name: memory.CASES[name]
     for name in (*NAMES, *KINDS_OF_BLOCKS)
-    if name[-4:] == "of-8" or name in KINDS_OF_BLOCKS
+    if name.endswith("of-8") or name in KINDS_OF_BLOCKS
 }
 FEWER_BLOCKS = {
     name: replace(case, model=case.model | {"num_hidden_layers": 4})

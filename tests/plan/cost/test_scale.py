@@ -1,4 +1,4 @@
-"""The arithmetic of docs/scale.md agrees with the plan's speed model."""
+"""The arithmetic of the tables in docs/scale.md agrees with the plan's speed model."""
 
 from dataclasses import replace
 
@@ -26,8 +26,11 @@ pytestmark = pytest.mark.unit
 @pytest.mark.parametrize("sharding", ["ZeRO-2", "ZeRO-3"])
 @pytest.mark.parametrize("gpus", [8, 64])
 def test_a_step_on_slow_links_takes_as_long_as_sending_its_bytes(base, sharding, gpus):
-    """The links are so slow that everything else is negligible; 0.7 of their rate is reached."""
-    slow = 1e5
+    """The links are so slow that everything else is negligible.
+
+    The speed model assumes that 0.7 of a link's nominal rate is reached.
+    """
+    slow = 1e5  # bytes per second
     case = Case(
         model="8b", base=base, sharding=sharding, gpus=gpus, network=25e9, global_batch=4 * gpus
     )
@@ -40,20 +43,18 @@ def test_a_step_on_slow_links_takes_as_long_as_sending_its_bytes(base, sharding,
 
 
 def test_more_gpus_are_worthwhile_until_a_doubling_gains_little():
-    # number of GPUs: seconds of a step
+    # Keys: number of GPUs; values: seconds of a step.
     assert gpus_worth_using({8: 8.0, 16: 4.0, 32: 2.1}) == 32
     assert gpus_worth_using({8: 8.0, 16: 4.0, 32: 3.9, 64: 1.0}) == 16
     assert gpus_worth_using({16: 4.0}) == 16
 
 
 def test_tables_replace_the_text_between_their_markers():
-    page = "\n".join(
-        f"before\n<!-- {name} -->\nold\n<!-- end of {name} -->"
-        for name in (
-            "growing-8b", "growing-70b", "growing-405b", "networks", "fixed", "hours", "break-even"
-        )
+    tables = (
+        "growing-8b", "growing-70b", "growing-405b", "networks", "fixed", "hours", "break-even",
     )  # fmt: skip
-    new = filled(page)
-    assert "old" not in new
-    assert new.count("before") == 7
-    assert filled(new) == new
+    page = "\n".join(f"before\n<!-- {name} -->\nold\n<!-- end of {name} -->" for name in tables)
+    new_page = filled(page)
+    assert "old" not in new_page
+    assert new_page.count("before") == len(tables)
+    assert filled(new_page) == new_page
