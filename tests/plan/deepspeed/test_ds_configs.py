@@ -1,4 +1,8 @@
-"""DeepSpeed accepts every golden config without changing its values, and trains with it."""
+"""DeepSpeed accepts every config of ds_configs/ without changing its values, and trains with it.
+
+Goldens: the generated DeepSpeed configs in ds_configs/. A name has the base, ZeRO stage, and
+-1x for one rank.
+"""
 
 import json
 from dataclasses import replace
@@ -29,16 +33,21 @@ def on_cpu(config):
 
 
 def without_defaults(parsed, requested):
+    """The parsed value of a key; of a mapping, only the keys that the config has."""
     return {key: parsed[key] for key in requested} if isinstance(requested, dict) else parsed
 
 
 def train(session, folder, golden, settings):
+    """Train two steps with a golden config.
+
+    Returns the losses, the ZeRO values that DeepSpeed parsed, and the set of answers to whether a
+    sharded parameter has a second copy in the node.
+    """
     config = on_cpu(json.loads(golden.read_text(encoding="utf-8")))
-    accepted = DeepSpeedConfig(dict(config))
-    accumulation = config["gradient_accumulation_steps"]
+    parsed_config = DeepSpeedConfig(dict(config))
     settings = settings | {
         "zero_stage": config["zero_optimization"]["stage"],
-        "gradient_accumulation_steps": accumulation,
+        "gradient_accumulation_steps": config["gradient_accumulation_steps"],
         "batch_size": 1,
         "global_batch_size": "auto",
         "bf16": config["bf16"]["enabled"],
@@ -55,7 +64,7 @@ def train(session, folder, golden, settings):
         losses.append(session.sum_over_ranks([result.loss_sum])[0] / supervised)
     frozen = [p for p in engine.deepspeed.module.parameters() if not p.requires_grad]
     has_node_copy = {p.ds_secondary_tensor is not None for p in frozen if hasattr(p, "ds_id")}
-    return losses, accepted.zero_config.model_dump(by_alias=True, mode="json"), has_node_copy
+    return losses, parsed_config.zero_config.model_dump(by_alias=True, mode="json"), has_node_copy
 
 
 def model_of(golden):
@@ -67,7 +76,7 @@ def world_size_of(golden):
 
 
 def train_each(session, folder, goldens):
-    """Results of `train` by the name of the golden config; the ranks start once for all."""
+    """Results of `train` by the path of the golden config; the ranks start once for all."""
     results = {}
     for golden in goldens:
         settings = {
@@ -80,23 +89,33 @@ def train_each(session, folder, goldens):
 
 @pytest.fixture(scope="module")
 def results_of(tiny_model, tmp_path_factory):
-    """Function: model and number of ranks -> the results of the golden configs for them."""
+    """Function from model and number of ranks to the results of the golden configs for them."""
 
     @cache
     def train_goldens(model, world_size):
-        goldens = [g for g in GOLDENS if (model_of(g), world_size_of(g)) == (model, world_size)]
-        out = tmp_path_factory.mktemp("goldens")
-        folder = tiny_model if model == "llama" else make_family(out / "model", model)
-        return run_ranks(train_each, folder, goldens, tmp_path=out, world_size=world_size)[0]
+        goldens = [
+            golden
+            for golden in GOLDENS
+            if model_of(golden) == model and world_size_of(golden) == world_size
+        ]
+        temporary = tmp_path_factory.mktemp("goldens")
+        folder = tiny_model if model == "llama" else make_family(temporary / "model", model)
+        results_by_rank = run_ranks(
+            train_each, folder, goldens, tmp_path=temporary, world_size=world_size
+        )
+        return results_by_rank[0]
 
     return train_goldens
 
 
 @pytest.mark.parametrize("golden", GOLDENS, ids=lambda path: path.stem)
-def test_a_golden_config_trains(results_of, golden):
+def test_a_golden_config_is_parsed_unchanged_and_trains(results_of, golden):
     losses, parsed, has_node_copy = results_of(model_of(golden), world_size_of(golden))[golden]
     requested = json.loads(golden.read_text(encoding="utf-8"))["zero_optimization"]
-    assert {k: without_defaults(parsed[k], v) for k, v in requested.items()} == requested
+    parsed_as_requested = {
+        key: without_defaults(parsed[key], value) for key, value in requested.items()
+    }
+    assert parsed_as_requested == requested
     assert all(0 < loss < 20 for loss in losses)
     # Only with hpZ do sharded parameters have a second copy within the node.
     assert has_node_copy == ({"hpz" in golden.stem} if "zero3" in golden.stem else set())

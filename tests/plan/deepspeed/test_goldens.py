@@ -1,6 +1,10 @@
-"""ds_configs/ has exactly the output of its generator, and no value of a particular machine."""
+"""ds_configs/ has exactly the output of its generator, and no value of a particular machine.
+
+Goldens: the generated DeepSpeed configs in that folder, one for each case of cases.yaml.
+"""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -33,31 +37,16 @@ def test_every_case_has_its_file_and_the_stage_of_its_name():
 
 @pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
 def test_no_value_is_auto_and_sizes_are_whole_numbers(path):
-    def values(node):
-        if isinstance(node, dict):
-            return [leaf for value in node.values() for leaf in values(value)]
-        return (
-            [leaf for value in node for leaf in values(value)] if isinstance(node, list) else [node]
-        )
-
-    config = json.loads(path.read_text(encoding="utf-8"))
-    assert "auto" not in values(config)
-    for key, value in config["zero_optimization"].items():
+    text = path.read_text(encoding="utf-8")
+    assert '"auto"' not in text
+    for key, value in json.loads(text)["zero_optimization"].items():
         assert not isinstance(value, float), key
 
 
 @pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
 def test_the_readme_explains_every_key(path):
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
-
-    def keys(node):
-        return (
-            [k for key, value in node.items() for k in (key, *keys(value))]
-            if isinstance(node, dict)
-            else []
-        )
-
-    config = json.loads(path.read_text(encoding="utf-8"))
-    missing = {key for key in keys(config) if f"`{key}`" not in readme}
-    assert not missing
+    keys = re.findall(r'"(\w+)":', path.read_text(encoding="utf-8"))
+    assert keys
+    assert not {key for key in keys if f"`{key}`" not in readme}
     assert f"`{path.name}`" in readme

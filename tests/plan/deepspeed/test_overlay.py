@@ -1,4 +1,7 @@
-"""A user's DeepSpeed JSON: values that it sets, the merge, and refusals with line numbers."""
+"""A user's DeepSpeed JSON: the settings that it sets, its merge, and refusals with line numbers.
+
+The file is an overlay: its values replace those of the DeepSpeed config that the plan generates.
+"""
 
 import json
 
@@ -56,6 +59,8 @@ TRAINER_JSON = {
 
 @pytest.fixture
 def write(tmp_path):
+    """Function that writes ds.json, one key a line unless `content` is text; returns its path."""
+
     def to_file(content) -> str:
         path = tmp_path / "ds.json"
         text = content if isinstance(content, str) else json.dumps(content, indent=2)
@@ -67,6 +72,8 @@ def write(tmp_path):
 
 @pytest.fixture
 def plan(tmp_path, write):
+    """Function that plans a run of SmolLM2 on 8 GPUs with this DeepSpeed JSON."""
+
     def make(content, **settings):
         (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
         values = {
@@ -91,8 +98,8 @@ def test_a_config_of_the_trainer_is_accepted(plan):
     assert new_plan.deepspeed["steps_per_print"] == 2000
     assert new_plan.deepspeed["optimizer"]["params"]["betas"] == [0.9, 0.999]
     assert "auto" not in json.dumps(new_plan.deepspeed)
-    # with a stage3_max_live_parameters of 1e9, all of this base stays gathered
-    # the other rule names an option of vLLM, because the default r is above vLLM's limit
+    # With a stage3_max_live_parameters of 1e9, all of this base stays gathered. The other rule has
+    # an option of vLLM, because the default lora_r is above vLLM's limit.
     assert {rule.id for rule in new_plan.rules} == {"gathered-too-much", "vllm-max-lora-rank"}
 
 
@@ -109,32 +116,22 @@ def test_the_plan_has_the_values_that_the_json_sets(plan):
     assert new_plan.with_data(sized(640)).learning_rate(0) <= 1e-4
     assert new_plan.deepspeed["optimizer"]["params"]["betas"] == [0.9, 0.95]
     assert new_plan.deepspeed["gradient_accumulation_steps"] == 4
-    # run.yaml has these settings, so a plan made from it must be the same
-    again = make_plan(settings, new_plan.shape, new_plan.hardware, nodes=1, ranks_per_node=8)
-    assert again.deepspeed == new_plan.deepspeed
-
-
-def test_hpz_and_offload_become_settings(write):
-    settings = with_json_constraints(
-        write(
-            {
-                "zero_optimization": {
-                    "stage": 3,
-                    "zero_hpz_partition_size": 8,
-                    "offload_param": {"device": "cpu"},
-                }
-            }
-        ),
-        settings_of(),
+    # The folder of a run stores these settings, so a plan made from them must be the same.
+    plan_of_resumed_run = make_plan(
+        settings, new_plan.shape, new_plan.hardware, nodes=1, ranks_per_node=8
     )
-    assert (settings.zero_stage, settings.hpz_partition_size, settings.offload_param) == (
-        3,
-        8,
-        "cpu",
-    )
+    assert plan_of_resumed_run.deepspeed == new_plan.deepspeed
 
 
-def test_an_empty_json_changes_nothing(write):
+def test_hpz_and_offload_of_the_json_become_settings(write):
+    zero = {"stage": 3, "zero_hpz_partition_size": 8, "offload_param": {"device": "cpu"}}
+    settings = with_json_constraints(write({"zero_optimization": zero}), settings_of())
+    assert settings.zero_stage == 3
+    assert settings.hpz_partition_size == 8
+    assert settings.offload_param == "cpu"
+
+
+def test_values_auto_and_null_change_nothing(write):
     settings, generated = settings_of(lr=1e-3), {"steps_per_print": None, "bf16": {"enabled": True}}
     path = write({"gradient_clipping": "auto", "zero_optimization": {"stage": None}, "bf16": None})
     assert with_json_constraints(path, settings) == settings
@@ -158,7 +155,9 @@ def test_an_empty_json_changes_nothing(write):
         ({"zero_optimization": {"offload_param": {"device": "gpu"}}}, {}, ["device", "'cpu'"]),
     ],
 )  # fmt: skip
-def test_a_value_that_contradicts_the_run_file_is_refused(write, content, settings, facts):
+def test_a_value_that_is_invalid_or_contradicts_the_run_file_is_refused(
+    write, content, settings, facts
+):
     with refused(*facts):
         with_json_constraints(write(content), settings_of(**settings))
 
@@ -185,9 +184,16 @@ def test_a_json_that_deepspeed_cannot_use_is_refused_with_its_line(write, conten
         overlay(generated, write(content))
 
 
+def nested(path, value):
+    """Mappings that have this value under this path of keys."""
+    for key in reversed(path):
+        value = {key: value}
+    return value
+
+
 @pytest.mark.parametrize("value", [1, "auto", None, {}, [], False])
 @pytest.mark.parametrize(
-    ("path", "near"),
+    ("path", "correct_key"),
     [
         (("gradient_clippin",), "gradient_clipping"),
         (("zero_optimization", "stage3_prefetch_buckt_size"), "stage3_prefetch_bucket_size"),
@@ -200,22 +206,20 @@ def test_a_json_that_deepspeed_cannot_use_is_refused_with_its_line(write, conten
         (("optimizer", "params", "weight_deca"), "weight_decay"),
     ],
 )
-def test_a_mistyped_key_is_refused_whatever_its_value(write, path, near, value):
-    content = value
-    for key in reversed(path):
-        content = {key: content}
-    with refused(".".join(path), near):
-        with_json_constraints(write(content), settings_of())
+def test_a_mistyped_key_is_refused_with_the_correct_key_for_every_value(
+    write, path, correct_key, value
+):
+    with refused(".".join(path), correct_key):
+        with_json_constraints(write(nested(path, value)), settings_of())
 
 
 @pytest.mark.parametrize(
     "path",
     ["flops_profiler.enable", "tensorboard.output_paht", "activation_checkpointing.partition"],
 )
-def test_keys_of_monitoring_blocks_are_checked(write, path):
-    block, key = path.split(".")
+def test_a_mistyped_key_of_monitoring_and_profiling_is_refused(write, path):
     with refused("ds.json:3", path):
-        with_json_constraints(write({block: {key: "auto"}}), settings_of())
+        with_json_constraints(write(nested(path.split("."), "auto")), settings_of())
 
 
 @pytest.mark.parametrize(
@@ -244,29 +248,37 @@ def test_keys_of_monitoring_blocks_are_checked(write, path):
     ],
 )
 def test_a_value_that_deepspeed_would_refuse_is_refused_with_its_line(write, path, value, fact):
-    content = value
-    for name in reversed(path.split(".")):
-        content = {name: content}
-    with refused(f"ds.json:{1 + len(path.split('.'))}", path, json.dumps(value), fact):
-        with_json_constraints(write(content), settings_of())
+    keys = path.split(".")
+    line = 1 + len(keys)  # line 1 is the opening brace
+    with refused(f"ds.json:{line}", path, json.dumps(value), fact):
+        with_json_constraints(write(nested(keys, value)), settings_of())
 
 
 @pytest.mark.parametrize("prefix", ["", "stage3_"])
-def test_a_zero3_key_may_have_its_prefix_or_not(plan, write, prefix):
-    keys = {"max_live_parameters": 5, "gather_16bit_weights_on_model_save": True,
-            "param_persistence_threshold": "auto"}  # fmt: skip
-    new_plan = plan({"zero_optimization": {"stage": 3} | {prefix + k: v for k, v in keys.items()}})
-    zero = new_plan.deepspeed["zero_optimization"]
-    assert zero["stage3_max_live_parameters"] == 5
-    assert zero["stage3_param_persistence_threshold"] > 0
-    assert not keys.keys() & zero.keys()
+def test_a_key_of_zero3_may_have_the_prefix_stage3_or_not(plan, write, prefix):
+    zero = {
+        "stage": 3,
+        f"{prefix}max_live_parameters": 5,
+        f"{prefix}gather_16bit_weights_on_model_save": True,
+        f"{prefix}param_persistence_threshold": "auto",
+    }
+    new_plan = plan({"zero_optimization": zero})
+    planned_zero = new_plan.deepspeed["zero_optimization"]
+    assert planned_zero["stage3_max_live_parameters"] == 5
+    assert planned_zero["stage3_param_persistence_threshold"] > 0
+    assert "max_live_parameters" not in planned_zero
+    assert "param_persistence_threshold" not in planned_zero
+    # The run gathers no weights for DeepSpeed's checkpoints.
     assert "json-no-effect" in [rule.id for rule in new_plan.rules]
-    # an error has the key as written in the file
+
+
+@pytest.mark.parametrize("prefix", ["", "stage3_"])
+def test_a_message_has_the_key_as_the_file_has_it(plan, prefix):
     with refused(f"ds.json:4: zero_optimization.{prefix}max_reuse_distance"):
         plan({"zero_optimization": {"stage": 3, f"{prefix}max_reuse_distance": "5"}})
 
 
-def test_both_spellings_at_once_are_refused(write):
+def test_a_key_both_with_and_without_its_prefix_is_refused(write):
     text = '{"zero_optimization": {"max_live_parameters": 1,\n"stage3_max_live_parameters": 2}}'
     with refused("ds.json:1", "max_live_parameters", "stage3_max_live_parameters", "line 2"):
         with_json_constraints(write(text), settings_of())
@@ -306,11 +318,12 @@ def test_line_numbers_are_right_despite_colons_braces_and_equal_names(write):
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "nvme-not-yet"),
     ],
 )
-def test_rules_apply_to_known_keys(plan, content, rule):
+def test_a_key_that_training_cannot_use_is_refused_by_a_rule(plan, content, rule):
     with refused(f"rule {rule}"):
         plan(content)
 
 
+# Prints the keys that the installed DeepSpeed reads, as JSON.
 READ_BY_DEEPSPEED = """
 import json, os, sys
 from deepspeed.comm.config import CommsLoggerConfig
@@ -338,11 +351,14 @@ class RecordingDict(dict):  # records the keys that are read
 
 config.DeepSpeedConfig(RecordingDict(train_micro_batch_size_per_gpu=1))
 fields = DeepSpeedZeroConfig.model_fields.items()
-removed, zero_removed = config._REMOVED_TOP_LEVEL_CONFIG_KEYS, config._REMOVED_ZERO_CONFIG_KEYS
-print(json.dumps([
-    sorted(keys_read - set(removed)), sorted(field.alias or name for name, field in fields),
-    sorted(removed), sorted(zero_removed), sorted(n for n, f in fields if f.alias),
-    {path: sorted(model.model_fields) for path, model in {
+removed, removed_zero = config._REMOVED_TOP_LEVEL_CONFIG_KEYS, config._REMOVED_ZERO_CONFIG_KEYS
+print(json.dumps({
+    "top_level": sorted(keys_read - set(removed)),
+    "zero": sorted(field.alias or name for name, field in fields),
+    "removed": sorted(removed),
+    "removed_zero": sorted(removed_zero),
+    "without_prefix": sorted(name for name, field in fields if field.alias),
+    "blocks": {path: sorted(model.model_fields) for path, model in {
         "zero_optimization.offload_param": offload.DeepSpeedZeroOffloadParamConfig,
         "zero_optimization.offload_optimizer": offload.DeepSpeedZeroOffloadOptimizerConfig,
         "zero_optimization.leaf_module": DeepSpeedZeroLeafModuleConfig,
@@ -351,26 +367,29 @@ print(json.dumps([
         "csv_monitor": monitor.CSVConfig, "comet": monitor.CometConfig,
         "comms_logger": CommsLoggerConfig,
     }.items()},
-    [(f.alias or name, f.annotation.__name__) for name, f in fields if f.annotation in (bool, int)],
-]))
+    "types": {
+        field.alias or name: field.annotation.__name__
+        for name, field in fields if field.annotation in (bool, int)
+    },
+}))
 """
 
 
 def test_the_lists_of_keys_equal_those_of_the_installed_deepspeed():
     with Command("-c", READ_BY_DEEPSPEED) as command:
         code, output = command.end()
-        ((printed, _),) = command.outputs
+        ((standard_output, _),) = command.outputs
     assert code == 0, output
-    top, zero, removed, zero_removed, short, blocks, types = json.loads(printed.splitlines()[-1])
+    keys = json.loads(standard_output.splitlines()[-1])
     # "bfloat16" is an old name of bf16. "sequence_parallel_size" is read only if there is a
     # process group.
-    assert {*top, "sequence_parallel_size"} - {"bfloat16"} == TOP_LEVEL
-    assert set(zero) == ZERO_OPTIMIZATION
-    assert set(removed) == REMOVED.keys()
-    assert set(zero_removed) == REMOVED_FROM_ZERO.keys()
-    assert set(short) == SHORT_NAMES.keys()
-    for path, keys in blocks.items():
-        assert set(keys) == set(BLOCKS[tuple(path.split("."))]), path
-    for key, kind in types:
-        is_listed = ("zero_optimization", key) in (FLAGS if kind == "bool" else WHOLE_NUMBERS)
-        assert is_listed, f"{key} is {kind}"
+    assert {*keys["top_level"], "sequence_parallel_size"} - {"bfloat16"} == TOP_LEVEL
+    assert set(keys["zero"]) == ZERO_OPTIMIZATION
+    assert set(keys["removed"]) == REMOVED.keys()
+    assert set(keys["removed_zero"]) == REMOVED_FROM_ZERO.keys()
+    assert set(keys["without_prefix"]) == SHORT_NAMES.keys()
+    for path, keys_of_block in keys["blocks"].items():
+        assert set(keys_of_block) == set(BLOCKS[tuple(path.split("."))]), path
+    for key, type_name in keys["types"].items():
+        keys_of_type = FLAGS if type_name == "bool" else WHOLE_NUMBERS
+        assert ("zero_optimization", key) in keys_of_type, f"{key} is {type_name}"

@@ -10,16 +10,19 @@ from tests.tiny import make_plan
 pytestmark = pytest.mark.tensor
 
 
-def test_layers_exclusions_and_rank_patterns_select_the_adapted_layers(tiny_model):
+def test_layers_to_transform_exclude_modules_and_rank_pattern_determine_the_adapted_layers(
+    tiny_model,
+):
+    """The attention of layer 1 remains, with r of 2 by pattern and 4 by default (tests/tiny.py)."""
     plan = make_plan(
         tiny_model,
         layers_to_transform=[1],
         exclude_modules=r".*mlp.*",
         rank_pattern={"[qk]_proj": 2},
     )
-    ranks = {layer.name: layer.r for layer in adapted_layers(plan.shape, plan.settings)}
+    lora_r = {layer.name: layer.r for layer in adapted_layers(plan.shape, plan.settings)}
     prefix = "model.layers.1.self_attn"
-    assert ranks == {
+    assert lora_r == {
         f"{prefix}.q_proj": 2,
         f"{prefix}.k_proj": 2,
         f"{prefix}.v_proj": 4,
@@ -39,7 +42,7 @@ def test_layers_exclusions_and_rank_patterns_select_the_adapted_layers(tiny_mode
         ({"rank_pattern": {"(": 2}}, ["regular expression"]),
     ],
 )
-def test_a_setting_that_selects_nothing_is_refused(tiny_model, settings, facts):
+def test_a_setting_that_matches_no_layer_or_leaves_none_is_refused(tiny_model, settings, facts):
     with refused(*facts):
         make_plan(tiny_model, **settings)
 
@@ -48,6 +51,8 @@ def test_a_setting_that_selects_nothing_is_refused(tiny_model, settings, facts):
     {"q_proj": 2}, {"proj": 2}, {r"layers\.1\.\w+\.q_proj": 2}, {"v_proj": 3, ".*_proj": 2},
     {"model.layers.1.self_attn.q_proj": 2}, {"layers": 2}, {r"layers.1.*": 2},
 ])  # fmt: skip
-def test_patterns_match_as_in_peft(pattern):
+def test_the_value_of_a_rank_pattern_for_a_layer_is_that_of_peft(pattern):
+    default = 7
     for name in ("model.layers.1.self_attn.q_proj", "model.layers.11.mlp.v_proj", "x.xq_proj"):
-        assert pattern_value(pattern, name, 7) == pattern.get(get_pattern_key(pattern, name), 7)
+        value_of_peft = pattern.get(get_pattern_key(pattern, name), default)
+        assert pattern_value(pattern, name, default) == value_of_peft

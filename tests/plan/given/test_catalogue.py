@@ -18,27 +18,38 @@ RATES = ("flops", "memory_bandwidth", "node_link", "network", "host_link")
 
 
 @pytest.mark.parametrize("key", GPUS)
-def test_a_row_has_the_memory_and_name_of_its_key(key):
-    card = GPUS[key]
-    nominal = float(re.search(r"-(\d+)gb", key)[1])
-    assert nominal * 1e9 * 0.95 < card.device_bytes < nominal * GIB * 1.01
-    assert key.split("-")[-2 if "pcie" not in key else 0].upper() in card.name.upper()
-    assert all(getattr(card, rate) > 0 for rate in RATES)
-    assert card.network <= card.node_link <= card.memory_bandwidth < card.flops
+def test_the_memory_and_model_name_in_a_key_are_those_of_its_gpu(key):
+    """A key is [series-]model-memory[-pcie], such as rtx-4090-24gb and h100-80gb-pcie."""
+    gpu = GPUS[key]
+    before_memory, gigabytes = re.match(r"(.+)-(\d+)gb", key).groups()
+    # Makers give memory in units of 10^9 or 2^30 bytes, and reserve a part.
+    assert float(gigabytes) * 1e9 * 0.95 < gpu.device_bytes < float(gigabytes) * GIB * 1.01
+    model_name = before_memory.split("-")[-1]
+    assert model_name.upper() in gpu.name.upper()
 
 
-def test_newer_gpus_of_a_line_are_not_slower():
-    for line in (
+@pytest.mark.parametrize("key", GPUS)
+def test_rates_of_a_gpu_are_positive_and_in_the_usual_order(key):
+    gpu = GPUS[key]
+    assert all(getattr(gpu, rate) > 0 for rate in RATES)
+    assert gpu.network <= gpu.node_link <= gpu.memory_bandwidth < gpu.flops
+
+
+@pytest.mark.parametrize(
+    "oldest_to_newest",
+    [
         ["v100-32gb", "a100-80gb", "h100-80gb", "h200-141gb", "b200-180gb"],
         ["t4-16gb", "l4-24gb", "l40s-48gb"],
         ["rtx-3090-24gb", "rtx-4090-24gb"],
-    ):
-        for rate in ("flops", "memory_bandwidth"):
-            values = [getattr(GPUS[key], rate) for key in line]
-            assert values == sorted(values)
+    ],
+)
+@pytest.mark.parametrize("rate", ["flops", "memory_bandwidth"])
+def test_newer_gpus_of_a_series_are_not_slower(oldest_to_newest, rate):
+    rates = [getattr(GPUS[key], rate) for key in oldest_to_newest]
+    assert rates == sorted(rates)
 
 
-def test_an_unknown_name_is_refused_with_the_nearest():
+def test_an_unknown_key_is_refused_with_a_similar_key_or_all_keys():
     assert gpu_named("h100-80gb") is GPUS["h100-80gb"]
     with refused("H100", "h100-80gb"):
         gpu_named("H100")
@@ -61,16 +72,18 @@ def test_an_unknown_name_is_refused_with_the_nearest():
         ("NVIDIA B200", 183359, "b200-180gb"),
     ],
 )
-def test_nvml_names_are_matched_with_their_row(name, mib, key):
+def test_the_name_and_memory_that_nvml_reports_select_the_gpu(name, mib, key):
     assert rates_of(name, mib * 2**20) is GPUS[key]
 
 
-def test_a_mig_instance_or_unknown_gpu_gets_the_rates_of_a_gpu_of_its_size():
-    for name, size in (("NVIDIA H100 80GB HBM3", 10 * GIB), ("NVIDIA X1", 80 * GIB)):
-        rates = rates_of(name, size)
-        assert rates == gpu_like(size / GIB)
-        assert rates.flops < GPUS["h100-80gb"].flops
-        assert rates.device_bytes == size
+@pytest.mark.parametrize(
+    ("name", "device_bytes"), [("NVIDIA H100 80GB HBM3", 10 * GIB), ("NVIDIA X1", 80 * GIB)]
+)
+def test_a_mig_instance_or_unknown_gpu_gets_the_rates_of_a_gpu_of_its_size(name, device_bytes):
+    rates = rates_of(name, device_bytes)
+    assert rates == gpu_like(device_bytes / GIB)
+    assert rates.flops < GPUS["h100-80gb"].flops
+    assert rates.device_bytes == device_bytes
 
 
 @given(gib=st.floats(1, 500), tflops=st.floats(1, 5000))
@@ -82,28 +95,31 @@ def test_a_gpu_described_by_memory_and_flops_has_both(gib, tflops):
 
 
 @given(gib=st.floats(1, 500))
-def test_a_gpu_described_by_memory_is_no_faster_than_the_row_of_nearest_size(gib):
+def test_a_gpu_described_by_memory_is_no_faster_than_the_gpu_of_the_catalogue_nearest_in_size(gib):
     gpu = gpu_like(gib)
     assert gpu.device_bytes == int(gib * GIB)
     assert all(getattr(gpu, rate) > 0 for rate in RATES)
-    nearest = min(GPUS.values(), key=lambda row: abs(row.device_bytes - gpu.device_bytes))
+    nearest = min(GPUS.values(), key=lambda other: abs(other.device_bytes - gpu.device_bytes))
     assert gpu.flops <= nearest.flops
 
 
-def test_a_description_that_matches_a_row_gets_its_rates():
+def test_a_gpu_described_by_the_memory_and_tflops_of_an_a100_gets_its_other_rates():
     a100 = GPUS["a100-40gb"]
     assert gpu_like(40, 312) == replace(a100, name="GPU of 40 GiB", compute_capability=(8, 0))
+
+
+def test_a_gpu_without_flops_is_refused():
     with refused("0 TFLOPS"):
         gpu_like(40, 0)
 
 
-def test_ranks_share_a_cpu_and_own_a_gpu():
+def test_ranks_of_a_node_share_a_cpu_and_have_a_gpu_each():
     cpu, gpu = cpu_of(4, 64 * GIB), GPUS["h100-80gb"]
     assert cpu.usable_bytes(4) == cpu.usable_bytes(1) // 4
     assert gpu.usable_bytes(8) == gpu.usable_bytes(1) < gpu.device_bytes
     assert cpu_of(8, 64 * GIB).flops == 2 * cpu.flops
 
 
-def test_the_docs_list_every_gpu():
+def test_docs_speed_has_every_gpu_of_the_catalogue():
     text = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
     assert all(f"`{key}`" in text for key in GPUS)

@@ -1,7 +1,11 @@
-"""The cached results of the class checks restrict a plan; without them, the checks are run."""
+"""Proof: cached results of checks whether a model class is trained correctly; they restrict a plan.
+
+The checks compare loss and gradients with those of the class. A class mixes documents if tokens of
+a pack depend on its other documents.
+"""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -33,6 +37,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def model(tmp_path):
+    """A model folder with a config.json only."""
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(SMOLLM2))
@@ -51,6 +56,7 @@ def plan_for(settings):
 
 
 def store(settings, proof):
+    """Write a proof to the cache, as if the checks of the model class had these results."""
     shape = read_shape(str(settings.model_folder))
     names = adapted_names(shape, settings)
     path = proof_file(settings.model_folder, names, trust_remote_code=False)
@@ -123,7 +129,6 @@ def test_a_known_family_is_planned_without_the_checks(model, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_refused_with_its_path(model, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RANKZERO_CACHE", str(tmp_path / "file"))
-    shape = read_shape(str(model))
-    object.__setattr__(shape, "is_from_class", True)
+    shape = replace(read_shape(str(model)), is_from_class=True)  # no known family: needs checks
     with refused("RANKZERO_CACHE", str(tmp_path / "file")):
         ensure_proof(settings_for(model), shape)

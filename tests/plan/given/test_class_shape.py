@@ -1,4 +1,8 @@
-"""Shapes counted on a model's class equal those of the table of families, and are cached."""
+"""Shapes that are counted on a model class, for model types without a table of formulas.
+
+For the types of the table of families (plan/given/families.py) the formulas and the count must be
+equal. A count builds the class without weights, in a separate process, and is cached in a file.
+"""
 
 import json
 import re
@@ -34,6 +38,7 @@ MLA = {
     "moe_intermediate_size": 64, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
     "first_k_dense_replace": 1, "head_dim": None,
 }  # fmt: skip
+# Model types that the table of families does not have -> keys of a small config.json.
 UNKNOWN = {
     "olmo2": {},
     "granite": {},
@@ -56,15 +61,16 @@ UNKNOWN = {
 }  # fmt: skip
 
 
-def write(folder, kind, change):
-    keys = {key: value for key, value in (SMALL | change).items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(keys | {"model_type": kind}))
+def write(folder, model_type, changes):
+    """Write a small config.json with these changes; None removes a key."""
+    keys = {key: value for key, value in (SMALL | changes).items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(keys | {"model_type": model_type}))
     return folder
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    """Use an empty cache, and count the class in this process."""
+    """Use an empty cache, and count classes in this process, which is faster."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("RANKZERO_CACHE", str(folder))
     monkeypatch.setattr(shape_cache, "_count_in_subprocess", class_count.shape_or_reason)
@@ -72,48 +78,54 @@ def cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture
-def as_unknown(monkeypatch):
-    """A function that removes a model type from the table of families."""
+def remove_family(monkeypatch):
+    """Function that removes a model type from the table of families, so that it is counted."""
 
-    def remove(kind):
-        others = {name: family for name, family in FAMILIES.items() if name != kind}
+    def remove(model_type):
+        others = {name: family for name, family in FAMILIES.items() if name != model_type}
         monkeypatch.setattr("pipeline.plan.given.shape.FAMILIES", others)
 
     return remove
 
 
-@pytest.mark.parametrize("kind", sorted(FAMILIES))
-def test_the_class_gives_the_counts_of_the_table(tmp_path, as_unknown, kind):
-    save_config(tmp_path, kind, WIDE)
-    table = read_shape(str(tmp_path))
-    as_unknown(kind)
+def sizes_of_linears(shape):
+    return {
+        name: (linear.d_in, linear.d_out, linear.has_bias) for name, linear in shape.linears.items()
+    }
+
+
+def adaptability_of_linears(shape):
+    """For each block, name of a linear layer -> whether it can be adapted; in any order."""
+    return [{each.name: each.is_adaptable for each in block.linears} for block in shape.blocks]
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_the_count_on_the_class_equals_the_formulas_of_the_table(
+    tmp_path, remove_family, model_type
+):
+    save_config(tmp_path, model_type, WIDE)
+    by_formulas = read_shape(str(tmp_path))
+    remove_family(model_type)
     counted = read_shape(str(tmp_path))
     assert counted.is_from_class
     for name in ("parameters", "layers_name", "layer_kinds", "vocab_size", "is_tied",
                  "has_head_bias", "required_vocab_size", "quantised_parameters",
                  "num_experts"):  # fmt: skip
-        assert getattr(counted, name) == getattr(table, name), name
-    assert {n: (x.d_in, x.d_out, x.has_bias) for n, x in counted.linears.items()} == {
-        n: (x.d_in, x.d_out, x.has_bias) for n, x in table.linears.items()
-    }
+        assert getattr(counted, name) == getattr(by_formulas, name), name
+    assert sizes_of_linears(counted) == sizes_of_linears(by_formulas)
     assert counted.other_parameters == 0
-    ours, theirs = counted.blocks[0], table.blocks[0]
     for name in ("num_heads", "num_kv_heads", "head_dim", "norm_kind", "num_norms",
                  "experts", "experts_per_token"):  # fmt: skip
-        assert getattr(ours, name) == getattr(theirs, name), name
-    assert [adaptable(block) for block in counted.blocks] == [adaptable(b) for b in table.blocks]
+        counted_value = getattr(counted.blocks[0], name)
+        assert counted_value == getattr(by_formulas.blocks[0], name), name
+    assert adaptability_of_linears(counted) == adaptability_of_linears(by_formulas)
 
 
-def adaptable(block):
-    """Linear layers of a block, in any order: a class may create them in another one."""
-    return {x.name: x.is_adaptable for x in block.linears}
-
-
-def saved_bytes(folder, as_unknown, kind, dtype):
-    """Saved bytes of a block by the formulas of its family, and counted on its class."""
-    save_config(folder, kind, WIDE)
-    attention = read_shape(str(folder)).default_targets[:1]
-    plan = make_plan(folder, lora_r=4, packing=False, lora_target_modules=attention)
+def saved_bytes(folder, remove_family, model_type, dtype):
+    """Bytes that a block saves for backward: by the formulas, and counted on the class."""
+    save_config(folder, model_type, WIDE)
+    one_layer = read_shape(str(folder)).default_targets[:1]
+    plan = make_plan(folder, lora_r=4, packing=False, lora_target_modules=one_layer)
     # The count does not materialise soft-capped scores either.
     settings = plan.settings.model_copy(update={"use_flash_attention": True})
     layout = Layout(
@@ -127,7 +139,7 @@ def saved_bytes(folder, as_unknown, kind, dtype):
         return needed.blocks[0].saved
 
     by_formulas = saved(plan.shape)
-    as_unknown(kind)
+    remove_family(model_type)
     return by_formulas, saved(read_shape(str(folder)))
 
 
@@ -136,46 +148,48 @@ OVERESTIMATED = ["mixtral", "phi3", "qwen2_moe", "qwen3_moe"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("kind", sorted(FAMILIES.keys() - OVERESTIMATED))
+@pytest.mark.parametrize("model_type", sorted(FAMILIES.keys() - OVERESTIMATED))
 def test_saved_bytes_counted_on_the_class_equal_those_of_the_formulas(
-    tmp_path, as_unknown, kind, dtype
+    tmp_path, remove_family, model_type, dtype
 ):
-    by_formulas, counted = saved_bytes(tmp_path, as_unknown, kind, dtype)
+    by_formulas, counted = saved_bytes(tmp_path, remove_family, model_type, dtype)
     assert counted == pytest.approx(by_formulas, rel=0.04)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("kind", OVERESTIMATED)
+@pytest.mark.parametrize("model_type", OVERESTIMATED)
 def test_saved_bytes_counted_on_the_class_are_at_most_20_percent_below_the_formulas(
-    tmp_path, as_unknown, kind, dtype
+    tmp_path, remove_family, model_type, dtype
 ):
-    by_formulas, counted = saved_bytes(tmp_path, as_unknown, kind, dtype)
+    by_formulas, counted = saved_bytes(tmp_path, remove_family, model_type, dtype)
     assert 0.8 * by_formulas < counted <= by_formulas
 
 
-@pytest.mark.parametrize("kind", UNKNOWN)
-def test_every_parameter_of_an_unknown_class_is_counted(tmp_path, kind):
-    write(tmp_path, kind, UNKNOWN[kind])
+@pytest.mark.parametrize("model_type", UNKNOWN)
+def test_every_parameter_of_a_class_outside_the_table_is_counted(tmp_path, model_type):
+    write(tmp_path, model_type, UNKNOWN[model_type])
     shape, model = read_shape(str(tmp_path)), class_count._build(tmp_path, trust_remote_code=False)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     modules = dict(model.named_modules())
     for name, linear in shape.linears.items():
         assert tuple(modules[name].weight.shape) == (linear.d_out, linear.d_in)
-    kinds_of_blocks = {"deepseek_v3": 2, "qwen3_next": 2, "gemma4_text": 2}
-    assert len(shape.blocks) == kinds_of_blocks.get(kind, 1)
-    # a router that is a linear layer is counted in `linears` and in `router_parameters`
+    num_kinds_of_blocks = {"deepseek_v3": 2, "qwen3_next": 2, "gemma4_text": 2}
+    assert len(shape.blocks) == num_kinds_of_blocks.get(model_type, 1)
+    # A router that is a linear layer is counted in `linears` and in `router_parameters`, so that
+    # the number of other parameters may be negative.
     assert all(block.other_parameters >= -block.router_parameters for block in shape.blocks)
     assert all(block.saved[0] > 0 for block in shape.blocks)
 
 
 def shape_of_kind(folder, kind):
+    """The shape counted for a small config of tests/models/kinds.py."""
     model_type, keys = ALL[kind]
     AutoConfig.for_model(model_type, **keys).save_pretrained(folder)
     return read_shape(str(folder))
 
 
 @pytest.mark.parametrize(
-    ("kind", "uncalled"),
+    ("kind", "uncalled_layers"),
     [
         ("gemma3n_text", {"correction_coefs", "prediction_coefs"}),  # one is clamped in place
         ("mamba", {"x_proj", "dt_proj", "out_proj"}),
@@ -185,37 +199,47 @@ def shape_of_kind(folder, kind):
     ],
 )
 def test_layers_whose_weight_is_read_directly_are_neither_adapted_nor_quantised(
-    tmp_path, kind, uncalled
+    tmp_path, kind, uncalled_layers
 ):
+    """Their module is not called, so that neither an adapter nor bitsandbytes would have effect."""
     shape = shape_of_kind(tmp_path, kind)
-    not_called = [x for x in shape.linears.values() if not x.is_called]
-    assert {x.name.rsplit(".", 1)[-1] for x in not_called} == uncalled
-    assert not uncalled & set(shape.default_targets)
-    total = sum(x.weights for x in shape.linears.values())
-    assert shape.quantised_parameters == total - sum(x.weights for x in not_called)
-    for name in uncalled:
+    uncalled = [linear for linear in shape.linears.values() if not linear.is_called]
+    assert {linear.name.rsplit(".", 1)[-1] for linear in uncalled} == uncalled_layers
+    assert not uncalled_layers & set(shape.default_targets)
+    num_weights = sum(linear.weights for linear in shape.linears.values())
+    num_uncalled = sum(linear.weights for linear in uncalled)
+    assert shape.quantised_parameters == num_weights - num_uncalled
+    for name in uncalled_layers:
         with refused(name, "lora_target_modules", *shape.default_targets):
             shape.targeted([name])
 
 
-def test_a_weight_that_blocks_share_is_quantised_once_and_in_every_block(tmp_path):
-    """In Zamba 2 each block calls another part of the shared layers."""
+def test_a_weight_that_blocks_share_counts_once_as_quantised(tmp_path):
+    """The layer is marked as quantised in every block, also in blocks that do not call it.
+
+    In Zamba 2 each block calls another part of the shared layers.
+    """
     shape = shape_of_kind(tmp_path, "zamba2/shared")
     model = class_count._build(tmp_path, trust_remote_code=False)
     modules = dict(model.named_modules())
-    of_shared = [n for n in shape.linears if "shared_transformer" in n]
-    assert {shape.linears[name].is_quantised for name in of_shared} == {True}
-    assert {shape.linears[name].is_called for name in of_shared} == {True, False}
-    by_weight = {id(modules[n].weight): x for n, x in shape.linears.items() if x.is_quantised}
-    assert shape.quantised_parameters == sum(x.weights for x in by_weight.values())
+    shared = [linear for name, linear in shape.linears.items() if "shared_transformer" in name]
+    assert {linear.is_quantised for linear in shared} == {True}
+    assert {linear.is_called for linear in shared} == {True, False}
+    num_weights_by_tensor = {
+        id(modules[name].weight): linear.weights
+        for name, linear in shape.linears.items()
+        if linear.is_quantised
+    }
+    assert shape.quantised_parameters == sum(num_weights_by_tensor.values())
 
 
-def test_a_tensor_of_three_dimensions_counts_as_experts_only_by_name_or_class(tmp_path):
-    shape = shape_of_kind(tmp_path, "recurrent_gemma")  # gates of (heads, width, width)
+def test_a_tensor_of_three_dimensions_without_the_name_or_class_of_experts_is_no_experts(tmp_path):
+    shape = shape_of_kind(tmp_path, "recurrent_gemma")  # its gates are (heads, width, width)
     assert (shape.num_experts, shape.expert_parameters) == (0, 0)
 
 
 def test_a_class_whose_blocks_read_token_ids_is_counted(tmp_path):
+    """Gemma 4 has an embedding in each block (per-layer embeddings)."""
     shape = shape_of_kind(tmp_path, "gemma4_text/ple+shared")
     assert all(block.saved[0] > 0 for block in shape.blocks)
 
@@ -247,14 +271,14 @@ def test_a_class_that_needs_a_missing_package_is_refused_until_the_package_is_th
     assert not shape_cache.shape_file(tmp_path).is_file()
 
 
-def test_a_cached_refusal_names_no_folder(tmp_path):
-    """Two folders with the same config.json share the cached reason."""
+def test_a_cached_reason_has_no_path(tmp_path):
+    """Two folders with the same config.json share the cached reason; a message has its own path."""
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
         AutoConfig.for_model("gpt2", n_layer=2, n_embd=64, n_head=4).save_pretrained(folder)
-        with refused(folder / "config.json", "Conv1D") as message:
+        with refused(folder / "config.json", "Conv1D") as error:
             read_shape(str(folder))
-        assert not (folder == second and str(first) in str(message.value))
+    assert str(first) not in str(error.value)
     assert str(tmp_path) not in shape_cache.shape_file(first).read_text()
 
 
@@ -266,7 +290,8 @@ def test_a_layer_that_peft_renames_when_it_loads_an_adapter_is_no_target(tmp_pat
         shape.targeted(["up_proj"])
 
 
-def test_a_vision_tower_may_compute_attention_itself(tmp_path):
+def test_a_vision_tower_that_computes_attention_itself_does_not_make_blocks_mix_documents(tmp_path):
+    """Blocks of a decoder keep documents separate only if transformers computes their attention."""
     assert shape_of_kind(tmp_path, "got_ocr2").separate_blocks == 4
 
 
@@ -276,7 +301,7 @@ def test_an_encoder_decoder_is_refused_with_the_entry_of_its_config(tmp_path):
         read_shape(str(tmp_path))
 
 
-def test_a_forward_pass_that_fails_without_weights_is_refused_with_its_line(tmp_path):
+def test_a_class_whose_forward_pass_fails_without_weights_is_refused_with_the_source_line(tmp_path):
     keys = {"num_layers": 2, "num_hidden_layers": 4, "n_routed_experts": 4, "hidden_size": 64}
     AutoConfig.for_model("longcat_flash", **keys).save_pretrained(tmp_path)
     with refused("modeling_longcat_flash.py:", "forward pass", "config.json"):
@@ -314,7 +339,8 @@ def test_a_model_with_its_own_code_is_counted_only_if_its_code_is_trusted(tmp_pa
     assert re.search(r"own_code|trust_remote_code", str(error.value))
 
 
-def test_a_plan_of_an_unchecked_class_names_the_command_that_checks_it(tmp_path):
+def test_a_plan_of_an_unchecked_class_has_the_command_that_checks_it(tmp_path):
+    """A check trains a small copy of the class; its result is the `proof` of the plan."""
     write(tmp_path, "olmo2", {})
     plan = make_plan(tmp_path)
     [rule] = [rule for rule in plan.rules if rule.id == "class-not-proven"]
@@ -323,13 +349,17 @@ def test_a_plan_of_an_unchecked_class_names_the_command_that_checks_it(tmp_path)
     assert plan_json(plan)["proof"] is None
 
 
-def test_a_cached_shape_needs_no_torch(tmp_path, monkeypatch):
+def test_a_cached_shape_is_not_counted_again(tmp_path, monkeypatch):
     write(tmp_path, "olmo2", {})
-    first = read_shape(str(tmp_path))
+    counted = read_shape(str(tmp_path))
+    assert shape_cache.shape_file(tmp_path).is_file()
     monkeypatch.setattr(shape_cache, "_count_in_subprocess", None)
-    assert read_shape(str(tmp_path)) == first
+    assert read_shape(str(tmp_path)) == counted
+
+
+def test_the_cache_file_depends_on_config_json_and_package_versions(tmp_path, monkeypatch):
+    write(tmp_path, "olmo2", {})
     path = shape_cache.shape_file(tmp_path)
-    assert path.is_file()
     write(tmp_path, "olmo2", {"num_hidden_layers": 3})
     assert shape_cache.shape_file(tmp_path) != path
     write(tmp_path, "olmo2", {})
@@ -338,27 +368,27 @@ def test_a_cached_shape_needs_no_torch(tmp_path, monkeypatch):
     assert shape_cache.shape_file(tmp_path) != path
 
 
-def test_a_damaged_cache_file_is_counted_again(tmp_path):
+def test_a_shape_is_counted_again_if_its_cache_file_is_damaged(tmp_path):
     write(tmp_path, "olmo2", {})
-    first = read_shape(str(tmp_path))
+    counted = read_shape(str(tmp_path))
     shape_cache.shape_file(tmp_path).write_text("{")
-    assert read_shape(str(tmp_path)) == first
+    assert read_shape(str(tmp_path)) == counted
     assert json.loads(shape_cache.shape_file(tmp_path).read_text())
 
 
-def test_processes_that_start_together_count_once(tmp_path, monkeypatch):
+def test_ranks_that_start_together_count_a_class_once(tmp_path, monkeypatch):
     write(tmp_path, "olmo2", {})
-    counts = []
+    counted_folders = []
 
     def count(folder, **options):
-        counts.append(folder)
-        time.sleep(0.2)  # the others start in the meantime
+        counted_folders.append(folder)
+        time.sleep(0.2)  # until the other ranks have started
         return {"layers_name": "model.layers"}
 
     monkeypatch.setattr(shape_cache, "_count_in_subprocess", count)
     with ThreadPoolExecutor(4) as ranks:
         shapes = list(ranks.map(shape_cache.class_shape, [tmp_path] * 4))
-    assert len(counts) == 1
+    assert len(counted_folders) == 1
     assert shapes == [{"layers_name": "model.layers"}] * 4
 
 
@@ -369,9 +399,15 @@ def test_without_a_cache_that_can_be_written_every_process_counts(tmp_path, monk
     assert read_shape(str(tmp_path)).num_layers == SMALL["num_hidden_layers"]
 
 
-def test_the_reason_of_a_refused_class_is_cached(tmp_path, monkeypatch):
-    monkeypatch.undo()  # count in a separate process
+@pytest.fixture
+def in_separate_process(tmp_path, monkeypatch):
+    """Undo the change of the fixture `cache` by which classes are counted in this process."""
+    monkeypatch.undo()
     monkeypatch.setenv("RANKZERO_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("in_separate_process")
+def test_the_reason_of_a_refused_class_is_cached(tmp_path, monkeypatch):
     with refused("GlmMoeDsaIndexer"):
         shape_of_kind(tmp_path, "glm_moe_dsa")
     monkeypatch.setattr(shape_cache, "_count_in_subprocess", None)
@@ -379,7 +415,9 @@ def test_the_reason_of_a_refused_class_is_cached(tmp_path, monkeypatch):
         read_shape(str(tmp_path))
 
 
-def test_without_torch_the_message_has_the_command_and_the_file(tmp_path, monkeypatch):
+def test_without_torch_the_message_has_the_command_that_counts_and_the_path_for_its_result(
+    tmp_path, monkeypatch
+):
     write(tmp_path, "olmo2", {})
     versions = {"torch": None}
     monkeypatch.setattr(shape_cache, "package_version", lambda package: versions.get(package, "1"))
@@ -388,42 +426,40 @@ def test_without_torch_the_message_has_the_command_and_the_file(tmp_path, monkey
         read_shape(str(tmp_path))
 
 
+@pytest.mark.usefixtures("in_separate_process")
 @pytest.mark.parametrize(
-    ("kind", "reason"), [("no_such_model", "no_such_model"), ("t5", "is_encoder_decoder")]
+    ("model_type", "reason"), [("no_such_model", "no_such_model"), ("t5", "is_encoder_decoder")]
 )
-def test_a_class_that_cannot_be_counted_is_refused_with_the_reason(
-    tmp_path, monkeypatch, kind, reason
-):
-    monkeypatch.undo()  # count in a separate process
-    monkeypatch.setenv("RANKZERO_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+def test_a_class_that_cannot_be_counted_is_refused_with_the_reason(tmp_path, model_type, reason):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with refused("config.json", reason):
         read_shape(str(tmp_path))
 
 
-def test_the_command_counts_in_a_separate_process(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("in_separate_process")
+def test_a_count_in_a_separate_process_equals_one_in_this_process(tmp_path):
     write(tmp_path, "olmo2", {})
-    here = class_count.count_shape(tmp_path)
-    monkeypatch.undo()
-    monkeypatch.setenv("RANKZERO_CACHE", str(tmp_path / "cache"))
-    assert shape_cache.class_shape(tmp_path) == here
+    assert shape_cache.class_shape(tmp_path) == class_count.count_shape(tmp_path)
 
 
 def test_experts_per_token_are_read_from_the_key_of_the_class(tmp_path):
+    """Gemma 4 has top_k_experts instead of num_experts_per_tok, and blocks of two kinds."""
     write(tmp_path, "gemma4_text", UNKNOWN["gemma4_text"])
-    shape = read_shape(str(tmp_path))
-    assert [block.experts_per_token for block in shape.blocks] == [2, 2]
-    assert [(block.num_kv_heads, block.head_dim) for block in shape.blocks] == [(2, 16), (1, 32)]
+    sliding, full = read_shape(str(tmp_path)).blocks
+    assert (sliding.experts_per_token, full.experts_per_token) == (2, 2)
+    assert (sliding.num_kv_heads, sliding.head_dim) == (2, 16)
+    assert (full.num_kv_heads, full.head_dim) == (1, 32)
 
 
 @pytest.mark.parametrize(
-    ("kind", "mixing"),
+    ("kind", "module_class"),
     [("qwen3_next", "Qwen3NextGatedDeltaNet"), ("lfm2", "Lfm2ShortConv"), ("mamba", "MambaMixer")],
 )
-def test_blocks_that_cannot_be_split_over_ranks_are_refused_by_the_name_of_their_modules(
-    tmp_path, kind, mixing
+def test_sequence_parallelism_is_refused_with_the_class_of_modules_that_mix_tokens_otherwise(
+    tmp_path, kind, module_class
 ):
-    AutoConfig.for_model(kind, **ALL[kind][1]).save_pretrained(tmp_path)
-    with refused("sequence_parallel_size", mixing, "of 4 blocks", "rule split-blocks"):
+    """Only attention of transformers can be split over ranks; these modules are recurrent."""
+    shape_of_kind(tmp_path, kind)
+    with refused("sequence_parallel_size", module_class, "of 4 blocks", "rule split-blocks"):
         make_plan(tmp_path, 2, sequence_parallel_size=2)
     make_plan(tmp_path, 2, sequence_parallel_size=1)

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.unit
 
 
 @pytest.mark.parametrize(
-    ("values", "entry"),
+    ("config_keys", "entry"),
     [
         ({"is_causal": False}, "is_causal: False"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention: True"),
@@ -22,9 +22,11 @@ pytestmark = pytest.mark.unit
         ({"architectures": ["Qwen2ForMaskedLM"]}, "Qwen2ForMaskedLM"),
     ],
 )
-def test_the_entry_that_makes_a_model_bidirectional_is_named(values, entry):
-    assert entry in bidirectional(values)
-    assert entry in shape_of(LLAMA_8B | values, "m").bidirectional
+def test_the_reason_has_the_entry_of_config_json_that_makes_a_model_bidirectional(
+    config_keys, entry
+):
+    assert entry in bidirectional(config_keys)
+    assert entry in shape_of(LLAMA_8B | config_keys, "m").bidirectional
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Gemma2", "Xyz"])
@@ -34,21 +36,21 @@ def test_the_entry_that_makes_a_model_bidirectional_is_named(values, entry):
      "ForRewardModel", "ForProcessReward", "ForScore"],
 )  # fmt: skip
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_a_head_other_than_a_language_model_head_is_named(family, head, is_tied):
-    name = f"{family}{head}"
-    assert name in other_head({"architectures": [name]}, is_tied=is_tied)
-    shape = shape_of(LLAMA_8B | {"architectures": [name]}, "m")
-    assert name in shape.other_head
+def test_the_reason_has_the_class_of_a_model_without_a_language_model_head(family, head, is_tied):
+    class_name = f"{family}{head}"
+    assert class_name in other_head({"architectures": [class_name]}, is_tied=is_tied)
+    shape = shape_of(LLAMA_8B | {"architectures": [class_name]}, "m")
+    assert class_name in shape.other_head
 
 
-def test_a_backbone_has_a_head_only_if_its_embeddings_are_tied():
+def test_a_model_saved_without_its_head_is_accepted_only_if_the_embeddings_are_the_head():
     config = {"architectures": ["LlamaModel"]}
     assert "LlamaModel" in other_head(config, is_tied=False)
     assert not other_head(config, is_tied=True)
 
 
 @pytest.mark.parametrize(
-    "values",
+    "config_keys",
     [
         {},
         {"architectures": None},
@@ -60,6 +62,6 @@ def test_a_backbone_has_a_head_only_if_its_embeddings_are_tied():
         {"architectures": ["OwnModel"], "auto_map": {"AutoModelForCausalLM": "own.OwnModel"}},
     ],
 )  # fmt: skip
-def test_a_causal_language_model_is_accepted(values):
-    assert not bidirectional(values)
-    assert not other_head(values, is_tied=False)
+def test_a_causal_language_model_is_accepted(config_keys):
+    assert not bidirectional(config_keys)
+    assert not other_head(config_keys, is_tied=False)

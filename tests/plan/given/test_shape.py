@@ -1,4 +1,7 @@
-"""Counts from config.json equal those of transformers, peft and bitsandbytes."""
+"""Counts computed from config.json equal counts of the models that transformers and peft build.
+
+This holds for the model types of the table of families (plan/given/families.py).
+"""
 
 import json
 import math
@@ -31,6 +34,7 @@ QWEN_EXPERTS = EXPERTS | {"num_experts": 4, "moe_intermediate_size": 40}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 TIED, ALL = {"tie_word_embeddings": True}, {"lora_target_modules": "all-linear"}
 WITHOUT_HEAD_DIM = {"phi3", "qwen2", "phi", "gpt_neox", "qwen2_moe"}
+# Model type, and changes for `save_config`.
 CASES = [
     ("llama", {}),
     ("llama", TIED | {"attention_bias": True, "mlp_bias": True}),
@@ -57,15 +61,15 @@ CASES = [
     ("qwen3_moe", QWEN_EXPERTS | {"attention_bias": True, "lora_target_modules": ATTENTION}),
     ("qwen2_moe", ALL | QWEN_EXPERTS | {"shared_expert_intermediate_size": 56}),
     ("qwen2_moe", QWEN_EXPERTS | {"shared_expert_intermediate_size": 56, "qkv_bias": False}),
-    # layers of two kinds
+    # Layers of two kinds: with experts and without.
     ("qwen3_moe", ALL | QWEN_EXPERTS | {"mlp_only_layers": [0]}),
     ("qwen3_moe", QWEN_EXPERTS | {"decoder_sparse_step": 2, "num_hidden_layers": 5}),
     ("qwen2_moe", QWEN_EXPERTS | {"shared_expert_intermediate_size": 56, "mlp_only_layers": [1]}),
     ("qwen3_moe", ALL | QWEN_EXPERTS | {"num_local_experts": 0, "num_experts": 0}),
-    # defaults of the config class for missing keys, and two keys for one value
+    # A missing key has the default of the config class: 8 key-value heads, for example.
     *(
-        (kind, {"without": ["num_key_value_heads"], "num_attention_heads": 32, "head_dim": 4})
-        for kind in (
+        (model_type, {"without": ["num_key_value_heads"], "num_attention_heads": 32, "head_dim": 4})
+        for model_type in (
             "mistral",
             "mixtral",
             "qwen2",
@@ -78,89 +82,108 @@ CASES = [
             "smollm3",
         )
     ),
+    # Two keys for the number of experts, of which the class of the model type reads one.
     ("mixtral", EXPERTS | {"num_experts": 6}),
     ("qwen3_moe", QWEN_EXPERTS | {"num_experts": 6}),
     ("qwen2_moe", QWEN_EXPERTS | {"num_local_experts": 6}),
 ]
 
 
-def save_config(folder, kind, change):
-    """Write a small config.json of a kind; returns the config of transformers and settings.
+def save_config(folder, model_type, changes):
+    """Write a small config.json; return the config of transformers and the LoRA settings.
 
-    `change` adds keys of the config, settings of LoRA, and in `without` names of keys to leave out.
+    `changes`: keys of config.json; settings of LoRA, which begin with "lora"; and in "without" the
+    keys that config.json does not have.
     """
-    settings = {key: change[key] for key in change if key.startswith("lora")}
-    keys = {"model_type": kind} | SMALL | {k: change[k] for k in change if not k.startswith("lora")}
-    if "moe" in kind:
-        keys = QWEN_EXPERTS | {"shared_expert_intermediate_size": 56} | keys
-    if kind == "mixtral":
-        keys = EXPERTS | keys
-    if kind in WITHOUT_HEAD_DIM:
-        keys.pop("head_dim")
-    for key in keys.pop("without", ()):
-        keys.pop(key)
-    (folder / "config.json").write_text(json.dumps(keys))
+    settings = {key: value for key, value in changes.items() if key.startswith("lora")}
+    config = {"model_type": model_type} | SMALL
+    config |= {key: value for key, value in changes.items() if not key.startswith("lora")}
+    if "moe" in model_type:
+        config = QWEN_EXPERTS | {"shared_expert_intermediate_size": 56} | config
+    if model_type == "mixtral":
+        config = EXPERTS | config
+    if model_type in WITHOUT_HEAD_DIM:
+        config.pop("head_dim")
+    for key in config.pop("without", ()):
+        config.pop(key)
+    (folder / "config.json").write_text(json.dumps(config))
     return AutoConfig.from_pretrained(folder), settings
 
 
-@pytest.mark.parametrize(("kind", "change"), CASES)
-def test_parameters_and_lora_shapes_equal_those_of_the_real_model(tmp_path, kind, change):
-    config, settings = save_config(tmp_path, kind, change)
+@pytest.mark.parametrize(("model_type", "changes"), CASES)
+def test_number_of_parameters_and_lora_shapes_equal_those_of_the_real_model(
+    tmp_path, model_type, changes
+):
+    config, settings = save_config(tmp_path, model_type, changes)
     plan = make_plan(tmp_path, lora_r=4, **settings)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         assert sum(p.numel() for p in model.parameters()) == plan.shape.parameters
-        wrapped = get_peft_model(model, lora_config(plan.settings))
-    shapes = {key: tuple(parameter.shape) for key, parameter in trainable(wrapped).items()}
+        adapted = get_peft_model(model, lora_config(plan.settings))
+    shapes = {key: tuple(parameter.shape) for key, parameter in trainable(adapted).items()}
     assert expected_shapes(plan) == shapes
-    of_linears = {key: shape for key, shape in shapes.items() if ".experts." not in key}
-    assert of_linears == adapter_shapes(plan.shape, plan.settings)
-    assert sum(p.numel() for p in wrapped.parameters() if p.requires_grad) == plan.trainable
+    shapes_without_experts = {key: shape for key, shape in shapes.items() if ".experts." not in key}
+    assert shapes_without_experts == adapter_shapes(plan.shape, plan.settings)
+    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == plan.trainable
 
 
-@pytest.mark.parametrize(("kind", "change"), CASES)
-def test_linears_norms_experts_and_head_equal_those_of_the_real_model(tmp_path, kind, change):
-    config, _ = save_config(tmp_path, kind, change)
+@pytest.mark.parametrize(("model_type", "changes"), CASES)
+def test_linears_norms_experts_and_head_equal_those_of_the_real_model(
+    tmp_path, model_type, changes
+):
+    config, _ = save_config(tmp_path, model_type, changes)
     shape = read_shape(str(tmp_path))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     modules = dict(model.named_modules())
+    head = model.get_output_embeddings()
     linears = {
         name: (module.in_features, module.out_features, module.bias is not None)
         for name, module in modules.items()
-        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
+        if isinstance(module, nn.Linear) and module is not head
     }
     assert linears == {
         name: (linear.d_in, linear.d_out, linear.has_bias) for name, linear in shape.linears.items()
     }
     for layer, index in enumerate(shape.layer_kinds):
-        prefix, block = f"{shape.layers_name}.{layer}.", shape.blocks[index]
-        norms = [m for name, m in modules.items() if name.startswith(prefix) and "norm" in name]
-        assert sum(p.numel() for m in norms for p in m.parameters()) == block.norm_parameters
-        widths = [module.weight.numel() for module in norms]
-        assert widths.count(block.hidden_size) == block.num_norms
-        assert len(widths) - block.num_norms == 2 * block.has_head_norms
-        has_means = any(isinstance(module, nn.LayerNorm) for module in norms)
-        assert block.norm_kind == ("layer" if has_means else "rms")
-        sizes = [p.numel() for name, p in model.named_parameters() if name.startswith(prefix)]
-        assert sum(sizes) == block.parameters
-    fused = [p for name, p in model.named_parameters() if ".experts." in name]
-    assert sum(p.numel() for p in fused) == shape.expert_parameters
-    per_token = config.num_experts_per_tok if fused else 0
-    active = sum(p.numel() // len(p) * per_token for p in fused)
-    active += sum(p.numel() for name, p in model.named_parameters() if ".mlp.gate.weight" in name)
-    planned = sum(count * block.active_weights for block, count in shape.counts())
-    assert planned == active + sum(a * b for a, b, _ in linears.values())
-    assert shape.has_head_bias == (getattr(model.get_output_embeddings(), "bias", None) is not None)
+        assert_block_equals(shape.blocks[index], model, f"{shape.layers_name}.{layer}.")
+    # Fused experts: one parameter has the weights of all experts, stacked on the first axis.
+    fused_experts = [p for name, p in model.named_parameters() if ".experts." in name]
+    assert sum(p.numel() for p in fused_experts) == shape.expert_parameters
+    experts_per_token = config.num_experts_per_tok if fused_experts else 0
+    num_active = sum(p.numel() // len(p) * experts_per_token for p in fused_experts)
+    routers = [p for name, p in model.named_parameters() if ".mlp.gate.weight" in name]
+    num_active += sum(p.numel() for p in routers)
+    num_active += sum(d_in * d_out for d_in, d_out, _ in linears.values())
+    assert sum(count * block.active_weights for block, count in shape.counts()) == num_active
+    assert shape.has_head_bias == (getattr(head, "bias", None) is not None)
     assert shape.is_tied == config.tie_word_embeddings
     assert shape.logit_softcap == (getattr(config, "final_logit_softcapping", None) is not None)
     gates = [name for name in linears if "gate_proj" in name or "gate_up_proj" in name]
-    assert shape.blocks[0].is_gated == bool(gates or fused)
+    assert shape.blocks[0].is_gated == bool(gates or fused_experts)
     assert shape.blocks[0].has_fused_gate == any("gate_up_proj" in name for name in linears)
 
 
+def assert_block_equals(block, model, prefix):
+    """Compare norms and number of parameters with those of the modules with this name prefix."""
+    norms = [
+        module
+        for name, module in model.named_modules()
+        if name.startswith(prefix) and "norm" in name
+    ]
+    assert sum(p.numel() for norm in norms for p in norm.parameters()) == block.norm_parameters
+    widths = [norm.weight.numel() for norm in norms]
+    assert widths.count(block.hidden_size) == block.num_norms
+    # Norms of another width are those of the query heads and of the key heads.
+    assert len(widths) - block.num_norms == 2 * block.has_head_norms
+    has_layer_norm = any(isinstance(norm, nn.LayerNorm) for norm in norms)
+    assert block.norm_kind == ("layer" if has_layer_norm else "rms")
+    sizes = [p.numel() for name, p in model.named_parameters() if name.startswith(prefix)]
+    assert sum(sizes) == block.parameters
+
+
 @pytest.mark.parametrize(
-    ("kind", "change"),
+    ("model_type", "changes"),
     [
         ("llama", TIED),
         ("phi", ALL),
@@ -170,20 +193,21 @@ def test_linears_norms_experts_and_head_equal_those_of_the_real_model(tmp_path, 
         ("qwen2_moe", ALL | QWEN_EXPERTS | {"shared_expert_intermediate_size": 64}),
     ],
 )
-def test_quantised_weights_equal_those_of_bitsandbytes(tmp_path, kind, change):
-    config, settings = save_config(tmp_path, kind, change)
+def test_the_number_of_quantised_weights_equals_that_of_bitsandbytes(tmp_path, model_type, changes):
+    config, settings = save_config(tmp_path, model_type, changes)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     plan = make_plan(tmp_path, load_in_4bit=True, **settings)
     model = load_base(plan, torch.device("cpu"))
     packed = [p for p in model.parameters() if hasattr(p, "quant_state")]
-    assert sum(math.prod(p.quant_state.shape) for p in packed) == plan.shape.quantised_parameters
-    assert sum(p.numel() for p in packed) == plan.shape.quantised_parameters // 2
-    rest = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in packed)
-    assert rest == plan.shape.parameters - plan.shape.quantised_parameters
+    num_quantised = plan.shape.quantised_parameters
+    assert sum(math.prod(p.quant_state.shape) for p in packed) == num_quantised
+    assert sum(p.numel() for p in packed) == num_quantised // 2  # two 4-bit values in a byte
+    num_others = sum(p.numel() for p in model.parameters() if not hasattr(p, "quant_state"))
+    assert num_others == plan.shape.parameters - num_quantised
 
 
 @pytest.mark.parametrize(
-    ("kind", "targets", "facts"),
+    ("model_type", "targets", "facts"),
     [
         ("gpt_neox", ["q_proj"], ["q_proj", "query_key_value"]),
         ("phi", ["o_proj"], ["o_proj", "dense, fc1, fc2"]),
@@ -193,41 +217,43 @@ def test_quantised_weights_equal_those_of_bitsandbytes(tmp_path, kind, change):
         ("qwen3_moe", ["gate_proj"], ["gate_proj", "fused"]),
     ],
 )
-def test_targets_that_a_family_does_not_have_are_refused_with_its_names(
-    tmp_path, kind, targets, facts
+def test_targets_that_a_model_type_does_not_have_are_refused_with_the_names_of_its_layers(
+    tmp_path, model_type, targets, facts
 ):
-    save_config(tmp_path, kind, {})
+    save_config(tmp_path, model_type, {})
     with refused("lora_target_modules", *facts):
         make_plan(tmp_path, lora_target_modules=targets)
 
 
-def test_layers_that_peft_cannot_adapt_by_name_are_no_default_and_refused(tmp_path):
-    """The MLP of a layer without experts: peft applies its names to the fused experts."""
+def test_mlps_of_layers_without_experts_are_no_default_targets_and_are_refused(tmp_path):
+    """In a model with experts, peft applies the names of MLP layers to the fused experts."""
     save_config(tmp_path, "qwen3_moe", {"mlp_only_layers": [0]})
     assert make_plan(tmp_path).settings.lora_target_modules == ATTENTION
     with refused("lora_target_modules", "layers.0.mlp.up_proj", ", ".join(ATTENTION)):
         make_plan(tmp_path, lora_target_modules=["q_proj", "up_proj"])
 
 
-@pytest.mark.parametrize("kind", sorted(FAMILIES))
-def test_auto_adapts_every_linear_layer_except_routers(tmp_path, kind):
-    config, _ = save_config(tmp_path, kind, {})
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_auto_adapts_every_linear_layer_except_routers(tmp_path, model_type):
+    config, _ = save_config(tmp_path, model_type, {})
     plan = make_plan(tmp_path, lora_r=4)
     with torch.device("meta"):
-        wrapped = get_peft_model(
+        adapted = get_peft_model(
             AutoModelForCausalLM.from_config(config), lora_config(plan.settings)
         )
-    head = wrapped.get_base_model().get_output_embeddings()
+    model = adapted.get_base_model()
     linears = {
-        name.split("model.", 1)[1].removesuffix(".base_layer")
-        for name, module in wrapped.get_base_model().named_modules(prefix="model")
-        if type(module) is nn.Linear and module is not head and "lora_" not in name
+        name.removesuffix(".base_layer")
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear
+        and module is not model.get_output_embeddings()
+        and "lora_" not in name
     }
-    adapted = {key.split(".lora_")[0].removeprefix("base_model.model.") for key in
-               expected_shapes(plan)}  # fmt: skip
+    adapter_keys = [key.removeprefix("base_model.model.") for key in expected_shapes(plan)]
+    adapted_layers = {key.split(".lora_")[0] for key in adapter_keys}
     routers = {name for name in linears if name.endswith("gate")}
-    assert adapted == linears - routers
-    assert bool(routers) == (kind == "qwen2_moe")
+    assert adapted_layers == linears - routers
+    assert bool(routers) == (model_type == "qwen2_moe")  # in other types it is no nn.Linear
 
 
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])

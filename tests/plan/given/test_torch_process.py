@@ -1,4 +1,4 @@
-"""A module that needs torch is run in a separate process, with a time limit."""
+"""run_module: a Python module that needs torch runs in a separate process, with a time limit."""
 
 import subprocess
 
@@ -12,10 +12,13 @@ pytestmark = pytest.mark.unit
 
 @pytest.fixture(autouse=True)
 def module(tmp_path, monkeypatch):
-    """Path of a module that can be imported and run; the test writes its code."""
+    """Path of the module `example`; each test writes its code.
+
+    The module runs in a new process, not in a fork as elsewhere in the suite (tests/conftest.py).
+    """
     monkeypatch.setattr(torch_process, "subprocess", subprocess)
     monkeypatch.syspath_prepend(tmp_path)
-    return tmp_path / "counted.py"
+    return tmp_path / "example.py"
 
 
 def test_the_module_runs_without_gpu_and_hub_and_its_output_is_returned(module):
@@ -26,17 +29,17 @@ def test_the_module_runs_without_gpu_and_hub_and_its_output_is_returned(module):
         "values = {name: os.environ[name] for name in names}\n"
         "print(json.dumps({'arguments': sys.argv[1:], **values}))"
     )
-    output = torch_process.run_module("counted", "folder", timeout_s=60)
+    output = torch_process.run_module("example", "folder", timeout_s=60)
     assert output == {"arguments": ["folder"], "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 
-def test_the_exception_of_the_module_is_the_message(module):
+def test_the_error_has_the_exception_of_the_module(module):
     module.write_text("import sys\nsys.stderr.write('a warning\\n')\nraise ValueError('no heads')")
     with refused("ValueError", "no heads"):
-        torch_process.run_module("counted", timeout_s=60)
+        torch_process.run_module("example", timeout_s=60)
 
 
-def test_a_module_that_does_not_end_is_refused_with_the_limit(module):
+def test_a_module_that_does_not_end_is_refused_with_the_time_limit(module):
     module.write_text("import time\ntime.sleep(60)")
     with refused("1 s"):
-        torch_process.run_module("counted", timeout_s=1)
+        torch_process.run_module("example", timeout_s=1)

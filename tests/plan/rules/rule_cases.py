@@ -1,8 +1,11 @@
-"""For each rule, a context in which it applies and the closest in which it does not.
+"""For each rule, a case in which it applies, and the most similar case in which it does not.
 
-Values are the differences from Llama 8B on 8 GPUs of 80 GiB at ZeRO-2 in bf16. `own` is the user's
-DeepSpeed JSON; `layout`, `shape`, `config`, `packages`, `hardware`, `data` and `proof` are those of
-the plan, and other keys are settings.
+A case has the differences from a run of Llama 8B on 8 GPUs of 80 GiB at ZeRO-2 in bf16:
+- `config`: config.json of the model; `shape`: changed fields of the model's shape;
+- `layout`: changed fields of the Layout (ZeRO stage, micro-batch, ...); `hardware`: the GPUs;
+- `own`: the user's DeepSpeed JSON; `packages`: package -> installed version;
+- `data`: size of the prepared data; `proof`: results of the checks of the model class;
+- all other keys are settings of the run file.
 """
 
 from dataclasses import replace
@@ -34,14 +37,19 @@ WITHOUT_REENTRANT = Proof(without_reentrant=["gradients differ"])
 
 
 def zero(**keys):
+    """A DeepSpeed JSON with these keys of ZeRO."""
     return {"zero_optimization": keys}
 
 
-def with_layout(*parts, **keys):
-    return {"layout": {key: value for part in parts for key, value in part.items()}} | keys
+def with_layout(*layout_changes, **other_keys):
+    """A case with these changed fields of the layout, and these other keys."""
+    layout = {}
+    for changes in layout_changes:
+        layout |= changes
+    return {"layout": layout} | other_keys
 
 
-# Rule -> a context in which it applies, and the closest one in which it does not.
+# Rule -> a case in which it applies, and the most similar case in which it does not.
 CASES = {
     "saved-tied": (
         {
@@ -397,15 +405,15 @@ CASES = {
         {"gradient_checkpointing": False, "hardware": gpu(18)},
         {"gradient_checkpointing": False, "hardware": gpu(80)},
     ),
-    **{f"removed-{k.replace('_', '-')}": ({"own": {k: {}}}, {"own": {}}) for k in REMOVED},
+    **{f"removed-{key.replace('_', '-')}": ({"own": {key: {}}}, {"own": {}}) for key in REMOVED},
     **{
-        f"removed-{k.replace('_', '-')}": ({"own": zero(**{k: 2})}, {"own": zero()})
-        for k in REMOVED_FROM_ZERO
+        f"removed-{key.replace('_', '-')}": ({"own": zero(**{key: 2})}, {"own": zero()})
+        for key in REMOVED_FROM_ZERO
     },
 }  # fmt: skip
 
-# Other keys that make a rule apply, beyond those in the table above.
-MORE = [
+# Rule, and another case in which it applies: by another key, or beyond another limit.
+OTHER_CASES = [
     ("embeddings-or-head-not-yet", {"lora_target_modules": r"lm_head|.*q_proj"}),
     ("gathered-too-much", with_layout(Z3, own=zero(stage3_max_reuse_distance=1e9))),
     ("gathered-too-much", with_layout(Z3, own=zero(stage3_prefetch_bucket_size=5e8))),

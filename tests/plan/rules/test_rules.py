@@ -16,7 +16,7 @@ from pipeline.plan.rules.model import INPUT_RULES
 from pipeline.plan.rules.rule import PlanContext, installed_versions
 from pipeline.plan.rules.table import RULES
 from tests.messages import assert_mentions, refused
-from tests.plan.rules.rule_cases import CASES, LONGROPE, MORE, SHORT
+from tests.plan.rules.rule_cases import CASES, LONGROPE, OTHER_CASES, SHORT
 from tests.plans import CPU, LLAMA_8B, SMOLLM2, gpu, sized, with_blocks
 
 pytestmark = pytest.mark.unit
@@ -24,9 +24,10 @@ pytestmark = pytest.mark.unit
 
 @pytest.fixture
 def context(tmp_path):
-    """A function that makes a context: Llama 8B on 8 GPUs at ZeRO-2 in bf16, with changes.
+    """Function that makes the input of a rule: Llama 8B on 8 GPUs at ZeRO-2 in bf16, with changes.
 
-    `layout`, `own` (JSON), `shape` and `packages` change single values; other keys are settings.
+    `layout` and `shape` have changed fields, `packages` versions. `own` is the user's DeepSpeed
+    JSON. Other keys are settings.
     """
 
     def make(
@@ -65,15 +66,17 @@ def test_every_rule_has_its_cases():
 
 
 @pytest.mark.parametrize("rule", CASES)
-def test_a_rule_applies_in_its_case_and_not_in_the_closest_other(context, rule):
-    applies, applies_not = CASES[rule]
-    assert BY_ID[rule].check(context(**applies))
-    assert not BY_ID[rule].check(context(**applies_not))
+def test_a_rule_applies_in_its_case_and_not_in_the_most_similar_case_without_the_problem(
+    context, rule
+):
+    case, similar_case = CASES[rule]
+    assert BY_ID[rule].check(context(**case))
+    assert not BY_ID[rule].check(context(**similar_case))
 
 
-@pytest.mark.parametrize(("rule", "applies"), MORE)
-def test_every_key_that_a_rule_names_makes_it_apply(context, rule, applies):
-    assert BY_ID[rule].check(context(**applies))
+@pytest.mark.parametrize(("rule", "case"), OTHER_CASES)
+def test_a_rule_applies_for_each_of_its_keys(context, rule, case):
+    assert BY_ID[rule].check(context(**case))
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.id)
@@ -84,12 +87,14 @@ def test_a_rule_has_a_reason_a_remedy_and_a_source(rule):
         assert "|" not in text  # a column of docs/rules.md
 
 
-def test_rules_of_the_input_only_refuse():
+def test_rules_that_are_checked_before_a_layout_is_chosen_only_refuse():
     assert {rule.level for rule in INPUT_RULES} == {"refuse"}
 
 
 @pytest.fixture
 def plan(tmp_path):
+    """Function that plans a run of the model with this config; `files`: name -> JSON content."""
+
     def make(config=LLAMA_8B, hardware=None, ranks=8, files=(), **settings):
         (tmp_path / "config.json").write_text(json.dumps(config))
         for name, content in dict(files).items():
@@ -103,33 +108,33 @@ def plan(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keys", "rule"),
+    ("run", "rule"),
     [
         ({"load_in_8bit": True, "zero_stage": 3}, "8bit-zero3"),
         ({"hardware": CPU, "fp16": True}, "fp16-cpu"),
         ({"config": SMOLLM2, "lora_target_modules": ["lm_head"]}, "tied-pair"),
     ],
 )
-def test_rules_refuse_a_plan_before_any_other_check(plan, keys, rule):
+def test_a_rule_refuses_a_plan_before_any_other_check(plan, run, rule):
     with refused(f"rule {rule}"):
-        plan(**keys)
+        plan(**run)
 
 
-def test_a_known_bad_version_refuses_a_plan(plan, monkeypatch):
+def test_a_package_version_with_a_known_defect_is_refused(plan, monkeypatch):
     versions = dict(installed_versions()) | {"deepspeed": "0.18.0"}
     monkeypatch.setattr("pipeline.plan.plan.installed_versions", lambda: versions)
     with refused("rule deepspeed-wrong-gradients"):
         plan(zero_stage=2)
 
 
-def test_advice_on_the_data_size_needs_the_size(plan):
+def test_a_plan_has_advice_on_the_amount_of_data_only_if_the_amount_is_known(plan):
     def advice(of_plan):
         return [rule.id for rule in of_plan.rules if rule.level == "advise"]
 
     def warnings(of_plan):
         return [rule.id for rule in of_plan.rules if rule.level == "warn"]
 
-    new_plan = plan(lora_r=16)  # no advice about a server
+    new_plan = plan(lora_r=16)  # a larger r would get advice on an option of vLLM
     small, large = new_plan.with_data(sized(500)), new_plan.with_data(sized(50_000))
     assert advice(new_plan) == advice(large) == []
     assert advice(small) == ["data-small"]
@@ -139,14 +144,15 @@ def test_advice_on_the_data_size_needs_the_size(plan):
     assert small.settings == new_plan.settings
 
 
-ADDED = {"128000": {"content": "<bos>"}, "128256": {"content": "<mine>"}}
-PICTURE = {"128256": {"content": "<image>"}}
+# The embeddings of Llama 8B have 128256 rows, so that a token with id 128256 has no embedding.
+TEXT_TOKEN = {"128000": {"content": "<bos>"}, "128256": {"content": "<mine>"}}
+IMAGE_TOKEN = {"128256": {"content": "<image>"}}
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("tokenizer_config.json", {"added_tokens_decoder": ADDED}),
+        ("tokenizer_config.json", {"added_tokens_decoder": TEXT_TOKEN}),
         ("added_tokens.json", {"<mine>": 128256}),
         ("tokenizer.json", {"added_tokens": [{"id": 128256, "content": "<mine>"}]}),
     ],
@@ -160,7 +166,7 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(plan, name, con
     ("name", "content"),
     [
         ("tokenizer_config.json", {"added_tokens_decoder": {"128255": {"content": "x"}}}),
-        ("tokenizer_config.json", {"added_tokens_decoder": PICTURE, "image_token": "<image>"}),
+        ("tokenizer_config.json", {"added_tokens_decoder": IMAGE_TOKEN, "image_token": "<image>"}),
         ("tokenizer.json", {"added_tokens": [], "model": 1}),
         ("tokenizer_config.json", []),
     ],
@@ -169,23 +175,30 @@ def test_a_tokenizer_whose_text_tokens_have_embeddings_is_accepted(plan, name, c
     assert plan(files={name: content})
 
 
-def test_a_model_class_in_the_folder_is_detected(tmp_path):
-    for name, is_own in (("AutoModelForCausalLM", True), ("AutoConfig", False)):
-        (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B | {"auto_map": {name: "own.C"}}))
-        assert read_shape(str(tmp_path)).has_own_code is is_own
+@pytest.mark.parametrize(
+    ("auto_class", "has_own_code"), [("AutoModelForCausalLM", True), ("AutoConfig", False)]
+)
+def test_a_model_class_in_the_model_folder_is_detected(tmp_path, auto_class, has_own_code):
+    config = LLAMA_8B | {"auto_map": {auto_class: "own.C"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_shape(str(tmp_path)).has_own_code is has_own_code
 
 
 def test_a_rule_about_long_documents_refuses_once_they_are_counted(plan):
-    """Only the prepared index knows the longest document."""
+    """Only prepared data has the length of the longest document.
+
+    A LongRoPE model changes its frequencies beyond 4096 tokens, for all documents of a micro-batch.
+    """
     new_plan = plan(LONGROPE, max_length=8192)
     assert "rope-original-length-uncounted" in [rule.id for rule in new_plan.rules]
     with refused("rule rope-original-length", 5000, 4096, "packing: false", "batch_size: 1"):
         new_plan.with_data(sized(9, longest=5000))
-    alone = plan(LONGROPE, max_length=8192, packing=False, batch_size=1)
-    assert alone.with_data(sized(9, longest=5000)).schedule
+    one_document_per_micro_batch = plan(LONGROPE, max_length=8192, packing=False, batch_size=1)
+    assert one_document_per_micro_batch.with_data(sized(9, longest=5000)).schedule
 
 
-def test_documents_beyond_the_positions_are_counted(plan):
+def test_the_message_has_the_number_of_documents_beyond_the_positions_of_the_model(plan):
+    """3 of the 9 documents are longer than the 4096 positions."""
     data = replace(sized(9, longest=5000), count_longer=lambda tokens: 3 if tokens == 4096 else 0)
     new_plan = plan(SHORT, max_length=8192).with_data(data)
     (rule,) = [rule for rule in new_plan.rules if rule.id == "beyond-positions"]
