@@ -1,7 +1,7 @@
-"""Random rows around conversations, in which every text, key and number occurs once.
+"""Random rows with conversations, in which every text and number occurs once.
 
-A row draws the form of each part: role names, content as text or parts, layouts of calls, names of
-keys, tools, and now and then a key or column that does not belong there.
+The form of each part is random: role names, content as text or as a list of parts, layout of tool
+calls, names of keys, and tools. Rarely a row has a key or column that does not belong there.
 """
 
 import itertools
@@ -18,6 +18,7 @@ PART_KEYS += ["thought", "toolUseId", "status"]
 PART_TYPES = ["text", "thinking", "tool_use", "tool_result", "image", "reasoning"]
 WRAPPERS = ["functionCall", "toolUse", "functionResponse", "toolResult", "reasoningContent"]
 ROLES = ["system", "developer", "user", "assistant", "tool", "function_call", "human", "gpt"]
+# Names of a role in the formats of different programs.
 USERS, ASSISTANTS = ["user", "human"], ["assistant", "model", "gpt", "bot", "chatgpt"]
 TOOLS = ["tool", "function", "tool_response", "observation"]
 FORMS = ["contents", "messages", "conversations", "prompt_and_completion", "texts", "alpaca"]
@@ -26,7 +27,10 @@ DECORATIONS = ["", "", "", ' "q"', "\nline", " {b}", " \u00e9\U0001f600", " <b>"
 
 @dataclass(frozen=True)
 class Leaf:
-    """A text or number of a row. `role`: the kind of its message. `path`: the keys to it."""
+    """A text or number of a row.
+
+    `role`: role of its message, or "untrained", "tools" or "column". `path`: keys that lead to it.
+    """
 
     role: str
     path: tuple[str, ...]
@@ -34,7 +38,10 @@ class Leaf:
 
 
 class RandomRow:
-    """A row; `leaves`: what it holds, by text. `random`: a Random, such as Hypothesis draws."""
+    """Generator of one row, by `row`; the methods draw its parts from a `random.Random`.
+
+    `leaves`: text of each leaf of the row -> Leaf. `role`: role of the leaves that are drawn next.
+    """
 
     def __init__(self, random):
         self.random, self.numbers, self.leaves = random, itertools.count(100), {}
@@ -44,20 +51,26 @@ class RandomRow:
         return self.random.choice(values)
 
     def is_rare(self, one_in):
+        """True with a probability of 1 / `one_in`."""
         return self.random.randrange(one_in) == 0
 
     def leaf(self, *path, is_reasoning=False):
+        """A new unique text."""
         text = f"leaf{next(self.numbers)}-"
         self.leaves[text] = Leaf(self.role, path, is_reasoning)
         return text + self.choose(DECORATIONS)
 
     def number(self, *path):
+        """A new unique number, whose digits are not part of another leaf."""
         number = next(self.numbers) * 1000 + 7
         self.leaves[str(number)] = Leaf(self.role, path)
         return number
 
     def add_stray_key(self, value, keys, *path):
-        """Rarely add a key that does not belong there; a row with many is always rejected."""
+        """Rarely add a key that does not belong there; a row with many of them is always rejected.
+
+        `path`: the keys that lead to `value`.
+        """
         if self.is_rare(6 * len(keys)):
             key = self.choose(keys)
             value[key] = self.leaf(*path, key)
@@ -144,14 +157,17 @@ class RandomRow:
             keys = ("role", "parts")
         turns = self.regular_turns(keys)
         if form == "completion":
-            asking = {*USERS, "system", "developer"}
-            cut = next(i for i, turn in enumerate(turns) if turn["role"] not in asking)
-            return {"prompt": turns[:cut], "completion": turns[cut:]}
+            prompt_roles = {*USERS, "system", "developer"}
+            first_answer = next(
+                i for i, turn in enumerate(turns) if turn["role"] not in prompt_roles
+            )
+            return {"prompt": turns[:first_answer], "completion": turns[first_answer:]}
         if form == "text":
             return {"messages": json.dumps(turns)}
-        return {"messages" if form == "messages" else form: turns}
+        return {form: turns}
 
     def regular_turns(self, keys):
+        """Turns in which user and assistant alternate; `keys`: those of role and content."""
         turns = []
         if self.is_rare(3):
             turns.append(self.plain_turn("system", ["system", "developer"], keys))
@@ -189,6 +205,8 @@ class RandomRow:
         others = {}
         if self.is_rare(6):
             others["weight"], self.role = 0, "untrained"
+        # Reasoning: none, in a <think> block, under a key of the message, in a content part, in a
+        # block with text before it, or in two blocks.
         form = self.choose(["text"] * 3 + ["block", "key", "parts", "before", "two"])
         if keys[1] == "parts":
             parts = [{"text": self.leaf("answer")}]
@@ -211,6 +229,7 @@ class RandomRow:
         return self.turn("assistant", ASSISTANTS, keys, content, **others)
 
     def calling_turn(self, keys, count):
+        """An assistant turn with this number of tool calls."""
         self.role = "assistant"
         if keys[1] == "parts":
             parts = [self.wrapped_part("functionCall", "call") for _ in range(count)]

@@ -1,4 +1,8 @@
-"""Read rows and examples in tests of the readers."""
+"""Functions by which tests read rows and examples.
+
+A row is a JSON object of a data file, with its file and line. An example is the conversation or
+text that is read from a row. A bad row is a line from which no row can be read.
+"""
 
 from pathlib import Path
 
@@ -8,12 +12,12 @@ from pipeline.rows.sources import Row, read_rows, resolve_sources
 
 
 def row_of(value):
-    """A row with this value."""
+    """A Row with this JSON object."""
     return Row(Path("rows.jsonl"), 1, value)
 
 
 def resolved(*paths, key="train_data", **values):
-    """The resolved sources of these paths."""
+    """The sources (files, weight, limit) to which these paths of a run file are resolved."""
     return resolve_sources([DataSource(path=str(path), **values) for path in paths], key)
 
 

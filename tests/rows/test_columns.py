@@ -1,4 +1,8 @@
-"""A column that no format reads is read into the example, reported as unread, or refused."""
+"""Columns besides those of the row's format: a system prompt is read, others are unread or refused.
+
+An unread column is reported. A column of media, preferences or loss masks refuses the row, because
+training without it would be another training.
+"""
 
 import pytest
 
@@ -18,19 +22,22 @@ FORMATS = {
     "text": {"text": "t"},
     "pre-tokenised": {"input_ids": [1], "labels": [1]},
 }
-EMPTY = [None, "", " \n", [], {}, [None], [""], {"bytes": None, "path": None}]
-MEANINGFUL = ["image", "images", "Pictures", "audio", "videos", "image_path", "documents", "sound"]
-MEANINGFUL += ["chosen", "rejected", "rejected_response", "chosen_messages"]
+EMPTY_TEXTS = [None, "", " \n", []]
+EMPTY = [*EMPTY_TEXTS, {}, [None], [""], {"bytes": None, "path": None}]
+MEDIA_AND_PREFERENCES = [
+    "image", "images", "Pictures", "audio", "videos", "image_path", "documents", "sound",
+    "chosen", "rejected", "rejected_response", "chosen_messages",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("column", MEANINGFUL)
+@pytest.mark.parametrize("column", MEDIA_AND_PREFERENCES)
 def test_only_a_filled_column_of_media_or_preferences_refuses_the_row(name, column):
     row = FORMATS[name]
-    plain = read_example(row_of(row))
-    assert plain.data_format == name
+    without_column = read_example(row_of(row))
+    assert without_column.data_format == name
     for empty in EMPTY:
-        assert read_example(row_of(row | {column: empty})) == plain
+        assert read_example(row_of(row | {column: empty})) == without_column
     for value in ("x.png", ["x.png"], [{"path": "x.png"}], {"role": "assistant", "content": "b"}):
         with refused(f"`{column}`", error=RowError):
             read_example(row_of(row | {column: value}))
@@ -40,7 +47,8 @@ def test_only_a_filled_column_of_media_or_preferences_refuses_the_row(name, colu
 def test_other_columns_with_a_value_are_reported_as_unread(name):
     row = FORMATS[name]
     others = {"label": True, "score": 0, "meta": {"a": [None, "x"]}, "note": "n"}
-    result = read_example(row_of(row | others | dict.fromkeys("abc") | {"d": "", "e": [[]]}))
+    empty = {"a": None, "b": None, "c": None, "d": "", "e": [[]]}
+    result = read_example(row_of(row | others | empty))
     assert result.unread == ("label", "meta", "note", "score")
     assert result.example == read_example(row_of(row)).example
 
@@ -79,7 +87,7 @@ def test_a_system_prompt_column_becomes_the_first_message(name, column):
     result = read_example(row_of(row | {column: "be brief"}))
     assert result.example.messages[0] == Message("system", "be brief")
     assert not result.unread
-    for empty in EMPTY[:4]:
+    for empty in EMPTY_TEXTS:
         assert read_example(row_of(row | {column: empty})) == read_example(row_of(row))
 
 
@@ -149,7 +157,7 @@ def test_media_within_the_object_of_another_column_refuse_the_row(name, column, 
         read_example(row_of(FORMATS[name] | {"extra": value}))
 
 
-def test_empty_media_within_an_object_and_images_of_machines_are_only_reported_as_unread():
+def test_empty_media_within_an_object_and_container_images_are_only_reported_as_unread():
     extra = {"image": "", "images": [], "audio": None, "n_images": 2, "docker_image": "a/b:1"}
     others = {"extra": extra, "docker_image": "a/b:1"}
     assert read_example(row_of(FORMATS["messages"] | others)).unread == ("docker_image", "extra")
@@ -164,11 +172,11 @@ def test_counts_flags_and_descriptions_of_media_are_only_reported_as_unread():
     assert result.unread == tuple(sorted(others))
 
 
-IMAGES = ["python:3.11", "ghcr.io/org/env-1:latest", "localhost:5000/a/b:v1.2"]
+CONTAINER_IMAGES = ["python:3.11", "ghcr.io/org/env-1:latest", "localhost:5000/a/b:v1.2"]
 
 
-@pytest.mark.parametrize("value", IMAGES)
-def test_an_image_of_a_container_is_no_picture(value):
+@pytest.mark.parametrize("value", CONTAINER_IMAGES)
+def test_the_name_of_a_container_image_is_no_picture(value):
     others = {"image": value, "environment": {"image": value}}
     row = row_of(FORMATS["messages"] | others)
     assert read_example(row).unread == ("environment", "image")

@@ -21,7 +21,8 @@ from tests.messages import refused
 
 pytestmark = pytest.mark.tensor
 
-COMMIT, ROWS = "0" * 39 + "1", b'{"text": "t"}\n{"bad\n{"text": "t"}'
+COMMIT = "0" * 39 + "1"
+ROWS = b'{"text": "t"}\n{"bad\n{"text": "t"}'  # the second line is no valid JSON
 
 
 @pytest.fixture
@@ -40,16 +41,30 @@ def hub(tmp_path, monkeypatch):
     return folder
 
 
-def test_a_split_of_a_cached_data_set_is_resolved_and_a_missing_one_refused(hub):
-    for name in ("org/name:train", "org/name@abc123:train", "org/name@main:train"):
-        (source,) = resolve_sources([DataSource(path=name, weight=2.0, limit=2)], "train_data")
-        assert (source.name, source.weight) == ("org/name@abc123:train", 2.0)
-        assert len(list(read_rows([source]))) == 2
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize("name", ["org/name:train", "org/name@abc123:train", "org/name@main:train"])
+def test_a_split_of_a_cached_data_set_is_resolved_to_the_commit(name):
+    (source,) = resolve_sources([DataSource(path=name, weight=2.0, limit=2)], "train_data")
+    assert (source.name, source.weight) == ("org/name@abc123:train", 2.0)
+    assert len(list(read_rows([source]))) == 2
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_missing_split_is_refused_with_the_splits_of_the_data_set():
     with refused("eval_data", "org/name@main:dev", "train, test"):
         resolve_sources([DataSource(path="org/name:dev")], "eval_data")
-    for missing in ("org/other@main:train", "org/name@fff:train"):
-        with refused("train_data", missing, "rankzero prepare RUN.yaml"):
-            resolve_sources([DataSource(path=missing.replace("@main", ""))], "train_data")
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize(
+    ("name", "name_with_revision"),
+    [("org/other:train", "org/other@main:train"), ("org/name@fff:train", "org/name@fff:train")],
+)
+def test_a_data_set_that_is_not_cached_is_refused_with_the_command_that_downloads_it(
+    name, name_with_revision
+):
+    with refused("train_data", name_with_revision, "rankzero prepare RUN.yaml"):
+        resolve_sources([DataSource(path=name)], "train_data")
 
 
 def test_json_files_of_a_hub_data_set_give_bad_rows_for_bad_lines(hub):
@@ -93,29 +108,35 @@ def test_an_interrupted_download_is_refused_and_completed_by_fetch(hub, monkeypa
     (hub / "trees/abc123.json").write_text(json.dumps({"format_version": 1, "files": files}))
     with refused("train_data", "org/name@main:train", "rankzero prepare RUN.yaml"):
         resolve_sources([DataSource(path="org/name:train")], "train_data")
-    requested, download = [], huggingface_hub.snapshot_download
-
-    def request_snapshot(*args, **kwargs):
-        return download(*args, **kwargs) if "local_files_only" in kwargs else requested.append(args)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", request_snapshot)
+    downloads = record_downloads(monkeypatch)
     fetch([DataSource(path="org/name:train")], "train_data")
-    assert requested == [("org/name",)]
+    assert [arguments for arguments, _ in downloads] == [("org/name",)]
 
 
-def test_only_data_sets_missing_in_the_cache_are_fetched(hub, monkeypatch):
-    requested, download = [], huggingface_hub.snapshot_download
+def record_downloads(monkeypatch):
+    """Record the arguments of snapshot_download instead of downloading; the cache is still read."""
+    downloads, snapshot_download = [], huggingface_hub.snapshot_download
 
-    def request_snapshot(*args, **kwargs):
-        if "local_files_only" in kwargs:
-            return download(*args, **kwargs)
-        return requested.append((args, kwargs))
+    def read_cache_or_record(*arguments, **keywords):
+        if "local_files_only" in keywords:
+            return snapshot_download(*arguments, **keywords)
+        downloads.append((arguments, keywords))
+        return None
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", request_snapshot)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", read_cache_or_record)
+    return downloads
+
+
+@pytest.mark.usefixtures("hub")
+def test_only_data_sets_missing_in_the_cache_are_fetched(monkeypatch):
+    downloads = record_downloads(monkeypatch)
     names = ("org/name:train", "org/other@v1:train", __file__)
     fetch([DataSource(path=name) for name in names], "train_data")
-    assert requested == [(("org/other",), {"repo_type": "dataset", "revision": "v1"})]
+    assert downloads == [(("org/other",), {"repo_type": "dataset", "revision": "v1"})]
 
+
+@pytest.mark.usefixtures("hub")
+def test_a_failed_download_is_refused_with_the_data_set_and_the_error(monkeypatch):
     def lose_connection(*args, **kwargs):
         raise OSError("no route\n to host")
 

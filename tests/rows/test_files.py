@@ -1,4 +1,7 @@
-"""Names are resolved to files; caches, run folders and other splits are left out and logged."""
+"""Paths of a run file are resolved to data files.
+
+Caches, run folders and files of other splits are left out, and a note names each of them.
+"""
 
 import json
 import subprocess
@@ -23,6 +26,7 @@ def write(folder, *names):
 
 
 def files_and_notes(path, key="train_data"):
+    """The files of a folder as relative paths, and the notes about files that are left out."""
     (source,) = resolved(path, key=key)
     return [str(file.relative_to(path)) for file in source.files], source.notes
 
@@ -40,7 +44,8 @@ def test_files_of_other_splits_in_a_training_folder_are_left_out_with_a_note(
     files, (note,) = files_and_notes(tmp_path)
     assert files == sorted([train, "more.jsonl"])
     assert_mentions(note, tmp_path, other.rpartition("/")[2])
-    assert resolved(tmp_path / other)[0].files == (tmp_path / other,)  # read: the user named it
+    # A file that the run file itself names is read.
+    assert resolved(tmp_path / other)[0].files == (tmp_path / other,)
 
 
 def test_a_split_name_inside_a_word_does_not_leave_a_file_out(tmp_path):
@@ -66,6 +71,7 @@ def test_a_training_folder_with_only_other_splits_is_refused(tmp_path):
 
 
 def save(folder, *names, **state):
+    """Write a folder as `Dataset.save_to_disk` does, with a state.json that names its files."""
     write(folder, *names)
     files = [{"filename": name} for name in names if not name.startswith("cache")]
     (folder / "state.json").write_text(json.dumps({"_data_files": files, **state}))
@@ -119,18 +125,19 @@ def test_caches_are_left_out_of_folders_and_globs(tmp_path):
     assert_mentions(source.notes[0], "cache-1.arrow")
 
 
+# State of a run -> files in its folder by which the folder is known as that of a run.
 RUN_FOLDERS = {
     "running": [".owner", "metrics.jsonl"],
     "done": ["run.yaml", "status.json", "metrics.jsonl"],
     "prepared": ["data/index.json", "data/audit.json", "data/rejects.jsonl"],
-    "killed": ["data/train-0123456789abcdef/rejects.jsonl"],
+    "killed while preparing": ["data/train-0123456789abcdef/rejects.jsonl"],
 }
 
 
-@pytest.mark.parametrize("kind", RUN_FOLDERS)
-def test_files_in_run_folders_are_not_data(tmp_path, kind):
+@pytest.mark.parametrize("state", RUN_FOLDERS)
+def test_files_in_run_folders_are_not_data(tmp_path, state):
     write(tmp_path, "rows.jsonl")
-    write(tmp_path / "runs/x", *RUN_FOLDERS[kind])
+    write(tmp_path / "runs/x", *RUN_FOLDERS[state])
     files, (note,) = files_and_notes(tmp_path)
     assert files == ["rows.jsonl"]
     assert_mentions(note, "x")
@@ -142,10 +149,12 @@ def test_files_in_run_folders_are_not_data(tmp_path, kind):
         resolved(tmp_path / "runs/x/**/*.jsonl")
 
 
-def test_rows_in_the_folder_of_prepared_data_are_read_without_its_own_files(tmp_path):
-    """The rows may lie in data/ of the output folder itself."""
-    ours = ["index.json", "audit.json", "fingerprints.json", "rejects.jsonl"]
-    write(tmp_path / "data", "rows.jsonl", *ours, "train-0123456789abcdef/rejects.jsonl")
+def test_a_user_s_rows_in_the_folder_of_prepared_data_are_read_without_its_other_files(tmp_path):
+    """A user may keep rows in OUTPUT_DIR/data, where prepare writes its files."""
+    files_of_prepare = ["index.json", "audit.json", "fingerprints.json", "rejects.jsonl"]
+    write(
+        tmp_path / "data", "rows.jsonl", *files_of_prepare, "train-0123456789abcdef/rejects.jsonl"
+    )
     files, (note,) = files_and_notes(tmp_path / "data")
     assert files == ["rows.jsonl"]
     assert_mentions(note, "audit.json")
@@ -178,6 +187,7 @@ def test_other_encodings_are_refused_with_the_command_that_converts_them(tmp_pat
 
 
 BOM = "\ufeff"
+# Name of a file -> text of two rows with byte order marks, as of concatenated files.
 WITH_BOMS = {
     "rows.jsonl": f"{BOM}{BOM}{ROW}{BOM}{ROW}",
     "rows.json": f"{BOM}{BOM}{ROW}{BOM}{ROW}",
@@ -187,7 +197,7 @@ WITH_BOMS = {
 }
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "list.json", "rows.csv", "rows"])
+@pytest.mark.parametrize("name", WITH_BOMS)
 def test_byte_order_marks_at_the_start_of_lines_are_ignored(tmp_path, name):
     (tmp_path / name).write_text(WITH_BOMS[name], encoding="utf-8")
     assert [row.value for row in read_file(tmp_path / name)] == [json.loads(ROW)] * 2
@@ -195,14 +205,17 @@ def test_byte_order_marks_at_the_start_of_lines_are_ignored(tmp_path, name):
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_the_header_of_a_csv_file_sets_its_delimiter(tmp_path, delimiter):
-    rows = [["prompt", "completion"], ['a;b,c\td"\n', "1,5;"], ["q", "a"]]
-    text = "\n\n" + "".join(
-        delimiter.join('"' + field.replace('"', '""') + '"' for field in row) + "\r\n"
-        for row in rows[1:]
-    )
-    (tmp_path / "rows.csv").write_text(delimiter.join(rows[0]) + text, encoding="utf-8")
+    """The fields have the other delimiters, quotes and a line break."""
+    header, rows = ["prompt", "completion"], [['a;b,c\td"\n', "1,5;"], ["q", "a"]]
+
+    def quoted(field):
+        return '"' + field.replace('"', '""') + '"'
+
+    lines = [delimiter.join(map(quoted, row)) + "\r\n" for row in rows]
+    text = delimiter.join(header) + "\n\n" + "".join(lines)
+    (tmp_path / "rows.csv").write_text(text, encoding="utf-8")
     rows_read = [row.value for row in read_file(tmp_path / "rows.csv")]
-    assert rows_read == [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+    assert rows_read == [dict(zip(header, row, strict=True)) for row in rows]
 
 
 def test_a_repeated_header_in_a_csv_file_is_a_bad_row(tmp_path):
@@ -232,7 +245,7 @@ def test_text_in_windows_1252_is_refused_with_the_command_that_converts_it(tmp_p
     assert_mentions(bad.reason, "UTF-8", "iconv", "WINDOWS-1252")
 
 
-def test_notes_name_left_out_files_of_equal_name_by_their_folders(tmp_path):
+def test_a_note_has_the_folders_of_left_out_files_with_the_same_name(tmp_path):
     for split in ("train", "test", "validation"):
         (tmp_path / split).mkdir()
         (tmp_path / split / "0.jsonl").write_text('{"text": "x"}\n')
@@ -241,7 +254,8 @@ def test_notes_name_left_out_files_of_equal_name_by_their_folders(tmp_path):
 
 
 @pytest.mark.parametrize(("key", "split"), [("train_data", "train"), ("eval_data", "test")])
-def test_several_splits_for_one_purpose_are_refused_with_their_names(tmp_path, key, split):
+def test_several_training_or_test_splits_are_refused_with_their_names(tmp_path, key, split):
+    """`saved` is a folder of `DatasetDict.save_to_disk`, `hub` a folder of a hub data set."""
     saved, hub = tmp_path / "saved", tmp_path / "hub"
     for name in ("train_sft", "train_gen", "test_sft", "test_gen"):
         (saved / name).mkdir(parents=True)

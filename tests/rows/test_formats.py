@@ -20,14 +20,15 @@ pytestmark = pytest.mark.unit
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
-CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+WITH_CALL = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 RESULT = {"role": "tool", "content": "r", "tool_call_id": "1", "name": "f"}
 HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
 TURNS = (Message("user", "q"), Message("assistant", "a"))
 
 
-def example(value, *args):
-    return read_example(row_of(value), *args).example
+def example(row, data_format="auto", columns=None):
+    """The example of a row; `columns`: name of a column of the format -> its name in the row."""
+    return read_example(row_of(row), data_format, columns or {}).example
 
 
 def test_messages_become_a_conversation():
@@ -36,18 +37,23 @@ def test_messages_become_a_conversation():
     assert example(row) == Conversation((Message("system", "s"), *TURNS))
 
 
-def test_only_messages_of_weight_0_are_excluded_from_the_loss():
-    for weight, is_trained in ((0, False), (1, True), (0.0, False), (1.0, True), (None, True)):
-        (_, answer) = example({"messages": [USER, ANSWER | {"weight": weight}]}).messages
-        assert answer.is_trained is is_trained
-    (turn, _) = example({"messages": [USER | {"weight": 0}, ANSWER]}).messages
-    assert turn.is_trained is False
+@pytest.mark.parametrize(
+    ("weight", "is_trained"), [(0, False), (1, True), (0.0, False), (1.0, True), (None, True)]
+)
+def test_only_messages_of_weight_0_are_excluded_from_the_loss(weight, is_trained):
+    (_, answer) = example({"messages": [USER, ANSWER | {"weight": weight}]}).messages
+    assert answer.is_trained is is_trained
 
 
-def test_reasoning_is_kept_under_its_key():
-    for key in ("reasoning_content", "reasoning", "thinking"):
-        (_, answer) = example({"messages": [USER, ANSWER | {key: "r", "refusal": None}]}).messages
-        assert answer.others == {key: "r"}
+def test_a_question_may_have_weight_0():
+    (question, _) = example({"messages": [USER | {"weight": 0}, ANSWER]}).messages
+    assert question.is_trained is False
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_is_kept_under_its_key(key):
+    (_, answer) = example({"messages": [USER, ANSWER | {key: "r", "refusal": None}]}).messages
+    assert answer.others == {key: "r"}
 
 
 def test_text_parts_are_joined():
@@ -60,7 +66,7 @@ def test_text_parts_are_joined():
 def test_arguments_of_tool_calls_become_objects(arguments):
     given_call = {"id": "1", "function": {"name": "f", "arguments": arguments}}
     tool = {"name": "f", "parameters": {"type": "object"}}
-    row = {"messages": [USER, CALLED | {"tool_calls": [given_call]}, RESULT, ANSWER]}
+    row = {"messages": [USER, WITH_CALL | {"tool_calls": [given_call]}, RESULT, ANSWER]}
     wrapped = {"type": "function", "function": tool}
     for tools in ({"tools": [wrapped]}, {"tools": json.dumps([wrapped])}, {"functions": [tool]}):
         result = example(row | tools)
@@ -131,7 +137,7 @@ def test_pre_tokenised_rows_are_read_without_their_padding():
     assert example(padded | {"attention_mask": [0, 1, 1, 1, 0]}) == expected
 
 
-def test_mapped_columns_take_precedence():
+def test_columns_that_the_setting_columns_maps_take_precedence():
     row = {"question": "q", "answer": "a", "prompt": "not this"}
     columns = {"prompt": "question", "completion": "answer"}
     assert example(row, "auto", columns) == Completion("q", "a")
@@ -142,7 +148,7 @@ def test_mapped_columns_take_precedence():
         example({"question": "q"}, "auto", columns)
 
 
-def test_rows_without_the_mapped_columns_are_detected_by_their_own():
+def test_the_format_of_a_row_without_the_mapped_columns_is_detected_by_its_own_columns():
     columns = {"prompt": "question", "completion": "answer"}
     assert example({"messages": [USER, ANSWER]}, "auto", columns) == Conversation(TURNS)
     assert example({"prompt": "q", "completion": "a"}, "auto", columns) == Completion("q", "a")
@@ -179,7 +185,7 @@ def test_an_unknown_or_ambiguous_column_mapping_is_refused_by_the_settings():
         ({"input_ids": [], "labels": [], "text": ""}, "pre-tokenised"),
     ],
 )
-def test_the_format_is_detected_by_the_columns(row, expected):
+def test_the_format_is_detected_by_the_columns_even_if_they_are_empty(row, expected):
     assert formats._detect_format(row) == expected
     assert set(formats._REQUIRED) == set(FORMATS)
 
@@ -209,20 +215,20 @@ def test_the_format_is_detected_by_the_columns(row, expected):
         ({"messages": [USER, ANSWER | {"tool_calls": [{"id": "1"}]}]}, ["names no function"]),
         ({"messages": [USER | {"tool_calls": [CALL]}, ANSWER]}, ["user has tool_calls"]),
         ({"messages": [USER, ANSWER | {"tool_calls": 7}]}, ["tool_calls of a message is a number"]),
-        ({"messages": [USER, CALLED | {"function_call": {"name": "f"}}]}, ["both tool_calls"]),
+        ({"messages": [USER, WITH_CALL | {"function_call": {"name": "f"}}]}, ["both tool_calls"]),
         (
-            {"messages": [USER, CALLED | {"tool_calls": [{"name": "f", "arguments": "{"}]}]},
+            {"messages": [USER, WITH_CALL | {"tool_calls": [{"name": "f", "arguments": "{"}]}]},
             ["not valid JSON"],
         ),
         (
-            {"messages": [USER, CALLED | {"tool_calls": [{"name": "f", "arguments": "[1]"}]}]},
+            {"messages": [USER, WITH_CALL | {"tool_calls": [{"name": "f", "arguments": "[1]"}]}]},
             ["arguments of a tool call: a list"],
         ),
         (
             {
                 "messages": [
                     USER,
-                    CALLED | {"tool_calls": [{"name": "f", "arguments": {"n": Path()}}]},
+                    WITH_CALL | {"tool_calls": [{"name": "f", "arguments": {"n": Path()}}]},
                 ]
             },
             ["a tool call", "JSON"],
@@ -316,7 +322,7 @@ def test_any_row_is_an_example_or_is_rejected(row, data_format):
     if isinstance(result, Completion):
         assert result.completion.strip()
     elif isinstance(result, Conversation):
-        answers = [m for m in result.messages if m.role == "assistant"]
+        answers = [message for message in result.messages if message.role == "assistant"]
         assert answers
         assert all(answer.content.strip() or answer.others["tool_calls"] for answer in answers)
     else:

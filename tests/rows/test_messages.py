@@ -1,4 +1,7 @@
-"""All usual forms of messages, content parts and tool calls give equal Messages or a reason."""
+"""All usual forms of messages, content parts and tool calls are read as the same Messages.
+
+A row in another form is refused with the reason.
+"""
 
 import json
 
@@ -19,10 +22,12 @@ CALL = {"type": "function", "function": {"name": "forecast", "arguments": ARGUME
 
 
 def read(*messages, **columns):
+    """The example and unread keys of a row with these messages and other columns."""
     return read_example(row_of({"messages": list(messages), **columns}))
 
 
 def messages_of(*messages):
+    """The Messages that are read from a row with these messages."""
     return read(*messages).example.messages
 
 
@@ -32,24 +37,33 @@ def message_with(call, key="tool_calls"):
 
 @pytest.mark.parametrize("key", ["arguments", "args", "parameters", "input"])
 @pytest.mark.parametrize("encode", [dict, json.dumps])
-@pytest.mark.parametrize("layout", ["openai", "flat", "beside", "langchain", "once", "text"])
+@pytest.mark.parametrize(
+    "layout",
+    ["openai", "flat", "arguments outside", "langchain", "function_call", "json text"],
+)
 def test_every_form_of_a_tool_call_gives_the_same_message(key, encode, layout):
-    named = {"name": "forecast", key: encode(ARGUMENTS)}
+    call = {"name": "forecast", key: encode(ARGUMENTS)}
+    arguments_outside = {"function": {"name": "forecast"}, key: encode(ARGUMENTS)}
     message = {
-        "openai": message_with([{"type": "function", "function": named}]),
-        "flat": message_with([named]),
-        "beside": message_with([{"function": {"name": "forecast"}, key: encode(ARGUMENTS)}]),
-        "langchain": message_with([named | {"type": "tool_call"}]),
-        "once": message_with(named, "function_call"),
-        "text": message_with(json.dumps([named])),
+        "openai": message_with([{"type": "function", "function": call}]),
+        "flat": message_with([call]),
+        "arguments outside": message_with([arguments_outside]),
+        "langchain": message_with([call | {"type": "tool_call"}]),
+        "function_call": message_with(call, "function_call"),
+        "json text": message_with(json.dumps([call])),
     }[layout]
     result = read(USER, message)
     assert result.example.messages[1] == Message("assistant", "", others={"tool_calls": [CALL]})
     assert not result.unread
-    turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": named}]
-    expected = result.example
-    for value in (named, json.dumps(named), [named]):
-        turns[1]["value"] = value
+
+
+@pytest.mark.parametrize("key", ["arguments", "args", "parameters", "input"])
+@pytest.mark.parametrize("encode", [dict, json.dumps])
+def test_every_form_of_a_function_call_turn_gives_the_same_message(key, encode):
+    call = {"name": "forecast", key: encode(ARGUMENTS)}
+    expected = read(USER, message_with([CALL])).example
+    for value in (call, json.dumps(call), [call]):
+        turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": value}]
         assert read_example(row_of({"conversations": turns})).example == expected
 
 
@@ -214,7 +228,7 @@ def test_conversations_may_have_role_and_content_keys():
     assert result.messages == messages_of(USER, ANSWER)
 
 
-def test_reasoning_under_two_keys_must_agree():
+def test_different_reasoning_under_two_keys_refuses_the_row():
     twice = ANSWER | {"reasoning": "r", "reasoning_content": "r"}
     assert messages_of(USER, twice)[1].others == {"reasoning_content": "r"}
     with refused("reasoning_content", "thinking", error=RowError):
@@ -231,6 +245,7 @@ def test_metadata_of_messages_is_counted_as_unread_and_other_keys_refuse_the_row
 
 LISTED = [USER, message_with([CALL | {"id": "1"}]), {"role": "tool", "content": "rain"}, ANSWER]
 TOOL = {"name": "forecast", "parameters": {"type": "object", "properties": {}}}
+# The messages of LISTED as a struct of lists, in which Arrow tables may have them.
 STRUCT = {
     "role": ["user", "assistant", "tool", "assistant"],
     "content": ["q", None, "rain", "a"],
@@ -354,16 +369,21 @@ def test_results_of_parallel_calls_are_in_the_order_of_the_calls():
     def result(number):
         return {"role": "tool", "content": f"r{number}", "tool_call_id": f"c{number}"}
 
-    def texts(*results):
-        calls = {"role": "assistant", "content": "", "tool_calls": [call(n) for n in (1, 2, 3)]}
-        return [m.content for m in messages_of(USER, calls, *results, ANSWER)[2:-1]]
+    def results_read(*results):
+        """Contents of the tool messages of a row with calls 1 to 3 and these results."""
+        calls = [call(number) for number in (1, 2, 3)]
+        calling = {"role": "assistant", "content": "", "tool_calls": calls}
+        _user, _calling, *tool_messages, _answer = messages_of(USER, calling, *results, ANSWER)
+        return [message.content for message in tool_messages]
 
-    assert texts(result(3), result(1), result(2)) == ["r1", "r2", "r3"]
-    assert texts(result(3), result(2)) == ["r2", "r3"]
-    other = {"role": "tool", "content": "r", "tool_call_id": "c9"}
-    for kept in ([result(2), other], [result(2), {"role": "tool", "content": "r"}, result(1)]):
-        assert texts(*kept) == [each["content"] for each in kept]
-    assert texts(result(2), result(1), result(1)) == ["r2", "r1", "r1"]
+    assert results_read(result(3), result(1), result(2)) == ["r1", "r2", "r3"]
+    assert results_read(result(3), result(2)) == ["r2", "r3"]
+    # Results are not sorted if one has an unknown id, no id, or the id of another.
+    unknown_id = {"role": "tool", "content": "r", "tool_call_id": "c9"}
+    without_id = {"role": "tool", "content": "r"}
+    assert results_read(result(2), unknown_id) == ["r2", "r"]
+    assert results_read(result(2), without_id, result(1)) == ["r2", "r", "r1"]
+    assert results_read(result(2), result(1), result(1)) == ["r2", "r1", "r1"]
 
 
 TAGS = ["<think>", "\n<thinking>\n", "<seed:think>", "[THINK]"]

@@ -1,6 +1,6 @@
-"""No text or number (leaf) of a row is lost without notice.
+"""Each text and number of a row (leaf) is in the example or reported, or the row is rejected.
 
-It is in the example, or under a key that is reported as unread, or the row is rejected.
+A leaf is reported if one of the keys above it is in the list of unread keys.
 """
 
 import json
@@ -17,8 +17,8 @@ from tests.rows.read import row_of
 pytestmark = pytest.mark.unit
 
 
-def written(example):
-    """All that an example holds, as text."""
+def text_of(example):
+    """All texts and numbers of an example, as one text."""
     if isinstance(example, Conversation):
         messages = [[message.content, message.others] for message in example.messages]
         return json.dumps([messages, example.tools])
@@ -31,17 +31,18 @@ def written(example):
 @settings(max_examples=600)
 @given(st.randoms(use_true_random=False))
 def test_every_leaf_is_in_the_example_or_unread_or_the_row_is_rejected(random):
-    rows = RandomRow(random)
-    row = rows.row(is_regular=rows.is_rare(2))  # in one of two rows
-    # Not those that were replaced: if a key is drawn twice, the row has only its second value.
-    leaves = [leaf for leaf in rows.leaves if leaf in json.dumps(row)]
+    generator = RandomRow(random)
+    row = generator.row(is_regular=generator.is_rare(one_in=2))
+    # If a key is drawn twice, the row has only its second value, so that the first is no leaf.
+    leaves = [leaf for leaf in generator.leaves if leaf in json.dumps(row)]
     try:
         result = read_example(row_of(row))
     except RowError:
         event("rejected")
         return
     event("read")
-    text = written(result.example)
-    keys = {name.rpartition(".")[2] for name in result.unread}
+    text = text_of(result.example)
+    unread_keys = {name.rpartition(".")[2] for name in result.unread}
     for leaf in leaves:
-        assert leaf in text or not keys.isdisjoint(rows.leaves[leaf].path), (leaf, row, result)
+        is_reported = bool(unread_keys & set(generator.leaves[leaf].path))
+        assert leaf in text or is_reported, (leaf, row, result)

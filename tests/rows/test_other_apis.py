@@ -104,7 +104,7 @@ def test_signatures_of_thoughts_in_gemini_s_parts_are_ignored(key):
     assert read_example(row_of(row)) == read_example(row_of(EXPECTED))
 
 
-def test_names_in_snake_case_are_read_too():
+def test_keys_of_gemini_in_snake_case_are_read_too():
     text = json.dumps(GEMINI)
     for old, new in [
         ("systemInstruction", "system_instruction"),
@@ -148,10 +148,10 @@ def test_a_function_response_with_role_function_is_read_as_a_tool_message():
 
 @pytest.mark.parametrize("role", ["model", "gpt", "bot", "chatgpt", "ai", "assistant"])
 @pytest.mark.parametrize("column", ["messages", "conversations"])
-def test_every_name_of_a_role_is_known_in_both_forms_of_a_message(role, column):
-    asked = {"role": "human", "content": "q"}
-    expected = read_example(row_of({column: [asked, {"role": "assistant", "content": "a"}]}))
-    assert read_example(row_of({column: [asked, {"role": role, "content": "a"}]})) == expected
+def test_every_name_of_the_assistant_is_known_in_messages_and_conversations(role, column):
+    question = {"role": "human", "content": "q"}
+    expected = read_example(row_of({column: [question, {"role": "assistant", "content": "a"}]}))
+    assert read_example(row_of({column: [question, {"role": role, "content": "a"}]})) == expected
 
 
 @pytest.mark.parametrize(
@@ -167,11 +167,12 @@ def test_every_name_of_a_role_is_known_in_both_forms_of_a_message(role, column):
         {"toolResult": {"toolUseId": "t1", "tool_use_id": "t2", "content": [{"text": "a"}]}},
     ],
 )
-def test_a_row_with_an_unsupported_part_is_refused_and_the_part_is_named(part):
+def test_a_row_with_an_unsupported_part_is_refused_with_the_key_of_the_part(part):
     row = {
         "contents": [{"role": "user", "parts": [part]}, {"role": "model", "parts": [{"text": "a"}]}]
     }
-    with refused("part", next(iter(part)), error=RowError):
+    first_key = next(iter(part))
+    with refused("part", first_key, error=RowError):
         read_example(row_of(row))
 
 
@@ -183,7 +184,7 @@ def test_a_row_with_an_unsupported_part_is_refused_and_the_part_is_named(part):
         {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}]},
     ],
 )
-def test_an_item_of_the_responses_api_is_refused_by_its_type(item):
+def test_an_item_of_openai_s_responses_api_that_is_no_message_is_refused_with_its_type(item):
     row = {
         "messages": [{"role": "user", "content": "q"}, item, {"role": "assistant", "content": "a"}]
     }

@@ -76,35 +76,45 @@ ROW_WITH_ALL_KEYS = {
 
 
 def as_json_text(rows):
+    """The rows with JSON text in each column."""
     return [{key: json.dumps(value) for key, value in row.items()} for row in rows]
 
 
 def as_structs_of_lists(rows):
-    def columns(items):
+    """The rows with {key: [value, ...]} instead of [{key: value}, ...] in each column."""
+
+    def struct_of_lists(items):
         keys = dict.fromkeys(key for item in items for key in item)
         return {key: [item.get(key) for item in items] for key in keys}
 
-    return [{key: columns(value) for key, value in row.items()} for row in rows]
+    return [{column: struct_of_lists(items) for column, items in row.items()} for row in rows]
 
 
 def with_json_type(rows):
-    """The messages and tools as lists of JSON text of the extension type `arrow.json`."""
-    kind = pyarrow.json_(pyarrow.string())
+    """A table with messages and tools as lists of JSON text of the extension type `arrow.json`."""
     columns = {}
     for name in ("messages", "tools"):
-        items = [[json.dumps(item) for item in row[name]] for row in rows]
-        storage = pyarrow.array([item for row in items for item in row], pyarrow.string())
-        values = pyarrow.ExtensionArray.from_storage(kind, storage)
-        offsets = [0]
-        for row in items:
-            offsets.append(offsets[-1] + len(row))
+        texts, offsets = [], [0]
+        for row in rows:
+            texts += map(json.dumps, row[name])
+            offsets.append(len(texts))
+        values = json_values(texts)
         columns[name] = pyarrow.ListArray.from_arrays(pyarrow.array(offsets, "int32"), values)
     return pyarrow.table(columns)
 
 
+def json_values(texts):
+    """An Arrow array of the extension type `arrow.json`."""
+    storage = pyarrow.array(texts, pyarrow.string())
+    return pyarrow.ExtensionArray.from_storage(pyarrow.json_(pyarrow.string()), storage)
+
+
 def with_nulls(rows):
     """The rows with nulls for missing keys, as `Dataset.to_json` exports them."""
-    return pyarrow.Table.from_pylist([*rows, ROW_WITH_ALL_KEYS]).to_pylist()[:-1]
+    *rows_with_nulls, _row_with_all_keys = pyarrow.Table.from_pylist(
+        [*rows, ROW_WITH_ALL_KEYS]
+    ).to_pylist()
+    return rows_with_nulls
 
 
 def write_lines(path, rows):
@@ -112,7 +122,7 @@ def write_lines(path, rows):
 
 
 def write_saved(folder, table):
-    """Write the layout of `save_to_disk`, with a cache file that must not be read."""
+    """Write a folder as `Dataset.save_to_disk` does, with a cache file that must not be read."""
     folder.mkdir()
     for name in ("data-00000-of-00001.arrow", "cache-1.arrow"):
         with pyarrow.ipc.new_stream(folder / name, table.schema) as stream:
@@ -156,9 +166,11 @@ def test_every_format_of_the_same_rows_gives_the_same_examples(rows):
             assert examples_of(path) == expected, path.name
 
 
-def test_files_written_by_datasets_give_the_examples_of_their_source(tmp_path):
-    """The rows have a key of two types: `datasets` stores it as its Json type."""
-    kinds = {"text": {"default": "home"}, "whole": {"default": 2}, "object": {"default": {"a": 1}}}
+def test_files_written_by_datasets_give_the_same_examples_as_the_rows_that_it_loaded(tmp_path):
+    """The key `default` has three types of values, which `datasets` stores as its Json type."""
+    parameters = {
+        "text": {"default": "home"}, "number": {"default": 2}, "object": {"default": {"a": 1}}
+    }  # fmt: skip
     rows = [
         {
             "messages": [
@@ -166,12 +178,12 @@ def test_files_written_by_datasets_give_the_examples_of_their_source(tmp_path):
                 {
                     "role": "assistant",
                     "content": "",
-                    "tool_calls": [{"name": "f", "arguments": {"value": kind["default"]}}],
+                    "tool_calls": [{"name": "f", "arguments": {"value": parameter["default"]}}],
                 },
             ],
-            "tools": [{"name": "f", "parameters": {"properties": {"value": kind}}}],
+            "tools": [{"name": "f", "parameters": {"properties": {"value": parameter}}}],
         }
-        for name, kind in kinds.items()
+        for name, parameter in parameters.items()
     ]
     write_lines(tmp_path / "rows.jsonl", rows)
     code = (
@@ -190,9 +202,7 @@ def test_files_written_by_datasets_give_the_examples_of_their_source(tmp_path):
 
 
 def test_values_of_the_json_type_are_decoded_in_structs_and_maps(tmp_path):
-    kind = pyarrow.json_(pyarrow.string())
-    texts = pyarrow.array(['{"a": [1]}', "7", None, '"x"'], pyarrow.string())
-    values = pyarrow.ExtensionArray.from_storage(kind, texts)
+    values = json_values(['{"a": [1]}', "7", None, '"x"'])
     offsets = pyarrow.array([0, 1, 2, 3, 4], "int32")
     keys = pyarrow.array(["k"] * 4)
     table = pyarrow.table(

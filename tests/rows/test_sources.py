@@ -33,17 +33,19 @@ from tests.rows.read import resolved
 
 pytestmark = pytest.mark.unit
 
-GOOD = b'{"prompt": "a", "completion": "b"}'
+GOOD = b'{"prompt": "a", "completion": "b"}'  # a valid row
 COMPRESSED = {
     "gz": gzip.compress,
     "bz2": bz2.compress,
     "xz": lzma.compress,
     "zst": partial(pyarrow.compress, codec="zstd", asbytes=True),
 }
+# First bytes by which compressed files and tables are detected.
 MAGIC = (b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARROW1")
 
 
 def read(tmp_path, content: bytes, name="rows.jsonl"):
+    """Write a file and return its Rows and BadRows."""
     path = tmp_path / name
     path.write_bytes(content)
     return list(read_rows(resolved(path)))
@@ -102,20 +104,21 @@ def test_a_byte_order_mark_is_not_part_of_the_first_row(tmp_path):
 @given(st.lists(st.one_of(st.binary(max_size=30), st.just(GOOD)), max_size=8))
 def test_each_line_of_any_bytes_is_one_row_or_bad_row(tmp_path_factory, chunks):
     content = b"\n".join(chunks)
+    # Other files are refused: empty, in UTF-16, a JSON list over several lines, compressed.
     assume(content.replace(b"\xef\xbb\xbf", b"").strip())
     assume(b"\0" not in content[:4] and not content.startswith((b"\xff\xfe", b"\xfe\xff")))
     assume(not any(line.endswith((b"[", b"[{")) for line in map(bytes.strip, chunks)))
     assume(not content.startswith(MAGIC))
-    lines = content.split(b"\n")
+    numbered_lines = list(enumerate(content.split(b"\n"), start=1))
     rows = read(tmp_path_factory.mktemp("any"), content)
-    expected = [
+    non_blank = [
         number
-        for number, line in enumerate(lines, start=1)
+        for number, line in numbered_lines
         if re.sub(rb"\A(\xef\xbb\xbf)+", b"", line).strip()
     ]
-    assert [row.line for row in rows] == expected
-    good = [number for number, line in enumerate(lines, start=1) if line == GOOD]
-    assert set(good) <= {row.line for row in rows if isinstance(row, Row)}
+    assert [row.line for row in rows] == non_blank
+    valid = {number for number, line in numbered_lines if line == GOOD}
+    assert valid <= {row.line for row in rows if isinstance(row, Row)}
 
 
 @pytest.mark.parametrize("suffix", COMPRESSED)
@@ -347,13 +350,15 @@ def test_csv_values_are_text_and_each_invalid_row_is_one_bad_row(tmp_path_factor
     ],
 )
 @pytest.mark.parametrize("after", [b"", b"c,d\n", b'"c",d\n'])
-def test_nothing_after_unmatched_quotes_is_read_as_a_row(tmp_path, row, after):
+def test_a_csv_file_is_refused_at_unmatched_quotes_and_no_row_after_them_is_read(
+    tmp_path, row, after
+):
     path = tmp_path / "rows.csv"
     path.write_bytes(b"prompt,completion\na,b\n" + row + after)
-    result: list[Row | BadRow] = []
+    rows_before: list[Row | BadRow] = []
     with refused(tmp_path / "rows.csv:3", "quotes"):
-        result.extend(row for row in read_rows(resolved(path)))
-    assert [row.value for row in result] == [{"prompt": "a", "completion": "b"}]
+        rows_before.extend(read_rows(resolved(path)))
+    assert [row.value for row in rows_before] == [{"prompt": "a", "completion": "b"}]
 
 
 def test_a_csv_header_without_columns_or_with_duplicates_is_refused(tmp_path):
@@ -365,18 +370,20 @@ def test_a_csv_header_without_columns_or_with_duplicates_is_refused(tmp_path):
 
 def test_a_long_csv_row_is_one_bad_row(tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "MAX_ROW_BYTES", 64)
-    quoted = b'c,"' + b'd ""d"", \n' * 100 + b'"\n'
-    for long in (b"a," + b"x" * 200 + b"\n", b'a,"' + b'xxx""' * 50 + b'"\n', quoted):
-        result = read(tmp_path, b"prompt,completion\na,b\n" + long + b"e,f\n" * 40, "rows.csv")
+    before = b"prompt,completion\na,b\n"
+    quoted_lines = b'c,"' + b'd ""d"", \n' * 100 + b'"\n'
+    for long in (b"a," + b"x" * 200 + b"\n", b'a,"' + b'xxx""' * 50 + b'"\n', quoted_lines):
+        result = read(tmp_path, before + long + b"e,f\n" * 40, "rows.csv")
         assert [isinstance(row, Row) for row in result] == [True, False, *[True] * 40]
         assert "longer than" in result[1].reason
         assert result[2].line == 3 + long.count(b"\n")
-        assert result[2].offset == 22 + len(long)
+        assert result[2].offset == len(before) + len(long)
+    unclosed = b'c,"d\n'
     with refused(tmp_path / "rows.csv:3", "quotes"):
-        read(tmp_path, b'prompt,completion\na,b\nc,"d\n' + b"e,f\n" * 400, "rows.csv")
+        read(tmp_path, before + unclosed + b"e,f\n" * 400, "rows.csv")
 
 
-def test_pickled_lines_can_be_parsed(tmp_path):
+def test_lines_sent_to_a_worker_process_can_be_parsed(tmp_path):
     import pickle
 
     (tmp_path / "rows.jsonl").write_bytes(GOOD + b"\nbad")

@@ -24,8 +24,8 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 OTHER = {"type": "function", "function": {"name": "g", "arguments": {"y": "NA"}}}
 
 
-def rows_of(n):
-    """Rows of different structure: in a table, missing keys are null."""
+def make_rows(count):
+    """Rows whose tool calls have different keys; in a table, missing keys are null."""
     return [
         {
             "messages": [
@@ -36,7 +36,7 @@ def rows_of(n):
             ],
             "id": None,
         }
-        for i in range(n)
+        for i in range(count)
     ]
 
 
@@ -45,6 +45,7 @@ def write(path, rows):
 
 
 def write_table(path, table):
+    """Write Parquet, or an Arrow file or stream, with 2 rows in a record batch."""
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(table, path)
         return
@@ -53,20 +54,23 @@ def write_table(path, table):
         writer.write_table(table, max_chunksize=2)
 
 
-NAMES = ["t.parquet", "stream.arrow", "file.arrow", "[x]*.parquet"]
+NAMES = ["t.parquet", "stream.arrow", "file.arrow", "[x]*.parquet"]  # the last is no glob
 
 
 def assert_same_rows_as_json(path, rows):
+    """Compare the examples of a table with those of the same rows as JSON lines."""
     json_lines = path.with_name("rows.jsonl")
     json_lines.write_text("\n".join(map(json.dumps, rows)))
-    assert [(row.line, row.offset) for row in read_file(path)] == [(n, None) for n in range(1, 6)]
+    rows_read = read_file(path)
+    assert [row.line for row in rows_read] == [*range(1, len(rows) + 1)]  # row numbers
+    assert {row.offset for row in rows_read} == {None}
     assert examples_of(path) == examples_of(json_lines)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_table_gives_the_rows_of_the_same_json(tmp_path, name, monkeypatch):
     monkeypatch.setattr(tables, "_ROWS_AT_ONCE", 2)
-    rows = rows_of(5)
+    rows = make_rows(5)
     write(tmp_path / name, rows)
     assert_same_rows_as_json(tmp_path / name, rows)
 
@@ -74,7 +78,7 @@ def test_a_table_gives_the_rows_of_the_same_json(tmp_path, name, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_compressed_table_gives_the_rows_of_the_same_json(tmp_path, name, monkeypatch):
     monkeypatch.setattr(tables, "_ROWS_AT_ONCE", 2)
-    rows = rows_of(5)
+    rows = make_rows(5)
     write(tmp_path / name, rows)
     compressed = tmp_path / f"{name}.gz"
     compressed.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
@@ -82,7 +86,7 @@ def test_a_compressed_table_gives_the_rows_of_the_same_json(tmp_path, name, monk
 
 
 def test_a_damaged_table_is_refused_with_its_name(tmp_path):
-    write(tmp_path / "t.parquet", rows_of(5))
+    write(tmp_path / "t.parquet", make_rows(5))
     content = (tmp_path / "t.parquet").read_bytes()
     (tmp_path / "truncated.parquet").write_bytes(content[: len(content) // 2])
     (tmp_path / "no.arrow").write_bytes(b'{"text": "t"}')
@@ -96,14 +100,27 @@ def test_a_damaged_table_is_refused_with_its_name(tmp_path):
 def test_long_rows_and_rows_with_invalid_utf8_are_bad_rows(tmp_path, name, encode, monkeypatch):
     monkeypatch.setattr(limits, "MAX_ROW_BYTES", 1000)
     monkeypatch.setattr(tables, "_BYTES_AT_ONCE", 500)
-    texts = [b"a", b"x" * 2000, "ä".encode() * 400, "ä".encode() * 600, b"\xff", b"b", b"x" * 700]
+    two_bytes = "ä".encode()
+    texts_and_reasons = [
+        (b"a", None),
+        (b"x" * 2000, "the row is longer"),
+        (two_bytes * 400, None),
+        (two_bytes * 600, "the row is longer"),
+        (b"\xff", "not valid UTF-8"),
+        (b"b", None),
+        (b"x" * 700, None),
+    ]
+    texts = [text for text, _ in texts_and_reasons]
     column = encode(pyarrow.array(texts).view(pyarrow.string()))
-    write_table(tmp_path / name, pyarrow.table({"text": column, "n": range(7)}))
+    write_table(tmp_path / name, pyarrow.table({"text": column, "n": range(len(texts))}))
     result = read_file(tmp_path / name)
-    assert [row.line for row in result] == [*range(1, 8)]
-    reasons = [row.reason if isinstance(row, BadRow) else "" for row in result]
-    assert [reason[:7] for reason in reasons] == ["", "the row", "", "the row", "not val", "", ""]
-    assert result[6].value == {"text": "x" * 700, "n": 6}
+    assert [row.line for row in result] == [*range(1, len(texts) + 1)]
+    for row, (text, reason) in zip(result, texts_and_reasons, strict=True):
+        if reason is None:
+            assert row.value["text"] == text.decode()
+        else:
+            assert isinstance(row, BadRow)
+            assert reason in row.reason
 
 
 def test_long_rows_are_sent_to_worker_processes_in_small_chunks(tmp_path):
@@ -114,9 +131,10 @@ def test_long_rows_are_sent_to_worker_processes_in_small_chunks(tmp_path):
     (tmp_path / "t.csv").write_text("m\n" + "\n".join(texts))
     for name in ("t.parquet", "t.csv"):
         sources = resolved(tmp_path / name)
-        sizes = [len(chunk.lines) for chunk in chunks(sources, 1000)]
-        assert sum(sizes) == 40
-        assert max(sizes) == 3  # a row has 90 kB; a chunk ends with the row that exceeds 256 KiB
+        rows_per_chunk = [len(chunk.lines) for chunk in chunks(sources, 1000)]
+        assert sum(rows_per_chunk) == 40
+        # A row has 90 kB, and a chunk ends with the row that exceeds 256 KiB.
+        assert max(rows_per_chunk) == 3
 
 
 def test_a_row_group_is_never_in_memory_as_a_whole(tmp_path):
@@ -135,7 +153,7 @@ def test_a_row_group_is_never_in_memory_as_a_whole(tmp_path):
 
 
 def test_reading_a_table_leaves_no_files(tmp_path):
-    write(tmp_path / "t.parquet", rows_of(5))
+    write(tmp_path / "t.parquet", make_rows(5))
     (tmp_path / "home").mkdir()
     (tmp_path / "temporary").mkdir()
     code = (
