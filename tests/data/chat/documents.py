@@ -51,22 +51,28 @@ SPECIAL["gemma-3"] = SPECIAL["gemma-2"]
 
 def published(name):
     """A tokenizer with a published chat template and its special tokens."""
-    named = dict(SPECIAL[name])
-    others = named.pop("others", [])
-    return tokenizer_with((TEMPLATES / f"{name}.jinja").read_text("utf-8"), others, **named)
+    special_tokens = dict(SPECIAL[name])
+    others = special_tokens.pop("others", [])
+    template = (TEMPLATES / f"{name}.jinja").read_text("utf-8")
+    return tokenizer_with(template, others, **special_tokens)
 
 
-def tokenizer_with(template, others=(), **named):
-    """A byte-level tokenizer; `others` are special tokens without a name, like <|eot_id|>."""
+def tokenizer_with(template, others=(), **named_special_tokens):
+    """A byte-level tokenizer with this chat template.
+
+    `named_special_tokens`: bos_token and eos_token. `others`: special tokens without such a name,
+    like <|eot_id|>.
+    """
     tokenizer = make_tokenizer()
-    if named:
-        tokenizer.add_special_tokens(named)
+    if named_special_tokens:
+        tokenizer.add_special_tokens(named_special_tokens)
     tokenizer.add_tokens(list(others), special_tokens=True)
     tokenizer.chat_template = template
     return tokenizer
 
 
 def encoder(tokenizer, **settings):
+    """The Encoder of a run with these settings, which tokenises examples and masks their tokens."""
     required = {"model": "m", "train_data": "t.jsonl", "output_dir": "o"}
     return Encoder(tokenizer, RunSettings.model_validate(required | settings))
 
@@ -81,6 +87,7 @@ def chat(*contents, first="user", system=None):
 
 
 def user(text):
+    """A question in ChatML, and the header of its answer."""
     return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -92,8 +99,12 @@ def marked_texts(example, tokenizer, **settings):
         assert document.supervised.dtype == np.bool_
         assert len(document.ids) == len(document.supervised)
         assert not document.supervised[0]
-        runs = supervised_segments(document.ids.tolist(), document.supervised.tolist(), tokenizer)
-        texts.append("".join(f"[[{text}]]" if marked else text for text, marked in runs))
+        segments = supervised_segments(
+            document.ids.tolist(), document.supervised.tolist(), tokenizer
+        )
+        texts.append(
+            "".join(f"[[{text}]]" if is_supervised else text for text, is_supervised in segments)
+        )
     return texts
 
 
@@ -104,6 +115,7 @@ def marked_text(example, tokenizer, **settings):
 
 
 def bos_tokenizer():
+    """A ChatML tokenizer that writes the token <s> before each text."""
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = tokenizer_with(CHATML, bos_token="<s>")
@@ -153,12 +165,12 @@ def sentence_piece():
 
 
 def record_renderings(monkeypatch) -> list:
-    """A list that gets the arguments of every rendering of a chat template from now on."""
-    rendered, render = [], ChatTemplate._render
+    """Record renderings of chat templates: a list that gets the arguments of each from now on."""
+    renderings, render = [], ChatTemplate._render
 
-    def record(self, *arguments, **named):
-        rendered.append(arguments)
-        return render(self, *arguments, **named)
+    def render_and_record(self, *arguments, **keywords):
+        renderings.append(arguments)
+        return render(self, *arguments, **keywords)
 
-    monkeypatch.setattr(ChatTemplate, "_render", record)
-    return rendered
+    monkeypatch.setattr(ChatTemplate, "_render", render_and_record)
+    return renderings

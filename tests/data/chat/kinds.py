@@ -72,6 +72,7 @@ TWO_BLOCKS = """{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|
 {{ m.content }}<|im_end|>
 {% endif %}{% endfor %}"""
 
+# Kind -> its template, special tokens without a name, and named special tokens.
 _TOKENS = {
     "channels": (
         CHANNELS,

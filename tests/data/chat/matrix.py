@@ -16,7 +16,7 @@ from tests import ROOT
 from tests.data.chat.documents import SPECIAL, encoder, published, tokenizer_with
 
 TEMPLATES = ROOT / "tests/templates"
-_WIDE = "\uff5c"
+_WIDE = "\uff5c"  # the full-width vertical bar of DeepSeek's and Hunyuan's special tokens
 _HARMONY = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|return|>"]
 _MISTRAL = [
     "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[AVAILABLE_TOOLS]",
@@ -257,12 +257,14 @@ def outcome(family, name):
 
 
 def _assert_mask(document, expected, case, tokenizer):
+    """Assert that the words in the trained text are the expected words that the document has."""
     text = tokenizer.decode(document.ids.tolist())
-    trained = tokenizer.decode(document.ids[document.supervised].tolist())
-    words, whole = set(_WORDS.findall(trained)), set(_WORDS.findall(text))
-    missing = expected - whole - case.may_leave_out
+    trained_text = tokenizer.decode(document.ids[document.supervised].tolist())
+    words, trained_words = set(_WORDS.findall(text)), set(_WORDS.findall(trained_text))
+    missing = expected - words - case.may_leave_out
     assert not missing, f"{missing} are not in the document: {text}"
-    assert words == expected & whole, f"trains on {words} instead of {expected & whole}: {text}"
+    to_train = expected & words
+    assert trained_words == to_train, f"trains on {trained_words} instead of {to_train}: {text}"
 
 
 def _assert_end(document, tokenizer, ends):
@@ -274,7 +276,7 @@ def _assert_end(document, tokenizer, ends):
 
 
 def table():
-    """The matrix in Markdown: T for trained, or the number of a reason in the list below."""
+    """The matrix in Markdown: T for trained, or the number of a reason in the list below it."""
     reasons, lines = {}, [f"| template | {' | '.join(CASES)} |", f"|---|{'---|' * len(CASES)}"]
     for family in sorted(FAMILIES):
         cells = []

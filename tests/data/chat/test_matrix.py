@@ -1,4 +1,8 @@
-"""Each template masks each kind of conversation correctly or refuses it, as in docs/masks.md."""
+"""Each template masks each kind of conversation correctly or refuses it, as in docs/masks.md.
+
+A family is a group of models with the same chat template, for example "qwen3"; the templates are in
+tests/templates. A mask says which tokens count in the loss.
+"""
 
 import re
 
@@ -43,6 +47,8 @@ def supervised(conversation, family):
 
 
 def calls_with_results(result):
+    """A conversation with two tool calls that both have this result."""
+
     def call(number):
         function = {"name": "look", "arguments": {"at": f"sky{number}"}}
         tool_call = {"id": f"abcdefgh{number}", "type": "function", "function": function}
@@ -58,9 +64,9 @@ def calls_with_results(result):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_supervised_text_does_not_depend_on_empty_questions_or_results(family):
-    asked = supervised(chat("q", "one", "r", "two"), family)
-    assert asked is not None
-    assert supervised(chat("", "one", "", "two"), family) == asked
+    with_questions = supervised(chat("q", "one", "r", "two"), family)
+    assert with_questions is not None
+    assert supervised(chat("", "one", "", "two"), family) == with_questions
     with_results = supervised(calls_with_results("light"), family)
     assert supervised(calls_with_results(""), family) == with_results
 
@@ -108,6 +114,7 @@ def test_all_tools_are_refused_together_if_the_template_writes_none(family):
 @pytest.mark.parametrize("family", sorted({*FAMILIES} - {"phi-4-first"}))
 def test_the_markup_of_answers_is_supervised_also_if_the_assistant_begins(family):
     """The markup that the model generates: channel headers, empty reasoning, answer markers."""
-    opened = supervised(chat("hello", "q", "one", "r", "two", first="assistant"), family)
-    asked = supervised(chat("s", "hello", "q", "one", "r", "two"), family)
-    assert opened in (None, asked)
+    assistant_begins = chat("hello", "q", "one", "r", "two", first="assistant")
+    user_begins = chat("s", "hello", "q", "one", "r", "two")
+    text = supervised(assistant_begins, family)
+    assert text in (None, supervised(user_begins, family))  # None: the template refuses the first

@@ -65,32 +65,33 @@ def texts(name, document):
 @pytest.mark.parametrize(("name", "token"), CASES)
 @pytest.mark.parametrize("setting", ["keep", "as-text"])
 def test_special_tokens_in_texts_change_neither_the_text_nor_the_mask(name, token, setting):
+    """Compare the document with one that has a plain word, MARK, in place of the special token."""
     settings = {"special_tokens_in_text": setting}
-    result = encoded(name, token, **settings)
-    plain = encoded(name, "MARK", **settings)
-    assert not isinstance(result, RowError), result
-    text, trained = texts(name, result.documents[0])
-    assert [text, trained] == [
-        part.replace("MARK", token) for part in texts(name, plain.documents[0])
-    ]
-    assert result.token_counts["special_tokens_in_text"] == NUM_MARKS
-    assert not plain.token_counts["special_tokens_in_text"]
+    with_token = encoded(name, token, **settings)
+    with_word = encoded(name, "MARK", **settings)
+    assert not isinstance(with_token, RowError), with_token
+    text, trained = texts(name, with_word.documents[0])
+    expected = text.replace("MARK", token), trained.replace("MARK", token)
+    assert texts(name, with_token.documents[0]) == expected
+    assert with_token.token_counts["special_tokens_in_text"] == NUM_MARKS
+    assert not with_word.token_counts["special_tokens_in_text"]
 
 
 @pytest.mark.parametrize(("name", "token"), CASES)
 def test_as_text_leaves_only_the_special_tokens_of_the_template(name, token):
-    ids = set(special_ids(tokenizer(name)).values())
+    ids_of_special_tokens = set(special_ids(tokenizer(name)).values())
 
-    def special(mark, setting):
+    def special_ids_in_document(mark, setting):
         result = encoded(name, mark, special_tokens_in_text=setting)
-        return [i for i in result.documents[0].ids.tolist() if i in ids]
+        return [i for i in result.documents[0].ids.tolist() if i in ids_of_special_tokens]
 
-    assert special(token, "as-text") == special("MARK", "keep")
-    assert len(special(token, "keep")) == len(special("MARK", "keep")) + NUM_MARKS
+    of_template = special_ids_in_document("MARK", "keep")
+    assert special_ids_in_document(token, "as-text") == of_template
+    assert len(special_ids_in_document(token, "keep")) == len(of_template) + NUM_MARKS
 
 
 @pytest.mark.parametrize(("name", "token"), CASES)
-def test_reject_names_the_first_text_that_holds_one(name, token):
+def test_reject_refuses_the_row_with_the_first_text_that_has_a_special_token(name, token):
     result = encoded(name, token, special_tokens_in_text="reject")
     with refused("messages[0].content", token, "special_tokens_in_text", error=RowError):
         raise result
@@ -99,18 +100,22 @@ def test_reject_names_the_first_text_that_holds_one(name, token):
 
 
 @pytest.mark.parametrize(("name", "token"), CASES)
-def test_special_tokens_in_texts_are_counted_once_with_split_turns_and_last_assistant(name, token):
+def test_split_turns_counts_special_tokens_in_texts_once(name, token):
     result = encoded(name, token, split_turns=True)
     assert len(result.documents) == 3
     assert result.token_counts["special_tokens_in_text"] == NUM_MARKS
-    last = encoded(name, token, train_on="last-assistant")
-    trained = texts(name, last.documents[0])[1]
+
+
+@pytest.mark.parametrize(("name", "token"), CASES)
+def test_last_assistant_trains_the_last_answer_only_despite_special_tokens_in_texts(name, token):
+    result = encoded(name, token, train_on="last-assistant")
+    _text, trained = texts(name, result.documents[0])
     assert f"answer {token} two" in trained
     assert "one" not in trained
     assert "Oslo" not in trained
 
 
-def test_the_longest_of_tokens_that_begin_alike_is_found():
+def test_of_two_special_tokens_with_the_same_beginning_the_longer_is_matched():
     assert special_pattern(["<|a|>", "<|a|>b"]).findall("<|a|>b <|a|>") == ["<|a|>b", "<|a|>"]
 
 

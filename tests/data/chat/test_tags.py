@@ -1,4 +1,8 @@
-"""Rows whose tags would be there twice, or close reasoning that nothing opens, are refused."""
+"""Tags in the texts of a row, such as <tool_response> and </think>.
+
+A row is refused if the template would write a tag of the text a second time, or if a tag closes
+reasoning that is not open.
+"""
 
 import pytest
 
@@ -41,12 +45,13 @@ def test_equal_tags_of_two_texts_of_the_row_are_written_unchanged():
     assert "<b> c" in text
 
 
-# Templates that write a content unchanged: without reasoning, with reasoning opened before each
-# answer, and with reasoning opened only in the generation prompt.
+# Templates that write a content unchanged: without reasoning, with reasoning opened only in the
+# generation prompt, and with reasoning opened also before each answer.
 PLAIN = TEMPLATE
-OPENED = TEMPLATE.replace("{{ m.role }}\n", "{{ m.role }}\n{{ '<think>' * (m.role[0] == 'a') }}", 1)
-OPENED = OPENED.replace("|>assistant\n", "|>assistant\n<think>")
 PROMPTED = TEMPLATE.replace("|>assistant\n", "|>assistant\n<think>")
+OPENED = PROMPTED.replace(
+    "{{ m.role }}\n", "{{ m.role }}\n{% if m.role == 'assistant' %}<think>{% endif %}", 1
+)
 
 
 @pytest.mark.parametrize("tag", ["</think>", "</thinking>", "</seed:think>", "[/THINK]"])
@@ -66,7 +71,7 @@ def test_a_closing_tag_is_kept_if_the_template_opens_the_reasoning(template):
 @pytest.mark.parametrize(
     "answer", ["<think>hm</think>yes", "so <think>hm</think>yes", "write `</think>`", "a </b>"]
 )
-def test_opened_reasoning_and_quoted_tags_are_kept(answer):
+def test_reasoning_that_the_answer_opens_itself_and_quoted_tags_are_kept(answer):
     assert answer in marked_text(chat("q", answer), tokenizer_with(PLAIN))
 
 
@@ -76,8 +81,8 @@ def test_a_closing_tag_in_a_turn_that_is_not_trained_is_kept():
     assert "hm</think>yes" in marked_text(row, tokenizer_with(PLAIN))
 
 
-def test_reasoning_of_a_completion_is_refused_if_it_must_not_be_trained():
-    """There is no template, and therefore no markup to find it by."""
+def test_a_completion_with_reasoning_is_refused_if_reasoning_must_not_be_trained():
+    """A completion has no template, so that the span of its reasoning is not known exactly."""
     row = Completion("q", "<think>hm</think>yes")
     (document,) = encoder(tokenizer_with(PLAIN)).encode(row)
     assert document.supervised.any()

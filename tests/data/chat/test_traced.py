@@ -1,4 +1,9 @@
-"""Traced strings behave like `str`, and map their characters to the source texts."""
+"""Traced strings: strings that behave like `str` and know the origin of their characters.
+
+The texts of a conversation are traced when a chat template renders them, so that the loss mask is
+exact. A span (start, stop, source, first, last) says that the characters `start` to `stop` of a
+string are those from `first` to `last` of the text with the number `source`.
+"""
 
 import json
 from collections import defaultdict
@@ -18,8 +23,8 @@ from pipeline.data.chat.traced import (
 pytestmark = pytest.mark.unit
 
 texts = st.text(st.sampled_from("abAx<>\n \t\u00e9"), max_size=12)
-REPLACED = defaultdict(str, a="XYZ")
-METHODS = [
+REPLACED = defaultdict(str, a="XYZ")  # characters that may stand for "a" after a replacement
+METHODS = [  # name of a method of str, and its arguments
     ("strip",),
     ("lstrip",),
     ("rstrip",),
@@ -45,16 +50,12 @@ METHODS = [
 ]
 
 
-def pieces(value):
-    return [value] if isinstance(value, str) else list(value)
-
-
 def assert_spans_match(text, sources):
     """Each span has the characters of its source, ignoring case."""
     for start, stop, source, first, last in spans_of(text):
         assert 0 <= start < stop <= len(text)
-        origin = sources[source][first:last]
-        assert text[start:stop].lower() == origin.lower() or text[start:stop] in REPLACED[origin]
+        part, origin = text[start:stop], sources[source][first:last]
+        assert part.lower() == origin.lower() or part in REPLACED[origin]
 
 
 @pytest.mark.parametrize("call", METHODS, ids=str)
@@ -65,8 +66,8 @@ def test_methods_return_the_results_of_str(call, one, two):
     expected = getattr(str.__str__(text), name)(*arguments)
     result = getattr(text, name)(*arguments)
     assert result == expected
-    for piece in pieces(result):
-        assert_spans_match(piece, {0: one, 1: two})
+    for part in [result] if isinstance(result, str) else result:
+        assert_spans_match(part, {0: one, 1: two})
 
 
 @given(one=texts.filter(bool), cut=st.tuples(st.integers(-14, 14), st.integers(-14, 14)))
@@ -77,13 +78,14 @@ def test_slices_keep_their_position_in_the_source(one, cut):
     for start, stop, source, first, last in spans_of(part):
         assert (start, stop, source) == (0, len(part), 3)
         assert one[first:last] == part
-    assert [str(c) for c in text] == list(one)
+    assert [str(character) for character in text] == list(one)
 
 
 def render(template, **variables):
     return make_environment().from_string(template).render(**variables)
 
 
+# Template -> its text with a = "one" and b = "two".
 WRITTEN = {
     "{{ a ~ '-' ~ b }}": "one-two",
     "{{ '<' + a + '>' }}{{ b }}": "<one>two",

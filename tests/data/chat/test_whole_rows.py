@@ -1,9 +1,9 @@
 """Random rows with every template: each leaf is in the document, or its omission is explained.
 
-A leaf may be missing for three reasons: it is structural (an id), it is reasoning that the template
-omits by design, or the audit names its column as unread. A row is read, rendered and tokenised as
-`prepare` does it. The text of every leaf is unique, so a document shows which leaves are in it and
-which of them count in the loss.
+A leaf is a text or number of a row. It may be missing for three reasons: it is structural (an id),
+it is reasoning that the template omits by design, or its column is reported as unread. A row is
+read, rendered and tokenised as `prepare` does it. The text of every leaf is unique, so a document
+shows which leaves are in it and which of them count in the loss.
 """
 
 import json
@@ -28,10 +28,10 @@ from tests.rows.read import row_of
 pytestmark = pytest.mark.tensor
 
 IS_FULL = os.environ.get("TEMPLATES") == "full"  # `make templates`
-ROWS = 3000 if IS_FULL else 100
-STRUCTURAL = {"id", "call_id", "tool_call_id", "tool_use_id", "toolUseId"}
+NUM_ROWS = 3000 if IS_FULL else 100
+STRUCTURAL_KEYS = {"id", "call_id", "tool_call_id", "tool_use_id", "toolUseId"}
 LEAF = re.compile(r"leaf\d+-")
-REASONING = {"reasoning_content", "reasoning", "thinking"}
+REASONING_KEYS = {"reasoning_content", "reasoning", "thinking"}
 
 
 @cache
@@ -53,11 +53,11 @@ def prompt_markup(name):
     answers = [answer, answer | {"reasoning_content": "THOUGHT"}]
     texts = [
         tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True),
-        *(tokenizer.apply_chat_template([question, a], tokenize=False) for a in answers),
+        *(tokenizer.apply_chat_template([question, each], tokenize=False) for each in answers),
     ]
-    after = [text.partition("QUESTION")[2] for text in texts]
-    shared = os.path.commonprefix(after)  # noqa: RUF071 - of strings, not of paths
-    return special_pattern(special_ids(tokenizer)).findall(shared) or [shared.strip()]
+    after_question = [text.partition("QUESTION")[2] for text in texts]
+    markup = os.path.commonprefix(after_question)  # noqa: RUF071 - of strings, not of paths
+    return special_pattern(special_ids(tokenizer)).findall(markup) or [markup.strip()]
 
 
 def require_prompts_untrained(name, document):
@@ -73,24 +73,24 @@ def require_prompts_untrained(name, document):
 
 
 def is_reasoning(leaf):
-    return leaf.is_reasoning or leaf.path[-1] in REASONING
+    return leaf.is_reasoning or leaf.path[-1] in REASONING_KEYS
 
 
 def is_structural(leaf):
     is_name_of_result = leaf.role == "tool" and leaf.path[-1] == "name"
-    return leaf.path[-1] in STRUCTURAL or is_name_of_result
+    return leaf.path[-1] in STRUCTURAL_KEYS or is_name_of_result
 
 
 def require_no_unexplained_omission(leaves, text, unread, omitted_tokens):
     """Assert that each missing leaf is unread, structural, or reasoning omitted by design."""
-    names = {name.rpartition(".")[2] for name in unread}
+    unread_keys = {name.rpartition(".")[2] for name in unread}
     missing = {
         name: leaf
         for name, leaf in leaves.items()
-        if name not in text and names.isdisjoint(leaf.path) and not is_structural(leaf)
+        if name not in text and unread_keys.isdisjoint(leaf.path) and not is_structural(leaf)
     }
-    unaccounted = {name: leaf for name, leaf in missing.items() if not is_reasoning(leaf)}
-    assert not unaccounted, text
+    unexplained = {name: leaf for name, leaf in missing.items() if not is_reasoning(leaf)}
+    assert not unexplained, text
     # The tokenizer has a token for each byte; white space around a leaf may be omitted with it.
     assert sum(map(len, missing)) <= omitted_tokens, (missing, text)
     assert bool(missing) == bool(omitted_tokens), (missing, omitted_tokens, text)
@@ -108,10 +108,10 @@ def require_trained(leaves, text, trained, train_on_reasoning):
 
 def row_is_used(name, seed):
     """Read, encode and check the random row of this seed; returns False if it is refused."""
-    random = RandomRow(Random(seed))
-    is_regular = not random.is_rare(10)
-    row = random.row(is_regular=is_regular)
-    train_on_reasoning = not random.is_rare(3)
+    generator = RandomRow(Random(seed))
+    is_regular = not generator.is_rare(one_in=10)
+    row = generator.row(is_regular=is_regular)
+    train_on_reasoning = not generator.is_rare(one_in=3)
     tokenizer, row_encoder = tokenizer_and_encoder(name, train_on_reasoning)
     try:
         read = read_example(row_of(row))
@@ -125,7 +125,7 @@ def row_is_used(name, seed):
     text = tokenizer.decode(document.ids.tolist())
     trained = tokenizer.decode(document.ids[document.supervised].tolist())
     content = json.dumps(row)  # in an irregular row, other values may have replaced leaves
-    leaves = {name: leaf for name, leaf in random.leaves.items() if name in content}
+    leaves = {name: leaf for name, leaf in generator.leaves.items() if name in content}
     require_no_unexplained_omission(
         leaves, text, read.unread, encoded.token_counts["omitted_reasoning"]
     )
@@ -140,5 +140,5 @@ def row_is_used(name, seed):
 @pytest.mark.parametrize("name", [*KINDS, *sorted(FAMILIES)])
 def test_each_leaf_of_a_row_is_written_or_its_omission_is_explained(name):
     """Rows are drawn by seed and not by Hypothesis, which takes ten times as long."""
-    used = [row_is_used(name, seed) for seed in range(ROWS)]
-    assert sum(used) >= ROWS / 50  # each template refuses some forms of rows
+    are_used = [row_is_used(name, seed) for seed in range(NUM_ROWS)]
+    assert sum(are_used) >= NUM_ROWS / 50  # each template refuses some forms of rows

@@ -29,14 +29,15 @@ def pack_tokens(lengths, max_length):
 
 @st.composite
 def documents(draw):
+    """Lengths of documents, and a max_length that none of them exceeds."""
     max_length = draw(st.integers(1, 200))
     return draw(st.lists(st.integers(1, max_length), max_size=300)), max_length
 
 
 @given(documents())
 @settings(max_examples=200, deadline=None)
-def test_each_document_is_in_one_pack_and_no_pack_is_too_long(case):
-    pack_tokens(*case)
+def test_each_document_is_in_one_pack_and_no_pack_is_too_long(lengths_and_max_length):
+    pack_tokens(*lengths_and_max_length)
 
 
 def test_gsm8k_is_packed_nearly_full():
@@ -73,38 +74,46 @@ def test_a_document_longer_than_a_pack_is_an_error():
 
 
 def num_packs(algorithm, lengths, max_length):
-    """Number of packs of an algorithm, after checking that they have all documents."""
+    """Number of packs of an algorithm, after checking that they have all documents.
+
+    The algorithm gets the number of documents of each length. It yields patterns, {length: number
+    of documents of this length in a pack}, each with the number of packs of this pattern.
+    """
     counts = np.bincount(lengths, minlength=max_length + 1)
-    packed = np.zeros_like(counts)
-    packs = 0
-    for pattern, times in algorithm(counts.copy(), max_length):
+    packed_counts = np.zeros_like(counts)
+    num_of_all = 0
+    for pattern, num_of_pattern in algorithm(counts.copy(), max_length):
         assert sum(length * number for length, number in pattern.items()) <= max_length
-        packs += times
+        num_of_all += num_of_pattern
         for length, number in pattern.items():
-            packed[length] += number * times
-    assert np.array_equal(packed, counts)
-    return packs
+            packed_counts[length] += number * num_of_pattern
+    assert np.array_equal(packed_counts, counts)
+    return num_of_all
 
 
 def best_fit_one_by_one(lengths, max_length):
     """Number of packs of textbook best-fit decreasing, one document after another."""
-    gaps, packs = [], 0
+    free_tokens, packs = [], 0  # free tokens of each pack, sorted
     for length in sorted(lengths, reverse=True):
-        index = bisect_left(gaps, length)
-        is_new_pack = index == len(gaps)
+        fullest_fitting = bisect_left(free_tokens, length)
+        is_new_pack = fullest_fitting == len(free_tokens)
         packs += is_new_pack
-        insort(gaps, (max_length if is_new_pack else gaps.pop(index)) - length)
+        free = max_length if is_new_pack else free_tokens.pop(fullest_fitting)
+        insort(free_tokens, free - length)
     return packs
 
 
 @given(documents())
 @settings(max_examples=200, deadline=None)
-def test_best_fit_by_length_equals_textbook_best_fit_and_the_fewer_packs_are_kept(case):
-    lengths, max_length = np.array(case[0], np.int64), case[1]
+def test_best_fit_by_length_equals_textbook_best_fit_and_the_fewer_packs_are_kept(
+    lengths_and_max_length,
+):
+    lengths, max_length = lengths_and_max_length
+    lengths = np.array(lengths, np.int64)
     best_fit = num_packs(best_fit_decreasing, lengths, max_length)
     assert best_fit == best_fit_one_by_one(lengths, max_length)
-    filled = num_packs(fill_gaps, lengths, max_length)
-    assert len(pack_tokens(lengths, max_length)) == min(best_fit, filled)
+    gap_filling = num_packs(fill_gaps, lengths, max_length)
+    assert len(pack_tokens(lengths, max_length)) == min(best_fit, gap_filling)
 
 
 def test_best_fit_is_better_for_packs_hardly_longer_than_a_document():

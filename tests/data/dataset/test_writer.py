@@ -12,7 +12,11 @@ pytestmark = pytest.mark.tensor
 
 
 class WrittenSplit:
-    """A split on disk with documents of random length, in the layout of `SplitWriter.close`."""
+    """A split on disk with documents of random length, in the files that `SplitWriter` writes.
+
+    `counts` and `weights`: number of documents and weight of each source. The token ids of the
+    split are 0, 1, 2, ..., so that the first id of a document is its offset.
+    """
 
     def __init__(self, folder, counts, weights, *, packing, max_length=64, seed=0):
         random = np.random.default_rng(seed)
@@ -23,7 +27,10 @@ class WrittenSplit:
         self.supervised = random.integers(1, self.lengths)
         self.digests = random.integers(0, 2**63, count).astype(np.uint64)
         offsets = np.append(0, np.cumsum(self.lengths))
-        masks = [np.arange(n) >= n - s for n, s in zip(self.lengths, self.supervised, strict=True)]
+        masks = [  # the last tokens of a document are supervised
+            np.arange(length) >= length - num_supervised
+            for length, num_supervised in zip(self.lengths, self.supervised, strict=True)
+        ]
         columns = {
             "ids": np.arange(offsets[-1], dtype=np.int32),
             "supervised": np.concatenate(masks),
@@ -51,11 +58,11 @@ class WrittenSplit:
 
     def occurrences(self):
         """Number of occurrences of each document in an epoch."""
-        occurrences = Counter()
+        occurrences_by_offset = Counter()
         for i in self.split.sequences.of_epoch():
-            occurrences.update(int(ids[0]) for ids, _ in self.split.sequence(i))
-        starts = np.append(0, np.cumsum(self.lengths))[:-1]
-        return np.array([occurrences[int(start)] for start in starts])
+            occurrences_by_offset.update(int(ids[0]) for ids, _ in self.split.sequence(i))
+        offsets = np.append(0, np.cumsum(self.lengths))[:-1]
+        return np.array([occurrences_by_offset[int(offset)] for offset in offsets])
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -65,9 +72,10 @@ def test_a_weight_repeats_all_documents_and_a_fixed_fraction_of_them_once_more(p
     written = WrittenSplit(tmp_path, counts, weights, packing=packing)
     occurrences = written.occurrences()
     for source, (count, weight) in enumerate(zip(counts, weights, strict=True)):
-        own = occurrences[written.sources == source]
-        assert set(own) <= {int(weight), int(weight) + (weight % 1 > 0)}
-        assert own.sum() == max(round(weight * count), 1)
+        of_source = occurrences[written.sources == source]
+        has_fraction = weight % 1 > 0
+        assert set(of_source) <= {int(weight), int(weight) + has_fraction}
+        assert of_source.sum() == max(round(weight * count), 1)
     assert written.epoch.documents == occurrences.sum()
     assert written.epoch.tokens == (occurrences * written.lengths).sum()
     assert written.split.sequences.supervised_tokens == (occurrences * written.supervised).sum()
@@ -75,22 +83,25 @@ def test_a_weight_repeats_all_documents_and_a_fixed_fraction_of_them_once_more(p
 
 
 def test_the_fraction_of_a_weight_is_chosen_by_content(tmp_path):
-    """The selected documents do not depend on the order of rows."""
+    """The selected documents do not depend on the order of rows: a digest is a hash of a row."""
     first = WrittenSplit(tmp_path, [400], [0.5], packing=True)
-    taken = set(first.digests[first.occurrences() == 1])
-    order = np.random.default_rng(1).permutation(400)
-    np.save(tmp_path / "digests.npy", first.digests[order])
+    selected = set(first.digests[first.occurrences() == 1])
+    shuffled_digests = np.random.default_rng(1).permutation(first.digests)
+    np.save(tmp_path / "digests.npy", shuffled_digests)
     second = write_sequences(tmp_path, 64, packing=False, weights=[0.5])
     documents = np.load(tmp_path / "sequence_documents.npy")
     assert second.documents == len(documents) == 200
-    assert set(first.digests[order][documents]) == taken
+    assert set(shuffled_digests[documents]) == selected
 
 
 def test_the_fraction_of_a_weight_is_independent_of_holding_out(tmp_path):
-    """Both select by digest. A weight of 0.5 also selects half of the rows with high digests."""
+    """Both select rows by digest.
+
+    A weight of 0.5 selects about half of the 1000 rows with high digests, not all or none of them.
+    """
     written = WrittenSplit(tmp_path, [2000], [0.5], packing=False)
-    high = written.digests > np.median(written.digests)
-    assert 400 < written.occurrences()[high].sum() < 600
+    has_high_digest = written.digests > np.median(written.digests)
+    assert 400 < written.occurrences()[has_high_digest].sum() < 600
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -100,7 +111,7 @@ def test_sequence_columns_are_sums_over_their_documents(packing, tmp_path):
     for i in range(len(sequences.tokens)):
         lengths = [len(ids) for ids, _ in split.sequence(i)]
         assert sum(lengths) == sequences.tokens[i] <= 64
-        assert sum(n * n for n in lengths) == sequences.squares[i]
+        assert sum(length**2 for length in lengths) == sequences.squares[i]
         assert sum(int(mask.sum()) for _, mask in split.sequence(i)) == sequences.supervised[i]
         assert packing or len(lengths) == 1
     with pytest.raises(IndexError):
@@ -109,11 +120,11 @@ def test_sequence_columns_are_sums_over_their_documents(packing, tmp_path):
         split.sequence(-1)
 
 
-def test_packs_hold_documents_of_one_source(tmp_path):
+def test_the_documents_of_a_pack_have_the_same_source(tmp_path):
     written = WrittenSplit(tmp_path, [100, 50, 30], [1.0, 2.0, 0.5], packing=True)
-    starts = np.append(0, np.cumsum(written.lengths))
+    offsets = np.append(0, np.cumsum(written.lengths))
     for segment in written.split.sequences.segments:
         for i in range(segment.start, segment.end):
-            firsts = [int(ids[0]) for ids, _ in written.split.sequence(i)]
-            sources = written.sources[np.searchsorted(starts, firsts)]
-            assert set(sources) == {segment.source}
+            offsets_in_pack = [int(ids[0]) for ids, _ in written.split.sequence(i)]
+            documents = np.searchsorted(offsets, offsets_in_pack)
+            assert set(written.sources[documents]) == {segment.source}

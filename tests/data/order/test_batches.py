@@ -2,6 +2,7 @@
 
 import pickle
 import time
+from math import ceil
 from pathlib import Path
 
 import psutil
@@ -47,55 +48,65 @@ def workers() -> list[psutil.Process]:
 
 
 def test_workers_build_the_same_batches_as_the_rank(split):
+    """batches_of yields each batch with `first`, the position of the micro-batch in its step."""
     work = work_on(split)
-    alone = list(batches_of(split, work))
-    ahead = list(batches_of(split, work, num_workers=2))
-    assert len(alone) == len(ahead) == 2 * STEPS
-    for (one, first), (other, other_first) in zip(alone, ahead, strict=True):
-        assert first == other_first
-        assert torch.equal(one.input_ids, other.input_ids)
-        assert torch.equal(one.labels, other.labels)
-        assert torch.equal(one.predicting, other.predicting)
-        assert one.documents == other.documents
-    assert [first for _, first in alone] == [work[i].first for i in range(2 * STEPS)]
+    of_rank = list(batches_of(split, work))
+    of_workers = list(batches_of(split, work, num_workers=2))
+    assert len(of_rank) == len(of_workers) == 2 * STEPS
+    for (batch, first), (worker_batch, worker_first) in zip(of_rank, of_workers, strict=True):
+        assert worker_first == first
+        assert torch.equal(worker_batch.input_ids, batch.input_ids)
+        assert torch.equal(worker_batch.labels, batch.labels)
+        assert torch.equal(worker_batch.predicting, batch.predicting)
+        assert worker_batch.documents == batch.documents
+    assert [first for _, first in of_rank] == [work[i].first for i in range(2 * STEPS)]
 
 
-def test_a_batch_has_the_offsets_of_the_tokens_before_supervised_ones(split):
+def test_predicting_has_the_offset_of_the_token_before_each_supervised_token(split):
     batch = build_batch(split, range(5))
     supervised = (batch.labels != IGNORED).flatten().nonzero()[:, 0]
     assert torch.equal(batch.predicting, supervised - 1)
     assert len(build_batch(split, []).predicting) == 0
 
 
-@pytest.mark.parametrize("size", [2, 3, 5])
-def test_a_part_of_a_sequence_has_the_offsets_of_its_own_predicting_tokens(split, size):
-    """Checked on token ids, because each part has offsets of its own."""
+@pytest.mark.parametrize("group_size", [2, 3, 5])
+def test_parts_of_a_sequence_have_together_the_predicting_tokens_of_the_sequence(split, group_size):
+    """Token ids are compared, because offsets are relative to the part of each rank."""
     whole = build_batch(split, range(5))
-    length = -(-whole.input_ids.shape[1] // size)
-    padded = torch.nn.functional.pad(whole.input_ids, (0, size * length - whole.input_ids.shape[1]))
-    ids = []
-    for place in range(size):
-        batch = build_batch(split, range(5), SequencePart(size, place))
+    length = whole.input_ids.shape[1]
+    part_length = ceil(length / group_size)
+    padding = group_size * part_length - length
+    padded = torch.nn.functional.pad(whole.input_ids, (0, padding))
+    predicting_ids = []
+    for rank_in_group in range(group_size):
+        sequence_part = SequencePart(group_size, rank_in_group)
+        batch = build_batch(split, range(5), sequence_part)
         assert torch.equal(batch.input_ids, whole.input_ids)
-        own = padded[:, place * length : (place + 1) * length].flatten()
-        ids += own[batch.predicting].tolist()
-        assert len(build_batch(split, [], SequencePart(size, place)).predicting) == 0
+        start = rank_in_group * part_length
+        ids_of_part = padded[:, start : start + part_length].flatten()
+        predicting_ids += ids_of_part[batch.predicting].tolist()
+        assert len(build_batch(split, [], sequence_part).predicting) == 0
     expected = whole.input_ids.flatten()[whole.predicting].tolist()
-    assert sorted(ids) == sorted(expected)
+    assert sorted(predicting_ids) == sorted(expected)
 
 
 def test_every_tensor_of_a_batch_is_pinned(split, monkeypatch):
     """A copy from other memory to a GPU would make the host wait."""
-    pinned = []
-    monkeypatch.setattr(
-        torch.Tensor, "pin_memory", lambda x: pinned.append(x.clone()) or pinned[-1]
-    )
+    pinned_tensors = []
+
+    def fake_pin_memory(tensor):
+        pinned_tensors.append(tensor.clone())
+        return pinned_tensors[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", fake_pin_memory)
     batch = build_batch(split, range(3))
-    copy = batch.pin_memory()
-    tensors = {k: v for k, v in vars(copy).items() if isinstance(v, torch.Tensor)}
-    assert all(any(tensor is p for p in pinned) for tensor in tensors.values())
-    assert all(torch.equal(tensor, vars(batch)[name]) for name, tensor in tensors.items())
-    assert (copy.documents, copy.tokens) == (batch.documents, batch.tokens)
+    pinned_batch = batch.pin_memory()
+    for name, value in vars(pinned_batch).items():
+        if isinstance(value, torch.Tensor):
+            assert any(value is tensor for tensor in pinned_tensors), name
+            assert torch.equal(value, vars(batch)[name]), name
+    assert pinned_batch.documents == batch.documents
+    assert pinned_batch.tokens == batch.tokens
 
 
 class RecordingDocuments(Documents):
@@ -110,21 +121,24 @@ class RecordingDocuments(Documents):
         return super().sequence(number)
 
 
-def test_prefetch_factor_bounds_the_batches_that_wait(tmp_path):
+def test_a_worker_builds_at_most_prefetch_factor_batches_ahead(tmp_path):
     split = RecordingDocuments(40, tmp_path)
     work = work_on(split)
     batches = batches_of(split, work, num_workers=1, prefetch_factor=3)
     next(batches)
-    expected = {
-        str(i) for micro_batch in map(work.__getitem__, range(4)) for i in micro_batch.sequences
-    }
+    first_four = [work[i] for i in range(1 + 3)]
+    expected = {str(i) for micro_batch in first_four for i in micro_batch.sequences}
+
+    def documents_read():
+        return {path.name for path in tmp_path.iterdir()}
+
     deadline = time.monotonic() + 60
-    while (touched := {path.name for path in tmp_path.iterdir()}) != expected:
-        assert touched < expected
+    while (read_so_far := documents_read()) != expected:
+        assert read_so_far < expected
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    time.sleep(0.3)
-    assert {path.name for path in tmp_path.iterdir()} == expected
+    time.sleep(0.3)  # time in which a worker without the limit would read more
+    assert documents_read() == expected
     assert len(list(batches)) == 2 * STEPS - 1
 
 
@@ -136,6 +150,7 @@ def run_as_a_rank(code: str, tmp_path) -> str:
     return output
 
 
+# First lines of the scripts below, which run in a process of their own.
 IMPORTS = """
 import os, signal, time
 from pipeline.data.order.batches import worker_deaths_reported
@@ -144,6 +159,7 @@ from tests.data.order.test_batches import STEPS, batches_of, work_on, workers
 from tests.tiny import Documents
 split = Documents(40)
 """
+# Kills one of two workers, and prints the error.
 KILLED = """
 if __name__ == "__main__":
     batches = batches_of(split, work_on(split), num_workers=2, prefetch_factor=1)
@@ -170,15 +186,15 @@ SIGNALLED = """
 if __name__ == "__main__":
     batches = batches_of(split, work_on(split), num_workers=1)
     (worker,) = workers()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
-        worker.send_signal(number)  # the worker is still importing
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        worker.send_signal(name)  # the worker is still importing
     next(batches)
     worker.send_signal(signal.SIGTERM)
     assert len(list(batches)) == 2 * STEPS - 1
 """
 
 
-def test_signals_to_a_rank_do_not_end_its_workers(tmp_path):
+def test_signals_that_a_launcher_sends_to_all_processes_do_not_end_a_worker(tmp_path):
     run_as_a_rank(SIGNALLED, tmp_path)
 
 
@@ -188,6 +204,7 @@ def test_a_worker_maps_the_files_of_a_split_instead_of_a_copy(tmp_path):
     values = {"model": "model", "train_data": "train.jsonl", "output_dir": "run"}
     settings = RunSettings(**{key: str(tmp_path / value) for key, value in values.items()})
     split = open_split(prepare_data(settings, tmp_path / "data").train)
+    # A worker gets the pickled split. Only paths are pickled, less than a byte for each row.
     assert len(pickle.dumps((split, work_on(split)))) < 2000
 
 

@@ -1,6 +1,7 @@
 """Each sequence is trained as often as its weight says, for every global batch and layout."""
 
 from collections import Counter
+from math import ceil
 from types import SimpleNamespace
 
 import numpy as np
@@ -57,6 +58,7 @@ def gsm8k(*, packing: bool) -> Sequences:
     documents, offsets = make_packs(LENGTHS, 1024)
 
     def sums(values):
+        """The sum of the values of the documents of each pack."""
         return np.add.reduceat(values[documents], offsets[:-1])
 
     return Sequences(
@@ -70,7 +72,8 @@ def gsm8k(*, packing: bool) -> Sequences:
 
 
 def steps_of(sequences, shape):
-    return -(-sequences.per_epoch // shape.global_batch_size)
+    """Number of steps of an epoch."""
+    return ceil(sequences.per_epoch / shape.global_batch_size)
 
 
 def work_of(sequences, shape, rank, *, seed=0, epochs=1):
@@ -130,29 +133,33 @@ def test_a_run_that_ends_within_an_epoch_resumes_with_the_same_work(sequences, s
 
 @given(any_sequences(), st.integers(0, 2**31), st.sampled_from([6, 8, 16, 24, 64]))
 @settings(max_examples=30, deadline=None)
-def test_a_global_batch_is_the_same_set_for_every_split(sequences, seed, size):
-    steps = -(-sequences.per_epoch // size)
+def test_a_global_batch_has_the_same_sequences_for_all_ranks_and_micro_batches(
+    sequences, seed, size
+):
+    steps = ceil(sequences.per_epoch / size)
     for step in {0, steps - 1}:
         batch = global_batch(step, sequences, seed=seed, global_batch_size=size)
         assert len(batch) == size or step == steps - 1
-        for ranks in (n for n in range(1, 65) if size % n == 0):
-            for micro in {1, size // ranks}:
-                shape = BatchLayout(
+        for ranks in (number for number in range(1, 65) if size % number == 0):
+            for micro_batch_size in {1, size // ranks}:
+                layout = BatchLayout(
                     data_parallel_size=ranks,
-                    accumulation_steps=size // ranks // micro,
-                    micro_batch_size=micro,
+                    accumulation_steps=size // ranks // micro_batch_size,
+                    micro_batch_size=micro_batch_size,
                     flops=SMALL,
                 )
-                divided = partition(batch, sequences, shape)
-                assert {len(rank) for rank in divided} == {shape.accumulation_steps}
-                chosen = sorted(i for rank in divided for m in rank for i in m.sequences)
-                assert chosen == sorted(batch.tolist())
+                work_of_ranks = partition(batch, sequences, layout)
+                assert {len(work) for work in work_of_ranks} == {layout.accumulation_steps}
+                micro_batches = [micro_batch for work in work_of_ranks for micro_batch in work]
+                assigned = [i for micro_batch in micro_batches for i in micro_batch.sequences]
+                assert sorted(assigned) == sorted(batch.tolist())
 
 
 def max_deviation(sources, size, seed, *, are_packs):
     """Largest deviation of a source from its share of the progress, over all steps.
 
-    Returns the deviation, the largest global batch and the largest sequence, in supervised tokens.
+    `sources`: number of sequences of each source, and how often an epoch has each of them. Returns
+    the deviation, the largest global batch and the largest sequence, in supervised tokens.
     """
     random = np.random.default_rng(seed)
     shortest = random.integers(1, 1000, len(sources))
@@ -240,43 +247,54 @@ def test_a_source_is_finished_before_its_next_repeat_begins():
 def test_without_packing_less_than_ten_percent_of_tokens_are_padding(global_batch_size):
     """GSM8K, with micro-batches of up to twice the largest that the plan chooses."""
     sequences = gsm8k(packing=False)
-    for micro in (n for n in (2, 3, 8, 48, 64, 96, 128) if global_batch_size % n == 0):
-        shape = BatchLayout(
+    for micro_batch_size in (2, 3, 8, 48, 64, 96, 128):
+        if global_batch_size % micro_batch_size:
+            continue
+        layout = BatchLayout(
             data_parallel_size=1,
-            accumulation_steps=global_batch_size // micro,
-            micro_batch_size=micro,
+            accumulation_steps=global_batch_size // micro_batch_size,
+            micro_batch_size=micro_batch_size,
             flops=SMALL,
         )
-        work = work_of(sequences, shape, 0)
-        lengths = [LENGTHS[list(batch.sequences)] for batch in work if batch.sequences]
-        padded = sum(int(micro_batch.max()) * len(micro_batch) for micro_batch in lengths)
-        assert 1 - LENGTHS.sum() / padded < 0.1
+        work = work_of(sequences, layout, 0)
+        lengths = [LENGTHS[list(each.sequences)] for each in work if each.sequences]
+        padded_tokens = sum(int(of_batch.max()) * len(of_batch) for of_batch in lengths)
+        assert 1 - LENGTHS.sum() / padded_tokens < 0.1
 
 
 def test_without_packing_steps_are_shuffled():
     """Lengths of consecutive batches are uncorrelated, and each epoch has different batches."""
     sequences = gsm8k(packing=False)
     orders = [epoch_order(sequences, seed=0, epoch=epoch, global_batch_size=16) for epoch in (0, 1)]
-    whole = len(LENGTHS) // 16 * 16
-    means = LENGTHS[orders[0][:whole]].reshape(-1, 16).mean(axis=1)
-    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.15
-    batches = [{frozenset(b) for b in order[:whole].reshape(-1, 16)} for order in orders]
-    assert not batches[0] & batches[1]
-    first = {i: batch for batch in batches[0] for i in batch}
-    partners = [len(first[i] & batch) - 1 for batch in batches[1] for i in batch if i in first]
-    assert np.mean(partners) < 1.5  # of the 15 other documents of a batch
+    in_full_batches = len(LENGTHS) // 16 * 16
+    mean_lengths = LENGTHS[orders[0][:in_full_batches]].reshape(-1, 16).mean(axis=1)
+    assert abs(np.corrcoef(mean_lengths[:-1], mean_lengths[1:])[0, 1]) < 0.15
+    first_batches, second_batches = (
+        {frozenset(batch) for batch in order[:in_full_batches].reshape(-1, 16)} for order in orders
+    )
+    assert not first_batches & second_batches
+    first_batch_of = {i: batch for batch in first_batches for i in batch}
+    # Of the 15 other documents of its batch, a document meets few again in the next epoch.
+    num_met_again = [
+        len(first_batch_of[i] & batch) - 1
+        for batch in second_batches
+        for i in batch
+        if i in first_batch_of
+    ]
+    assert np.mean(num_met_again) < 1.5
 
 
 @given(any_sequences(), st.integers(1, 16), st.integers(1, 4))
 @settings(max_examples=40, deadline=None)
 def test_evaluation_sees_every_sequence_as_an_epoch_does(sequences, ranks, micro):
-    work = evaluation_work(sequences, data_parallel_size=ranks, micro_batch_size=micro)
-    assert len({len(rank) for rank in work}) == 1
-    seen = sorted(i for rank in work for m in rank for i in m.sequences)
-    assert seen == sorted(sequences.of_epoch())
+    work_of_ranks = evaluation_work(sequences, data_parallel_size=ranks, micro_batch_size=micro)
+    assert len({len(work) for work in work_of_ranks}) == 1
+    micro_batches = [micro_batch for work in work_of_ranks for micro_batch in work]
+    evaluated = [i for micro_batch in micro_batches for i in micro_batch.sequences]
+    assert sorted(evaluated) == sorted(sequences.of_epoch())
 
 
-def test_the_ranks_of_an_evaluation_have_equally_many_tokens():
+def test_the_ranks_of_an_evaluation_have_equal_numbers_of_tokens():
     """Lengths 64, 63, ..., 1: the direction alternates, so no rank always has the longer one."""
     lengths = np.arange(1, 65)
     work = evaluation_work(
@@ -288,11 +306,11 @@ def test_the_ranks_of_an_evaluation_have_equally_many_tokens():
 
 def test_seeds_of_forward_passes_differ():
     seeds = {
-        forward_seed(s, t, f, place)
-        for s in range(3)
-        for t in range(50)
-        for f in range(50)
-        for place in range(4)
+        forward_seed(run_seed, step, first_sequence, rank_in_group)
+        for run_seed in range(3)
+        for step in range(50)
+        for first_sequence in range(50)
+        for rank_in_group in range(4)
     }
     assert len(seeds) == 3 * 50 * 50 * 4
 

@@ -1,4 +1,4 @@
-"""Ranks that share sequences have the same batches, and together those of a run without groups."""
+"""Ranks of a sequence-parallel group have the same batches: those of one rank without groups."""
 
 import pytest
 import torch
@@ -9,20 +9,24 @@ from tests.tiny import Documents, make_plan
 pytestmark = pytest.mark.tensor
 
 
-def work_of(tiny_model, rank, ranks, size):
+def batches_of_rank(tiny_model, rank, *, num_ranks, group_size):
     """Batches and seeds of a rank's first two steps."""
-    keys = {"batch_size": 2, "sequence_parallel_size": size, "max_steps": 2}
-    plan = make_plan(tiny_model, ranks, 40, **keys)
+    settings = {"batch_size": 2, "sequence_parallel_size": group_size, "max_steps": 2}
+    plan = make_plan(tiny_model, num_ranks, 40, **settings)
     steps = training_steps(plan, Documents(40), rank=rank, first_step=0)
-    return [item for step in steps for item in step.batches]
+    return [seeded_batch for step in steps for seeded_batch in step.batches]
 
 
-def test_ranks_of_a_group_have_the_batches_of_one_rank_and_different_seeds(tiny_model):
-    for group in range(2):
-        alone = work_of(tiny_model, group, 2, 1)
-        first, second = (work_of(tiny_model, 2 * group + place, 4, 2) for place in range(2))
-        assert len(alone) == 2 * 2
-        for own, one, other in zip(alone, first, second, strict=True):
-            assert torch.equal(one.batch.input_ids, own.batch.input_ids)
-            assert torch.equal(other.batch.input_ids, own.batch.input_ids)
-            assert one.seed == own.seed != other.seed
+@pytest.mark.parametrize("group", [0, 1])
+def test_ranks_of_a_group_have_the_batches_of_one_rank_and_different_seeds(tiny_model, group):
+    """Compare groups of two ranks with the rank of the same index in a run without groups."""
+    without_groups = batches_of_rank(tiny_model, group, num_ranks=2, group_size=1)
+    first_rank, second_rank = (
+        batches_of_rank(tiny_model, 2 * group + rank_in_group, num_ranks=4, group_size=2)
+        for rank_in_group in range(2)
+    )
+    assert len(without_groups) == 2 * 2
+    for alone, first, second in zip(without_groups, first_rank, second_rank, strict=True):
+        assert torch.equal(first.batch.input_ids, alone.batch.input_ids)
+        assert torch.equal(second.batch.input_ids, alone.batch.input_ids)
+        assert first.seed == alone.seed != second.seed
