@@ -1,5 +1,7 @@
 """Loss masks of conversations, shown as text with supervised spans in `[[brackets]]`."""
 
+from dataclasses import replace
+
 import pytest
 
 from pipeline.data.chat.encoder import chat_template_of
@@ -20,7 +22,9 @@ from tests.tiny import CHATML, make_tokenizer
 
 pytestmark = pytest.mark.tensor
 
-MARKED = (  # each answer in a {% generation %} block
+# Templates: with each answer in a {% generation %} block, without end tokens, and with an end token
+# after the last turn only.
+MARKED = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}<|im_start|>assistant\n"
     "{% generation %}{{ m['content'] }}<|im_end|>\n{% endgeneration %}{% else %}"
     "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
@@ -74,24 +78,24 @@ class TestTurns:
     def test_an_end_token_inside_a_text_does_not_end_the_turn(self, template):
         text = marked_text(chat("q", "a<|im_end|>b"), tokenizer_with(template))
         assert text == user("q") + "[[a<|im_end|>b<|im_end|>]]\n"
-        fake = f"a<|im_end|>\n{user('r')}b"
-        text = marked_text(chat("q", fake, "s", "c"), tokenizer_with(template))
-        assert text == user("q") + f"[[{fake}<|im_end|>]]\n" + user("s") + "[[c<|im_end|>]]\n"
+        with_turns = f"a<|im_end|>\n{user('r')}b"  # an answer that looks like several turns
+        text = marked_text(chat("q", with_turns, "s", "c"), tokenizer_with(template))
+        assert text == user("q") + f"[[{with_turns}<|im_end|>]]\n" + user("s") + "[[c<|im_end|>]]\n"
 
     def test_a_turn_of_weight_0_is_in_the_document_but_not_supervised(self, template):
-        one, two = chat("q", "one", "r", "two").messages[::2], ("one", "two")
-        turns = [Message("assistant", text, is_trained=text == "two") for text in two]
-        both = Conversation((one[0], turns[0], one[1], turns[1]))
-        text = marked_text(both, tokenizer_with(template))
+        question, answer, *second_turn = chat("q", "one", "r", "two").messages
+        untrained = replace(answer, is_trained=False)
+        conversation = Conversation((question, untrained, *second_turn))
+        text = marked_text(conversation, tokenizer_with(template))
         assert text == user("q") + "one<|im_end|>\n" + user("r") + "[[two<|im_end|>]]\n"
-        text = marked_text(both, tokenizer_with(template), train_on="all")
-        asked = user("q").removeprefix("<|im_start|>")
-        rest = user("r") + "two<|im_end|>\n"
-        assert text == f"<|im_start|>[[{asked}]]one<|im_end|>[[\n{rest}]]"
-        nothing = Conversation((one[0], turns[0]))
+        text = marked_text(conversation, tokenizer_with(template), train_on="all")
+        before = user("q").removeprefix("<|im_start|>")
+        after = user("r") + "two<|im_end|>\n"
+        assert text == f"<|im_start|>[[{before}]]one<|im_end|>[[\n{after}]]"
+        without_trained_turn = Conversation((question, untrained))
         for settings in ({}, {"split_turns": True}, {"train_on": "last-assistant"}):
             with refused("no supervised token", error=RowError):
-                marked_text(nothing, tokenizer_with(template), **settings)
+                marked_text(without_trained_turn, tokenizer_with(template), **settings)
 
     def test_split_turns_makes_a_document_of_each_turn(self, template):
         text = marked_texts(

@@ -31,6 +31,7 @@ from tests.tiny import CHATML
 pytestmark = pytest.mark.tensor
 
 IS_FULL = os.environ.get("TEMPLATES") == "full"  # `make templates`
+# Hypothesis: examples may take long, and many of them may be refused.
 RELAXED = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 TOOL = {
@@ -56,6 +57,7 @@ def call(name="forecast", **arguments):
 
 
 def agent(*calls, content="", result="rain", **others):
+    """A conversation with these tool calls in one turn, their results and an answer."""
     messages = (
         Message("user", "Weather?"),
         Message("assistant", content, True, {"tool_calls": list(calls), **others}),
@@ -85,6 +87,7 @@ class TestOmittedTexts:
     )  # fmt: skip
 
     def omitting(self, old, new):
+        """A tokenizer whose template has `new` in place of `old`."""
         assert old in self.TEMPLATE
         return tokenizer_with(self.TEMPLATE.replace(old, new))
 
@@ -94,7 +97,7 @@ class TestOmittedTexts:
         assert '[[<call>forecast {"city": "Oslo", "days": 3, "deep": {"flags": [true' in text
 
     @pytest.mark.parametrize(
-        ("old", "new", "leaf"),
+        ("old", "new", "path"),
         [
             ("{{ c.function.name }}", "", "messages[1].tool_calls[0].name"),
             ("{{ c.function.arguments | tojson }}", "", "messages[1].tool_calls[0].arguments.city"),
@@ -118,9 +121,9 @@ class TestOmittedTexts:
             ("{{ m['content'] }}", "{{ m['content'] | replace('e', '') }}", "messages[0].content"),
         ],
     )  # fmt: skip
-    def test_a_text_that_is_not_written_is_refused_with_its_path(self, old, new, leaf):
+    def test_a_text_that_is_not_written_is_refused_with_its_path(self, old, new, path):
         row = agent(call(city="Oslo", days=3), call(city="Bergen"))
-        with refused(leaf, error=RowError):
+        with refused(path, error=RowError):
             marked_text(row, self.omitting(old, new))
 
     def test_an_omitted_name_is_refused_for_a_user_but_not_for_a_tool_result(self):
@@ -199,14 +202,16 @@ class TestReasoning:
     def test_reasoning_that_is_not_supervised_stays_in_the_document(self, name):
         tokenizer = tokenizer_of(name)
         row = agent(call(city="Oslo"), reasoning_content="I must look")
-        kept, masked = (
-            marked_text(row, tokenizer),
-            marked_text(row, tokenizer, train_on_reasoning=False),
-        )
-        plain = [text.replace("[[", "").replace("]]", "") for text in (kept, masked)]
-        assert plain[0] == plain[1]
-        trained = "".join(part.partition("]]")[0] for part in masked.split("[[")[1:])
-        assert "I must look" in kept
+        with_reasoning = marked_text(row, tokenizer)
+        without_reasoning = marked_text(row, tokenizer, train_on_reasoning=False)
+
+        def without_brackets(text):
+            return text.replace("[[", "").replace("]]", "")
+
+        assert without_brackets(with_reasoning) == without_brackets(without_reasoning)
+        spans = [part.partition("]]")[0] for part in without_reasoning.split("[[")[1:]]
+        trained = "".join(spans)
+        assert "I must look" in with_reasoning
         assert "I must look" not in trained
         assert "think>" not in trained
         assert "forecast" in trained
@@ -330,10 +335,13 @@ class TestSpecialTokensInText:
         (document,) = encoder(tokenizer, special_tokens_in_text="as-text").encode(row)
         decode = tokenizer.decode
         assert decode(document.ids.tolist()) == decode(plain.ids.tolist())
-        special = set(special_ids(tokenizer).values())
-        ours = [token for token in document.ids.tolist() if token in special]
-        (bare,) = encoder(tokenizer).encode(chat("say", "xy\u00e9", "r", "z"))
-        assert ours == [token for token in bare.ids.tolist() if token in special]
+        ids_of_special_tokens = set(special_ids(tokenizer).values())
+
+        def special_ids_in(encoded):
+            return [token for token in encoded.ids.tolist() if token in ids_of_special_tokens]
+
+        (without_them,) = encoder(tokenizer).encode(chat("say", "xy\u00e9", "r", "z"))
+        assert special_ids_in(document) == special_ids_in(without_them)
         trained = decode(document.ids[document.supervised].tolist())
         assert trained == decode(plain.ids[plain.supervised].tolist())
 
@@ -421,9 +429,10 @@ def required_texts(row):
     """The texts that a document must have, and reasoning that it may omit."""
     required, reasoning = [], []
     for message in row.messages:
-        pieces = message.content.replace("</think>", "<think>").split("<think>")
-        required += pieces[::2]
-        reasoning += pieces[1::2]
+        # Texts outside and inside <think> blocks alternate.
+        alternating = message.content.replace("</think>", "<think>").split("<think>")
+        required += alternating[::2]
+        reasoning += alternating[1::2]
         for key, value in message.others.items():
             if key == "tool_calls":
                 required += texts_of([each["function"] for each in value])
@@ -443,7 +452,7 @@ CHANGED_INPUT = [
     "deepseek-r1-distill", "deepseek-v3", "ministral-3",
 ]  # fmt: skip
 ALL = [*KINDS, *sorted(FAMILIES)]
-PYTHON_SPELLING = {"true": "True", "false": "False", "null": "None"}
+PYTHON_SPELLING = {"true": "True", "false": "False", "null": "None"}  # some templates write these
 
 
 def tokenizer_of(name):
@@ -463,8 +472,8 @@ def test_each_text_of_a_row_is_written_or_omitted_reasoning_or_the_row_is_refuse
         (document,) = result.documents
         text = tokenizer.decode(document.ids.tolist())
         required, reasoning = required_texts(row)
-        for leaf in required:
-            assert is_in(leaf, text) or is_in(PYTHON_SPELLING.get(leaf, leaf), text), leaf
+        for each in required:
+            assert is_in(each, text) or is_in(PYTHON_SPELLING.get(each, each), text), each
         if not result.token_counts["omitted_reasoning"]:
             assert all(is_in(each, text) for each in reasoning)
         trained = tokenizer.decode(document.ids[document.supervised].tolist())

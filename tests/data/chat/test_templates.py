@@ -29,6 +29,7 @@ def bar(text):
     return text.replace("|", "\uff5c")  # DeepSeek's full-width vertical bar
 
 
+# Template -> the text of a conversation of two turns, with supervised spans in [[brackets]].
 EXPECTED = {
     "smollm2": "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
     "Hugging Face<|im_end|>\n"
@@ -63,6 +64,7 @@ EXPECTED["phi-4-first"] = EXPECTED["phi-4"]  # the header of an answer is writte
 EXPECTED["llama-3.2"] = EXPECTED["llama-3"]
 
 
+# Template -> the token that ends a turn.
 END = dict.fromkeys(SPECIAL, "<|im_end|>")
 END |= {"phi-3.5": "<|end|>", "llama-3": "<|eot_id|>", "llama-3.2": "<|eot_id|>"}
 END |= {"mistral-7b-v0.1": "</s>", "mistral-nemo": "</s>"}
@@ -221,6 +223,7 @@ def with_tools(*arguments, tools=None, result="3"):
     return Conversation(messages, tuple(tools or [tool("add", a={"type": "integer"})]))
 
 
+# Template -> the supervised text of a turn with a tool call.
 TRAINED = {
     "qwen2.5": '[[<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>]]',
     "qwen3": '[[<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>]]',
@@ -249,8 +252,10 @@ class TestTools:
 
     def test_several_calls_of_a_turn_are_one_span(self):
         text = marked_text(with_tools({"a": 1}, {"a": 2}), published("qwen2.5"))
-        one, two = (f'<tool_call>\n{{"name": "add", "arguments": {{"a": {i}}}}}\n' for i in (1, 2))
-        assert f"assistant\n[[{one}</tool_call>\n{two}</tool_call><|im_end|>]]\n" in text
+        first, second = (
+            f'<tool_call>\n{{"name": "add", "arguments": {{"a": {value}}}}}\n' for value in (1, 2)
+        )
+        assert f"assistant\n[[{first}</tool_call>\n{second}</tool_call><|im_end|>]]\n" in text
         with refused("chat template", "single tool-calls", error=RowError):
             marked_text(with_tools({"a": 1}, {"a": 2}), published("llama-3.2"))
 
@@ -283,6 +288,7 @@ class TestTools:
 
 
 def supervised_in(text):
+    """The supervised spans of a text with [[brackets]]."""
     return [part.partition("]]")[0] for part in text.split("[[")[1:]]
 
 

@@ -8,7 +8,10 @@ from pipeline.data.prepare.prepare import prepare_data
 
 
 class Run:
-    """A folder with a model and rows, the settings of a run on them, and its prepared data."""
+    """A folder with a model and rows, the settings of a run on them, and its prepared data.
+
+    `data`: the folder of the prepared data; `audit` and `rejects` read its files.
+    """
 
     def __init__(self, folder):
         self.folder, self.data = folder, folder / "run" / "data"
@@ -44,6 +47,7 @@ class Run:
 
 
 def row(answer, question="q"):
+    """A line of JSON with one question and one answer."""
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return json.dumps({"messages": turns})
 
@@ -70,5 +74,6 @@ def content(data):
 
 
 def documents_of(index):
+    """The token ids of each document of a prepared split."""
     split = open_split(index)
     return [tuple(split.document(i)[0].tolist()) for i in range(len(split))]

@@ -1,4 +1,4 @@
-"""The audit counts each row and token, by source and file."""
+"""The audit: counts of the rows and tokens of prepared data, by source and file (audit.json)."""
 
 import io
 import json
@@ -24,9 +24,9 @@ pytestmark = pytest.mark.tensor
 
 
 def test_every_row_is_used_rejected_or_dropped_and_every_token_counted(run):
-    long = row("long " * 40)  # truncated inside the answer
-    late = row("late", question="ask " * 40)  # truncated before the answer
-    run.append("{", row(" "), long, late, row("twice"), row("twice"))
+    long = row("long " * 40)  # longer than max_length: truncated inside the answer
+    late = row("late", question="ask " * 40)  # truncated before the answer, so rejected
+    run.append("{", row(" "), long, late, row("twice"), row("twice"))  # lines 25 to 30
     run.eval.write_text(row("twice") + "\n" + row("never seen") + "\n")
     index = run.prepare(max_length=128, max_rejected=0.2)
     audit = run.audit()
@@ -56,26 +56,27 @@ def test_every_row_is_used_rejected_or_dropped_and_every_token_counted(run):
     for i, count in enumerate(histogram["documents"]):
         first, width = summary["min"] + i * histogram["width"], histogram["width"]
         assert count == ((first <= lengths) & (lengths < first + width)).sum()
-    assert audit["end_of_turn_share"] == pytest.approx(26 / 27, abs=1e-4)
+    assert audit["end_of_turn_share"] == pytest.approx(26 / 27, abs=1e-4)  # not the truncated one
     tokenizer = load_tokenizer(run.folder / "model")
-    whole = len(tokenizer.apply_chat_template(json.loads(long)["messages"])["input_ids"])
-    assert (audit["truncated_rows"], audit["tokens_lost"]) == (1, whole - 128)
+    tokens_of_long = len(tokenizer.apply_chat_template(json.loads(long)["messages"])["input_ids"])
+    assert (audit["truncated_rows"], audit["tokens_lost"]) == (1, tokens_of_long - 128)
     assert audit["duplicate_rows"] == 1
-    assert run.audit("eval")["rows_also_in_train"] == 1
+    assert run.audit("eval")["rows_also_in_train"] == 1  # "twice"
 
 
-def test_a_truncated_conversation_counts_as_one_without_end_of_turn(run):
+def test_a_conversation_whose_last_end_of_turn_is_truncated_has_no_end_of_turn(run):
     turns = json.loads(row("yes"))["messages"] * 3
     write_lines(run.train, [json.dumps({"messages": turns})])
-    whole = run.prepare().train.tokens
+    num_tokens = run.prepare().train.tokens
     assert run.audit()["end_of_turn_share"] == 1
     # The truncated tokens: the newline after the last turn, also its end token, a whole turn.
     for num_truncated, share in ((1, 1), (2, 0), (30, 0)):
-        assert run.prepare(max_length=whole - num_truncated).train.documents == 1
+        assert run.prepare(max_length=num_tokens - num_truncated).train.documents == 1
         assert run.audit()["end_of_turn_share"] == share
-    run.prepare(max_length=whole - 30, over_length="split")
+    run.prepare(max_length=num_tokens - 30, over_length="split")
     assert run.audit()["end_of_turn_share"] == 1
-    run.prepare(max_length=whole - 2, split_turns=True)  # two of three documents are complete
+    # The row counts once, although two of its three documents are complete.
+    run.prepare(max_length=num_tokens - 2, split_turns=True)
     assert run.audit()["end_of_turn_share"] == 0
 
 
@@ -97,11 +98,13 @@ def test_each_source_has_its_own_counts(run):
     write_lines(run.train, [*(row(f"a {i}") for i in range(5)), "{"])
     sources = [{"path": str(run.train), "weight": 0.5}, {"path": str(other), "limit": 4}]
     index = run.prepare(train_data=sources, max_rejected=0.5).train
-    column = np.load(index.folder / "sources.npy")
-    assert column.dtype == np.int32
-    assert column.tolist() == [0] * 5 + [1] * 4
-    assert [(s.name, s.weight) for s in index.sources] == [(str(run.train), 0.5), (str(other), 1.0)]
-    assert [dict(s.formats) for s in index.sources] == [{"messages": 5}, {"messages": 4}]
+    source_of_document = np.load(index.folder / "sources.npy")
+    assert source_of_document.dtype == np.int32
+    assert source_of_document.tolist() == [0] * 5 + [1] * 4
+    names_and_weights = [(source.name, source.weight) for source in index.sources]
+    assert names_and_weights == [(str(run.train), 0.5), (str(other), 1.0)]
+    formats = [dict(source.formats) for source in index.sources]
+    assert formats == [{"messages": 5}, {"messages": 4}]
     audit = run.audit()
     first, second = audit["sources"]
     assert (first["rows_read"], first["rows_used"], first["rows_rejected"]) == (6, 5, 1)
@@ -235,8 +238,8 @@ def test_rows_that_differ_only_in_white_space_are_duplicates_and_held_out_togeth
     assert audits[1]["rows_also_in_train"] == 0
 
 
-def agent_row(reasoning):
-    """A row of two tasks; templates such as Qwen 3's write the reasoning of the last one only."""
+def row_with_reasoning(reasoning):
+    """A row of two turns; templates such as Qwen 3's omit the reasoning of the first."""
     turns = [
         {"role": "user", "content": "one"},
         {"role": "assistant", "content": "two", "reasoning_content": reasoning},
@@ -248,7 +251,10 @@ def agent_row(reasoning):
 
 def test_omitted_reasoning_is_counted_with_its_remedy(run):
     template = str(ROOT / "tests" / "templates" / "qwen3.jinja")
-    write_lines(run.train, [row("plain"), agent_row("left out"), agent_row("left out too")])
+    write_lines(
+        run.train,
+        [row("plain"), row_with_reasoning("left out"), row_with_reasoning("left out too")],
+    )
     run.prepare(chat_template=template)
     omitted = run.audit()["omitted_reasoning"]
     tokenizer = load_tokenizer(run.folder / "model")
@@ -295,39 +301,40 @@ def test_special_tokens_in_texts_without_template_are_counted(run):
 class TestEndsWithoutStop:
     """A token that ends trained turns, while generation does not stop at it."""
 
-    def use(self, run, **values):
+    def change_tokenizer(self, run, **attributes):
+        """Change attributes of the model's tokenizer; return the id of <|im_end|>."""
         tokenizer = load_tokenizer(run.folder / "model")
-        for name, value in values.items():
+        for name, value in attributes.items():
             setattr(tokenizer, name, value)
         tokenizer.save_pretrained(run.folder / "model")
         return tokenizer.convert_tokens_to_ids("<|im_end|>")
 
-    def test_the_token_is_named_with_its_rows_and_remedy(self, run):
+    def test_the_audit_has_the_token_with_its_rows_and_the_remedy(self, run):
         """A base model with ChatML: its eos_token is <|endoftext|>."""
-        number = self.use(run, eos_token="<|endoftext|>")
+        token_id = self.change_tokenizer(run, eos_token="<|endoftext|>")
         write_lines(run.train, [row("plain"), json.dumps({"text": "t"}), row("two")])
         run.prepare()
         (entry,) = run.audit()["ends_without_stop"].values()
         assert (entry["rows"], entry["first"]) == (2, f"{run.train}:1")
         assert_mentions(
-            audit_summary(run.data), "<|im_end|>", str(number), "2 rows", "eos_token_id",
+            audit_summary(run.data), "<|im_end|>", str(token_id), "2 rows", "eos_token_id",
             "generation_config.json",
         )  # fmt: skip
-        assert_mentions(printed(run), f"<|im_end|> ({number}): rows")
+        assert_mentions(printed(run), f"<|im_end|> ({token_id}): rows")
 
-    def test_a_token_at_which_generation_stops_is_not_named(self, run):
+    def test_a_token_at_which_generation_stops_is_not_in_the_audit(self, run):
         run.prepare()
         assert run.audit()["ends_without_stop"] == {}
-        number = self.use(run, eos_token="<|endoftext|>")
+        token_id = self.change_tokenizer(run, eos_token="<|endoftext|>")
         config = run.folder / "model" / "generation_config.json"
-        config.write_text(json.dumps({"eos_token_id": [0, number]}))
+        config.write_text(json.dumps({"eos_token_id": [0, token_id]}))
         run.prepare()
         assert run.audit()["ends_without_stop"] == {}
 
     def test_split_turns_is_the_remedy_if_only_the_last_turn_ends_with_a_stop_token(self, run):
         last = "{{ eos_token if loop.last and m.role == 'assistant' else '<|im_end|>' }}"
         template = CHATML.replace("<|im_end|>", last)
-        self.use(run, eos_token="<|endoftext|>", chat_template=template)
+        self.change_tokenizer(run, eos_token="<|endoftext|>", chat_template=template)
         turns = json.loads(row("yes"))["messages"]
         write_lines(run.train, [json.dumps({"messages": turns * 2}), row("one turn")])
         run.prepare()
@@ -339,14 +346,11 @@ class TestEndsWithoutStop:
 
 
 def test_the_same_error_in_several_messages_is_one_reason_with_its_first_row(run):
-    conversations = [
-        {"messages": [{"role": "user", "content": "q"}] * number
-         + [{"role": "assistant", "content": "a", "name": "n"}]}
-        for number in (1, 2, 3)
-    ]  # fmt: skip
-    write_lines(
-        run.train, [row(f"a{i}") for i in range(5)] + [json.dumps(t) for t in conversations]
-    )
+    """The answer has a name, which the template omits, as message 1, 2 or 3 of its row."""
+    question = {"role": "user", "content": "q"}
+    answer = {"role": "assistant", "content": "a", "name": "n"}
+    conversations = [{"messages": [question] * number + [answer]} for number in (1, 2, 3)]
+    write_lines(run.train, [*(row(f"a{i}") for i in range(5)), *map(json.dumps, conversations)])
     run.prepare(max_rejected=0.9)
     (reason,) = run.audit()["rejected"]
     assert "messages[].name" in reason

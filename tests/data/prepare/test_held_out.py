@@ -1,6 +1,10 @@
-"""Held-out rows are selected by content and never trained on."""
+"""Held-out rows are selected by content and never trained on.
+
+The digest of a row, a hash of its content, decides whether the row is held out.
+"""
 
 from dataclasses import replace
+from math import ceil
 
 import numpy as np
 import pytest
@@ -53,15 +57,15 @@ def test_the_digest_does_not_depend_on_the_amount_of_white_space():
     assert digest(spaced) == digest(Conversation((QUESTION, ANSWER)))
 
 
-def test_a_share_is_held_out_and_a_larger_one_holds_out_the_same_and_more():
+def test_a_larger_share_holds_out_the_same_rows_and_more():
     digests = [digest(Text(str(i))) for i in range(4000)]
-    before: set[int] = set()
+    with_smaller_share: set[int] = set()
     for share in (0.01, 0.1, 0.5, 0.99):
         threshold = threshold_of_share(share)
-        held = {number for number in digests if is_held_out(number, threshold)}
-        assert len(held) / 4000 == pytest.approx(share, abs=0.03)
-        assert before <= held
-        before = held
+        held_out = {number for number in digests if is_held_out(number, threshold)}
+        assert len(held_out) / 4000 == pytest.approx(share, abs=0.03)
+        assert with_smaller_share <= held_out
+        with_smaller_share = held_out
 
 
 def test_held_out_rows_are_not_those_with_the_lowest_digests():
@@ -73,13 +77,14 @@ def test_held_out_rows_are_not_those_with_the_lowest_digests():
 
 def test_a_number_of_rows_is_held_out_and_duplicates_stay_together():
     digests = np.array([digest(Text(str(i))) for i in range(50)], np.uint64)
-    for rows in (1, 7, 50, 80):
-        threshold = threshold_of_rows(digests, rows)
-        held = [number for number in digests.tolist() if is_held_out(number, threshold)]
-        assert len(held) == min(rows, 50)
-        twice = threshold_of_rows(np.repeat(digests, 2), rows)
-        both = [number for number in digests.tolist() if is_held_out(number, twice)]
-        assert len(both) == min(-(-rows // 2), 50)
+    for num_rows in (1, 7, 50, 80):
+        threshold = threshold_of_rows(digests, num_rows)
+        held_out = [number for number in digests.tolist() if is_held_out(number, threshold)]
+        assert len(held_out) == min(num_rows, 50)
+        # With each row twice, half as many different rows are held out, and one more if odd.
+        threshold = threshold_of_rows(np.repeat(digests, 2), num_rows)
+        held_out = [number for number in digests.tolist() if is_held_out(number, threshold)]
+        assert len(held_out) == min(ceil(num_rows / 2), 50)
     assert threshold_of_rows(digests[:0], 3) == 0
 
 

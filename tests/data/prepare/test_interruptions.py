@@ -65,21 +65,23 @@ def test_an_interrupt_before_the_index_is_written_leaves_the_earlier_data(run, m
 
 
 def assert_complete_after_another_writer(run, monkeypatch, change=lambda split: None):
-    """Prepare while another process publishes the same splits first, changed by `change`."""
-    publish = SplitWriter.publish
-    other_writers = []
+    """Prepare data while another process publishes the same splits first.
 
-    def publish_second(self, audit):
-        if not other_writers:
-            other_writers.append(run.folder / "elsewhere")
-            prepare_data(run.settings(), other_writers[0])
-            for split in other_writers[0].glob("*-*"):
+    `change`: a function that changes the folder of each split that the other process published.
+    """
+    publish = SplitWriter.publish
+    elsewhere = run.folder / "elsewhere"
+
+    def publish_after_another(self, audit):
+        if not elsewhere.exists():
+            prepare_data(run.settings(), elsewhere)
+            for split in elsewhere.glob("*-*"):
                 change(shutil.copytree(split, run.data / split.name))
         publish(self, audit)
 
-    monkeypatch.setattr(SplitWriter, "publish", publish_second)
+    monkeypatch.setattr(SplitWriter, "publish", publish_after_another)
     index = run.prepare()
-    assert other_writers
+    assert elsewhere.exists()
     assert len(open_split(index.train)) == 24
     assert len(open_split(index.eval)) == 6
     names = {path.name for path in run.data.iterdir()}
@@ -132,12 +134,12 @@ def test_temporary_files_of_a_dead_process_of_this_machine_are_removed(run, name
 
 def test_temporary_files_of_another_machine_are_kept_for_a_day(run):
     run.data.mkdir(parents=True)
-    theirs = run.data / f".train-{'0' * 16}.other-host-17.tmp"
-    theirs.mkdir()
-    (theirs / "ids.npy").write_bytes(b"x")
+    of_other_host = run.data / f".train-{'0' * 16}.other-host-17.tmp"
+    of_other_host.mkdir()
+    (of_other_host / "ids.npy").write_bytes(b"x")
     run.prepare()
-    assert theirs.is_dir()
-    for path in (theirs / "ids.npy", theirs):
-        os.utime(path, (0, 0))
+    assert of_other_host.is_dir()
+    for path in (of_other_host / "ids.npy", of_other_host):
+        os.utime(path, (0, 0))  # written in 1970
     run.prepare()
-    assert not theirs.exists()
+    assert not of_other_host.exists()

@@ -1,4 +1,7 @@
-"""The key of prepared data depends on all inputs of the documents, and on nothing else."""
+"""The key of prepared data: a hash of everything that determines its documents.
+
+A run reuses prepared data with the same key. Training and held-out data have a key each.
+"""
 
 import hashlib
 import json
@@ -25,6 +28,7 @@ from tests.rows.read import row_of
 
 pytestmark = pytest.mark.tensor
 
+# Setting -> a change of it that must change the key.
 CHANGES = {
     "chat_template": {"chat_template": "chatml"},
     "columns": {"columns": {"messages": "messages"}},
@@ -43,10 +47,9 @@ CHANGES = {
     "train_on": {"train_on": "all"},
     "weight": {"train_data": {"path": "train.jsonl", "weight": 2.0}},
 }
-OF_TRAINING_DATA = ["limit of a source", "weight"]
-OF_BOTH_SPLITS = [
-    name for name in CHANGES if name not in (*OF_TRAINING_DATA, "chat_template", "held_out")
-]
+OF_TRAINING_DATA = ["limit of a source", "weight"]  # these change the key of training data only
+TESTED_SEPARATELY = ["chat_template", "held_out"]
+OF_BOTH_SPLITS = [name for name in CHANGES if name not in (*OF_TRAINING_DATA, *TESTED_SEPARATELY)]
 
 
 def assert_replaced(run, index):
@@ -166,16 +169,19 @@ ROWS = [
 ]
 
 
-def test_rows_that_are_read_otherwise_need_another_version_in_the_key():
-    """Otherwise a split that an earlier version prepared is reused. Record both values together."""
-    examples = []
+def test_a_change_of_the_code_that_reads_rows_also_changes_the_version_in_the_key():
+    """Otherwise data that an earlier version prepared would be reused.
+
+    If the hash of the examples of ROWS changes, increase keys._FORMAT and record both values here.
+    """
+    digests = []
     for value in ROWS:
         try:
-            examples.append(digest(read_example(row_of(value)).example, keeps_space=True))
+            digests.append(digest(read_example(row_of(value)).example, keeps_space=True))
         except RowError:
-            examples.append(None)  # rejected
-    recorded = hashlib.sha256(json.dumps(examples).encode()).hexdigest()[:8]
-    assert (keys._FORMAT, recorded) == (10, "c9c5456d")
+            digests.append(None)  # rejected
+    hash_of_examples = hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:8]
+    assert (keys._FORMAT, hash_of_examples) == (10, "c9c5456d")
 
 
 def texts(run):
@@ -204,6 +210,7 @@ def changing_while_read(change):
 
 
 def replace_by_copy(path):
+    """Replace a file by one with the same content and time."""
     copy = path.with_name("copy")
     shutil.copy2(path, copy)
     copy.replace(path)
@@ -254,28 +261,30 @@ def test_a_new_link_or_mode_of_a_file_is_not_a_change(run):
 
 
 def test_large_files_are_hashed_once_until_they_change(run, monkeypatch):
-    hashed = []
-    digest = hashlib.file_digest
+    hashed_files = []
+    file_digest = hashlib.file_digest
 
-    def counting(stream, name):
-        hashed.append(Path(stream.name))
-        return digest(stream, name)
+    def digest_and_record(stream, name):
+        hashed_files.append(Path(stream.name))
+        return file_digest(stream, name)
 
-    monkeypatch.setattr(hashlib, "file_digest", counting)
+    monkeypatch.setattr(hashlib, "file_digest", digest_and_record)
     monkeypatch.setattr(keys, "_MIN_CACHED_BYTES", 1)
-    run.prepare()  # not cached yet, because a file written just now may still change undetected
+    # The hash of a file written just now is not cached: a change within the resolution of the
+    # file's time would not be detected.
+    run.prepare()
     monkeypatch.setattr(keys, "_SETTLED_AFTER_S", 0.0)
     first = run.prepare()
-    assert hashed.count(run.train) == 2
+    assert hashed_files.count(run.train) == 2
     assert run.prepare() == first
     assert train_key(run.settings()) == first.train.key
-    assert hashed.count(run.train) == 2
+    assert hashed_files.count(run.train) == 2
     text = run.train.read_text()
     run.train.write_text(text.replace("yes", "nay"))  # same length
     assert run.prepare().train.key != first.train.key
     run.train.write_text(text)
     assert run.prepare().train.key == first.train.key
-    assert hashed.count(run.train) == 4
+    assert hashed_files.count(run.train) == 4
 
 
 def test_data_of_other_tokeniser_versions_is_reused_with_a_message(run, monkeypatch, caplog):

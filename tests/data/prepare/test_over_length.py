@@ -12,6 +12,7 @@ pytestmark = pytest.mark.tensor
 
 
 def fitted_and_whole(run, over_length):
+    """The same rows prepared with max_length 100 and this rule, and with a length that fits all."""
     write_lines(run.train, long_rows())
     index = run.prepare(max_length=100, over_length=over_length, max_rejected=0.9)
     whole = prepare_data(run.settings(max_length=10_000, max_rejected=0.9), run.folder / "whole")
@@ -20,10 +21,11 @@ def fitted_and_whole(run, over_length):
 
 def test_truncated_documents_keep_a_supervised_token(run):
     fitted, whole = fitted_and_whole(run, "truncate")
-    late = sum(not whole.document(i)[1][:100].any() for i in range(len(whole)))
-    assert late > 0
-    assert len(fitted) == len(whole) - late
-    assert run.audit()["rejected"]["no supervised token within max_length (100)"] == late
+    masks = [whole.document(i)[1] for i in range(len(whole))]
+    num_late = sum(not mask[:100].any() for mask in masks)  # answers beyond the first 100 tokens
+    assert num_late > 0
+    assert len(fitted) == len(whole) - num_late
+    assert run.audit()["rejected"]["no supervised token within max_length (100)"] == num_late
     assert fitted.lengths.max() == 100
     assert fitted.supervised_counts.min() > 0
 
@@ -31,9 +33,9 @@ def test_truncated_documents_keep_a_supervised_token(run):
 def test_dropped_rows_are_counted_and_are_not_rejected(run):
     fitted, whole = fitted_and_whole(run, "drop")
     audit = run.audit()
-    fitting = int((whole.lengths <= 100).sum())
-    assert len(fitted) == audit["rows_used"] == fitting < len(whole)
-    assert audit["rows_dropped"] == len(whole) - fitting
+    num_short = int((whole.lengths <= 100).sum())
+    assert len(fitted) == audit["rows_used"] == num_short < len(whole)
+    assert audit["rows_dropped"] == len(whole) - num_short
     assert sum(audit["rejected"].values()) == 2
     assert audit["rows_read"] == audit["rows_used"] + audit["rows_dropped"] + 2
     assert len(run.rejects()) == 2 + audit["rows_dropped"]

@@ -23,18 +23,20 @@ pytestmark = pytest.mark.tensor
 
 @pytest.fixture(autouse=True)
 def _forked_workers(monkeypatch):
-    """Fork the workers from the preloaded interpreter: a spawned one imports for seconds.
+    """Fork the workers from the preloaded interpreter, because a spawned one imports for seconds.
 
-    The last test spawns them.
+    The last test starts a process of its own, which spawns its workers.
     """
     monkeypatch.setattr(parallel, "get_context", lambda _: CONTEXT)
 
 
 def make_squares(fails_at):
+    """What each worker calls once: it returns the function that the worker applies to each item."""
     return partial(square, fails_at)
 
 
 def square(fails_at, number):
+    """The square, and the id of the process that computed it; an error for `fails_at`."""
     if number == fails_at:
         raise UserError(f"{number} is wrong")
     return number * number, os.getpid()
@@ -44,8 +46,9 @@ def square(fails_at, number):
 def test_results_come_in_order_and_from_all_processes(processes):
     results = list(parallel_map(range(60), partial(make_squares, None), processes=processes))
     assert [number for number, _ in results] == [number * number for number in range(60)]
-    here = os.getpid()
-    assert {pid == here for _, pid in results} == {processes == 1}
+    caller = os.getpid()
+    is_computed_by_caller = {pid == caller for _, pid in results}
+    assert is_computed_by_caller == {processes == 1}
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -56,23 +59,24 @@ def test_an_error_is_raised_after_the_results_before_it(processes):
         next(results)
 
 
-def test_a_few_chunks_are_processed_in_the_calling_process():
+def test_five_items_are_too_few_for_worker_processes():
     results = list(parallel_map(range(5), partial(make_squares, None)))
     assert {pid for _, pid in results} == {os.getpid()}
 
 
-def test_the_number_of_chunks_read_ahead_is_bounded():
-    read = []
+def test_the_number_of_items_read_ahead_is_bounded():
+    num_read = 0
 
-    def chunks():
+    def items():
+        nonlocal num_read
         for number in range(1000):
-            read.append(number)
+            num_read += 1
             yield number
 
-    results = parallel_map(chunks(), partial(make_squares, None), processes=2)
+    results = parallel_map(items(), partial(make_squares, None), processes=2)
     next(results)
     results.close()
-    assert len(read) < 20
+    assert num_read < 20
 
 
 @pytest.mark.parametrize(("processes", "over_length"), [(2, "truncate"), (3, "split")])

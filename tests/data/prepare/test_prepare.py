@@ -1,4 +1,7 @@
-"""Prepared splits have the encoder's documents; they are written once, and never incompletely."""
+"""Prepared data has the documents of the encoder, is written once, and is never incomplete.
+
+A split is the training data or the held-out data. `run` is a folder with a model and rows.
+"""
 
 import errno
 import json
@@ -52,12 +55,13 @@ def test_a_new_token_is_one_token_in_documents_and_stays_when_decoded(run):
     )
     tokenizer = run_tokenizer(run.settings(new_tokens=["ask"]))
     token = tokenizer.convert_tokens_to_ids("ask")
-    assert token == 259
-    num_asked = with_token.tolist().count(token)
-    assert num_asked >= 1
-    assert len(with_token) == len(plain) - 2 * num_asked
+    assert token == 259  # the first id after the vocabulary of the byte-level tokenizer
+    num_occurrences = with_token.tolist().count(token)
+    assert num_occurrences >= 1
+    # One token replaces the three bytes of "ask".
+    assert len(with_token) == len(plain) - 2 * num_occurrences
     text = tokenizer.decode(with_token, skip_special_tokens=True)
-    assert text.count("ask") == num_asked
+    assert text.count("ask") == num_occurrences
 
 
 def test_a_new_token_that_no_document_has_is_counted_and_logged(run):
@@ -164,6 +168,7 @@ def test_a_damaged_split_is_refused_by_readers_and_written_again(run):
         DataIndex.load(run.data)
 
 
+# Damage of a file -> function that does it.
 DAMAGES = {
     "missing": lambda path: path.unlink(),
     "truncated": lambda path: path.write_text(path.read_text()[:-9]),

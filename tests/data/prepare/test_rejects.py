@@ -1,4 +1,7 @@
-"""Each rejected row is named, and a source with too many rejected rows is refused."""
+"""Rejected rows: each is listed in rejects.jsonl, and a source with too many of them is refused.
+
+`max_rejected` is the largest allowed share of bad rows in a source.
+"""
 
 import os
 import subprocess
@@ -24,6 +27,7 @@ CHECKS = {
     "check_first_rows": lambda run, settings: check_first_rows(settings),
     "prepare": lambda run, settings: prepare_data(settings, run.data),
 }
+# Seven bad rows with four reasons; they follow the 24 rows of the fixture `run`.
 BAD = ["{", "[]", "[]", row(" "), row(" "), row(" "), '{"note": "t"}']
 
 
@@ -50,7 +54,7 @@ def test_more_bad_rows_than_allowed_are_refused_by_prepare(run):
 
 
 def test_max_rejected_applies_to_each_source(run):
-    """Good rows of a large source do not make up for a small one; all bad sources are named."""
+    """A small bad source is refused beside a large good one, and all bad sources are named."""
     small, other = run.folder / "small.jsonl", run.folder / "other.jsonl"
     write_lines(small, [row("good"), *['{"sum": 3}'] * 2])
     write_lines(other, [row("good"), "["])
@@ -123,6 +127,7 @@ def test_a_stricter_max_rejected_applies_to_prepared_data(run):
 
 
 def settings_with_small_source(run, path):
+    """Settings with a second source of little weight, whose rows may all be bad or dropped."""
     sources = [str(run.train), {"path": str(path), "weight": 0.1}]
     return run.settings(train_data=sources, max_rejected=1.0, over_length="drop", max_length=200)
 
@@ -151,7 +156,7 @@ def test_a_source_of_dropped_rows_only_is_refused_even_if_small(run):
     prepare_data(settings, run.data, 4)  # not all of its rows are read
 
 
-def test_data_without_a_usable_row_is_refused_whatever_max_rejected(run):
+def test_data_without_a_usable_row_is_refused_even_if_max_rejected_is_1(run):
     run.train.write_text("{\n{\n")
     with refused("no usable row", run.train):
         check_rows(run.settings(max_rejected=1.0))
@@ -175,7 +180,7 @@ def test_each_reason_is_given_once_with_its_first_row_and_number_of_rows(run, ch
     assert str(caught.value).count("no known format") == 1
 
 
-def test_the_file_with_all_rejected_rows_is_not_named_as_part_of_a_reason(run):
+def test_the_path_of_rejects_jsonl_is_not_part_of_a_reason(run):
     write_lines(run.train, ["{", row(" ")])
     with refused(run.data / "rejects.jsonl", "2 of 2 rows") as caught:
         prepare_data(run.settings(), run.data)

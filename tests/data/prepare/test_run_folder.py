@@ -1,4 +1,7 @@
-"""Runs whose folder is inside the folder of their training data, with 2.5 epochs."""
+"""A run whose folder is inside the folder of its training data; it trains for 2.5 epochs.
+
+The files of the run must not be read as data, and it must resume bitwise within the last epoch.
+"""
 
 import json
 import time
@@ -26,6 +29,7 @@ def write_run_file(folder, name, model):
 
 
 def key_and_files(folder):
+    """Key of the prepared training data of a run, and {data file: number of rows}."""
     audit = json.loads((folder / "data" / "audit.json").read_text())
     (source,) = audit["train"]["sources"]
     return json.loads((folder / "data" / "index.json").read_text())["train"]["key"], source["files"]
@@ -35,8 +39,8 @@ def test_run_files_are_never_data_and_a_fractional_epoch_resumes_bitwise(tiny_mo
     folder = tmp_path / "data"
     folder.mkdir()
     make_rows(folder / "rows.jsonl", 60)
-    straight_file, straight = write_run_file(folder, "straight", tiny_model)
-    code, output = run("launch/train.py", straight_file)
+    uninterrupted_file, uninterrupted = write_run_file(folder, "uninterrupted", tiny_model)
+    code, output = run("launch/train.py", uninterrupted_file)
     assert code == 0, output
 
     # The folder now has the JSON Lines files of a finished run, and later those of a stopped one.
@@ -47,17 +51,18 @@ def test_run_files_are_never_data_and_a_fractional_epoch_resumes_bitwise(tiny_mo
             time.sleep(0.005)
         (stopped / "stop").touch()
         code, output = command.end()
-    assert code == 75, output
+    assert code == 75, output  # exit code of a stopped run that can be resumed
     step = json.loads((stopped / "status.json").read_text())["step"]
     assert STEPS - 8 < step < STEPS  # within the last half epoch
     code, output = run("launch/train.py", stopped_file)
     assert code == 0, output
 
-    assert key_and_files(stopped) == key_and_files(straight)
-    assert key_and_files(stopped)[1] == {str(folder / "rows.jsonl"): 60}
-    lines = [read_metrics(run / "metrics.jsonl") for run in (straight, stopped)]
-    assert [line["step"] for line in lines[0]] == list(range(1, STEPS + 1))
-    losses = [[line["loss"] for line in run] for run in lines]
-    assert losses[0] == losses[1]
+    key, files = key_and_files(stopped)
+    assert (key, files) == key_and_files(uninterrupted)
+    assert files == {str(folder / "rows.jsonl"): 60}
+    metrics = read_metrics(uninterrupted / "metrics.jsonl")
+    metrics_of_resumed = read_metrics(stopped / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
+    assert [line["loss"] for line in metrics] == [line["loss"] for line in metrics_of_resumed]
     adapter = "adapter/adapter_model.safetensors"
-    assert (straight / adapter).read_bytes() == (stopped / adapter).read_bytes()
+    assert (uninterrupted / adapter).read_bytes() == (stopped / adapter).read_bytes()

@@ -1,7 +1,11 @@
-"""Documents and audit on the terminal: supervised text is marked, and all text is shown."""
+"""Documents and audit on the terminal: supervised text is marked, and all text is shown.
+
+The mark is [[brackets]] in plain text, and colour on a terminal.
+"""
 
 import io
 from argparse import ArgumentTypeError
+from math import ceil
 
 import pytest
 from rich.console import Console
@@ -17,6 +21,8 @@ LONG = "a line that is much longer than a terminal is wide, " * 5
 
 
 class Documents(list):
+    """Encoded documents with the interface of a prepared split."""
+
     def document(self, i):
         return self[i].ids, self[i].supervised
 
@@ -104,19 +110,18 @@ def test_source_names_are_not_shortened_in_a_narrow_terminal():
     ]
 
 
-def test_a_part_keeps_the_space_at_its_beginning():
+def test_a_supervised_segment_keeps_the_space_at_its_beginning():
     tokenizer = sentence_piece()
     ids = tokenizer("yes no yes").input_ids
-    parts = list(supervised_segments(ids, [False, True, False], tokenizer))
-    assert parts == [("yes", False), (" no", True), (" yes", False)]
+    segments = list(supervised_segments(ids, [False, True, False], tokenizer))
+    assert segments == [("yes", False), (" no", True), (" yes", False)]
 
 
-@pytest.mark.parametrize("every", [1, 3, 40])
-def test_the_parts_joined_are_the_text_of_the_document(every):
+@pytest.mark.parametrize("segment_tokens", [1, 3, 40])
+def test_the_joined_segments_are_the_text_of_the_document(segment_tokens):
     tokenizer = sentence_piece()
     ids = tokenizer("yes no " * 100).input_ids
-    parts = list(
-        supervised_segments(ids, [i // every % 2 == 1 for i in range(len(ids))], tokenizer)
-    )
-    assert len(parts) == -(-len(ids) // every)
-    assert "".join(text for text, _ in parts) == tokenizer.decode(ids)
+    is_supervised = [i // segment_tokens % 2 == 1 for i in range(len(ids))]  # every second segment
+    segments = list(supervised_segments(ids, is_supervised, tokenizer))
+    assert len(segments) == ceil(len(ids) / segment_tokens)
+    assert "".join(text for text, _ in segments) == tokenizer.decode(ids)

@@ -1,4 +1,7 @@
-"""Windows of documents longer than max_length, for all lengths and masks."""
+"""Windows: the parts of a document longer than max_length that are trained, for all masks.
+
+The rule is `over_length`: truncate has the first window, drop has none, split has all of them.
+"""
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ pytestmark = pytest.mark.tensor
 
 @st.composite
 def documents(draw):
+    """Token ids 0, 1, 2, ..., and a mask of supervised tokens without the first."""
     mask = draw(st.lists(st.booleans(), min_size=1, max_size=40))
     mask[0] = False
     return np.arange(len(mask), dtype=np.int32), np.array(mask, bool)
@@ -51,9 +55,13 @@ def test_split_trains_each_supervised_token_once(document, length):
 @settings(max_examples=200, deadline=None)
 def test_truncate_keeps_the_beginning_if_it_has_a_supervised_token(document, length):
     ids, supervised = document
-    kept = [(w.ids.tolist(), w.supervised.tolist()) for w in windows(*document, length, "truncate")]
-    beginning = (ids[:length].tolist(), supervised[:length].tolist())
-    assert kept == [beginning] * int(supervised[:length].any())
+    kept = windows(*document, length, "truncate")
+    if supervised[:length].any():
+        (window,) = kept
+        assert window.ids.tolist() == ids[:length].tolist()
+        assert window.supervised.tolist() == supervised[:length].tolist()
+    else:
+        assert kept == []
 
 
 @given(documents(), lengths)
@@ -74,15 +82,17 @@ def test_the_length_that_keeps_all_tokens_is_the_smallest(rows, length, over_len
     counts = count_lengths([mask for _, mask in rows], length, over_length)
     assume(counts.supervised)
 
-    def lost(limit):
-        parts = [w for row in rows for w in windows(*row, limit, over_length)]
+    def num_lost(max_length):
+        """Supervised tokens that are not trained with this max_length."""
+        parts = [window for row in rows for window in windows(*row, max_length, over_length)]
         return counts.supervised - sum(int(part.supervised.sum()) for part in parts)
 
-    counts.trained = counts.supervised - lost(length)
+    counts.trained = counts.supervised - num_lost(length)
     loss = counts.loss()
-    assert (loss.tokens, loss.lost) == (sum(int(m.sum()) for _, m in rows), lost(length))
-    assert loss.longer == sum(len(ids) > length and m.any() for ids, m in rows)
-    assert lost(loss.keeps_all) == 0 < lost(loss.keeps_all - 1)
+    assert loss.tokens == sum(int(mask.sum()) for _, mask in rows)
+    assert loss.lost == num_lost(length)
+    assert loss.longer == sum(len(ids) > length and mask.any() for ids, mask in rows)
+    assert num_lost(loss.keeps_all) == 0 < num_lost(loss.keeps_all - 1)
     assert loss.keeps_99 <= loss.keeps_all
 
 
@@ -92,11 +102,15 @@ def test_the_length_that_keeps_99_percent_is_exact_to_64_tokens(over_length):
     loss = count_lengths(masks, 1024, over_length).loss()
     rule = "truncate" if over_length == "truncate" else "drop"
 
-    def kept(limit):
-        parts = [w for m in masks for w in windows(np.arange(len(m)), m, limit, rule)]
+    def kept_share(max_length):
+        parts = [
+            window
+            for mask in masks
+            for window in windows(np.arange(len(mask)), mask, max_length, rule)
+        ]
         return sum(int(part.supervised.sum()) for part in parts) / loss.tokens
 
-    assert kept(loss.keeps_99 - 64) < 0.99 <= kept(loss.keeps_99)
+    assert kept_share(loss.keeps_99 - 64) < 0.99 <= kept_share(loss.keeps_99)
     assert loss.keeps_all == 20_000
 
 
