@@ -115,8 +115,8 @@ def _keys(node: yaml.Node, path: KeyPath) -> Iterator[tuple[KeyPath, yaml.Node]]
             yield key_path, key
             yield from _keys(value, key_path)
     elif isinstance(node, yaml.SequenceNode):
-        for i, item in enumerate(node.value):
-            yield from _keys(item, (*path, str(i)))
+        for index, item in enumerate(node.value):
+            yield from _keys(item, (*path, str(index)))
 
 
 class _Loader(yaml.SafeLoader):

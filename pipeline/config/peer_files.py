@@ -82,9 +82,9 @@ def read_peer_config(path: Path) -> PeerConfig:
     if path.suffix in (".sh", ".bash", ".sbatch", ".slurm"):
         command = _training_command(path)
         options = _command_options(command, path)
-        program = command[:2]  # such as `swift sft` or `python swift/cli/sft.py`
-        is_swift = any(Path(word).name in ("swift", "sft.py") for word in program)
-        is_swift = is_swift and "swift" in " ".join(program)
+        first_words = command[:2]  # such as `swift sft` or `python swift/cli/sft.py`
+        has_program_name = any(Path(word).name in ("swift", "sft.py") for word in first_words)
+        is_swift = has_program_name and "swift" in " ".join(first_words)
     else:
         kind: Literal["YAML", "JSON"] = "JSON" if path.suffix == ".json" else "YAML"
         options, is_swift = read_located(path, kind).values, False

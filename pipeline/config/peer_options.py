@@ -248,7 +248,9 @@ def _data_path(name: str, description: Mapping[str, Any], config: PeerConfig) ->
     if isinstance(files, list) and len(files) > 1:
         notes.append(f"several data_files of {path}")
     subsets = {key: description[key] for key in ("name", "subset") if description.get(key)}
-    notes += [f"{k}: {value}: name the files of this configuration" for k, value in subsets.items()]
+    notes += [
+        f"{key}: {value}: name the files of this configuration" for key, value in subsets.items()
+    ]
     if description.get("type"):
         notes.append(_IS_DETECTED)
     if not description and config.program == "LLaMA-Factory":

@@ -392,7 +392,7 @@ class RunKeys(BaseModel):
         default=None,
         description="Number of held-out rows that each evaluation also answers, greedily, to "
         "record exact match, valid JSON and the match of `eval_regex` with 95 % intervals "
-        "(docs/scoring.md). The plan's predicted times do not include this.",
+        "(docs/scoring.md). The predicted time of the run includes this.",
         json_schema_extra=traits(change="run"),
     )
     eval_regex: Annotated[str, Field(min_length=1)] | None = Field(

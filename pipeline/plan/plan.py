@@ -195,8 +195,8 @@ class Plan:
     def seconds(self) -> float:
         """Predicted time of all steps, of the answers of evaluations, and of decompositions."""
         seconds = self.steps.total_steps * self.speed.seconds_per_step
-        if (answered := self.answers) is not None:
-            seconds += self.num_evaluations * answered.seconds
+        if (answers_of_evaluation := self.answers) is not None:
+            seconds += self.num_evaluations * answers_of_evaluation.seconds
         decomposed = self.decompositions
         return seconds + (0.0 if decomposed is None else decomposed.seconds)
 

@@ -69,7 +69,7 @@ def reasons(
 def _compare_with_alternative(key: str, chosen: Candidate, ranked: Sequence[Candidate]) -> str:
     """The chosen candidate compared with the best one in which this field differs, as text."""
     chosen_value = getattr(chosen.layout, key)
-    others = [c for c in ranked if getattr(c.layout, key) != chosen_value]
+    others = [each for each in ranked if getattr(each.layout, key) != chosen_value]
     if not others:
         return "fixed by the other settings"
     best = min(others, key=preference)
@@ -85,8 +85,8 @@ def _compare_with_alternative(key: str, chosen: Candidate, ranked: Sequence[Cand
     # The candidates may have different global batches, so the times are for the chosen one.
     sequences = chosen.layout.global_batch_size
     chosen_time, best_time = (
-        _seconds_text(c.speed.seconds_per_step * sequences / c.layout.global_batch_size)
-        for c in (chosen, best)
+        _seconds_text(each.speed.seconds_per_step * sequences / each.layout.global_batch_size)
+        for each in (chosen, best)
     )
     if chosen_time == best_time:
         reason = f"no alternative is faster: predicted {chosen_time}/step, also for {name}"

@@ -212,7 +212,9 @@ def kept_activations(
     inputs = acts.of_tokens + num_inputs * acts.block_input
     # number of blocks of each kind that are not checkpointed
     not_checkpointed = [count for _, count in shape.counts(start=layout.checkpointed_layers)]
-    saved = sum(n * block.saved for n, block in zip(not_checkpointed, acts.blocks, strict=True))
+    saved = sum(
+        count * block.saved for count, block in zip(not_checkpointed, acts.blocks, strict=True)
+    )
     recomputed = [
         block.recomputed
         for (_, count), num_not_checkpointed, block in zip(
@@ -426,7 +428,7 @@ def _cast_bytes(kind: _BlockKind, num_tokens: int, attention_tokens: int) -> tup
     """
     if not kind.has_fp32_kernels:
         return 0, 0
-    block, tile_tokens = kind.block, -(-num_tokens // kind.num_tiles)
+    block, tile_tokens = kind.block, ceil(num_tokens / kind.num_tiles)
     weight = block.intermediate_size * block.hidden_size
     linear_bytes = 0
     if not kind.settings.is_quantised:
@@ -445,7 +447,7 @@ def _bytes_in_tiles(kind: _BlockKind, num_tokens: int) -> int:
     """
     block, b = kind.block, kind.b
     mlp_per_token = _saved_per_token(kind) - _saved_per_token(kind.without_mlp)
-    tile_tokens = -(-num_tokens // kind.num_tiles)
+    tile_tokens = ceil(num_tokens / kind.num_tiles)
     tile = tile_tokens * (mlp_per_token + 2 * (block.intermediate_size + block.hidden_size) * b)
     output_and_input = 2 * num_tokens * block.hidden_size * b
     mlp_adapters = kind.adapter.parameters - kind.outside_mlp.parameters

@@ -27,8 +27,8 @@ _CACHE_PASSES = 3
 class Answers:
     """The answers of one evaluation.
 
-    `tokens`: predicted tokens of each answer. `passes`: forward passes of each rank. `seconds`:
-    predicted time of one evaluation.
+    `rows`: number of answered rows. `tokens`: predicted tokens of each answer. `passes`: forward
+    passes of each rank. `seconds`: predicted time of one evaluation.
     """
 
     rows: int
@@ -56,48 +56,61 @@ def answers(
     """
     if settings.eval_generate is None:
         return None
-    prompt, tokens = lengths[0], ceil(lengths[1]) + EXTRA_TOKENS
+    prompt, expected_answer = lengths
+    tokens = ceil(expected_answer) + EXTRA_TOKENS
     rows = min(batch_rows(ceil(prompt) + tokens), settings.eval_generate)
-    rounds = ceil(ceil(settings.eval_generate / rows) / layout.world_size)
+    batches_per_rank = ceil(ceil(settings.eval_generate / rows) / layout.world_size)
     cost = cost_per_token(shape, settings, layout.training_dtype, is_sharded=layout.is_sharded)
     rates = reachable_rates(layout, hardware)
     fetches = cost.modules * FETCH_S if layout.is_sharded else 0.0
 
     def seconds(num_tokens: float, attended: float) -> float:
-        """Seconds of a forward pass over `num_tokens` tokens of each row."""
-        flops, values = _forward(shape, cost, rows, num_tokens, attended)
-        device = flops / rates.flops + _bytes(values, cost, settings, layout) / rates.memory
-        host = cost.kernels * KERNEL_S + fetches
-        if hardware.kind == "cuda":  # asynchronous: only the excess over device time counts
-            host = max(0.0, host - device)
-        return device + host + gather_seconds(cost, layout, rates)
+        """Seconds of a forward pass over `num_tokens` tokens of each row.
 
-    per_batch = seconds(prompt, prompt / 2) + (tokens - 1) * seconds(1, prompt + tokens / 2)
+        `attended`: number of tokens to which each of them attends, on average.
+        """
+        flops, values = _forward(shape, cost, rows, num_tokens, attended)
+        traffic = _traffic_bytes(values, cost, settings, layout)
+        device_s = flops / rates.flops + traffic / rates.memory
+        host_s = cost.kernels * KERNEL_S + fetches
+        if hardware.kind == "cuda":  # asynchronous: only the excess over device time counts
+            host_s = max(0.0, host_s - device_s)
+        return device_s + host_s + gather_seconds(cost, layout, rates)
+
+    pass_over_prompt_s = seconds(prompt, prompt / 2)
+    pass_for_one_token_s = seconds(1, prompt + tokens / 2)
+    batch_s = pass_over_prompt_s + (tokens - 1) * pass_for_one_token_s
     return Answers(
         rows=settings.eval_generate,
         tokens=tokens,
-        passes=rounds * tokens,
-        seconds=rounds * per_batch,
+        passes=batches_per_rank * tokens,
+        seconds=batches_per_rank * batch_s,
     )
 
 
 def _forward(
     shape: ModelShape, cost: CostPerToken, rows: int, num_tokens: float, attended: float
 ) -> tuple[float, float]:
-    """FLOPs, and values read or written, of a forward pass; only last tokens have logits."""
-    count = rows * num_tokens
-    flops = count * (cost.base_flops + cost.adapter_flops + cost.score_flops * attended)
+    """FLOPs of a forward pass, and number of values that it reads or writes.
+
+    Only the last token of each row has logits. `attended`: as in `answers`.
+    """
+    tokens_of_batch = rows * num_tokens
+    flops = tokens_of_batch * (cost.base_flops + cost.adapter_flops + cost.score_flops * attended)
     flops += rows * cost.head_flops + cost.norm_flops
-    experts = min(1.0, count * cost.expert_share) * cost.expert_values
+    experts = min(1.0, tokens_of_batch * cost.expert_share) * cost.expert_values
     values = cost.linear_values + experts + shape.vocab_size * shape.hidden_size
-    values += count * (cost.token_values + cost.score_values * attended) + cost.norm_values
-    cached = sum(num * 2 * block.key_width for block, num in shape.counts())
-    return flops, values + _CACHE_PASSES * rows * attended * cached
+    values += tokens_of_batch * (cost.token_values + cost.score_values * attended)
+    values += cost.norm_values
+    cached_per_token = sum(num_blocks * 2 * block.key_width for block, num_blocks in shape.counts())
+    return flops, values + _CACHE_PASSES * rows * attended * cached_per_token
 
 
-def _bytes(values: float, cost: CostPerToken, settings: RunSettings, layout: Layout) -> float:
-    """Bytes of these values in the training dtype, and of dequantised 4-bit weights."""
-    size = layout.bytes_per_value * values
-    if settings.load_in_4bit:
-        size += cost.packed_bytes + layout.bytes_per_value * cost.linear_values
-    return size
+def _traffic_bytes(
+    values: float, cost: CostPerToken, settings: RunSettings, layout: Layout
+) -> float:
+    """Bytes of these values in the training dtype, and of the dequantisation of 4-bit weights."""
+    traffic = layout.bytes_per_value * values
+    if settings.load_in_4bit:  # packed weights are read, 16-bit weights are written
+        traffic += cost.packed_bytes + layout.bytes_per_value * cost.linear_values
+    return traffic

@@ -20,7 +20,11 @@ _RATE_SHARE = {"cuda": 0.001, "cpu": 0.5}
 
 @dataclass(frozen=True, kw_only=True)
 class Decompositions:
-    """The decompositions of a run. `peak_bytes`: memory of the largest one on rank 0."""
+    """The decompositions of a run.
+
+    `kind`: SVD, approximate SVD or QR. `matrices`: number of decomposed weights. `peak_bytes`:
+    memory of the largest decomposition on rank 0.
+    """
 
     kind: str
     matrices: int
@@ -57,7 +61,7 @@ def decomposition_bytes(shape: ModelShape, settings: RunSettings) -> int:
     layers = _decomposed_layers(shape, settings)
     is_approximate = "niter" in str(settings.init_lora_weights)
     largest = 0
-    for d_out, d_in, r in {(x.linear.d_out, x.linear.d_in, x.r) for x in layers}:
+    for d_out, d_in, r in {(each.linear.d_out, each.linear.d_in, each.r) for each in layers}:
         m, n = max(d_out, d_in), min(d_out, d_in)
         factors = r * (m + n) if is_approximate else m * n + n * n
         largest = max(largest, 4 * (3 * m * n + 2 * factors))
@@ -65,10 +69,13 @@ def decomposition_bytes(shape: ModelShape, settings: RunSettings) -> int:
 
 
 def _decomposed_layers(shape: ModelShape, settings: RunSettings) -> list[AdaptedLayer]:
+    """The adapted layers whose weight is decomposed; LoftQ decomposes quantised weights only."""
     if not (settings.initialises_from_base or settings.corrects_quantisation):
         return []
     layers = adapted_layers(shape, settings)
-    return [x for x in layers if settings.initialises_from_base or x.linear.is_quantised]
+    if settings.initialises_from_base:
+        return list(layers)
+    return [layer for layer in layers if layer.linear.is_quantised]
 
 
 def _flops(method: str, layer: AdaptedLayer) -> float:

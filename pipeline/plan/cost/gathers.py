@@ -27,6 +27,7 @@ gigabytes more than one block needs would stay gathered.
 """
 
 from dataclasses import dataclass
+from math import ceil
 
 from pipeline.config.settings import RunSettings
 from pipeline.plan.given.adapter_counts import adapter_counts, adapter_counts_by_kind
@@ -80,7 +81,7 @@ def gathers(shape: ModelShape, settings: RunSettings) -> Gathers:
         expert_adapter = adapters.expert_parameters // max(1, count)
         gathered = sum(sizes) - persistent_in_block + expert_adapter
         largest_gathered = max(largest_gathered, gathered)
-    adapter_of_a_block = -(-adapter.parameters // shape.num_layers)
+    adapter_of_a_block = ceil(adapter.parameters / shape.num_layers)
     return Gathers(
         block=largest_gathered,
         head=shape.vocab_size * shape.hidden_size,
@@ -93,7 +94,7 @@ def _frozen_parameters(block: Block, settings: RunSettings) -> list[int]:
     """Stored elements of each frozen parameter of one block."""
     sizes = []
     for linear in block.linears:
-        sizes.append(-(-linear.weights // 2) if settings.load_in_4bit else linear.weights)
+        sizes.append(ceil(linear.weights / 2) if settings.load_in_4bit else linear.weights)
         sizes.append(linear.parameters - linear.weights)
     if block.experts:  # fused tensors and the router, never quantised
         sizes += [*(tensor.parameters for tensor in block.experts), block.router_parameters]

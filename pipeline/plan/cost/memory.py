@@ -144,7 +144,9 @@ def quantisation_constants(shape: ModelShape, settings: RunSettings) -> int:
         bytes_per_constant = 1 + 4 / 256 if settings.bnb_4bit_use_double_quant else 4
         return int(num_constants * bytes_per_constant)
     if settings.load_in_8bit:
-        rows = sum(count * sum(x.d_out for x in block.linears) for block, count in shape.counts())
+        rows = sum(
+            count * sum(linear.d_out for linear in block.linears) for block, count in shape.counts()
+        )
         return 4 * rows
     return 0
 

@@ -212,7 +212,8 @@ def _compute_cost(key: _Identity, training_dtype: str, *, is_joint: bool) -> Cos
         score_values=_SCORE_PASSES * heads if is_materialised else 0,
         linear_values=num_weights,
         expert_values=shape.expert_parameters,
-        expert_share=max(x.experts_per_token for x in shape.blocks) / max(1, shape.num_experts),
+        expert_share=max(block.experts_per_token for block in shape.blocks)
+        / max(1, shape.num_experts),
         packed_bytes=packed,
         stored_bytes=stored_linears + (shape.parameters - num_weights) * bytes_per_value,
         kernels=kernels,
@@ -245,8 +246,11 @@ def _norm_flops(shape: ModelShape, settings: RunSettings) -> float:
 
 def _norm_values(shape: ModelShape, settings: RunSettings) -> float:
     """Values read or written for DoRA's weight norms, including the identity matrix."""
-    linears = [layer.linear for layer in adapted_layers(shape, settings) if settings.use_dora]
-    return sum(2 * x.d_in**2 + _WEIGHT_NORM_PASSES * x.d_in * x.d_out for x in linears)
+    layers = adapted_layers(shape, settings) if settings.use_dora else ()
+    return sum(
+        2 * layer.linear.d_in**2 + _WEIGHT_NORM_PASSES * layer.linear.d_in * layer.linear.d_out
+        for layer in layers
+    )
 
 
 def _num_linears(shape: ModelShape) -> int:

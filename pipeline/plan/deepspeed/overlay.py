@@ -174,7 +174,9 @@ def _expected_values(key: KeyPath, value: Any) -> str | None:
         return " or ".join(CHOICES[key])
     if key == ("optimizer", "params", "betas"):
         is_pair = isinstance(value, list) and len(value) == 2
-        is_right = is_pair and all(isinstance(b, int | float) and 0 <= b < 1 for b in value)
+        is_right = is_pair and all(
+            isinstance(beta, int | float) and 0 <= beta < 1 for beta in value
+        )
         return None if is_right else "a list of two numbers from 0 to below 1"
     if key == ("optimizer", "params", "eps") and not (is_number and 0 < value < 1):
         return "a number above 0 and below 1"

@@ -286,10 +286,12 @@ def _sum_counts(
     """Sums over these adapted layers and fused expert tensors; `r`: of the adapter of experts."""
     linears = [layer.linear for layer in selected]
     largest_of_linears = max(
-        (x.r * max(x.linear.d_in, x.linear.d_out) for x in selected), default=0
+        (layer.r * max(layer.linear.d_in, layer.linear.d_out) for layer in selected), default=0
     )
-    largest_of_experts = r * max((x.count * max(x.d_in, x.d_out) for x in experts), default=0)
-    expert_parameters = sum(r * x.count * (x.d_in + x.d_out) for x in experts)
+    largest_of_experts = r * max(
+        (tensor.count * max(tensor.d_in, tensor.d_out) for tensor in experts), default=0
+    )
+    expert_parameters = sum(r * tensor.count * (tensor.d_in + tensor.d_out) for tensor in experts)
     return AdapterCounts(
         layers=len(linears),
         parameters=sum(layer.parameters for layer in selected) + expert_parameters,
@@ -311,8 +313,8 @@ def _sum_counts(
 
 def _blocks_with(selected: Sequence[AdaptedLayer], names: set[str]) -> int:
     """Number of blocks that have an adapted layer with one of these names."""
-    matching = [x for x in selected if x.linear.last_part in names]
-    return len({x.name.removesuffix(f".{x.linear.name}") for x in matching})
+    matching = [layer for layer in selected if layer.linear.last_part in names]
+    return len({layer.name.removesuffix(f".{layer.linear.name}") for layer in matching})
 
 
 def _reads_other_input(linear: Linear) -> bool:

@@ -94,7 +94,8 @@ class Block:
     @property
     def has_fused_attention(self) -> bool:
         """Whether one linear layer computes queries, keys and values."""
-        return any(x.name.endswith(("qkv_proj", "query_key_value")) for x in self.linears)
+        fused_names = ("qkv_proj", "query_key_value")
+        return any(linear.name.endswith(fused_names) for linear in self.linears)
 
     @property
     def linear_weights(self) -> int:

@@ -104,7 +104,8 @@ def _ids_in_tokenizer(folder: str, tokens: tuple[str, ...], num_rows: int) -> di
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
     ids = {token: int(tokenizer.token_to_id(token) or 0) for token in tokens}
     # The tokenizer may also have other tokens without an embedding. They need rows too.
-    without_row = {i: token for token, i in tokenizer.get_vocab().items() if i >= num_rows}
+    vocabulary = tokenizer.get_vocab().items()
+    without_row = {index: token for token, index in vocabulary if index >= num_rows}
     if unnamed := [token for _, token in sorted(without_row.items()) if token not in ids]:
         raise UserError(
             f"new_tokens: {path} has tokens for which the model has no embedding: "

@@ -142,7 +142,7 @@ class ModelShape:
         quantizers/base.py leaves out the head). A weight that blocks share counts once.
         """
         linears = self.linears.values()
-        return sum(x.weights for x in linears if x.is_quantised and not x.is_shared)
+        return sum(each.weights for each in linears if each.is_quantised and not each.is_shared)
 
     @cached_property
     def expert_parameters(self) -> int:
@@ -186,8 +186,10 @@ class ModelShape:
         experts are not linear layers; they are adapted only if the user names them.
         """
         linears = list(chain.from_iterable(block.linears for block in self.blocks))
-        refused = {x.last_part for x in linears if not (x.is_adaptable and x.is_called)}
-        names = [x.last_part for x in linears if not _ROUTER.match(x.name)]
+        refused = {
+            linear.last_part for linear in linears if not (linear.is_adaptable and linear.is_called)
+        }
+        names = [linear.last_part for linear in linears if not _ROUTER.match(linear.name)]
         return [name for name in dict.fromkeys(names) if name not in refused]
 
     def targeted(self, targets: str | Sequence[str]) -> list[tuple[str, Linear]]:
@@ -199,7 +201,11 @@ class ModelShape:
         """
         targets = self.without_auto(targets)
         if targets == "all-linear":
-            return [(n, x) for n, x in self.linears.items() if x.is_adaptable and x.is_called]
+            return [
+                (name, linear)
+                for name, linear in self.linears.items()
+                if linear.is_adaptable and linear.is_called
+            ]
         if isinstance(targets, str):
             selected = self.matching(targets, "lora_target_modules", is_pattern=True)
             self._require_match(selected, targets)
@@ -208,7 +214,11 @@ class ModelShape:
             targets = [target for target in targets if target != EXPERTS]
             for target in targets:
                 self._require_match(self.matching(target, "lora_target_modules"), target)
-            selected = [n for n in self.linears if any(is_or_ends_with(n, t) for t in targets)]
+            selected = [
+                name
+                for name in self.linears
+                if any(is_or_ends_with(name, target) for target in targets)
+            ]
         if unadaptable := [name for name in selected if not self.linears[name].is_adaptable]:
             raise UserError(
                 f"lora_target_modules: {targets!r} matches {unadaptable[0]}, but peft would not "
