@@ -2,6 +2,7 @@
 
 # ruff: noqa: E501 - a line break would change a template
 from tests.data.chat.documents import tokenizer_with
+from tests.data.chat.matrix import tokenizer as family_tokenizer
 
 # Channels in the header; turns end with <|end|>, the last one with <|return|>, calls with <|call|>.
 # Reasoning is written in the last turn only. A result repeats the name of its call.
@@ -103,3 +104,8 @@ def kind_tokenizer(name):
     """A tokenizer with the template of a kind."""
     template, others, named = _TOKENS[name]
     return tokenizer_with(template, others, **named)
+
+
+def tokenizer_of(name):
+    """A tokenizer with the template of a kind, or of a family of tests/templates."""
+    return kind_tokenizer(name) if name in KINDS else family_tokenizer(name)

@@ -4,12 +4,9 @@ The exception is reasoning that the template omits by design, which is counted.
 """
 
 import json
-import os
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from pipeline.data.chat.tokenizer import special_ids
 from pipeline.rows.examples import Conversation, Message, RowError
@@ -22,17 +19,11 @@ from tests.data.chat.documents import (
     tokenizer_with,
     user,
 )
-from tests.data.chat.kinds import KINDS, kind_tokenizer
-from tests.data.chat.matrix import FAMILIES
-from tests.data.chat.matrix import tokenizer as family_tokenizer
+from tests.data.chat.kinds import kind_tokenizer, tokenizer_of
 from tests.messages import refused
 from tests.tiny import CHATML
 
 pytestmark = pytest.mark.tensor
-
-IS_FULL = os.environ.get("TEMPLATES") == "full"  # `make templates`
-# Hypothesis: examples may take long, and many of them may be refused.
-RELAXED = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 TOOL = {
     "type": "function",
@@ -56,7 +47,7 @@ def call(name="forecast", **arguments):
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def agent(*calls, content="", result="rain", **others):
+def conversation_with(*calls, content="", result="rain", **others):
     """A conversation with these tool calls in one turn, their results and an answer."""
     messages = (
         Message("user", "Weather?"),
@@ -71,7 +62,7 @@ def token_counts_of(example, tokenizer, **values):
     """Token counts of a row, without those of ends at which generation does not stop."""
     (row,) = encoder(tokenizer, **values).encode_many([example])
     assert not isinstance(row, RowError), row
-    return {name: n for name, n in row.token_counts.items() if "without_stop" not in name}
+    return {name: count for name, count in row.token_counts.items() if "without_stop" not in name}
 
 
 class TestOmittedTexts:
@@ -93,7 +84,7 @@ class TestOmittedTexts:
 
     def test_a_template_that_writes_all_texts_is_accepted(self):
         deep_call = call(city="Oslo", days=3, deep={"flags": [True, None, 1.5, "x"]})
-        text = marked_text(agent(deep_call), tokenizer_with(self.TEMPLATE))
+        text = marked_text(conversation_with(deep_call), tokenizer_with(self.TEMPLATE))
         assert '[[<call>forecast {"city": "Oslo", "days": 3, "deep": {"flags": [true' in text
 
     @pytest.mark.parametrize(
@@ -122,7 +113,7 @@ class TestOmittedTexts:
         ],
     )  # fmt: skip
     def test_a_text_that_is_not_written_is_refused_with_its_path(self, old, new, path):
-        row = agent(call(city="Oslo", days=3), call(city="Bergen"))
+        row = conversation_with(call(city="Oslo", days=3), call(city="Bergen"))
         with refused(path, error=RowError):
             marked_text(row, self.omitting(old, new))
 
@@ -132,7 +123,7 @@ class TestOmittedTexts:
             marked_text(
                 Conversation((replace(asked, others={"name": "Ann"}), answer)), published("qwen3")
             )
-        row = agent(call(city="Oslo"))
+        row = conversation_with(call(city="Oslo"))
         result = replace(row.messages[2], others={"name": "forecast", "tool_call_id": "c1"})
         row = replace(row, messages=(*row.messages[:2], result, row.messages[3]))
         assert "rain 0" in marked_text(row, published("qwen3"))
@@ -187,7 +178,7 @@ class TestReasoning:
 
     def test_empty_reasoning_is_masked_alike_before_answers_and_calls(self):
         empty = "<think>\n\n</think>\n\n"
-        rows = [chat("q", "a"), replace(agent(call(city="Oslo")), tools=())]
+        rows = [chat("q", "a"), replace(conversation_with(call(city="Oslo")), tools=())]
         rows[1] = replace(rows[1], messages=rows[1].messages[:2])
         for row in rows:
             header = "<|im_start|>assistant\n"
@@ -201,7 +192,7 @@ class TestReasoning:
     @pytest.mark.parametrize("name", ["channels", "next-role", "qwen3"])
     def test_reasoning_that_is_not_supervised_stays_in_the_document(self, name):
         tokenizer = tokenizer_of(name)
-        row = agent(call(city="Oslo"), reasoning_content="I must look")
+        row = conversation_with(call(city="Oslo"), reasoning_content="I must look")
         with_reasoning = marked_text(row, tokenizer)
         without_reasoning = marked_text(row, tokenizer, train_on_reasoning=False)
 
@@ -220,7 +211,7 @@ class TestReasoning:
 
 class TestKinds:
     def test_channel_headers_and_every_end_of_turn_are_supervised(self):
-        text = marked_text(agent(call(city="Oslo")), kind_tokenizer("channels"))
+        text = marked_text(conversation_with(call(city="Oslo")), kind_tokenizer("channels"))
         opened = "<|start|>assistant[[<|channel|>"
         call_text = 'commentary to=functions.forecast<|message|>{"city": "Oslo"}<|call|>]]'
         assert opened + call_text in text
@@ -234,13 +225,14 @@ class TestKinds:
             "<|user|>q<|assistant|>[[<think></think>one<|user|>]]"
             "r<|assistant|>[[<think></think>two<|user|>]]"
         )
-        row = agent(call(city="Oslo"))
+        row = conversation_with(call(city="Oslo"))
         text = marked_text(replace(row, messages=row.messages[:2]), kind_tokenizer("next-role"))
         assert text.endswith("</tool_call><|observation|>]]")
 
     def test_arguments_are_json_text_if_a_template_concatenates_them(self):
         text = marked_text(
-            replace(agent(call(city="Oslo", days=2)), tools=()), kind_tokenizer("joined")
+            replace(conversation_with(call(city="Oslo", days=2)), tools=()),
+            kind_tokenizer("joined"),
         )
         assert '[[<call>function<sep>forecast\n{"city": "Oslo", "days": 2}</call></s>]]' in text
 
@@ -249,7 +241,7 @@ class TestKinds:
         assert text.count("[[") == text.count("<|im_end|>]]") == 2
 
     def test_missing_call_ids_are_generated_if_a_template_requires_them(self):
-        row = replace(agent(call(city="Oslo"), call(city="Bergen")), tools=())
+        row = replace(conversation_with(call(city="Oslo"), call(city="Bergen")), tools=())
         text = marked_text(row, published("mistral-nemo"))
         for number in (0, 1):
             assert f'"id": "call0000{number}"' in text
@@ -260,7 +252,7 @@ class TestKinds:
 
     def test_valid_call_ids_are_kept_and_results_refer_to_them(self):
         calls = [{**call(city=city), "id": new} for city, new in (("O", "toolong_1"), ("B", "b2"))]
-        row = agent(*calls)
+        row = conversation_with(*calls)
         answers = [
             replace(row.messages[n], others={"tool_call_id": old})
             for n, old in ((2, "b2"), (3, "toolong_1"))
@@ -287,7 +279,7 @@ class TestKinds:
         tools = tokenizer.chat_template.replace("<|im_start|>system", "TOOLS<|im_start|>system")
         tokenizer.chat_template = {"default": CHATML, "tool_use": tools}
         assert marked_text(chat("q", "a"), tokenizer).startswith("<|im_start|>user")
-        assert marked_text(agent(call(city="Oslo")), tokenizer).startswith("TOOLS")
+        assert marked_text(conversation_with(call(city="Oslo")), tokenizer).startswith("TOOLS")
 
     def test_a_template_file_replaces_the_model_s(self, tmp_path):
         path = tmp_path / "mine.jinja"
@@ -344,172 +336,3 @@ class TestSpecialTokensInText:
         assert special_ids_in(document) == special_ids_in(without_them)
         trained = decode(document.ids[document.supervised].tolist())
         assert trained == decode(plain.ids[plain.supervised].tolist())
-
-
-# Random conversations over every template
-
-words = st.text(st.sampled_from("abz \n\"'\\{}<>/\u00e9\U0001f600"), max_size=8)
-non_blank = words.filter(str.strip)
-keys = st.text(st.sampled_from("abk_"), min_size=1, max_size=4)
-values = st.recursive(
-    words | st.integers(-9, 99) | st.booleans() | st.none() | st.floats(0, 2),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=2),
-    max_leaves=5,
-)
-
-
-@st.composite
-def contents(draw):
-    """A text, perhaps with <think> blocks before it."""
-    parts = draw(st.lists(non_blank, min_size=1, max_size=3))
-    if draw(st.booleans()):
-        return "".join(parts)
-    return "".join(f"<think>\n{part}\n</think>\n\n" for part in parts[:-1]) + parts[-1]
-
-
-@st.composite
-def assistants(draw):
-    others = {}
-    if draw(st.booleans()):
-        named = st.dictionaries(keys, values, max_size=3)
-        calls = draw(st.lists(named, min_size=1, max_size=2))
-        others["tool_calls"] = [call(f"f{n}", **arguments) for n, arguments in enumerate(calls)]
-    if draw(st.integers(0, 2)) == 0:
-        others[draw(st.sampled_from(["reasoning_content", "thinking", "reasoning"]))] = draw(
-            non_blank
-        )
-    text = draw(contents()) if "tool_calls" not in others or draw(st.booleans()) else ""
-    return Message("assistant", text, draw(st.integers(0, 4)) > 0, others)
-
-
-@st.composite
-def conversations(draw):
-    messages = []
-    if draw(st.booleans()):
-        messages.append(Message("system", draw(non_blank)))
-    for _ in range(draw(st.integers(1, 3))):
-        name = {"name": draw(non_blank)} if draw(st.integers(0, 9)) == 0 else {}
-        messages.append(Message("user", draw(non_blank), True, name))
-        answer = draw(assistants())
-        messages.append(answer)
-        for number, _ in enumerate(answer.others.get("tool_calls", [])):
-            result = {"tool_call_id": f"c{number}"} if draw(st.booleans()) else {}
-            messages.append(Message("tool", draw(non_blank), True, result))
-        if "tool_calls" in answer.others:
-            messages.append(Message("assistant", draw(contents())))
-    tools = (TOOL,) if draw(st.booleans()) else ()
-    return Conversation(tuple(messages), tools)
-
-
-def texts_of(value):
-    """Keys and texts of a value; numbers as JSON."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from texts_of(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from texts_of(item)
-    else:
-        yield json.dumps(value)
-
-
-def is_in(text, document):
-    """Whether the stripped text is in the document, plain or with escape sequences."""
-    text = text.strip()
-    # The last form is that of text between single quotes, as in LFM2's calls.
-    forms = [text, repr(text)[1:-1], repr(f"""'"{text}""")[4:-1]]
-    forms += [json.dumps(text, ensure_ascii=is_ascii)[1:-1] for is_ascii in (False, True)]
-    return any(form in document for form in forms)
-
-
-def required_texts(row):
-    """The texts that a document must have, and reasoning that it may omit."""
-    required, reasoning = [], []
-    for message in row.messages:
-        # Texts outside and inside <think> blocks alternate.
-        alternating = message.content.replace("</think>", "<think>").split("<think>")
-        required += alternating[::2]
-        reasoning += alternating[1::2]
-        for key, value in message.others.items():
-            if key == "tool_calls":
-                required += texts_of([each["function"] for each in value])
-            elif key == "name":
-                required.append(value)
-            elif key != "tool_call_id":
-                reasoning.append(value)
-    if row.tools:
-        required += ["forecast", "The weather of a day", "Where", "celsius", "kelvin"]
-    return [text for text in required if text not in ("name", "arguments")], reasoning
-
-
-# Templates whose input the encoder changes: generated ids, arguments as text, reasoning parts. For
-# some of them it also appends the end of the last turn.
-CHANGED_INPUT = [
-    "named-ids", "joined", "next-role", "mistral-nemo", "mistral-v3", "mistral-small-3.2",
-    "deepseek-r1-distill", "deepseek-v3", "ministral-3",
-]  # fmt: skip
-ALL = [*KINDS, *sorted(FAMILIES)]
-PYTHON_SPELLING = {"true": "True", "false": "False", "null": "None"}  # some templates write these
-
-
-def tokenizer_of(name):
-    return kind_tokenizer(name) if name in KINDS else family_tokenizer(name)
-
-
-@pytest.mark.parametrize("name", ALL)
-@settings(max_examples=300 if IS_FULL else 5, **RELAXED)
-@given(rows=st.lists(conversations(), min_size=1, max_size=4))
-def test_each_text_of_a_row_is_written_or_omitted_reasoning_or_the_row_is_refused(name, rows):
-    tokenizer = tokenizer_of(name)
-    row_encoder = encoder(tokenizer)
-    for row, result in zip(rows, row_encoder.encode_many(rows), strict=True):
-        if isinstance(result, RowError):
-            assert str(result)
-            continue
-        (document,) = result.documents
-        text = tokenizer.decode(document.ids.tolist())
-        required, reasoning = required_texts(row)
-        for each in required:
-            assert is_in(each, text) or is_in(PYTHON_SPELLING.get(each, each), text), each
-        if not result.token_counts["omitted_reasoning"]:
-            assert all(is_in(each, text) for each in reasoning)
-        trained = tokenizer.decode(document.ids[document.supervised].tolist())
-        for message in row.messages:
-            answer = message.content.split("</think>")[-1]
-            if message.role == "assistant" and message.is_trained:
-                assert is_in(answer, trained)
-        assert tokenizer.decode([document.ids[document.supervised][-1]]) in tokenizer.decode(
-            sorted(row_encoder.ends)
-        )
-
-
-@pytest.mark.parametrize("name", [name for name in ALL if name not in CHANGED_INPUT])
-@settings(max_examples=300 if IS_FULL else 5, **RELAXED)
-@given(row=conversations())
-def test_the_rendered_text_equals_that_of_transformers(name, row):
-    assert_rendered_like_transformers(tokenizer_of(name), row)
-
-
-@pytest.mark.parametrize("name", CHANGED_INPUT)
-@settings(max_examples=300 if IS_FULL else 5, **RELAXED)
-@given(row=conversations())
-def test_the_rendered_text_of_plain_turns_equals_that_of_transformers(name, row):
-    """Plain turns are rendered without a change of the template's input."""
-    row = replace(row, messages=(*chat("q", row.messages[-1].content, "r").messages,))
-    assert_rendered_like_transformers(tokenizer_of(name), row)
-
-
-def assert_rendered_like_transformers(tokenizer, row):
-    messages = [{"role": m.role, "content": m.content, **m.others} for m in row.messages]
-    finder = encoder(tokenizer)._finder_for(bool(row.tools))
-    try:
-        text = finder._template.render(row).text
-    except RowError:
-        return
-    expected = tokenizer.apply_chat_template(
-        messages, tools=list(row.tools) or None, tokenize=False
-    )
-    assert text == expected

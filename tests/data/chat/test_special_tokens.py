@@ -5,8 +5,7 @@ import pytest
 from pipeline.data.chat.tokenizer import special_ids, special_pattern
 from pipeline.rows.examples import Conversation, Message, RowError
 from tests.data.chat.documents import encoder
-from tests.data.chat.kinds import kind_tokenizer
-from tests.data.chat.matrix import tokenizer as family_tokenizer
+from tests.data.chat.kinds import tokenizer_of
 from tests.messages import refused
 
 pytestmark = pytest.mark.tensor
@@ -24,11 +23,6 @@ TOKENS = {
     "llama-3.1": ["<|eot_id|>", "<|start_header_id|>"],
 }
 CASES = [(name, token) for name, tokens in TOKENS.items() for token in tokens]
-
-
-def tokenizer(name):
-    is_family = name in ("gpt-oss", "glm-4.6", "qwen3", "llama-3.1")
-    return family_tokenizer(name) if is_family else kind_tokenizer(name)
 
 
 def conversation(mark):
@@ -52,13 +46,13 @@ NUM_MARKS = 8
 
 def encoded(name, mark, **settings):
     """The encoded conversation, or the RowError of a refused one."""
-    (result,) = encoder(tokenizer(name), **settings).encode_many([conversation(mark)])
+    (result,) = encoder(tokenizer_of(name), **settings).encode_many([conversation(mark)])
     return result
 
 
 def texts(name, document):
     """The text of a document and the trained text."""
-    decode = tokenizer(name).decode
+    decode = tokenizer_of(name).decode
     return decode(document.ids.tolist()), decode(document.ids[document.supervised].tolist())
 
 
@@ -79,7 +73,7 @@ def test_special_tokens_in_texts_change_neither_the_text_nor_the_mask(name, toke
 
 @pytest.mark.parametrize(("name", "token"), CASES)
 def test_as_text_leaves_only_the_special_tokens_of_the_template(name, token):
-    ids_of_special_tokens = set(special_ids(tokenizer(name)).values())
+    ids_of_special_tokens = set(special_ids(tokenizer_of(name)).values())
 
     def special_ids_in_document(mark, setting):
         result = encoded(name, mark, special_tokens_in_text=setting)
@@ -121,9 +115,9 @@ def test_of_two_special_tokens_with_the_same_beginning_the_longer_is_matched():
 
 def test_a_generation_config_that_cannot_be_read_is_refused(tmp_path):
     """It may name tokens that end a turn."""
-    assert encoder(family_tokenizer("qwen3"), model=str(tmp_path)).ends
+    assert encoder(tokenizer_of("qwen3"), model=str(tmp_path)).ends
     config = tmp_path / "generation_config.json"
     for content in ("{", "[1]", '{"eos_token_id": '):
         config.write_text(content)
         with refused(config, "end a turn"):
-            encoder(family_tokenizer("qwen3"), model=str(tmp_path))
+            encoder(tokenizer_of("qwen3"), model=str(tmp_path))

@@ -20,7 +20,7 @@ TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
 {% endif %}"""
 
 
-def agent(result):
+def conversation_with_tool(result):
     messages = (Message("user", "q"), Message("assistant", "I look"), Message("tool", result))
     return Conversation((*messages, Message("assistant", "yes")))
 
@@ -29,12 +29,12 @@ def agent(result):
 def test_a_tool_result_with_the_template_s_own_tag_is_refused(space):
     result = f"{space}<tool_response>{space}rain{space}</tool_response>"
     with refused("messages[2].content", "<tool_response>", "twice", error=RowError):
-        marked_text(agent(result), tokenizer_with(TEMPLATE))
+        marked_text(conversation_with_tool(result), tokenizer_with(TEMPLATE))
 
 
 @pytest.mark.parametrize("result", ["<b>rain</b>", "rain <tool_response>", "</tool_response>"])
 def test_a_tool_result_with_other_tags_is_written_unchanged(result):
-    assert result in marked_text(agent(result), tokenizer_with(TEMPLATE))
+    assert result in marked_text(conversation_with_tool(result), tokenizer_with(TEMPLATE))
 
 
 def test_equal_tags_of_two_texts_of_the_row_are_written_unchanged():

@@ -19,9 +19,8 @@ from pipeline.data.prepare.show import supervised_segments
 from pipeline.rows.examples import RowError
 from pipeline.rows.formats import read_example
 from tests.data.chat.documents import encoder
-from tests.data.chat.kinds import KINDS, kind_tokenizer
+from tests.data.chat.kinds import KINDS, tokenizer_of
 from tests.data.chat.matrix import FAMILIES
-from tests.data.chat.matrix import tokenizer as family_tokenizer
 from tests.rows.random_rows import RandomRow
 from tests.rows.read import row_of
 
@@ -36,7 +35,7 @@ REASONING_KEYS = {"reasoning_content", "reasoning", "thinking"}
 
 @cache
 def tokenizer_and_encoder(name, train_on_reasoning):
-    tokenizer = kind_tokenizer(name) if name in KINDS else family_tokenizer(name)
+    tokenizer = tokenizer_of(name)
     return tokenizer, encoder(tokenizer, train_on_reasoning=train_on_reasoning)
 
 
