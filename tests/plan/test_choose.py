@@ -32,7 +32,7 @@ H100 = gpu_named("h100-80gb")
 
 
 @pytest.fixture
-def ranked(tmp_path):
+def plan_and_candidates_of(tmp_path):
     """Function that returns the plan and all candidates of a run; default: 8 H100 of 80 GB."""
 
     def make(config=LLAMA_8B, hardware=None, ranks=8, nodes=1, **settings):
@@ -46,47 +46,52 @@ def ranked(tmp_path):
 
 
 @pytest.fixture
-def layout(ranked):
-    """Function that returns the layout of the plan; its arguments are those of `ranked`."""
-
-    def make(*arguments, **keywords):
-        return ranked(*arguments, **keywords)[0].layout
-
-    return make
+def plan_of(plan_and_candidates_of):
+    return lambda *arguments, **keywords: plan_and_candidates_of(*arguments, **keywords)[0]
 
 
-def test_a_base_that_fits_is_replicated_and_one_that_does_not_is_sharded(layout, ranked):
-    assert layout().zero_stage == 2
-    sharded = ranked(LLAMA_70B)[0]
+@pytest.fixture
+def candidates_of(plan_and_candidates_of):
+    return lambda *arguments, **keywords: plan_and_candidates_of(*arguments, **keywords)[1]
+
+
+@pytest.fixture
+def layout_of(plan_of):
+    return lambda *arguments, **keywords: plan_of(*arguments, **keywords).layout
+
+
+def test_a_base_that_fits_is_replicated_and_one_that_does_not_is_sharded(plan_of, layout_of):
+    assert layout_of().zero_stage == 2
+    sharded = plan_of(LLAMA_70B)
     assert sharded.layout.zero_stage == 3
     assert "zero_stage 2 needs" in sharded.why["zero_stage"]
-    assert layout(LLAMA_70B, load_in_4bit=True).zero_stage == 2  # about 40 GB in 4 bits
+    assert layout_of(LLAMA_70B, load_in_4bit=True).zero_stage == 2  # about 40 GB in 4 bits
 
 
-def test_the_stage_changes_at_the_memory_that_the_replicated_base_needs(ranked):
+def test_the_stage_changes_at_the_memory_that_the_replicated_base_needs(plan_of):
     """The smallest GPU with a replicated base is the smallest on which that layout fits."""
     keys = {"batch_size": 1, "gradient_checkpointing": True, "max_length": 256, "ranks": 2}
-    plan = ranked(hardware=gpu(80), **keys)[0]
+    plan = plan_of(hardware=gpu(80), **keys)
     need = plan.memory.device_need
     smallest_gib = next(gib for gib in range(10, 81) if gpu(gib).usable_bytes(2) >= need)
-    assert ranked(hardware=gpu(smallest_gib), **keys)[0].layout.zero_stage == 2
-    assert ranked(hardware=gpu(smallest_gib - 1), **keys)[0].layout.zero_stage == 3
+    assert plan_of(hardware=gpu(smallest_gib), **keys).layout.zero_stage == 2
+    assert plan_of(hardware=gpu(smallest_gib - 1), **keys).layout.zero_stage == 3
 
 
-def test_hpz_is_used_for_slow_links_between_nodes(layout):
+def test_hpz_is_used_for_slow_links_between_nodes(layout_of):
     """With hpZ the ranks of each node together have a copy of the base, and gather it locally."""
     slow = replace(H100, network=H100.node_link / 20)
-    assert layout(LLAMA_70B, slow, nodes=2).hpz_partition_size == 8
-    assert layout(LLAMA_70B, slow, nodes=1).hpz_partition_size == 1
+    assert layout_of(LLAMA_70B, slow, nodes=2).hpz_partition_size == 8
+    assert layout_of(LLAMA_70B, slow, nodes=1).hpz_partition_size == 1
     # With 24 GiB a GPU, a copy of 70B parameters over the 8 GPUs of a node does not fit.
     small = replace(gpu_named("rtx-4090-24gb"), network=1e9)
-    assert layout(LLAMA_70B, small, nodes=8, batch_size=1).hpz_partition_size == 1
+    assert layout_of(LLAMA_70B, small, nodes=8, batch_size=1).hpz_partition_size == 1
 
 
-def test_no_more_layers_are_checkpointed_than_memory_requires(ranked):
-    small_batch = ranked(max_length=512, batch_size=1)[0].layout
+def test_no_more_layers_are_checkpointed_than_memory_requires(plan_of):
+    small_batch = plan_of(max_length=512, batch_size=1).layout
     assert small_batch.checkpointed_layers == 0
-    plan = ranked(max_length=8192, batch_size=4)[0]
+    plan = plan_of(max_length=8192, batch_size=4)
     num_checkpointed = plan.layout.checkpointed_layers
     assert 0 < num_checkpointed < 32
     with_one_less = replace(plan.layout, checkpointed_layers=num_checkpointed - 1)
@@ -98,19 +103,19 @@ def test_no_more_layers_are_checkpointed_than_memory_requires(ranked):
     assert_mentions(reason, f"{num_checkpointed} of 32", f"{num_checkpointed - 1}")
 
 
-def test_the_base_is_offloaded_only_if_nothing_else_fits(layout):
+def test_the_base_is_offloaded_only_if_nothing_else_fits(layout_of):
     one_rank = {"ranks": 1, "batch_size": 1, "max_length": 512}
     large_host = replace(H100, host_bytes=512 * 2**30)
-    assert layout(LLAMA_70B, large_host, **one_rank).offload_param == "cpu"
+    assert layout_of(LLAMA_70B, large_host, **one_rank).offload_param == "cpu"
     with refused("load_in_4bit: true"):
-        layout(LLAMA_70B, replace(H100, host_bytes=64 * 2**30), **one_rank)
-    assert layout(LLAMA_70B, large_host, ranks=8).offload_param == "none"
+        layout_of(LLAMA_70B, replace(H100, host_bytes=64 * 2**30), **one_rank)
+    assert layout_of(LLAMA_70B, large_host, ranks=8).offload_param == "none"
 
 
-def test_a_quantised_base_larger_than_a_device_and_the_host_is_sharded(layout):
+def test_a_quantised_base_larger_than_a_device_and_the_host_is_sharded(layout_of):
     """Loading shards it at once, so neither a device nor the host needs room for the whole base."""
     small = replace(gpu_named("rtx-4090-24gb"), host_bytes=32 * 2**30)
-    chosen = layout(LLAMA_70B, small, ranks=4, load_in_4bit=True, max_length=512)
+    chosen = layout_of(LLAMA_70B, small, ranks=4, load_in_4bit=True, max_length=512)
     assert (chosen.zero_stage, chosen.offload_param) == (3, "none")
 
 
@@ -136,58 +141,60 @@ def test_a_quantised_base_larger_than_a_device_and_the_host_is_sharded(layout):
     ],
 )
 def test_every_candidate_has_the_values_that_the_settings_fix(
-    ranked, fixed_settings, fixed_layout_fields
+    candidates_of, fixed_settings, fixed_layout_fields
 ):
-    _, candidates_of_run = ranked(max_length=512, **fixed_settings)
+    candidates_of_run = candidates_of(max_length=512, **fixed_settings)
     assert candidates_of_run
     for candidate in candidates_of_run:
         assert vars(candidate.layout).items() >= fixed_layout_fields.items()
 
 
-def test_a_run_that_does_not_fit_is_refused_with_a_change_that_makes_it_fit(ranked):
+def test_a_run_that_does_not_fit_is_refused_with_a_change_that_makes_it_fit(plan_of):
     """With the change that the message proposes, the run needs the memory that it predicts."""
     keys = {"hardware": gpu(16), "ranks": 1, "batch_size": 1, "offload_param": "none"}
     with refused("offload_param: auto"):
-        ranked(**keys, max_length=256)
+        plan_of(**keys, max_length=256)
     del keys["offload_param"]
-    assert ranked(**keys, max_length=256)[0].layout.offload_param == "cpu"
+    assert plan_of(**keys, max_length=256).layout.offload_param == "cpu"
     keys |= {"offload_param": "none", "zero_stage": 2}
     with pytest.raises(UserError) as error:
-        ranked(**keys)
+        plan_of(**keys)
     match = re.search(r"load_in_4bit: true it needs ([0-9.]+) of [0-9.]+ GiB$", str(error.value))
-    need = ranked(**keys, load_in_4bit=True)[0].memory.device_need
+    need = plan_of(**keys, load_in_4bit=True).memory.device_need
     rounding_error = 0.05  # GiB
     assert float(match[1]) == pytest.approx(need / GIB, abs=rounding_error)
 
 
-def test_if_no_setting_makes_a_run_fit_the_message_has_the_number_of_nodes(ranked):
+def test_if_no_setting_makes_a_run_fit_the_message_has_the_number_of_nodes(plan_of):
     small = replace(gpu(16), host_bytes=32 * 2**30)
     keys = {"hardware": small, "ranks": 1, "load_in_4bit": True, "max_length": 256}
     with pytest.raises(UserError) as error:
-        ranked(LLAMA_70B, **keys)
+        plan_of(LLAMA_70B, **keys)
     nodes = int(re.search(r"on (\d+) nodes", str(error.value))[1])
-    assert ranked(LLAMA_70B, nodes=nodes, **keys)[0].layout.world_size == nodes
+    assert plan_of(LLAMA_70B, nodes=nodes, **keys).layout.world_size == nodes
 
 
-def test_the_refusal_of_a_candidate_by_a_rule_has_the_id_of_the_rule(ranked):
+def test_the_refusal_of_a_candidate_by_a_rule_has_the_id_of_the_rule(
+    plan_of, plan_and_candidates_of
+):
     keys = {"load_in_4bit": True, "gradient_checkpointing": False, "max_length": 256}
-    plan, candidates_of_run = ranked(**keys)
+    plan, candidates_of_run = plan_and_candidates_of(**keys)
     assert plan.layout.zero_stage == 2
     at_zero3 = [candidate for candidate in candidates_of_run if candidate.layout.zero_stage == 3]
     assert at_zero3
     assert all(each.refusal.endswith("[rule 4bit-zero3-unchecked]") for each in at_zero3)
     with refused("rule 4bit-zero3-unchecked"):
-        ranked(**keys, zero_stage=3)
+        plan_of(**keys, zero_stage=3)
 
 
-def test_a_plan_for_128_gpus_uses_all_of_them(layout):
-    chosen = layout(LLAMA_70B, nodes=16, global_batch_size=256)
+def test_a_plan_for_128_gpus_uses_all_of_them(layout_of):
+    chosen = layout_of(LLAMA_70B, nodes=16, global_batch_size=256)
     assert (chosen.world_size, chosen.global_batch_size) == (128, 256)
 
 
-def test_on_a_cpu_nothing_is_offloaded_and_the_base_is_not_sharded(layout):
-    assert layout(SMOLLM2, CPU, ranks=2).offload_param == "none"
-    in_fp32 = layout(SMOLLM2, CPU, ranks=2, bf16=False, fp16=False)
+def test_on_a_cpu_nothing_is_offloaded_and_the_base_is_not_sharded(layout_of):
+    assert layout_of(SMOLLM2, CPU, ranks=2).offload_param == "none"
+    in_fp32 = layout_of(SMOLLM2, CPU, ranks=2, bf16=False, fp16=False)
     assert in_fp32.zero_stage in (1, 2)
 
 
@@ -238,53 +245,57 @@ def shape_of_8b(tmp_path_factory):
     return read_shape(str(folder))
 
 
-def test_the_layout_of_the_plan_is_that_of_the_first_candidate(ranked):
-    plan, candidates_of_run = ranked()
+def test_the_layout_of_the_plan_is_that_of_the_first_candidate(plan_and_candidates_of):
+    plan, candidates_of_run = plan_and_candidates_of()
     made_directly = make_plan(plan.settings, plan.shape, H100, nodes=1, ranks_per_node=8)
     assert plan.layout == candidates_of_run[0].layout == made_directly.layout
 
 
-def test_each_reason_has_the_setting_or_the_alternative_that_decided(ranked):
-    why = ranked(bf16=False)[0].why
+def test_each_reason_has_the_setting_or_the_alternative_that_decided(plan_of):
+    why = plan_of(bf16=False).why
     assert why["training_dtype"] == "bf16: false"
-    why_in_fp32 = ranked(bf16=False, fp16=False, max_length=256)[0].why
+    why_in_fp32 = plan_of(bf16=False, fp16=False, max_length=256).why
     assert_mentions(why_in_fp32["zero_stage"], "zero_stage 2", "s/step")
-    why_with_accumulation = ranked(gradient_accumulation_steps=4)[0].why
+    why_with_accumulation = plan_of(gradient_accumulation_steps=4).why
     assert_mentions(why_with_accumulation["micro_batch_size"], "other settings")
-    why_with_hpz = ranked(hpz_partition_size=4)[0].why
+    why_with_hpz = plan_of(hpz_partition_size=4).why
     assert_mentions(why_with_hpz["zero_stage"], "zero_stage 2", "rule hpz-without-zero3")
-    assert_mentions(ranked()[0].why["zero_stage"], "only adapter gradients are communicated")
+    assert_mentions(plan_of().why["zero_stage"], "only adapter gradients are communicated")
 
 
 @pytest.mark.parametrize(("group_size", "accumulation_steps"), [(1, 2), (2, 4), (8, 16)])
 def test_ranks_of_a_sequence_parallel_group_count_once_in_the_global_batch(
-    ranked, group_size, accumulation_steps
+    plan_of, group_size, accumulation_steps
 ):
-    plan, _ = ranked(sequence_parallel_size=group_size, global_batch_size=16, batch_size=1, ranks=8)
+    plan = plan_of(sequence_parallel_size=group_size, global_batch_size=16, batch_size=1, ranks=8)
     assert plan.layout.global_batch_size == 16
     assert plan.layout.accumulation_steps == accumulation_steps
     assert plan.layout.data_parallel_size == 8 // group_size
 
 
-def test_a_global_batch_that_groups_of_ranks_cannot_divide_is_refused(ranked):
+def test_a_global_batch_that_groups_of_ranks_cannot_divide_is_refused(plan_of):
     with refused("global_batch_size: 9", "4 groups of 2 ranks", "8 or 12"):
-        ranked(sequence_parallel_size=2, ranks=8, global_batch_size=9, batch_size=1)
+        plan_of(sequence_parallel_size=2, ranks=8, global_batch_size=9, batch_size=1)
 
 
 @pytest.mark.parametrize(("nodes", "global_batch"), [(1, 16), (3, 24)])
 def test_an_automatic_sequence_parallel_size_does_not_change_the_global_batch(
-    ranked, nodes, global_batch
+    plan_and_candidates_of, nodes, global_batch
 ):
-    plan, candidates_of_run = ranked(max_length=600_000, nodes=nodes)
+    plan, candidates_of_run = plan_and_candidates_of(max_length=600_000, nodes=nodes)
     assert plan.layout.sequence_parallel_size > 1
     assert {each.layout.global_batch_size for each in candidates_of_run} == {global_batch}
     assert plan_overview(plan).count(f"{plan.layout.sequence_parallel_size} ranks") == 1
 
 
-def test_layouts_with_unequal_global_batches_are_compared_by_the_time_of_a_sequence(ranked):
+def test_layouts_with_unequal_global_batches_are_compared_by_the_time_of_a_sequence(
+    plan_and_candidates_of,
+):
     """With `batch_size` alone, a larger group has a smaller global batch, and so shorter steps."""
     keys = {"batch_size": 1, "gradient_checkpointing": True, "offload_param": "none"}
-    plan, candidates_of_run = ranked(max_length=131_072, hardware=gpu_named("a100-40gb"), **keys)
+    plan, candidates_of_run = plan_and_candidates_of(
+        max_length=131_072, hardware=gpu_named("a100-40gb"), **keys
+    )
     replicated = [
         candidate
         for candidate in candidates_of_run
@@ -299,33 +310,33 @@ def test_layouts_with_unequal_global_batches_are_compared_by_the_time_of_a_seque
     assert of_plan <= of_alternative
 
 
-def test_a_reason_says_if_the_alternative_would_offload_activations(ranked):
+def test_a_reason_says_if_the_alternative_would_offload_activations(plan_of):
     """The alternative is then not called slower, because it is not preferred at any speed."""
     keys = {"max_length": 65_536, "offload_param": "cpu", "nodes": 4, "ranks": 2}
-    plan = ranked(hardware=gpu_named("l4-24gb"), **keys)[0]
+    plan = plan_of(hardware=gpu_named("l4-24gb"), **keys)
     assert not plan.layout.offload_activations
     assert "fastest" not in plan.why["sequence_parallel_size"]
     assert_mentions(plan.why["sequence_parallel_size"], "offload_activations")
 
 
-def test_offload_uses_no_more_host_memory_than_the_device_requires(ranked):
+def test_offload_uses_no_more_host_memory_than_the_device_requires(plan_of, plan_and_candidates_of):
     """Host memory has the inputs of the checkpointed layers, so that more layers need more of it.
 
     The layout that is chosen with a large host is also chosen with a host of just its size.
     """
     keys = {"max_length": 164_000, "ranks": 1, "zero_stage": 2, "mlp_tiles": 64, "lora_dropout": 0}
-    plan, candidates_of_run = ranked(**keys)
+    plan, candidates_of_run = plan_and_candidates_of(**keys)
     assert plan.layout.offload_activations
     chosen = next(each for each in candidates_of_run if each.layout == plan.layout)
     usable_share = 0.9  # of host memory
     host_bytes = int(chosen.memory.host_peak_bytes / usable_share) + 1
-    on_small_host = ranked(hardware=replace(H100, host_bytes=host_bytes), **keys)[0].layout
+    on_small_host = plan_of(hardware=replace(H100, host_bytes=host_bytes), **keys).layout
     assert on_small_host.checkpointed_layers == plan.layout.checkpointed_layers
     assert on_small_host.offload_activations
 
 
-def test_activations_are_not_offloaded_if_no_layer_may_be_checkpointed(ranked):
-    plan, _ = ranked(offload_activations=True, gradient_checkpointing=False, max_length=512)
+def test_activations_are_not_offloaded_if_no_layer_may_be_checkpointed(plan_of):
+    plan = plan_of(offload_activations=True, gradient_checkpointing=False, max_length=512)
     assert not plan.layout.offload_activations
     rules = {rule.id: rule.message for rule in plan.rules}
     assert_mentions(rules["without-effect"], "offload_activations", "gradient_checkpointing")
@@ -337,39 +348,39 @@ def test_activations_are_not_offloaded_if_no_layer_may_be_checkpointed(ranked):
      (16, 3, 8, "1, 2, 4, 8, 24")],
 )  # fmt: skip
 def test_a_sequence_parallel_group_neither_within_a_node_nor_of_whole_nodes_is_refused(
-    ranked, size, nodes, ranks, possible_sizes
+    plan_of, size, nodes, ranks, possible_sizes
 ):
     with refused(f"sequence_parallel_size: {size}", f"{ranks} ranks", possible_sizes):
-        ranked(sequence_parallel_size=size, nodes=nodes, ranks=ranks)
+        plan_of(sequence_parallel_size=size, nodes=nodes, ranks=ranks)
 
 
 @pytest.mark.parametrize("size", [2, 8, 16])
-def test_a_sequence_parallel_group_within_a_node_or_of_whole_nodes_is_planned(ranked, size):
-    assert ranked(sequence_parallel_size=size, nodes=2)[0].layout.sequence_parallel_size == size
+def test_a_sequence_parallel_group_within_a_node_or_of_whole_nodes_is_planned(plan_of, size):
+    assert plan_of(sequence_parallel_size=size, nodes=2).layout.sequence_parallel_size == size
 
 
-def test_a_group_size_that_does_not_divide_the_heads_is_refused_with_the_sizes_that_do(ranked):
+def test_a_group_size_that_does_not_divide_the_heads_is_refused_with_the_sizes_that_do(plan_of):
     with refused("rule split-heads", "1, 3, 9 divide the 9 heads"):
-        ranked(SMOLLM2, sequence_parallel_size=2)
-    assert ranked(SMOLLM2, ranks=9, sequence_parallel_size=9)[0].layout.world_size == 9
+        plan_of(SMOLLM2, sequence_parallel_size=2)
+    assert plan_of(SMOLLM2, ranks=9, sequence_parallel_size=9).layout.world_size == 9
 
 
-def test_a_group_of_4_ranks_divides_activations_by_4_and_leaves_weights(ranked):
+def test_a_group_of_4_ranks_divides_activations_by_4_and_leaves_weights(plan_of):
     keys = {"max_length": 16384, "batch_size": 1, "gradient_checkpointing": True}
-    one, four = (ranked(sequence_parallel_size=size, **keys)[0].memory.per_rank for size in (1, 4))
+    one, four = (plan_of(sequence_parallel_size=size, **keys).memory.per_rank for size in (1, 4))
     assert four["base_weights"] == one["base_weights"]
     assert four["activations"] == pytest.approx(one["activations"] / 4, rel=0.01)
     assert sum(four.values()) < sum(one.values())
 
 
-def test_the_time_of_all_to_alls_follows_the_slowest_link_of_the_group(ranked):
+def test_the_time_of_all_to_alls_follows_the_slowest_link_of_the_group(plan_of):
     """Ranks of a sequence-parallel group exchange sequence parts for heads by all-to-alls."""
     keys = {
         "max_length": 16384, "batch_size": 1, "nodes": 2, "global_batch_size": 16,
         "gradient_checkpointing": True,
     }  # fmt: skip
     seconds = {
-        size: ranked(sequence_parallel_size=size, **keys)[0].speed.terms["sequence_exchange"]
+        size: plan_of(sequence_parallel_size=size, **keys).speed.terms["sequence_exchange"]
         for size in (1, 2, 8, 16)
     }
     assert seconds[1] == 0
@@ -386,11 +397,11 @@ ONE_GPU = {"config": LLAMA_8B, "ranks": 1, "hardware": gpu(80, count=1), "global
 
 
 def test_tiles_and_offload_of_activations_are_used_only_if_the_sequence_does_not_fit_otherwise(
-    ranked,
+    plan_of,
 ):
     """MLP tiles: an MLP computes the parts of a sequence one after another."""
     short, tiled, offloaded = (
-        ranked(**ONE_GPU, max_length=length)[0] for length in (16_384, 131_072, 262_144)
+        plan_of(**ONE_GPU, max_length=length) for length in (16_384, 131_072, 262_144)
     )
     assert (short.layout.mlp_tiles, short.layout.offload_activations) == (1, False)
     assert (tiled.layout.mlp_tiles, tiled.layout.offload_activations) == (32, False)
@@ -405,9 +416,11 @@ def test_tiles_and_offload_of_activations_are_used_only_if_the_sequence_does_not
     assert offloaded.speed.terms["activation_copies"] > 0
 
 
-def test_sequences_are_split_over_ranks_if_they_only_fit_with_activations_in_host_memory(ranked):
+def test_sequences_are_split_over_ranks_if_they_only_fit_with_activations_in_host_memory(
+    plan_of, plan_and_candidates_of
+):
     keys = {"hardware": gpu(80), "global_batch_size": 8, "max_length": 262_144}
-    plan, candidates_of_run = ranked(**keys)
+    plan, candidates_of_run = plan_and_candidates_of(**keys)
     assert plan.layout.sequence_parallel_size == 8
     assert not plan.layout.offload_activations
     assert plan.layout.global_batch_size == 8
@@ -423,12 +436,12 @@ def test_sequences_are_split_over_ranks_if_they_only_fit_with_activations_in_hos
     assert candidates_of_run[0].speed.seconds_per_step == min(times_without_offload)
     one_rank = {"hardware": gpu(80, count=1), "ranks": 1}
     for changes in ({"sequence_parallel_size": 1}, one_rank):
-        assert ranked(**keys | changes)[0].layout.sequence_parallel_size == 1
+        assert plan_of(**keys | changes).layout.sequence_parallel_size == 1
 
 
-def candidates_even_if_none_fits(ranked, *arguments, **keywords):
+def candidates_even_if_none_fits(candidates_of, *arguments, **keywords):
     try:
-        return ranked(*arguments, **keywords)[1]
+        return candidates_of(*arguments, **keywords)
     except DoesNotFitError as error:
         return error.ranked
 
@@ -441,43 +454,43 @@ def candidates_even_if_none_fits(ranked, *arguments, **keywords):
         {"num_attention_heads": 8, "attention_dropout": 0.1},
     ],
 )
-def test_sequences_are_not_split_if_a_rule_would_refuse_the_split(ranked, config_change):
+def test_sequences_are_not_split_if_a_rule_would_refuse_the_split(candidates_of, config_change):
     candidates_of_run = candidates_even_if_none_fits(
-        ranked, SMOLLM2 | config_change,
+        candidates_of, SMOLLM2 | config_change,
         hardware=gpu(24), global_batch_size=8, max_length=1_048_576,
     )  # fmt: skip
     assert {c.layout.sequence_parallel_size for c in candidates_of_run} == {1}
 
 
-def test_a_run_that_fits_only_with_more_host_memory_is_refused(ranked):
+def test_a_run_that_fits_only_with_more_host_memory_is_refused(plan_of):
     small_host = replace(gpu(80, count=1), host_bytes=32 * GIB)
     with refused("max_length", "does not fit"):
-        ranked(**(ONE_GPU | {"hardware": small_host}), max_length=262_144)
+        plan_of(**(ONE_GPU | {"hardware": small_host}), max_length=262_144)
 
 
 @pytest.mark.parametrize("key", ["offload_activations", "gradient_checkpointing"])
-def test_activations_are_not_offloaded_if_a_setting_forbids_it(ranked, key):
+def test_activations_are_not_offloaded_if_a_setting_forbids_it(candidates_of, key):
     candidates_of_run = candidates_even_if_none_fits(
-        ranked, **ONE_GPU, **{key: False}, max_length=262_144
+        candidates_of, **ONE_GPU, **{key: False}, max_length=262_144
     )
     assert not any(candidate.layout.offload_activations for candidate in candidates_of_run)
 
 
-def test_activations_are_not_offloaded_on_a_cpu(ranked):
-    _, candidates_of_run = ranked(SMOLLM2, CPU, ranks=2, max_length=4096)
+def test_activations_are_not_offloaded_on_a_cpu(candidates_of):
+    candidates_of_run = candidates_of(SMOLLM2, CPU, ranks=2, max_length=4096)
     assert not any(candidate.layout.offload_activations for candidate in candidates_of_run)
 
 
-def test_offload_activations_true_checkpoints_all_30_layers(layout):
-    chosen = layout(SMOLLM2, CPU, ranks=2, max_length=512, offload_activations=True, mlp_tiles=3)
+def test_offload_activations_true_checkpoints_all_30_layers(layout_of):
+    chosen = layout_of(SMOLLM2, CPU, ranks=2, max_length=512, offload_activations=True, mlp_tiles=3)
     assert chosen.offload_activations
     assert chosen.checkpointed_layers == 30
     assert chosen.mlp_tiles == 3
 
 
-def test_mlp_tiles_save_memory_and_cost_time(ranked):
+def test_mlp_tiles_save_memory_and_cost_time(plan_of):
     whole, tiled = (
-        ranked(**ONE_GPU, max_length=32_768, mlp_tiles=num_tiles, gradient_checkpointing=True)[0]
+        plan_of(**ONE_GPU, max_length=32_768, mlp_tiles=num_tiles, gradient_checkpointing=True)
         for num_tiles in (1, 8)
     )
     assert tiled.memory.peak_bytes < whole.memory.peak_bytes

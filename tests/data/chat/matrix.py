@@ -32,7 +32,9 @@ _DEEPSEEK = [
         "tool▁output▁begin", "tool▁output▁end",
     )
 ]  # fmt: skip
-# Special tokens besides <|im_start|> and <|im_end|>; `ends`: tokens that end a turn.
+# Family of models, which is the name of its template in tests/templates -> its special tokens
+# besides <|im_start|> and <|im_end|>. `others`: tokens without a name. `ends`: tokens that end a
+# turn.
 FAMILIES = {
     **SPECIAL,
     "llama-3.1": {**SPECIAL["llama-3"], "ends": ["<|eot_id|>"]},

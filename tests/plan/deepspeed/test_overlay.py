@@ -255,7 +255,7 @@ def test_a_value_that_deepspeed_would_refuse_is_refused_with_its_line(write, pat
 
 
 @pytest.mark.parametrize("prefix", ["", "stage3_"])
-def test_a_key_of_zero3_may_have_the_prefix_stage3_or_not(plan, write, prefix):
+def test_a_key_of_zero3_may_have_the_prefix_stage3_or_not(plan, prefix):
     zero = {
         "stage": 3,
         f"{prefix}max_live_parameters": 5,
