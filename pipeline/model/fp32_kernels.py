@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.plan.cost.activations import FP32_PART_VALUES
+from pipeline.plan.given.fast_paths import FP32_PART_VALUES
 
 # For fewer tokens, casting the weight takes longer than the product.
 _MIN_TOKENS = 32

@@ -20,7 +20,7 @@ from pipeline.cluster.sequence_group import SequenceGroup
 from pipeline.model.attention import Documents, document_arguments, require_separate_documents
 from pipeline.model.loss_gradient import sum_with_gradient
 from pipeline.model.structure import blocks, body_name, text_decoder
-from pipeline.plan.cost.activations import LOGITS_CHUNK_BYTES
+from pipeline.plan.cost.loss import LOGITS_CHUNK_BYTES
 from pipeline.plan.plan import Plan
 
 IGNORED = -100  # label of a token that is not supervised

@@ -45,7 +45,7 @@ _LARGEST_MICRO_BATCH = 64
 _TILE_TOKENS = 4096
 # Tiling is tried only if each rank has at least so many tokens of a sequence. For fewer tokens the
 # time that tiling costs is too uncertain, and smaller micro-batches save as much memory.
-_MIN_TILED_TOKENS = 16_384
+MIN_TILED_TOKENS = 16_384
 _HOST_SHARE = 0.9  # usable fraction of a node's memory; system and page cache need the rest
 
 
@@ -309,7 +309,7 @@ def _with_savings(
     rank_tokens = settings.max_length / layout.sequence_parallel_size  # of one sequence
     num_tiles = ceil(layout.micro_batch_size * rank_tokens / _TILE_TOKENS)
     has_tileable_mlp = any(block.has_tileable_mlp for block in shape.blocks)
-    is_tileable = has_tileable_mlp and rank_tokens >= _MIN_TILED_TOKENS
+    is_tileable = has_tileable_mlp and rank_tokens >= MIN_TILED_TOKENS
     if settings.mlp_tiles != "auto":
         num_tiles = settings.mlp_tiles
         layout = replace(layout, mlp_tiles=num_tiles)

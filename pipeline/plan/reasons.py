@@ -10,7 +10,14 @@ from typing import Any
 
 from pipeline.config.settings import RunSettings, settings_by_trait
 from pipeline.errors import UserError
-from pipeline.plan.choose import Candidate, Cluster, candidates, preference, training_dtype
+from pipeline.plan.choose import (
+    MIN_TILED_TOKENS,
+    Candidate,
+    Cluster,
+    candidates,
+    preference,
+    training_dtype,
+)
 from pipeline.plan.cost.memory import memory
 from pipeline.plan.given.hardware import GIB
 from pipeline.plan.given.layout import Layout, SequenceProfile
@@ -50,6 +57,8 @@ def reasons(
         if key in ("hpz_partition_size", "offload_param") and not chosen.layout.is_sharded:
             continue  # these keys apply only to a sharded base
         if (key, getattr(chosen.layout, key)) in _UNUSED:
+            if key == "mlp_tiles" and (untiled := _untiled_text(settings, shape)):
+                why[key] = untiled
             continue
         if key == "hpz_partition_size" and cluster.nodes == 1:
             why[key] = "one node: gathers never use the network"
@@ -64,6 +73,16 @@ def reasons(
         why["global_batch_size"] = f"micro-batch x accumulation x {ranks}"
     why["training_dtype"] = training_dtype(settings, cluster.hardware)[1]
     return why
+
+
+def _untiled_text(settings: RunSettings, shape: ModelShape) -> str:
+    """Why the MLPs of a model are not tiled, although sequences are long; empty if they may be."""
+    is_short = settings.max_length < MIN_TILED_TOKENS
+    if is_short or any(block.has_tileable_mlp for block in shape.blocks):
+        return ""
+    if any(block.experts for block in shape.blocks):
+        return "not tiled: blocks with experts never are (docs/long.md)"
+    return "not tiled: only MLPs of the model types in docs/models.md are (docs/long.md)"
 
 
 def _compare_with_alternative(key: str, chosen: Candidate, ranked: Sequence[Candidate]) -> str:

@@ -15,20 +15,17 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from pipeline.config.settings import RunSettings
+from pipeline.plan.cost.loss import loss_bytes
 from pipeline.plan.given.adapter_counts import AdapterCounts, adapter_counts_by_kind
 from pipeline.plan.given.block import Block
-from pipeline.plan.given.fast_paths import has_fp32_kernels, has_joint_lora, has_loss_gradient
+from pipeline.plan.given.fast_paths import FP32_PART_VALUES, has_fp32_kernels, has_joint_lora
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import Layout, SequenceProfile
 from pipeline.plan.given.sequence_parallel import key_copies
 from pipeline.plan.given.shape import ModelShape
 
-# Logits are computed in chunks of this many bytes of fp32 (model/loss.py).
-LOGITS_CHUNK_BYTES = 256 * 2**20
 # Inputs of checkpointed blocks on the device if they are offloaded (model/host_activations.py).
 INPUTS_ON_DEVICE = 2
-# Frozen weights are cast to fp32 in parts of this many values (model/fp32_kernels.py).
-FP32_PART_VALUES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +75,7 @@ class _BlockKind:
     `is_joint`: whether adapters with the same input are computed together (model/joint_lora.py).
     `group_size`: number of ranks that share each sequence. `num_tiles`: number of tiles that the
     MLP computes one after another. `has_fp32_kernels`: whether matrix products and attention cast
-    their bf16 tensors to fp32 (model/fp32_kernels.py).
+    their bf16 tensors to fp32 (model/fp32_kernels.py). `is_reentrant`: see `_is_reentrant`.
     """
 
     block: Block
@@ -94,6 +91,7 @@ class _BlockKind:
     num_tiles: int
     outside_mlp: AdapterCounts
     has_fp32_kernels: bool
+    is_reentrant: bool
 
     @property
     def key_copies(self) -> int:
@@ -149,6 +147,7 @@ def activations(
             num_tiles=layout.mlp_tiles if block.has_tileable_mlp else 1,
             outside_mlp=outside,
             has_fp32_kernels=has_fp32_kernels(settings, layout, hardware),
+            is_reentrant=_is_reentrant(layout),
         )
         per_token = _saved_per_token(kind)
         if kind.num_tiles > 1:  # of a tiled MLP, only the input is saved
@@ -174,7 +173,7 @@ def activations(
         # RMSNorm has five fp32 tensors of the hidden width at once, which are 20 bytes per value;
         # LayerNorm is one kernel.
         final_working=num_tokens * h * (b + (20 if is_rms else b)),
-        logits=_loss_bytes(shape, settings, layout, supervised, is_cuda=is_cuda),
+        logits=loss_bytes(shape, settings, layout, supervised, hardware),
     )
 
 
@@ -215,8 +214,9 @@ def kept_activations(
     saved = sum(
         count * block.saved for count, block in zip(not_checkpointed, acts.blocks, strict=True)
     )
+    output = acts.block_input if _is_reentrant(layout) else 0
     recomputed = [
-        block.recomputed
+        block.recomputed + output
         for (_, count), num_not_checkpointed, block in zip(
             shape.counts(), not_checkpointed, acts.blocks, strict=True
         )
@@ -231,6 +231,15 @@ def kept_activations(
         in_later_block=inputs + later - (acts.block_input if is_last_checkpointed else 0),
         input_of_tiles=acts.block_input if is_tiled else 0,
     )
+
+
+def _is_reentrant(layout: Layout) -> bool:
+    """Whether checkpointing is re-entrant (train/engine.py).
+
+    Then the output of a recomputed block and its gradient stay until the end of the block's
+    backward pass (measured).
+    """
+    return layout.is_sharded and layout.checkpointed_layers > 0
 
 
 def has_scores(shape: ModelShape, settings: RunSettings) -> bool:
@@ -405,14 +414,15 @@ def _working_bytes(kind: _BlockKind, num_tokens: int, scored_tokens: int) -> int
     if kind.group_size > 1:  # gradients of q, k and v: by heads, sent, received and by tokens
         exchanged = 4 * (block.query_width + 2 * block.key_width * kind.key_copies) * b
         # The tensors of attention and of the MLP are freed, the input of the norm before it and the
-        # input of the output projection; the gradient of the residual is left.
+        # input of the output projection; gradients of the width of the residual are left.
         freed = (4 if block.norm_kind == "rms" else b) * block.hidden_size
         freed += _attention_bytes(kind) + _concatenated_bytes(kind)
         freed += 0 if kind.num_tiles > 1 else mlp_per_token
-        exchanged = num_tokens * (exchanged + block.hidden_size * b - freed)
+        gradients = 2 if kind.is_reentrant else 1  # of the residual and of the block's output
+        exchanged = num_tokens * (exchanged + gradients * block.hidden_size * b - freed)
     # The gradients of the MLP's output, of the activated gate and of the up projection.
     mlp = num_tokens * (2 * inner + block.hidden_size) * b
-    if kind.num_tiles > 1:  # the norm before it: five fp32 tensors, and the gradient of its output
+    if kind.num_tiles > 1:  # the norm before it: five fp32 tensors, and the residual's gradient
         mlp = num_tokens * block.hidden_size * (20 + b) if block.norm_kind == "rms" else 0
     casts_in_mlp, in_attention = _cast_bytes(kind, num_tokens, scored_tokens)
     return max(mlp + casts_in_mlp + gradient, scored_tokens * scores, exchanged, in_attention)
@@ -454,31 +464,3 @@ def _bytes_in_tiles(kind: _BlockKind, num_tokens: int) -> int:
     adapter_gradients = 4 * mlp_adapters // max(1, kind.count)
     casts = _cast_bytes(kind, num_tokens, 0)[0]
     return output_and_input + tile + adapter_gradients + casts
-
-
-def _loss_bytes(
-    shape: ModelShape, settings: RunSettings, layout: Layout, positions: int, *, is_cuda: bool
-) -> int:
-    """Bytes at the peak of the loss: hidden states, and logits-sized tensors of one chunk.
-
-    `positions`: number of tokens with labels; only these have logits. The loss is computed in
-    chunks of positions.
-
-    The plain loss has three logits-sized tensors in fp32: the log-probabilities and two gradients.
-    Soft-capped logits are a fourth. If the fast path LOSS_GRADIENT is on, the gradient is computed
-    in the forward pass (model/loss_gradient.py). Then only the log-probabilities are in fp32, the
-    other logits-sized tensors are in the training dtype, and the gradient of the hidden states is
-    added. On a CPU, log-softmax also casts its input to fp32.
-    """
-    b = layout.bytes_per_value
-    hidden = positions * shape.hidden_size * b
-    logits = min(positions * shape.vocab_size, LOGITS_CHUNK_BYTES // 4)
-    if not has_loss_gradient(shape, settings, layout):
-        return hidden + logits * 4 * (4 if shape.logit_softcap else 3)
-    # bytes per logit: tensors that autograd saves, the cast of log-softmax, gradients at one time
-    saved = 2 * b if shape.logit_softcap else b
-    cast = 0
-    if b < 4:
-        cast = b if is_cuda else 4
-    gradients = 3 * b if shape.logit_softcap else b
-    return 2 * hidden + logits * (saved + max(4 + cast, gradients))

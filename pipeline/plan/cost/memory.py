@@ -273,10 +273,9 @@ def _moments(
             "activations": kept.at_loss,
             "working_set": acts.final_working,
             "head_gradient": saved_gradients.until_embeddings,
-            "gathered_layers": 2 * largest_block + kept_experts,
+            "gathered_layers": largest_block + kept_experts,
         },
-        # A tiled MLP has the first gradients of a block, so nothing is in the bucket yet. At
-        # ZeRO-3 no other block is gathered then (measured).
+        # A tiled MLP has the first gradients of a block, so nothing is in the bucket yet.
         "the first tiled MLP's backward pass": earlier_gradients
         | {
             "activations": kept.in_first_block,
@@ -294,7 +293,7 @@ def _moments(
         | {
             "activations": kept.in_first_block - kept.input_of_tiles,
             "working_set": max(block.working for block in acts.blocks),
-            "gathered_layers": 2 * largest_block + kept_experts,
+            "gathered_layers": largest_block + kept_experts,
         },
         "the backward pass of the embeddings": earlier_gradients
         | {
@@ -363,6 +362,9 @@ def _gathered_bytes(
     """Bytes that ZeRO-3 gathers: the head, the largest block, and experts that stay gathered.
 
     At other stages the three numbers are 0.
+
+    DeepSpeed prefetches only while less than a block is gathered (`stage3_max_live_parameters`). In
+    the backward pass of a block's MLP the block is gathered, so no other block is (measured).
 
     If a block is not checkpointed, its experts stay gathered until its backward pass (measured:
     only linear layers release their weights and gather them again in the backward pass). If experts

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from pipeline.config.settings import RunSettings
-from pipeline.plan.cost.activations import LOGITS_CHUNK_BYTES
+from pipeline.plan.cost.loss import LOGITS_CHUNK_BYTES
 from pipeline.plan.given.adapter_counts import trainable_parameters
 from pipeline.plan.given.fast_paths import has_one_reduction
 from pipeline.plan.given.layout import Layout

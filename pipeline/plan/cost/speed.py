@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from pipeline.config.settings import RunSettings
-from pipeline.plan.cost.activations import LOGITS_CHUNK_BYTES
+from pipeline.plan.cost.loss import LOGITS_CHUNK_BYTES
 from pipeline.plan.cost.per_token import TRAFFIC_BACKWARD, CostPerToken, cost_per_token
 from pipeline.plan.given.fast_paths import has_loss_gradient, has_one_reduction
 from pipeline.plan.given.hardware import Hardware

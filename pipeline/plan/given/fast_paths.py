@@ -18,6 +18,8 @@ JOINT_LORA = "joint_lora"
 ONE_REDUCTION = "one_reduction_a_step"
 # bf16 tensors are multiplied in fp32 kernels (model/fp32_kernels.py).
 FP32_KERNELS = "fp32_kernels"
+# Then frozen weights are cast to fp32 in parts of this many values.
+FP32_PART_VALUES = 2**20
 
 
 def fast_paths(

@@ -30,7 +30,7 @@ COMMON = {
     "offload_activations": False, "gradient_checkpointing": True,
 }  # fmt: skip
 SAVED = {"gradient_checkpointing": False}
-TILES, OFFLOAD = {"mlp_tiles": 8}, {"offload_activations": True}
+TILES, OFFLOAD, SHARDED = {"mlp_tiles": 8}, {"offload_activations": True}, {"zero_stage": 3}
 # Number of ranks -> name of a run -> its settings besides COMMON.
 CASES = {
     1: {
@@ -45,8 +45,11 @@ CASES = {
         "saved": SAVED,
         "checkpointed": {},
         "tiles, offload": TILES | OFFLOAD,
+        "ZeRO-3": SHARDED,
+        "ZeRO-3, tiles": SHARDED | TILES,
+        "ZeRO-3, tiles, offload": SHARDED | TILES | OFFLOAD,
     },
-    4: {"checkpointed": {}, "tiles": TILES},
+    4: {"checkpointed": {}, "tiles": TILES, "ZeRO-3, tiles": SHARDED | TILES},
 }
 
 
