@@ -503,7 +503,7 @@ def test_the_plan_of_a_long_sequence_says_that_experts_are_not_tiled(ranked):
         "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2,
     }  # fmt: skip
     dense, long, short = (
-        ranked(**LONG | {"config": config, "max_length": length})[0].why
+        ranked(**ONE_GPU | {"config": config, "max_length": length})[0].why
         for config, length in ((LLAMA_8B, 16_384), (experts, 16_384), (experts, 8192))
     )
     assert "experts" in long["mlp_tiles"]
