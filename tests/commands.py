@@ -2,27 +2,32 @@
 
 Each rank of `python launch/train.py RUN.yaml` spends 5 CPU seconds on imports. A fork of the
 forkserver (tests/ranks.py) inherits the imported modules and runs the same script with its own
-arguments, environment variables, working directory and output files. Tests that depend on a
-launcher, PYTHONPATH or a fresh interpreter start real processes (tests/cli/test_launchers.py,
-tests/faults).
+arguments, environment variables, working directory and output files. A second forkserver has no
+torch, for commands that must not import it. Tests that depend on a launcher, PYTHONPATH or a fresh
+interpreter start real processes (tests/cli/test_launchers.py, tests/faults).
 """
 
 import os
 import runpy
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Self
+from unittest.mock import patch
 
 from tests import ROOT
 from tests.ranks import CONTEXT
 
 # DeepSpeed's launcher waits this long between SIGTERM and SIGKILL, and so does Command.end.
 _GRACE_S = 30.0
+_SERVER_WITHOUT_TORCH = forkserver.ForkServer()
+_SERVER_WITHOUT_TORCH.set_forkserver_preload(["tests.preload_without_torch"])
 
 
 class Command:
@@ -137,6 +142,18 @@ def run(
         return command.end()
 
 
+def run_without_torch(
+    *arguments: str | Path, cwd: Path = ROOT, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in a fork of an interpreter that has imported the commands, but not torch."""
+    connect = _SERVER_WITHOUT_TORCH.connect_to_new_process
+    with patch.object(forkserver, "connect_to_new_process", connect):
+        command = Command(*arguments, variables=[variables], cwd=cwd)
+    with command:
+        code, _ = command.end()
+        return subprocess.CompletedProcess(arguments, code, *command.outputs[0])
+
+
 def variables_of_ranks(world_size: int) -> list[dict[str, str]]:
     """Environment variables of torch's rendezvous for each rank; all ranks are on this machine."""
     common = {
@@ -176,6 +193,7 @@ def _run_python(
     elif arguments[0] == "-m":
         module = arguments[1]
         sys.argv = arguments[1:]
+        sys.modules.pop(module, None)  # runpy warns of a module that is imported already
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     else:
         script = arguments[0]

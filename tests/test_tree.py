@@ -1,4 +1,4 @@
-"""Invariants of the source tree: packages without torch, scripts of launch/, generated docs.
+"""Invariants of the source tree: packages without torch, scripts of launch/, links of pages.
 
 A verb is a subcommand of `rankzero`, such as `train` in `rankzero train`. It has a script of the
 same name in launch/ and a module of the same name in pipeline/cli/.
@@ -6,25 +6,18 @@ same name in launch/ and a module of the same name in pipeline/cli/.
 
 import importlib.util
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from pipeline.cli.rankzero import VERBS
 from tests import ROOT
+from tests.commands import run_without_torch
 from tests.messages import assert_mentions
 
 pytestmark = pytest.mark.unit
 
 SCRIPTS = sorted(path.name for path in (ROOT / "launch").glob("*.py"))
-
-
-def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, check=False
-    )
 
 
 @pytest.mark.parametrize("module", ["config.load", "plan.plan", "cluster.exits", "train.run"])
@@ -33,7 +26,7 @@ def test_import_of_a_module_loads_no_torch(module):
         f"import sys, pipeline.{module}; "
         "print(sorted({'torch', 'transformers', 'peft', 'deepspeed'} & set(sys.modules)))"
     )
-    result = run_python("-c", code)
+    result = run_without_torch("-c", code)
     assert result.stdout.strip() == "[]", result.stderr
 
 
@@ -48,7 +41,7 @@ def test_help_loads_no_torch(script):
         "    assert not end.code, end.code\n"
         "print('torch' in sys.modules)\n"
     )
-    result = run_python("-c", code)
+    result = run_without_torch("-c", code)
     assert "RUN" in result.stdout, result.stderr  # the help has the argument RUN.yaml
     *_, is_torch_loaded = result.stdout.split()
     assert is_torch_loaded == "False"
@@ -83,21 +76,16 @@ def test_every_verb_has_its_script():
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_an_unknown_argument_gives_a_message_of_one_line_and_exit_code_2(verb):
-    result = run_python("-m", "pipeline.cli.rankzero", verb, "--nonsense")
+    result = run_without_torch("-m", "pipeline.cli.rankzero", verb, "--nonsense")
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert_mentions(result.stderr, f"rankzero {verb}", "--help")
 
 
 def test_the_message_for_an_unknown_verb_has_all_verbs():
-    result = run_python("-m", "pipeline.cli.rankzero", "trian")
+    result = run_without_torch("-m", "pipeline.cli.rankzero", "trian")
     assert result.returncode == 2
     assert_mentions(result.stderr, "trian", *VERBS)
-
-
-def test_generated_docs_are_up_to_date():
-    result = run_python("docs/generate.py", "--check")
-    assert result.returncode == 0, result.stderr
 
 
 PAGES = sorted([*ROOT.glob("*.md"), ROOT / "slurm/README.md", *(ROOT / "docs").glob("*.md")])
@@ -116,5 +104,5 @@ def test_linked_files_and_named_tests_of_a_page_exist(page):
 
 def test_the_command_in_the_readme_runs_as_printed():
     (command,) = re.findall(r"^\$ python (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    result = run_python(*command.split())
+    result = run_without_torch(*command.split())
     assert result.returncode == 0, result.stderr

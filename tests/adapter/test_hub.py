@@ -1,15 +1,13 @@
 """Publishing on the hub, against a local stand-in of its API."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests import ROOT
 from tests.adapter.hub_server import local_hub
+from tests.commands import run_without_torch
 from tests.messages import assert_mentions
 
 pytestmark = pytest.mark.unit
@@ -64,13 +62,13 @@ def publish(run):
     with local_hub() as hub:
 
         def call(*arguments, **environment):
-            result = subprocess.run(
-                [sys.executable, "launch/publish.py", str(run), *arguments],
-                capture_output=True, text=True, check=False, cwd=ROOT,
-                env={**os.environ, "HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1",
-                     "HOME": str(run.parent / "home"), "HF_HOME": str(run.parent / "cache"),
-                     "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_short", **environment},
-            )  # fmt: skip
+            variables = {
+                "HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
+                "HOME": str(run.parent / "home"), "HF_HOME": str(run.parent / "cache"),
+                "HF_TOKEN": "hf_short",
+            }  # fmt: skip
+            result = run_without_torch("launch/publish.py", run, *arguments,
+                                       **variables | environment)  # fmt: skip
             return result.returncode, result.stdout + result.stderr
 
         yield call, hub

@@ -1,18 +1,15 @@
 """Bad input ends with exit code 2 and one message, before torch is imported or a file changes.
 
-Each case starts `launch/train.py` in a separate process, which prints at its end whether torch was
-imported.
+Each case runs `launch/train.py` in a process that prints at its end whether torch was imported.
 """
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import yaml
 
-from tests import ROOT
+from tests.commands import run_without_torch
 from tests.messages import assert_mentions
 
 pytestmark = pytest.mark.unit
@@ -53,10 +50,7 @@ def case(tmp_path, tiny_model):
     def start(**change) -> Result:
         path = tmp_path / "RUN.yaml"
         path.write_text(yaml.safe_dump(values | change))
-        result = subprocess.run(
-            [sys.executable, "-c", TRAIN_AND_REPORT_TORCH, str(path)],
-            capture_output=True, text=True, cwd=ROOT, check=False,
-        )  # fmt: skip
+        result = run_without_torch("-c", TRAIN_AND_REPORT_TORCH, path)
         return result.returncode, result.stdout, result.stderr
 
     return tmp_path, start

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from pipeline.data.dataset.reader import DataIndex, SplitIndex
-from tests import ROOT
+from pipeline.plan.given.published import published_models
+from tests.commands import run_without_torch
 from tests.messages import assert_mentions
 from tests.plans import LLAMA_8B, LLAMA_70B
 
@@ -61,10 +62,7 @@ Result = tuple[int, str, str]  # exit code, standard output, standard error
 
 def run_plan(*arguments: str) -> Result:
     """Run launch/plan.py in a process, and assert that it did not import torch."""
-    process = subprocess.run(
-        [sys.executable, "-c", PLAN_AND_REPORT_TORCH, *arguments],
-        capture_output=True, text=True, cwd=ROOT, check=False,
-    )  # fmt: skip
+    process = run_without_torch("-c", PLAN_AND_REPORT_TORCH, *arguments)
     assert "TORCH" not in process.stdout
     assert "Traceback" not in process.stderr
     return process.returncode, process.stdout, process.stderr
@@ -292,10 +290,14 @@ def test_the_hub_cache_takes_precedence_over_the_built_in_models(empty_hub_cache
     assert (model["layers"], model["model_type"], model["source"]) == (3, "llama", None)
 
 
-def test_option_fits_lists_the_models_that_fit(empty_hub_cache):
+def test_the_table_fits_100_columns_and_has_a_line_for_each_trainable_model(empty_hub_cache):
     code, out, _ = run_plan("--fits", "--gpu", "l4-24gb", "lora_r=8")
     assert code == 0
     assert_mentions(out, "Qwen/Qwen3-8B", "QLoRA", "tokens/s", "lora_r 8")
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 100
+    names = [line.split()[0] for line in lines[3 : lines.index("")]]  # after title and headings
+    assert sorted(names) == sorted(m.name for m in published_models() if not m.refusal)
 
 
 @pytest.mark.parametrize(
