@@ -498,12 +498,12 @@ def test_mlp_tiles_save_memory_and_cost_time(plan_of):
     assert "tiles" not in whole.speed.terms
 
 
-def test_the_plan_of_a_long_sequence_says_that_experts_are_not_tiled(ranked):
+def test_the_plan_of_a_long_sequence_says_that_experts_are_not_tiled(plan_of):
     experts = LLAMA_8B | {
         "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2,
     }  # fmt: skip
     dense, long, short = (
-        ranked(**ONE_GPU | {"config": config, "max_length": length})[0].why
+        plan_of(**ONE_GPU | {"config": config, "max_length": length}).why
         for config, length in ((LLAMA_8B, 16_384), (experts, 16_384), (experts, 8192))
     )
     assert "experts" in long["mlp_tiles"]
