@@ -296,8 +296,8 @@ def test_the_table_fits_100_columns_and_has_a_line_for_each_trainable_model(empt
     assert_mentions(out, "Qwen/Qwen3-8B", "QLoRA", "tokens/s", "lora_r 8")
     lines = out.splitlines()
     assert max(map(len, lines)) <= 100
-    names = [line.split()[0] for line in lines[3 : lines.index("")]]  # after title and headings
-    assert sorted(names) == sorted(m.name for m in published_models() if not m.refusal)
+    first_words = {line.split()[0] for line in lines if line}
+    assert first_words >= {m.name for m in published_models() if not m.refusal}
 
 
 @pytest.mark.parametrize(
