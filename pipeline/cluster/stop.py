@@ -99,7 +99,7 @@ class StopRequests:
             return "time_limit"
         return None
 
-    def reason_before_loop(self) -> str | None:
+    def stop_reason_before_loop(self) -> str | None:
         """Reason of a stop request that ends all ranks before the training loop; None without one.
 
         Before the loop nothing has been trained, so no checkpoint is needed.

@@ -44,10 +44,10 @@ _END_REASON = "watchdog/end-reason"  # key of the announced reason in the store
 class Watchdog:
     """Watchdog thread, as a context manager for all collective work; every rank enters it.
 
-    `timeout_s`: longest time of a phase. `reason_before_loop`: returns the reason of a stop request
-    that arrived before the training loop, else None; after such a request all ranks end. `on_end`:
-    called with the reason and the exit code before the process ends. One rank calls it: rank 0, or
-    another rank if rank 0 is dead.
+    `timeout_s`: longest time of a phase. `stop_reason_before_loop`: returns the reason of a stop
+    request that arrived before the training loop, else None; after such a request all ranks end.
+    `on_end`: called with the reason and the exit code before the process ends. One rank calls it:
+    rank 0, or another rank if rank 0 is dead.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class Watchdog:
         heartbeat: Heartbeat,
         timeout_s: float,
         *,
-        reason_before_loop: Callable[[], str | None],
+        stop_reason_before_loop: Callable[[], str | None],
         on_end: Callable[[str, int], None],
     ) -> None:
         self._placement, self._heartbeat, self._timeout_s = session.placement, heartbeat, timeout_s
         self._channel = session.open_channel()  # None for a single process
-        self._reason_before_loop, self._on_end = reason_before_loop, on_end
+        self._stop_reason_before_loop, self._on_end = stop_reason_before_loop, on_end
         self._closed = threading.Event()
         # An error of the main thread which shows that another rank has ended.
         self._lost_connection: BaseException | None = None
@@ -121,7 +121,7 @@ class Watchdog:
                     self._check_ranks()
                 if self._lost_connection is not None:
                     self._end_for_lost_connection(self._lost_connection)
-                if (reason := self._reason_before_loop()) is not None:
+                if (reason := self._stop_reason_before_loop()) is not None:
                     self._stop_all(stopped_early(reason))
                 if self._is_hanging():
                     self._end_for_hang()

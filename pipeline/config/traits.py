@@ -15,13 +15,17 @@ Change = Literal[
     "run",
     # Like "result" if the held-out loss selects the adapter or ends the run, else like "run".
     "selection",
-    # The base model is another, which its fingerprint shows. `accept_changes: [base]` allows it.
+    # The run is resumed if the base model has the same fingerprint. `accept_changes: [base]` allows
+    # another base model.
     "base",
-    # The data is another, which its content shows. `accept_changes: [data]` allows it.
+    # The run is resumed if the data has the same content. `accept_changes: [data]` allows other
+    # data.
     "files",
-    # The same data gives other documents. `accept_changes: [data]` allows it.
+    # Other documents are built from the same data. The run is resumed only with
+    # `accept_changes: [data]`.
     "documents",
-    # The schedule of the learning rate has another length. `accept_changes: [total_steps]`.
+    # The schedule of the learning rate may have another length. The run is then resumed only with
+    # `accept_changes: [total_steps]`.
     "total_steps",
 ]
 

@@ -1,8 +1,8 @@
 """Tensors that the blocks of a model class save for backward, counted without weights.
 
-A forward pass of the model on the meta device runs under hooks that see each saved tensor. The same
-kind of forward pass shows to which attention modules the decoder passes packed documents.
-class_shape.py uses both. A block is a layer of the text decoder.
+A forward pass of the model on the meta device runs under hooks that see each saved tensor. A second
+forward pass finds the attention modules that receive the lengths of packed documents from the
+decoder. class_shape.py uses both. A block is a layer of the text decoder.
 """
 
 import inspect
@@ -58,7 +58,8 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """The attention function that transformers calls, with the shapes of model/attention.py.
 
-    If there is a list `documents`, the attention module is appended to it.
+    The attention module is appended to `documents`, with which `document_receivers` calls the
+    decoder.
     """
     if documents is not None:
         documents.append(module)
@@ -77,10 +78,10 @@ AttentionMaskInterface.register(COUNTED, lambda **others: None)
 def saved_per_block(model: Any, decoder: Any, layers: Sequence[nn.Module]) -> list[dict[str, int]]:
     """Sizes of the activations that each block saves for backward, per token, without adapters.
 
-    They are `saved_values` and `saved_bytes` of `_count_saved`, and `saved_for_expert_adapters`:
-    the number of values that are saved in addition if the experts have an adapter, without the
-    adapted weights themselves. To count these, the weights of the experts are made trainable, whose
-    gradients need the same values.
+    `saved_values` and `saved_bytes` are those of `_count_saved`. `saved_for_expert_adapters` is the
+    number of additional values if the experts have an adapter, not counting the expert weights.
+    It is counted in a forward pass with trainable expert weights: their gradients need the same
+    activations as the gradients of the adapter.
     """
     counts = _count_saved(model, decoder, layers)
     with_experts = counts
@@ -107,7 +108,7 @@ def _pretended_tracing() -> AbstractContextManager[Any]:
 def document_receivers(decoder: Any) -> list[nn.Module]:
     """The attention modules to which the decoder passes its argument `documents`.
 
-    model/attention.py gives the lengths of packed documents to attention modules in this way.
+    In training this argument has the lengths of packed documents (model/attention.py).
     """
     receivers: list[Any] = []
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")

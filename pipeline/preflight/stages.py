@@ -69,7 +69,7 @@ def check_run(
             run.run_first_stage()
             timer.cancel()
             with Watchdog(
-                session, heartbeat, limit_s, reason_before_loop=lambda: None,
+                session, heartbeat, limit_s, stop_reason_before_loop=lambda: None,
                 on_end=run.end_by_watchdog,
             ):  # fmt: skip
                 failed = run.run_other_stages()

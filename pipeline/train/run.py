@@ -67,7 +67,7 @@ def run_training(settings: RunSettings, *, is_debug: bool = False) -> None:
         trackers = stack.enter_context(TrackerProcesses())
         watchdog = Watchdog(
             session, context.heartbeat, settings.hang_timeout_s,
-            reason_before_loop=stops.reason_before_loop, on_end=folder.end_by_watchdog,
+            stop_reason_before_loop=stops.stop_reason_before_loop, on_end=folder.end_by_watchdog,
         )  # fmt: skip
         stack.enter_context(watchdog)
         stops.install_handlers(folder.end_by_second_interrupt)

@@ -183,7 +183,7 @@ def send():
     time.sleep(1)  # until the main thread is in the C function
     os.kill(os.getpid(), signal.SIGUSR1)
     time.sleep(1)
-    os.write(1, f"{stops.reason_before_loop()}\\n".encode())
+    os.write(1, f"{stops.stop_reason_before_loop()}\\n".encode())
     for _ in range(2):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)

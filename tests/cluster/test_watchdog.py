@@ -12,8 +12,9 @@ from tests.messages import assert_mentions
 
 pytestmark = pytest.mark.group
 
-# A rank with a watchdog. After its start, it runs the statements that replace `{act}`. HANG_S:
-# seconds without a heartbeat after which it hangs. FINAL_STATUS: a file in place of status.json.
+# A rank with a watchdog, which it starts before it runs the statements that replace `{act}`.
+# HANG_S: a rank counts as hanging after this time without a heartbeat, in seconds. FINAL_STATUS:
+# the file that `on_end` writes, in place of status.json.
 CODE = """
 import os, sys, time
 from datetime import timedelta
@@ -31,8 +32,8 @@ def body():
         timeout = float(os.environ["HANG_S"])
         end = lambda text, code: open(os.environ["FINAL_STATUS"], "w").write(f"{code} {text}")
         request = lambda: os.environ.get("STOP_REQUEST") if placement.rank == 1 else None
-        with Watchdog(session, heartbeat, timeout, reason_before_loop=request, on_end=end):
-            session.rank_zero_first(lambda: None)
+        with Watchdog(session, heartbeat, timeout, stop_reason_before_loop=request, on_end=end):
+            session.rank_zero_first(lambda: None)  # a barrier: both ranks have a watchdog now
             heartbeat.beat("work", 7)
             print("at work", flush=True)
             act(placement.rank, session, heartbeat)
@@ -47,10 +48,11 @@ WAIT = "session._open_store().wait(['never'], timedelta(hours=1))"
 
 
 class Ranks:
-    """Two ranks that run `act` and write to one log, in forks of the preloaded interpreter.
+    """Two forked ranks (tests/commands.py) that run `act` and write to one log.
 
-    `hang_s`: seconds without a heartbeat after which a rank hangs; the default is longer than any
-    test. `local_size`: ranks on a node; with 1 the two count as ranks on different machines.
+    `hang_s`: a rank counts as hanging after this time without a heartbeat; the default is longer
+    than any test. `local_size`: ranks on a node; with 1 the two count as ranks on different
+    machines.
     """
 
     def __init__(self, act: str, tmp_path, *, hang_s: float = 900, local_size: int = 2):

@@ -29,18 +29,19 @@ def test_each_setting_has_exactly_one_kind_of_change():
     assert sorted(name for group in groups for name in group) == sorted(NAMES)
 
 
-def test_a_changed_path_alone_does_not_make_another_run():
-    """A run resumes from another output_dir, and from moved models and data with the same content.
+def test_a_run_resumes_after_its_model_data_and_output_dir_have_moved():
+    """The paths of model and data are not compared, only their contents; output_dir may change.
 
-    Settings with the change "base" or "files" are compared by content; those with "run" may differ.
+    The trait `change` is "base" for the model, "files" for data, and "run" for values that may
+    change.
     """
     assert settings_with_change("base") == {"model", "model_revision"}
     assert settings_with_change("files") == {"train_data", "eval_data"}
     assert "output_dir" in settings_with_change("run")
 
 
-def test_settings_that_affect_the_adapter_have_the_change_result():
-    """After a change of kind "result", the run is not resumed."""
+def test_a_run_is_not_resumed_with_another_value_of_a_setting_that_affects_the_adapter():
+    """The trait `change` of these settings is "result"."""
     names = {
         "lr",
         "lora_r",
@@ -75,6 +76,7 @@ def _peers(field):
 
 REQUIRED = {"model": "m", "train_data": "t", "output_dir": "o"}
 # Setting -> other settings with which it has no effect, and other settings with which it has one.
+# `eval_data` is a number of rows.
 WITHOUT_EFFECT = {
     "save_steps": ({"save_strategy": "epoch"}, {"save_strategy": "steps"}),
     "eval_steps": ({"eval_data": 9, "evaluation_strategy": "epoch"}, {"eval_data": 9}),
@@ -121,8 +123,8 @@ def test_settings_of_conversations_have_no_effect_on_rows_without_messages(forma
     assert not settings_without_effect(settings, [*formats, "messages"])
 
 
-def test_conditions_of_the_trait_needs_have_valid_values_of_other_settings():
-    """A condition is KEY, KEY=A|B, !KEY or KEY!=A|B."""
+def test_each_condition_names_another_setting_and_valid_values_of_it():
+    """The trait `needs` is a list of conditions: KEY, KEY=A|B, !KEY or KEY!=A|B."""
     for name, field in RunSettings.model_fields.items():
         for condition in field.json_schema_extra["needs"] if field.json_schema_extra else ():
             key_and_negation, _, values = condition.partition("=")
@@ -132,7 +134,8 @@ def test_conditions_of_the_trait_needs_have_valid_values_of_other_settings():
                 RunSettings.model_validate(REQUIRED | {key: yaml.safe_load(value)})
 
 
-def test_a_run_yaml_with_all_defaults_has_no_setting_without_effect(tmp_path):
+def test_default_values_in_a_run_yaml_are_not_reported_as_without_effect(tmp_path):
+    """A run.yaml has all settings; here it has save_steps, which has no effect with "epoch"."""
     settings = RunSettings.model_validate(REQUIRED | {"save_strategy": "epoch"})
     assert not settings_without_effect(settings)
     (tmp_path / "run.yaml").write_text(dump_settings(settings))

@@ -138,7 +138,11 @@ def test_a_disabled_adapter_has_no_effect():
 
 
 def test_the_called_modules_do_not_depend_on_the_layout_of_the_input():
-    """At ZeRO-3 each call of a module gathers weights on all ranks; their batches differ."""
+    """At ZeRO-3 a call of a module is a collective, and the batches of the ranks differ.
+
+    The layers share the product with A only if they read the same memory, as for `whole`. The other
+    input is not contiguous: each layer flattens it into a copy of its own.
+    """
     model = adapted(lora_dropout=0.5)
     join_lora(model)
     calls = []
@@ -146,7 +150,7 @@ def test_the_called_modules_do_not_depend_on_the_layout_of_the_input():
         module.register_forward_hook(lambda *_, name=name: calls.append(name))
     whole = torch.randn(2, 4, 8)
     called = []
-    for x in (whole, whole[:, :2]):  # a part of two sequences is copied when it is flattened
+    for x in (whole, whole[:, :2]):
         calls.clear()
         model(x)
         called.append(list(calls))

@@ -9,10 +9,13 @@ from pathlib import Path
 from pipeline.files import dump_json
 from tests import ROOT
 
-# Each fake records its calls: one line per call, with tabs between the words.
+# Each fake records its calls: one line per call, with tabs between the words. Tests set the
+# behaviour of the fakes with files in the folder $FAKE.
+
+# away-show, away-requeue: number of calls of that command during which slurmctld is down.
+# no_requeue: if this file exists, `scontrol requeue` fails.
 SCONTROL = """\
 printf '%s\\t' scontrol "$@" >>"$FAKE/calls"; echo >>"$FAKE/calls"
-# slurmctld is down for this number of calls.
 away=$(cat "$FAKE/away-$1" 2>/dev/null || echo 0)
 if [[ $away -gt 0 ]]; then
     echo $((away - 1)) >"$FAKE/away-$1"
@@ -25,8 +28,9 @@ case $1 in
     requeue) [[ ! -e $FAKE/no_requeue ]] ;;
 esac
 """
-# A step that creates folders on the nodes does nothing. A step of `python -c` in a container runs
-# the python of the image. Every other step is that of the ranks, and runs $FAKE/ranks.
+# A step with mkdir creates no folders; if the file slow_disk exists, it creates the file `started`
+# and takes 1 s. A step with `python -P -c` in a container runs the container's python. Every other
+# step runs the script $FAKE/ranks in place of the ranks, with the folder of their logs in $LOGS.
 SRUN = """\
 printf '%s\\t' srun "$@" >>"$FAKE/calls"; echo >>"$FAKE/calls"
 env >"$FAKE/environment"
@@ -46,7 +50,8 @@ case "$*" in *"import pipeline.errors") exit 0 ;; esac
 exec "{python}" "$@"
 """
 
-# Only the python of its image has RankZero.
+# `apptainer exec [OPTIONS] IMAGE.sif COMMAND` runs COMMAND, with the container's python first in
+# PATH. Job.use_container creates this python.
 APPTAINER = """\
 printf '%s\\t' apptainer "$@" >>"$FAKE/calls"; echo >>"$FAKE/calls"
 while [[ $1 != *.sif ]]; do shift; done
@@ -79,7 +84,7 @@ def ranks_script(text: str = "", code: int = 0, more: str = "") -> str:
 
 @dataclass
 class Job:
-    """A job: its spool, its submit folder, and the fake programs."""
+    """A job: its copy of the batch script, its submit folder, and the fake programs."""
 
     folder: Path
     environment: dict[str, str]
@@ -96,10 +101,10 @@ class Job:
         # The arguments of sbatch, which scontrol prints.
         command = " ".join([f"../my checkout/slurm/{script}", *words])
         (fake / "command").write_text(command)
-        spool = self.folder / "slurm_script"
-        shutil.copy(checkout / "slurm" / script, spool)
+        copied_script = self.folder / "slurm_script"
+        shutil.copy(checkout / "slurm" / script, copied_script)
         return subprocess.Popen(
-            ["bash", spool, *words],
+            ["bash", copied_script, *words],
             cwd=cwd or self.submit, env=self.environment | more, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
@@ -125,7 +130,10 @@ class Job:
         return [line[1:] for line in words if line[0] == program]
 
     def use_container(self, words: str) -> None:
-        """Set `container` in env.sh; only the python of the image has RankZero."""
+        """Set `container` in env.sh to `words`.
+
+        Only the container's python (fake/image) can import RankZero then, not the node's python.
+        """
         script = self.folder / "my checkout/slurm/env.sh"
         text = script.read_text()
         assert text.count("\ncontainer=()\n") == 1

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.tensor
 
 @pytest.fixture(autouse=True)
 def _forked_workers(monkeypatch):
-    """Fork the workers from the preloaded interpreter, because a spawned one imports for seconds.
+    """Fork the workers from the forkserver of tests/ranks.py; a spawned worker imports for seconds.
 
     The last test starts a process of its own, which spawns its workers.
     """
