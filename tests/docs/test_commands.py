@@ -38,7 +38,7 @@ ELSEWHERE = {
     "deepspeed --module": "tests/cli/test_launchers.py",
     "deepspeed --master_port": "tests/cli/test_launchers.py",
     "python launch/export.py RUN_FOLDER --gguf": "tests/adapter/test_export.py",
-    "rankzero export RUN --gguf": "tests/adapter/test_export.py",
+    "rankzero export RUN_FOLDER --gguf": "tests/adapter/test_export.py",
     "python launch/publish.py": "tests/adapter/test_hub.py",
     "python launch/merge.py RUN --onto": "tests/adapter/test_merge_quantised.py",
     "python launch/report.py RUN --watch": "tests/report/test_watch.py",
