@@ -6,11 +6,13 @@ logging, that program's handlers are used instead.
 """
 
 import logging
+import math
 import os
 import re
 import shutil
 import sys
 import textwrap
+import time
 import warnings
 from collections.abc import Sequence
 
@@ -63,6 +65,8 @@ def _first_number(names: Sequence[str]) -> int:
 class _ConsoleHandler(logging.Handler):
     """Handler that writes to `sys.stdout`, which may be redirected during a run."""
 
+    last_output = math.inf  # time of the last message; infinite before the first one
+
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record. Other ranks than 0 print only warnings and errors, with their rank."""
         rank = current_rank()
@@ -71,8 +75,14 @@ class _ConsoleHandler(logging.Handler):
             if sys.stdout is not None and sys.stdout.isatty():
                 text = wrap_lines(text, shutil.get_terminal_size().columns)
             print(text, flush=True)  # noqa: T201 - this handler is the console output
+            _ConsoleHandler.last_output = time.monotonic()
         elif record.levelno >= logging.WARNING:
             print(f"rank {rank}: {self.format(record)}", flush=True)  # noqa: T201
+
+
+def seconds_without_output() -> float:
+    """Seconds since the last message of this process on the console; 0 before the first one."""
+    return max(0.0, time.monotonic() - _ConsoleHandler.last_output)
 
 
 def wrap_lines(text: str, width: int) -> str:

@@ -1,9 +1,9 @@
 """Progress of work that takes longer than a few seconds, shown by rank 0.
 
 In a terminal the progress is a bar that disappears when the work is done, or a spinner if the
-amount of work is unknown. Otherwise the progress is shown in log lines: one after a second, and
-then one every four seconds, even if the work does not advance. So a user sees a line at least
-every five seconds.
+amount of work is unknown. Otherwise the progress is shown in log lines: one after a second, or
+sooner if there has been no output for four seconds, and then one every four seconds, even if the
+work does not advance. So a user sees a line at least every five seconds.
 """
 
 import logging
@@ -25,11 +25,11 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from pipeline.cluster.logs import current_rank
+from pipeline.cluster.logs import current_rank, seconds_without_output
 
 logger = logging.getLogger(__name__)
 
-_FIRST_LINE_S = 1.0  # work that takes less time is not reported
+_FIRST_LINE_S = 1.0  # work that takes less time is reported only after a silence
 _LINE_INTERVAL_S = 4.0
 _MIN_SHARE_FOR_ESTIMATE = 0.05  # of the work, before the remaining time is estimated from it
 
@@ -79,7 +79,9 @@ class Work:
         return f"{line}, {rate}{duration(remaining_s)} left"
 
     def _log_lines(self, is_over: threading.Event) -> None:
-        if is_over.wait(_FIRST_LINE_S):
+        # Several kinds of short work may follow one another.
+        silence_left = max(0.0, _LINE_INTERVAL_S - seconds_without_output())
+        if is_over.wait(min(_FIRST_LINE_S, silence_left)):
             return
         logger.info("%s ...", self._text)
         while not is_over.wait(_LINE_INTERVAL_S):

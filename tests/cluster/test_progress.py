@@ -54,6 +54,17 @@ def test_short_work_is_silent(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.messages
 
 
+def test_short_work_after_a_silence_of_four_seconds_is_announced_at_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise several kinds of short work would be silent for longer than five seconds."""
+    caplog.set_level(logging.INFO, logger="pipeline")
+    monkeypatch.setattr(progress, "_FIRST_LINE_S", 60.0)
+    monkeypatch.setattr(progress, "seconds_without_output", lambda: 4.0)
+    with show_progress("hashing"):
+        wait_for_message(caplog, "hashing")
+
+
 def test_long_work_is_announced_and_its_progress_logged_repeatedly(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
