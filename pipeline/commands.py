@@ -21,4 +21,5 @@ def script(verb: str) -> str:
 
 
 def _is_script_of_clone() -> bool:
-    return Path(sys.argv[0]).parent.name == "launch"
+    path = Path(sys.argv[0])
+    return path.suffix == ".py" and path.absolute().parent.name == "launch"

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LOADING_PHASES = ("loading the base", "creating the engine", "restoring the checkpoint")
+HASHING_PHASE = "hashing the base"  # on rank 0, after loading; the other ranks wait for it
 # Phases without a time limit. During start-up the other ranks may wait for a day until rank 0 has
-# prepared the data, and the time to load a base is not known.
-UNWATCHED_PHASES = ("start-up", "loading the base", "publishing")
+# prepared the data, and the times to load and to hash a base are not known.
+UNWATCHED_PHASES = ("start-up", "loading the base", HASHING_PHASE, "publishing")
 # Time limit of the other phases in LOADING_PHASES. Ranks that have finished loading wait in a
 # collective, which times out after 30 minutes without naming the slow rank. So this is shorter.
 LOADING_LIMIT_S = 25 * 60.0

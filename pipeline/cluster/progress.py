@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 _FIRST_LINE_S = 1.0  # work that takes less time is reported only after a silence
 _LINE_INTERVAL_S = 4.0
 _MIN_SHARE_FOR_ESTIMATE = 0.05  # of the work, before the remaining time is estimated from it
+_bars: list[Progress] = []  # bars of nested works in the terminal; only the last one is drawn
 
 
 class Work:
@@ -95,7 +96,7 @@ class _TerminalWork(Work):
         self, text: str, total: int | None, console: Console, *, in_bytes: bool = False
     ) -> None:
         super().__init__(text, total)
-        description = TextColumn("{task.description}")
+        description = TextColumn("{task.description}", markup=False)  # a path may have brackets
         columns: tuple[ProgressColumn, ...] = (SpinnerColumn(), description, TimeElapsedColumn())
         if total:
             percentage = TextColumn("{task.percentage:.0f} %")
@@ -110,8 +111,17 @@ class _TerminalWork(Work):
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        with self._bar:
-            yield
+        outer = _bars[-1] if _bars else None
+        if outer is not None:
+            outer.stop()  # both would be drawn in the same line
+        _bars.append(self._bar)
+        try:
+            with self._bar:
+                yield
+        finally:
+            _bars.remove(self._bar)
+            if outer is not None:
+                outer.start()
 
 
 @contextmanager

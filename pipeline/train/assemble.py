@@ -10,7 +10,7 @@ from peft import PeftModel
 from pipeline.adapter.gather import MOMENTS, OptimizerState, gather_weights, restore
 from pipeline.adapter.initial import read_initial_adapter
 from pipeline.adapter.initial_weights import initial_weights
-from pipeline.cluster.heartbeat import LOADING_PHASES
+from pipeline.cluster.heartbeat import HASHING_PHASE, LOADING_PHASES
 from pipeline.cluster.progress import show_progress
 from pipeline.cluster.session import Session
 from pipeline.config.settings import RunSettings
@@ -84,7 +84,9 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
         logger.info("starting from the adapter %s", context.settings.init_adapter_folder)
     progress.eval_key = _eval_key(index)
     questions = held_out_questions(plan, index, session)
+    heartbeat.beat(HASHING_PHASE)
     session.rank_zero_first(lambda: folder.open(progress.step))
+    heartbeat.beat(creating)
     is_own_checkpoint = checkpoint is not None and checkpoint.parent == folder.path / "checkpoints"
     writer, metrics = None, None
     if folder.checkpoints is not None:  # on rank 0

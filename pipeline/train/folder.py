@@ -20,7 +20,7 @@ from pipeline.data.prepare.prepare import check_first_rows, prepare_data, train_
 from pipeline.errors import RankZeroError, Stopped, UserError
 from pipeline.files import dump_json, write_text
 from pipeline.model.complete import require_complete
-from pipeline.model.fingerprint import record_base_of_run, start_hashing
+from pipeline.model.fingerprint import base_fingerprint, record_base_of_run, start_hashing
 from pipeline.plan.plan import Plan
 from pipeline.plan.render import plan_json, plan_overview, plan_text
 from pipeline.train.checkpoint import Checkpoints
@@ -128,6 +128,8 @@ class RunFolder:
         """
         context, status = self._context, self.status
         assert status is not None, "called on rank 0"
+        # First, because it may take long or fail, and `open_run` removes an earlier run.
+        base_fingerprint(context.settings.model_folder)
         open_run(self.path, context.plan, self.start, is_debug=context.is_debug)
         base = record_base_of_run(self.path, context.settings.model_folder)
         if self.checkpoints is not None:

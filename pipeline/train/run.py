@@ -130,4 +130,8 @@ def get_ready(context: RunContext) -> None:
         if session.placement.rank == 1:
             from pipeline.model.proof import require_proof
 
+            gc.freeze()  # so that the search below omits the modules, which would take 0.3 s
             require_proof(context.plan)
+            # `join_lora` puts the layers of a copy of the model in reference cycles. Without this
+            # search the end of `collect_rarely` would keep their weights until the process ends.
+            gc.collect()

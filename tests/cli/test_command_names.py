@@ -51,6 +51,16 @@ def test_a_verb_is_named_as_the_program_was_started(
     assert with_launcher is None or script("plan") == with_launcher
 
 
+@pytest.mark.parametrize(
+    ("program", "one_process"),
+    [("train.py", "python plan.py"), ("./train.py", "python plan.py"), ("-c", "rankzero plan")],
+)
+def test_a_script_that_was_started_in_its_folder_is_named(monkeypatch, program, one_process):
+    monkeypatch.chdir(ROOT / "launch")
+    monkeypatch.setattr(sys, "argv", [program, "RUN.yaml"])
+    assert command("plan") == one_process
+
+
 def test_no_text_in_the_package_names_a_script_of_the_clone():
     for path in sorted((ROOT / "pipeline").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

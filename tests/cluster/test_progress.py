@@ -3,6 +3,8 @@
 import logging
 import threading
 from collections.abc import Iterator
+from functools import partial
+from io import StringIO
 
 import pytest
 from rich.console import Console
@@ -132,6 +134,26 @@ def test_work_in_bytes_shows_its_rate_and_the_time_left(
         clock.now = 20.0
         work.advance(20_000_000)
         assert_mentions(wait_for_message(caplog, "1 MB/s"), "copying", "25 %", "0:01:00")
+
+
+def test_a_bar_shows_a_path_with_brackets() -> None:
+    output = StringIO()
+    console = Console(file=output, force_terminal=True, width=80, _environ={"TERM": "xterm"})
+    with progress._TerminalWork("hashing /models/[old]", 10, console).shown():
+        pass
+    assert "hashing /models/[old]" in output.getvalue()
+
+
+def test_only_the_innermost_bar_is_drawn() -> None:
+    output = StringIO()
+    console = partial(Console, file=output, force_terminal=True, _environ={"TERM": "xterm"})
+    outer, inner = (progress._TerminalWork(text, None, console()) for text in ("outer", "inner"))
+    with outer.shown():
+        with inner.shown():
+            assert not outer._bar.live.is_started
+            assert inner._bar.live.is_started
+        assert outer._bar.live.is_started
+    assert not outer._bar.live.is_started
 
 
 @pytest.mark.parametrize(("term", "is_redrawn"), [("xterm", True), ("dumb", False)])

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.cluster.stop import StopRequests
 from pipeline.errors import RankZeroError, Stopped, UserError
-from pipeline.model import complete
+from pipeline.model import complete, fingerprint
 from pipeline.model.fingerprint import base_fingerprint
 from pipeline.train.context import RunContext
 from pipeline.train.folder import RunFolder
@@ -97,6 +97,19 @@ def test_a_run_is_replaced_only_when_the_folder_is_opened(folder):
     folder.open(step=0)
     assert read_status(folder.status.path)["state"] == "running"
     assert not (folder.path / "metrics.jsonl").exists()
+
+
+def test_an_unreadable_base_is_refused_before_the_earlier_run_is_removed(folder, monkeypatch):
+    (folder.path / "metrics.jsonl").touch()
+    folder.status.path.write_text('{"state": "done"}')
+
+    def raise_error(*_):
+        raise UserError("model: a tensor cannot be read")
+
+    monkeypatch.setattr(fingerprint, "_fingerprint", raise_error)
+    with refused("model"):
+        folder.open(step=0)
+    assert (folder.path / "metrics.jsonl").exists()
 
 
 def test_the_checkpoints_of_a_new_run_record_its_base_when_the_folder_is_opened(folder):

@@ -5,10 +5,12 @@ import json
 import os
 import subprocess
 import sys
+import weakref
+from types import SimpleNamespace
 
 import pytest
 
-from pipeline.train.run import collect_rarely
+from pipeline.train.run import collect_rarely, get_ready
 from tests import ROOT
 
 pytestmark = pytest.mark.tensor
@@ -59,3 +61,27 @@ def test_garbage_is_collected_rarely_until_all_modules_are_imported():
         gc.unfreeze()
     assert gc.get_threshold() == before
     assert frozen > 10_000
+
+
+class Layer:
+    """An object in a reference cycle, like a layer with joined LoRA."""
+
+    def __init__(self):
+        self.cycle = self
+
+
+def test_the_layers_of_the_class_check_are_freed(monkeypatch):
+    layers = []
+    proof = "pipeline.model.proof.require_proof"
+    monkeypatch.setattr(proof, lambda plan: layers.append(weakref.ref(Layer())))
+    placement = SimpleNamespace(rank=1)
+    session = SimpleNamespace(import_deepspeed=lambda: None, placement=placement)
+    end = collect_rarely()
+    try:
+        get_ready(SimpleNamespace(session=session, plan=None))
+    finally:
+        end()
+        gc.collect()
+        is_freed = [layer() is None for layer in layers]
+        gc.unfreeze()
+    assert is_freed == [True]
