@@ -116,7 +116,7 @@ def growing(model: str) -> str:
 
 def _price(case: Case) -> str:
     best, blocks = case.best(), shape_of(case.model).num_layers
-    memory = f"{best.memory.device_need / GIB:.0f}"
+    memory = f"{best.memory.device_peak_bytes / GIB:.0f}"
     if best.refusal is not None:
         return f"does not fit | | {memory} | | | |"
     layout, speed = best.layout, best.speed

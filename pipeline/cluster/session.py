@@ -130,14 +130,16 @@ class Session:
         if self._is_cuda:
             import torch
 
-            # First, because bitsandbytes uses the device. Each thread has its own.
+            # Set before the imports, because bitsandbytes uses the current CUDA device. Each thread
+            # has a current device of its own.
             torch.cuda.set_device(self.device)
         _import_without_compiler()
         import deepspeed
 
-        # On first access DeepSpeed 0.19.8 would call the compiler for every operator. It reads only
-        # one entry (comm/torch.py:49), to compile an operator on every new CPU machine with g++.
-        # That operator is only for inference.
+        # DeepSpeed 0.19.8 fills this dict at its first use, and calls the compiler to check each
+        # operator. On a CPU, comm/torch.py:49 compiles an operator for inference with g++ if the
+        # dict has that operator. Nothing else reads the dict. An empty dict prevents the checks and
+        # the compilation.
         deepspeed.ops.__compatible_ops__ = {}
 
     def start(self) -> None:

@@ -222,7 +222,7 @@ def preference(candidate: Candidate) -> tuple[bool, bool, bool, bool, float]:
     """
     layout = candidate.layout
     if candidate.refusal is not None:
-        return True, False, False, False, candidate.memory.device_need
+        return True, False, False, False, candidate.memory.device_peak_bytes
     is_offloaded = layout.offload_param != "none"
     seconds = candidate.speed.seconds_per_step / layout.global_batch_size
     return False, is_offloaded, layout.offload_activations, layout.is_sharded, seconds
@@ -358,7 +358,7 @@ def _with_fewest_checkpointed(
     low, high = 1, shape.num_layers
     while low < high:
         middle = (low + high) // 2
-        need = predict(replace(layout, checkpointed_layers=middle)).memory.device_need
+        need = predict(replace(layout, checkpointed_layers=middle)).memory.device_peak_bytes
         if need <= cluster.device_limit:
             high = middle
         else:
@@ -382,10 +382,10 @@ def _predict_candidate(
 
 def _memory_refusal(need: Memory, limit: int, host_limit: int | None) -> str | None:
     """Text about the memory limit that is exceeded, of the device or the host; None if none is."""
-    if need.device_need > limit:
+    if need.device_peak_bytes > limit:
         is_loading = need.load_peak_bytes > need.peak_bytes
         when = "while loading" if is_loading else f"at {need.worst_moment}"
-        return f"needs {need.device_need / GIB:.1f} of {limit / GIB:.1f} GiB a rank ({when})"
+        return f"needs {need.device_peak_bytes / GIB:.1f} of {limit / GIB:.1f} GiB a rank ({when})"
     if host_limit is not None and need.host_peak_bytes > host_limit:
         size = f"{need.host_peak_bytes / GIB:.1f} of {host_limit / GIB:.1f} GiB"
         return f"needs {size} of a node's host memory"

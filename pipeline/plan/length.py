@@ -45,7 +45,7 @@ class LengthNeed:
         head = f"max_length {self.max_length:,} keeps {self.percent} %{self.note}"
         if self.best.refusal is not None:
             return f"{head}, but {self.best.refusal}"
-        need, limit = self.best.memory.device_need / GIB, self.limit_bytes / GIB
+        need, limit = self.best.memory.device_peak_bytes / GIB, self.limit_bytes / GIB
         layout, seconds = self.best.layout, self.best.speed.seconds_per_step
         return (
             f"{head} and needs {need:.1f} of {limit:.1f} GiB a rank with "
@@ -57,7 +57,7 @@ class LengthNeed:
         return {
             "max_length": self.max_length,
             "percent": self.percent,
-            "device_bytes": self.best.memory.device_need,
+            "device_bytes": self.best.memory.device_peak_bytes,
             "seconds_per_step": self.best.speed.seconds_per_step,
             "refusal": self.best.refusal,
         }
@@ -72,7 +72,9 @@ def length_needs(
     """
     needs = []
     percents = {loss.keeps_99: 99, loss.keeps_all: 100}  # 100 if both lengths are the same
-    unit = " of the tokens in undivided documents" if settings.over_length == "split" else ""
+    unit = (
+        " of the tokens in documents that are not split" if settings.over_length == "split" else ""
+    )
     for length, percent in percents.items():
         if length > settings.max_length:
             is_beyond = shape.max_positions is not None and length > shape.max_positions

@@ -129,7 +129,7 @@ def _checkpointing_reason(
         return f"all {total} layers: offload_activations is true"
     fewer = replace(chosen.layout, checkpointed_layers=count - 1)
     sequences = SequenceProfile(tokens=settings.max_length)
-    need = memory(shape, settings, fewer, cluster.hardware, sequences).device_need
+    need = memory(shape, settings, fewer, cluster.hardware, sequences).device_peak_bytes
     return (
         f"{count} of {total} layers, the fewest that fit: with {count - 1} a rank needs "
         f"{need / GIB:.1f} of {cluster.device_limit / GIB:.1f} GiB"
@@ -151,7 +151,7 @@ def misfit_message(
 
     Changes of the run file are tried first, then more devices.
     """
-    least = min(ranked, key=lambda candidate: candidate.memory.device_need)
+    least = min(ranked, key=lambda candidate: candidate.memory.device_peak_bytes)
     need = (
         f"the run does not fit on {cluster.world_size} x {cluster.hardware.name}: with "
         f"ZeRO-{least.layout.zero_stage} and micro-batches of {least.layout.micro_batch_size} it "
@@ -160,7 +160,7 @@ def misfit_message(
     for change in _changes(settings):
         best = _best_that_fits(settings.model_copy(update=change.values), shape, cluster)
         if best is not None:
-            new_need, limit = best.memory.device_need / GIB, cluster.device_limit / GIB
+            new_need, limit = best.memory.device_peak_bytes / GIB, cluster.device_limit / GIB
             return f"{need}; with {change.text} it needs {new_need:.1f} of {limit:.1f} GiB"
     for larger in _larger_clusters(cluster):
         if _best_that_fits(settings, shape, larger) is not None:

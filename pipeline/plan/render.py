@@ -89,7 +89,7 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
     """A candidate (a layout with its predictions): memory in bytes, time in seconds, refusal."""
     return {
         **asdict(candidate.layout),
-        "device_bytes": candidate.memory.device_need,
+        "device_bytes": candidate.memory.device_peak_bytes,
         "host_bytes": candidate.memory.host_peak_bytes,
         "seconds_per_step": candidate.speed.seconds_per_step,
         "refusal": candidate.refusal,
@@ -267,7 +267,7 @@ def candidates_text(ranked: Sequence[Candidate]) -> str:
             f"  {layout.checkpointed_layers:>6}  {layout.sequence_parallel_size:>5}"
             f"  {layout.mlp_tiles:>5}  "
             f"{'yes' if layout.offload_activations else 'no':>4}  {layout.hpz_partition_size:>3}  "
-            f"{layout.offload_param:>7}  {candidate.memory.device_need / GIB:>6.1f}  "
+            f"{layout.offload_param:>7}  {candidate.memory.device_peak_bytes / GIB:>6.1f}  "
             f"{candidate.speed.seconds_per_step:>6.2f}  {candidate.refusal or ''}".rstrip()
         )
     return "\n".join(lines)

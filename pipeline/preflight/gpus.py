@@ -249,7 +249,7 @@ def _assess_memory(results: ProbeResults) -> Iterable[Finding]:
     gpus = _gpus_by_rank(results)
     if not gpus or results.plan is None:
         return
-    need = results.plan.memory.device_need
+    need = results.plan.memory.device_peak_bytes
     pairs = [(rank, gpu) for rank, rank_gpus in gpus.items() for gpu in rank_gpus]
     short_of_memory = {rank: gpu for rank, gpu in pairs if gpu["free"] < need}
     for rank, gpu in short_of_memory.items():

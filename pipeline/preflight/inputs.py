@@ -54,7 +54,7 @@ def _probe_plan(context: RankContext) -> dict[str, str]:
 def _assess_plan(results: ProbeResults) -> Iterable[Finding]:
     assert results.plan is not None, "the check is skipped if rank 0 has no plan"
     plan, layout = results.plan, results.plan.layout
-    need = format_bytes(plan.memory.device_need)
+    need = format_bytes(plan.memory.device_peak_bytes)
     limit = format_bytes(plan.hardware.usable_bytes(layout.ranks_per_node))
     text = (
         f"ZeRO-{layout.zero_stage}, {layout.training_dtype}, global batch "

@@ -43,8 +43,8 @@ _IGNORED_WORDS = {
 }
 # Name of a file of a split on the hub, such as train_sft-00000-of-00003.parquet.
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(-\w+)?\.\w+")
-# Folders and files that prepare writes to `data/` of a run folder. After refused data there is only
-# rejects.jsonl.
+# Folders and files that prepare writes to `data/` of a run folder. If the data is refused,
+# it writes only rejects.jsonl.
 _SPLIT_FOLDER = re.compile(r"(train|eval)-[0-9a-f]{16}")
 _REJECTS, _SUMMARIES = "rejects.jsonl", {"index.json", "audit.json", "fingerprints.json"}
 _SKIPPED = "caches, run folders and files not listed in state.json"

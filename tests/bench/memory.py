@@ -360,7 +360,7 @@ def measure(session, folder, case):
         "measured": live.peak,
         "predicted": memory.tensor_bytes + offloaded_bytes,
         "loading": loading_peak,
-        "predicted_loading": memory.loading_tensors + offloaded_bytes,
+        "predicted_loading": memory.loading_tensor_bytes + offloaded_bytes,
         "terms": memory.per_rank,
         "moment": memory.worst_moment,
         "alive": live.alive(),

@@ -84,7 +84,7 @@ def loading_peaks(session, folder, cases):
         with LiveBytes() as live:
             load_base(plan, session.device)
         whole = base_bytes(plan.shape, plan.settings, plan.training_dtype)
-        peaks.append((live.peak, plan.memory.loading_tensors, whole))
+        peaks.append((live.peak, plan.memory.loading_tensor_bytes, whole))
     return peaks
 
 

@@ -72,7 +72,7 @@ def test_the_stage_changes_at_the_memory_that_the_replicated_base_needs(plan_of)
     """The smallest GPU with a replicated base is the smallest on which that layout fits."""
     keys = {"batch_size": 1, "gradient_checkpointing": True, "max_length": 256, "ranks": 2}
     plan = plan_of(hardware=gpu(80), **keys)
-    need = plan.memory.device_need
+    need = plan.memory.device_peak_bytes
     smallest_gib = next(gib for gib in range(10, 81) if gpu(gib).usable_bytes(2) >= need)
     assert plan_of(hardware=gpu(smallest_gib), **keys).layout.zero_stage == 2
     assert plan_of(hardware=gpu(smallest_gib - 1), **keys).layout.zero_stage == 3
@@ -98,7 +98,7 @@ def test_no_more_layers_are_checkpointed_than_memory_requires(plan_of):
     need = memory(
         plan.shape, plan.settings, with_one_less, plan.hardware, SequenceProfile(tokens=8192)
     )
-    assert need.device_need > plan.hardware.usable_bytes(8) >= plan.memory.device_need
+    assert need.device_peak_bytes > plan.hardware.usable_bytes(8) >= plan.memory.device_peak_bytes
     reason = plan.why["checkpointed_layers"]
     assert_mentions(reason, f"{num_checkpointed} of 32", f"{num_checkpointed - 1}")
 
@@ -160,7 +160,7 @@ def test_a_run_that_does_not_fit_is_refused_with_a_change_that_makes_it_fit(plan
     with pytest.raises(UserError) as error:
         plan_of(**keys)
     match = re.search(r"load_in_4bit: true it needs ([0-9.]+) of [0-9.]+ GiB$", str(error.value))
-    need = plan_of(**keys, load_in_4bit=True).memory.device_need
+    need = plan_of(**keys, load_in_4bit=True).memory.device_peak_bytes
     rounding_error = 0.05  # GiB
     assert float(match[1]) == pytest.approx(need / GIB, abs=rounding_error)
 
@@ -223,7 +223,7 @@ def test_the_first_candidate_is_the_fastest_of_those_with_the_same_sharding_and_
     assert candidates_of_run[: len(fitting)] == fitting
     for candidate in candidates_of_run:
         assert candidate.layout.global_batch_size == run_settings["global_batch_size"]
-        fits = candidate.memory.device_need <= hardware.usable_bytes(ranks)
+        fits = candidate.memory.device_peak_bytes <= hardware.usable_bytes(ranks)
         assert fits or candidate.refusal
     if fitting:
         best = fitting[0]

@@ -94,7 +94,11 @@ def test_the_run_file_for_long_trajectories_fits_on_its_machine_and_on_one_gpu()
         (
             "split",
             0,
-            ["split", "no supervised token is lost", "99 % of the tokens in undivided documents"],
+            [
+                "split",
+                "no supervised token is lost",
+                "99 % of the tokens in documents that are not split",
+            ],
         ),
         ("fail", 400, ["over_length: fail ends the run"]),
     ],

@@ -97,6 +97,10 @@ def test_an_incomplete_saved_data_set_is_refused(tmp_path):
     (tmp_path / "data-1.arrow").unlink()
     with refused("train_data", tmp_path, "data-1.arrow", "state.json"):
         resolved(tmp_path)
+
+
+def test_a_data_set_that_an_old_version_of_datasets_saved_with_indices_is_refused(tmp_path):
+    """An old `save_to_disk` wrote all rows, and a file with the indices of the selected rows."""
     save(tmp_path, "data-0.arrow", _indices_data_files=[{"filename": "indices.arrow"}])
     with refused("train_data", tmp_path, "flatten_indices"):
         resolved(tmp_path)
@@ -164,7 +168,8 @@ def test_a_user_s_rows_in_the_folder_of_prepared_data_are_read_without_its_other
         resolved(tmp_path)
 
 
-def test_the_rejects_file_of_refused_data_is_not_data(tmp_path):
+def test_a_file_with_rejected_rows_is_not_read_as_data(tmp_path):
+    """If prepare refuses the data, rejects.jsonl is the only file that it writes."""
     write(tmp_path, "rows.jsonl", "runs/x/data/rejects.jsonl")
     files, (note,) = files_and_notes(tmp_path)
     assert files == ["rows.jsonl"]

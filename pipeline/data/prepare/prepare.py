@@ -127,7 +127,7 @@ def prepare_data(
     tokenisation workers, by default chosen from the size of the data; the result does not depend
     on it. Raises UserError for bad data, a bad tokenizer or chat template, and RankZeroError if the
     disk is full. After an error `data_dir` is as before, except that rejects.jsonl has the rejected
-    rows of refused data.
+    rows if the data is refused.
     """
     with _report_full_disk(data_dir):
         fingerprints = Fingerprints(data_dir)
@@ -369,7 +369,7 @@ def _is_current(data_dir: Path, index: DataIndex) -> bool:
     is_published = read_json_or_empty(data_dir / INDEX) == index.as_json()
     if not is_published or not (data_dir / "audit.json").is_file():
         return False
-    # The rejects of refused data may have replaced those of the splits.
+    # If later data was refused, rejects.jsonl has the rejected rows of that data.
     return _joined_content([data_dir / REJECTS]) == _joined_content(_reject_files(index))
 
 

@@ -54,30 +54,30 @@ class Memory:
 
     `per_rank`: term -> bytes on a rank's device at the worst moment of a step. `worst_moment`: name
     of that moment. `load_peak_bytes`: peak on a rank's device while the base is loaded.
-    `loading_tensors`: bytes of live tensors at that peak. `host_peak_bytes`: peak host memory of
-    one node.
+    `loading_tensor_bytes`: bytes of live tensors at that peak. `host_peak_bytes`: peak host memory
+    of one node.
     """
 
     per_rank: Mapping[str, int]
     worst_moment: str
     load_peak_bytes: int
-    loading_tensors: int
+    loading_tensor_bytes: int
     host_peak_bytes: int
 
     @property
     def peak_bytes(self) -> int:
-        """Sum of `per_rank`."""
+        """Peak bytes on a rank's device in a step: the sum of `per_rank`."""
         return sum(self.per_rank.values())
 
     @property
     def tensor_bytes(self) -> int:
         """Peak bytes of live tensors while loading and training (max_memory_allocated)."""
         in_step = sum(size for term, size in self.per_rank.items() if term not in _NOT_TENSORS)
-        return max(in_step, self.loading_tensors)
+        return max(in_step, self.loading_tensor_bytes)
 
     @property
-    def device_need(self) -> int:
-        """Bytes that the device needs for loading and training."""
+    def device_peak_bytes(self) -> int:
+        """Peak bytes on a rank's device while loading and training."""
         return max(self.peak_bytes, self.load_peak_bytes)
 
 
@@ -94,7 +94,7 @@ def memory(
     moments = _moments(shape, settings, layout, of_activations, is_cuda=is_cuda)
     worst = max(moments, key=lambda moment: sum(moments[moment].values()))
     terms = _resident(shape, settings, layout) | moments[worst]
-    load = loading_tensors = _load_peak(shape, settings, layout, is_cuda=is_cuda)
+    load = loading_tensor_bytes = _load_peak(shape, settings, layout, is_cuda=is_cuda)
     if is_cuda:
         terms["allocator_slack"] = int(_ALLOCATOR_SLACK * sum(terms.values()))
         terms["cuda_context"] = _CUDA_CONTEXT
@@ -105,7 +105,7 @@ def memory(
         per_rank={term: size for term, size in terms.items() if size},
         worst_moment=worst,
         load_peak_bytes=load,
-        loading_tensors=loading_tensors,
+        loading_tensor_bytes=loading_tensor_bytes,
         host_peak_bytes=_host_peak(shape, settings, layout, 0 if is_cuda else peak)
         + (_offloaded_activations(layout, of_activations.block_input) if is_cuda else 0),
     )

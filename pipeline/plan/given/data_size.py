@@ -15,8 +15,9 @@ class LengthLoss:
 
     Prepare counts supervised tokens; an estimate counts all tokens. `longer`: documents of more
     than `max_length` tokens. `lost`: tokens that are not trained. `keeps_99`, `keeps_all`: smallest
-    `max_length` that keeps 99 % and all of the tokens. With `over_length: split` nothing is lost,
-    and the two lengths keep the tokens in undivided documents.
+    `max_length` with which 99 % and all of the tokens are trained. With `over_length: split` no
+    tokens are lost; `keeps_99` and `keeps_all` are then the smallest `max_length` with which 99 %
+    and all of the tokens are in documents that are not split.
     """
 
     documents: int

@@ -56,7 +56,7 @@ def _is_short_of_memory(run: PlanContext) -> bool:
     if run.settings.gradient_checkpointing is not False:
         return False
     sequences = SequenceProfile(tokens=run.settings.max_length)
-    need = memory(run.shape, run.settings, run.layout, run.hardware, sequences).device_need
+    need = memory(run.shape, run.settings, run.layout, run.hardware, sequences).device_peak_bytes
     return need > _SHORT_OF_MEMORY * run.hardware.usable_bytes(run.layout.ranks_per_node)
 
 

@@ -95,7 +95,7 @@ def test_with_4_ranks_on_one_cpu_a_decomposition_on_rank_0_has_a_quarter_of_the_
 def test_the_memory_while_loading_includes_the_largest_decomposition(plan):
     random_start = plan(zero_stage=2)
     pissa = plan(zero_stage=2, init_lora_weights="pissa")
-    additional_bytes = pissa.memory.loading_tensors - random_start.memory.loading_tensors
+    additional_bytes = pissa.memory.loading_tensor_bytes - random_start.memory.loading_tensor_bytes
     assert additional_bytes == pissa.decompositions.peak_bytes
 
 

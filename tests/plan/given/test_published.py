@@ -78,7 +78,7 @@ def plan_on(hardware, model, **changes):
 def test_a_model_below_40_billion_is_planned_on_one_gpu_of_80_gib(model):
     plan = plan_on(gpu(80, 1), model, max_length=1024, offload_param="none")
     assert plan.fits
-    assert plan.memory.device_need <= gpu(80, 1).usable_bytes(1)
+    assert plan.memory.device_peak_bytes <= gpu(80, 1).usable_bytes(1)
     assert plan.speed.tokens_per_second > 0
 
 
@@ -140,7 +140,7 @@ def test_a_model_that_is_published_with_packed_weights_is_planned_in_16_bits(nam
     config_in_16_bits = dict(model.config)
     del config_in_16_bits["quantization_config"]
     plan_in_16_bits = plan_on(very_large_gpu, replace(model, config=config_in_16_bits))
-    assert plan.memory.device_need == plan_in_16_bits.memory.device_need
+    assert plan.memory.device_peak_bytes == plan_in_16_bits.memory.device_peak_bytes
 
 
 def test_a_plan_by_name_of_an_awq_checkpoint_has_the_rule_that_refuses_it():
