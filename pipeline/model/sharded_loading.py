@@ -11,7 +11,6 @@ transformers 5.23 would quantise the whole base on each rank, and read an unquan
 rank 0.
 """
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +38,7 @@ def sharded_while_loading(plan: Plan, device: torch.device) -> Iterator[None]:
 
     sharding = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=dict(plan.deepspeed))
     set_parameter = core_model_loading.set_param_for_module
+    are_whole_equal = modeling_utils._tied_params_are_equal  # type: ignore[attr-defined]
 
     def set_and_shard(model: Any, name: str, value: torch.Tensor, *others: Any) -> None:
         set_parameter(model, name, value, *others)
@@ -47,6 +47,13 @@ def sharded_while_loading(plan: Plan, device: torch.device) -> Iterator[None]:
         if isinstance(parameter, nn.Parameter) and not parameter.is_meta:
             sharding._convert_to_deepspeed_param(parameter)
             parameter.partition()  # type: ignore[attr-defined]
+            # transformers keeps its reference to the value until it sets the next one.
+            value.data = parameter.data  # empty
+
+    def are_tied_equal(source: Any, target: Any) -> bool:
+        if not (hasattr(source, "ds_tensor") and hasattr(target, "ds_tensor")):
+            return bool(are_whole_equal(source, target))
+        return _are_equal(source, target, device)
 
     def shared(
         conversions: Iterable[tuple[str, WeightRenaming | WeightConverter]], **options: Any
@@ -58,12 +65,25 @@ def sharded_while_loading(plan: Plan, device: torch.device) -> Iterator[None]:
         # transformers' loop over all parameters has a progress bar around them.
         patch.object(core_model_loading, "tqdm", shared),
         patch.object(core_model_loading, "set_param_for_module", set_and_shard),
+        patch.object(modeling_utils, "_tied_params_are_equal", are_tied_equal),
         # This function would allocate memory for the whole model on a GPU.
         patch.object(modeling_utils, "caching_allocator_warmup", lambda *arguments: None),
-        # Threads would read all parameters on each rank.
-        patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),
+        # HF_DEACTIVATE_ASYNC_LOAD: threads would read all parameters on each rank.
+        patch.object(core_model_loading, "is_env_variable_true", lambda name: True),
     ):
         yield
+
+
+def _are_equal(first: Any, second: Any, device: torch.device) -> bool:
+    """Whether two sharded parameters have the same values. Collective."""
+    num_in_shard = first.ds_tensor.numel()
+    num_remaining = first.ds_numel - distributed.get_rank() * num_in_shard
+    num_values = max(0, min(num_in_shard, num_remaining))  # without padding
+    shards = (each.ds_tensor[:num_values] for each in (first, second))
+    is_equal = first.ds_shape == second.ds_shape and torch.equal(*shards)
+    num_equal = torch.tensor(int(is_equal), device=device)
+    distributed.all_reduce(num_equal)
+    return int(num_equal) == distributed.get_world_size()
 
 
 def _shared_conversions(

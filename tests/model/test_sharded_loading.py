@@ -1,12 +1,16 @@
 """At ZeRO-3 a base is sharded while it is loaded, and never whole on any rank."""
 
+import os
+
 import pytest
 import torch
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from safetensors.torch import load_file, save_file
 from transformers import core_model_loading
 
 from pipeline.errors import UserError
 from pipeline.model.base import load_base
+from pipeline.model.sharded_loading import sharded_while_loading
 from pipeline.plan.cost.memory import base_bytes
 from pipeline.train.live_bytes import LiveBytes
 from tests.messages import assert_mentions
@@ -69,6 +73,23 @@ def test_a_base_sharded_by_four_ranks_is_bitwise_the_base_loaded_whole(loaded, n
             assert content(sharded[name][1][key]) == content(value), f"{name}: {key}"
 
 
+@pytest.mark.parametrize("difference", [0, 1])
+def test_a_head_that_the_config_ties_is_tied_only_if_its_values_are_equal(tmp_path, difference):
+    """Some programs train a tied pair separately, and save both. transformers then loads both."""
+    folder = make_model(tmp_path / "model")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[-1, -1] += difference  # in the shard of the last rank, which has padding
+    save_file(tensors | {"lm_head.weight": head}, file, metadata={"format": "pt"})
+    arguments = (loaded_whole_and_sharded, folder, [{"global_batch_size": 9}])
+    ((whole, sharded),) = run_ranks(*arguments, tmp_path=tmp_path, world_size=3)[0]
+    assert ("lm_head.weight" in whole) == bool(difference)
+    assert sharded.keys() == whole.keys()
+    for name, (_, tensors) in whole.items():
+        assert torch.equal(sharded[name][1]["values"], tensors["values"]), name
+
+
 def content(value):
     """The bytes of a tensor, because packed values may look like NaN; else the value itself."""
     if not isinstance(value, torch.Tensor):
@@ -103,6 +124,33 @@ def test_no_rank_ever_holds_the_whole_base_and_the_predicted_memory_suffices(dee
     for by_rank in zip(*run_ranks(*arguments, tmp_path=tmp_path, world_size=4), strict=True):
         for peak, predicted, whole in by_rank:
             assert 0.9 * predicted < peak <= 1.05 * predicted < 0.5 * whole
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory):
+    """A model of two blocks whose largest parameters are those of an MLP, which follow another."""
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in {"hidden_size": 256, "intermediate_size": 2048}.items():
+            patch.setitem(CONFIG, key, value)
+        return make_model(tmp_path_factory.mktemp("wide") / "model", dtype="bfloat16")
+
+
+def test_a_rank_holds_at_most_two_parameters_beside_its_shard(wide_model, tmp_path):
+    arguments = (loading_peaks, wide_model, [BF16, NF4])
+    for by_rank in zip(*run_ranks(*arguments, tmp_path=tmp_path, world_size=4), strict=True):
+        for peak, predicted, _ in by_rank:
+            assert peak <= 1.05 * predicted
+
+
+def variable_set_while_loading(session, folder):
+    with sharded_while_loading(make_plan(folder, 1, 40, zero_stage=3), session.device):
+        os.environ["SET_WHILE_LOADING"] = "1"
+    return os.environ.get("SET_WHILE_LOADING")
+
+
+def test_loading_keeps_environment_variables_that_are_set_meanwhile(tiny_model, tmp_path):
+    arguments = (variable_set_while_loading, tiny_model)
+    assert run_ranks(*arguments, tmp_path=tmp_path, world_size=1) == ["1"]
 
 
 def refusal_if_rank_1_cannot_read(session, folder):
