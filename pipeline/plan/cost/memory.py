@@ -441,9 +441,35 @@ def _offloaded_activations(layout: Layout, block_input: int) -> int:
         return 0
     part_bytes = 64 * 2**20
     num_full, last = divmod(block_input, part_bytes)
-    rounded_last = 1 << (last - 1).bit_length() if last else 0
-    pinned = num_full * part_bytes + rounded_last
+    pinned = num_full * part_bytes + _pinned_bytes(last)
     return layout.ranks_per_node * layout.checkpointed_layers * pinned
+
+
+def _pinned_bytes(size: int) -> int:
+    """Bytes of pinned host memory that PyTorch 2.13 allocates for a tensor: a power of two.
+
+    Source: ATen/core/CachingHostAllocator.h:303.
+    """
+    return 1 << (size - 1).bit_length() if size else 0
+
+
+def _pinned_shards(shape: ModelShape, settings: RunSettings, layout: Layout) -> int:
+    """Bytes of pinned host memory of a rank for its shards of the base (`offload_param`).
+
+    DeepSpeed pins the shard of each parameter separately. Small parameters are not rounded here.
+    """
+    b, world = layout.bytes_per_value, layout.world_size
+    base = base_bytes(shape, settings, layout.training_dtype)
+    sizes = [  # of the large parameters
+        linear.weights // 2 if settings.load_in_4bit and linear.is_quantised else linear.weights * b
+        for linear in shape.linears.values()
+        if not linear.is_shared
+    ]
+    for block, count in shape.counts():
+        sizes += [tensor.parameters * b for tensor in block.experts] * count
+    sizes += [shape.vocab_size * shape.hidden_size * b] * (1 if shape.is_tied else 2)
+    shards = sum(_pinned_bytes(-(-size // world)) for size in sizes)
+    return shards + (base - quantisation_constants(shape, settings) - sum(sizes)) // world
 
 
 def _host_peak(shape: ModelShape, settings: RunSettings, layout: Layout, device_peak: int) -> int:
@@ -454,8 +480,9 @@ def _host_peak(shape: ModelShape, settings: RunSettings, layout: Layout, device_
     """
     ranks = layout.ranks_per_node
     need = ranks * (device_peak or _PROCESS)
-    base = base_bytes(shape, settings, layout.training_dtype)
-    if layout.offload_param == "cpu":  # one pinned shard per rank
-        need += ranks * base // layout.world_size
+    if layout.offload_param == "cpu" and device_peak:  # the shards of ranks on the CPU
+        need += ranks * base_bytes(shape, settings, layout.training_dtype) // layout.world_size
+    elif layout.offload_param == "cpu":
+        need += ranks * _pinned_shards(shape, settings, layout)
     # Rank 0 gathers and writes the adapter and the optimizer states.
     return need + 16 * trainable_parameters(shape, settings)

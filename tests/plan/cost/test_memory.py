@@ -254,6 +254,19 @@ def test_at_zero_3_the_base_is_never_whole_on_a_device_or_a_host(plan_layout, to
         assert need.host_peak_bytes == bytes_of_processes + adapter_and_states
 
 
+def test_host_memory_has_room_for_shards_that_pytorch_rounds_up_to_powers_of_two():
+    """A rank's shard of an MLP's matrix of Gemma 2 27B has 40.5 MiB; 64 MiB are pinned."""
+    plan_layout = layout(zero_stage=3, ranks_per_node=8)
+    offloaded = replace(plan_layout, offload_param="cpu")
+    on_device, on_host = (
+        need_of(GEMMA2_27B, LORA, each, H100, 512).host_peak_bytes
+        for each in (plan_layout, offloaded)
+    )
+    pinned = on_host - on_device
+    assert pinned >= 8 * 46 * 3 * 64 * 2**20
+    assert 1.4 < pinned / base_bytes(GEMMA2_27B, LORA, "bfloat16") < 2
+
+
 def test_a_larger_adapter_needs_more_memory():
     peaks = [need_of(SMALL, run(lora_r=r), layout(), H100, 512).peak_bytes for r in (4, 16, 64)]
     assert peaks == sorted(set(peaks))
