@@ -164,6 +164,8 @@ class Session:
             self._host_group = dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT)
         import deepspeed
 
+        if self._is_cuda and self.device.index != self.placement.local_rank:
+            use_only_gpu(deepspeed.accelerator.get_accelerator())
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
     def sequence_group(self, size: int) -> "SequenceGroup | None":
@@ -310,6 +312,17 @@ def _import_without_compiler() -> None:
             del os.environ["TORCHDYNAMO_DISABLE"]
         else:
             os.environ["TORCHDYNAMO_DISABLE"] = original_value
+
+
+def use_only_gpu(accelerator: Any) -> None:
+    """Let DeepSpeed use the only visible GPU, which has index 0 whatever the local rank is.
+
+    DeepSpeed 0.19.8 takes the local rank as the index (runtime/engine.py:1943).
+    """
+    import torch
+
+    accelerator.set_device = lambda index: torch.cuda.set_device(0)
+    accelerator.device_name = lambda index=None: "cuda" if index is None else "cuda:0"
 
 
 def _wait_for(store: Any, key: str) -> None:

@@ -7,13 +7,28 @@ import pytest
 
 from pipeline.cluster import session as session_module
 from pipeline.cluster.placement import Placement
-from pipeline.cluster.session import Session
+from pipeline.cluster.session import Session, use_only_gpu
 from pipeline.errors import UserError
 from tests.messages import refused
 from tests.plan.test_plan import CPU
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.group
+
+
+def test_deepspeed_uses_the_only_visible_gpu_whatever_the_local_rank_is(monkeypatch):
+    """A scheduler may make one GPU visible to each rank (srun --gpus-per-task=1)."""
+    import torch
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+    used = []
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    accelerator = CUDA_Accelerator()
+    use_only_gpu(accelerator)
+    accelerator.set_device(3)  # as DeepSpeed does with the local rank
+    assert used == [0]
+    assert accelerator.device_name("3") == "cuda:0"
+    assert accelerator.device_name() == "cuda"
 
 
 def decide_and_add(session):
