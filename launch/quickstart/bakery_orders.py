@@ -46,8 +46,7 @@ def orders(rng: random.Random, *, is_heldout: bool) -> Iterator[tuple[str, dict[
         facts |= {
             fact: value for fact, value in bank["unmentioned"].items() if f"{fact}}}" not in frame
         }
-        text = frame.format(**phrases)
-        text = f"{phrases['hello']} {text} {phrases['bye']}".strip()
+        text = f"{phrases['hello']} {frame.format(**phrases)} {phrases['bye']}".strip()
         text = re.sub(r"(^|[.?!] )[a-z]", lambda start: start[0].upper(), text)
         yield (text.lower().rstrip(".") if phrases["is_lower"] else text), facts
 

@@ -5,14 +5,12 @@ nothing.
 """
 
 import os
-import subprocess
-import sys
 import time
 import webbrowser
 from pathlib import Path
 
+from commands import launcher, run_if_outdated
 from download_model import download_model
-from launcher import launcher
 from make_data import make_data
 from summary import print_summary
 
@@ -22,18 +20,6 @@ from pipeline.cluster.progress import duration
 
 FOLDER, RUN_FILE = Path("quickstart"), "launch/runs/quickstart.yaml"
 RUN_FOLDER = FOLDER / "run"
-
-
-def run_if_outdated(command: str, source: Path, output: Path) -> bool:
-    """Run a command unless the file `output` is newer than `source`; returns whether it ran."""
-    print(f"\n$ {command}", flush=True)
-    if output.exists() and output.stat().st_mtime >= source.stat().st_mtime:
-        print(f"  already done: {output}", flush=True)
-        return False
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    if code := subprocess.run(command.split(), env=environment, check=False).returncode:
-        sys.exit(f"the command ended with exit code {code}")
-    return True
 
 
 def main() -> None:

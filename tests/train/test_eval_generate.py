@@ -74,7 +74,7 @@ MODULE_CHANGES = [{"mlp_tiles": 3}, {"new_tokens": ["<a>"]}]
 
 
 def answers_and_losses(session, folder, runs):
-    """Of each run: its answers after the last step, and its held-out loss."""
+    """For each run, a pair: the answers after the last step, and the held-out loss."""
     results = (train(session, folder, settings, answers_after=(3,)) for settings in runs)
     return [(answers, loss) for answers, _, loss in results]
 

@@ -420,8 +420,11 @@ def _working_bytes(kind: _BlockKind, num_tokens: int, scored_tokens: int) -> int
         freed += 0 if kind.num_tiles > 1 else mlp_per_token
         gradients = 2 if kind.is_reentrant else 1  # of the residual and of the block's output
         exchanged = num_tokens * (exchanged + gradients * block.hidden_size * b - freed)
-    # The gradients of the MLP's output, of the activated gate and of the up projection.
-    mlp = num_tokens * (2 * inner + block.hidden_size) * b
+    # The gradients of the MLP's output, of the activated gate and of the up projection. A counted
+    # class may slice or concatenate these, so that their gradients exist twice (measured: GLM 4,
+    # gpt-oss), or have a norm after the MLP, whose backward pass needs no more.
+    inner_gradients = 2 if block.saved is None else 4
+    mlp = num_tokens * (inner_gradients * inner + block.hidden_size) * b
     if kind.num_tiles > 1:  # the norm before it: five fp32 tensors, and the residual's gradient
         mlp = num_tokens * block.hidden_size * (20 + b) if block.norm_kind == "rms" else 0
     casts_in_mlp, in_attention = _cast_bytes(kind, num_tokens, scored_tokens)

@@ -31,7 +31,7 @@ def _forked_workers(monkeypatch):
 
 
 def make_squares(fails_at):
-    """What each worker calls once: it returns the function that the worker applies to each item."""
+    """Return the function that a worker applies to each item; each worker calls this once."""
     return partial(square, fails_at)
 
 

@@ -1,6 +1,10 @@
-"""Command line of DeepSpeed's launcher on this machine."""
+"""The commands of the quickstart: DeepSpeed's launcher on this machine, and how one is run."""
 
+import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 from pipeline.plan.given.hardware import Hardware
 
@@ -23,3 +27,15 @@ def _port_option() -> str:
             probe.bind(("", 0))
             return f" --master_port {probe.getsockname()[1]}"
     return ""
+
+
+def run_if_outdated(command: str, source: Path, output: Path) -> bool:
+    """Run a command unless the file `output` is newer than `source`; returns whether it ran."""
+    print(f"\n$ {command}", flush=True)
+    if output.exists() and output.stat().st_mtime >= source.stat().st_mtime:
+        print(f"  already done: {output}", flush=True)
+        return False
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    if code := subprocess.run(command.split(), env=environment, check=False).returncode:
+        sys.exit(f"the command ended with exit code {code}")
+    return True
