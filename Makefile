@@ -14,6 +14,7 @@
 # make screenshots  the images of docs/images, with headless Chromium (6 minutes)
 # make site         the pages of docs/ as a website in build/site (own environment, 1 minute)
 # make bench        speed beside HF Trainer, TRL, LLaMA-Factory and a bare loop (75 minutes, resumable; QUICK=1: 5)
+# make bench-learning  held-out loss of RankZero's and the Trainer's adapters (30 minutes, resumable)
 # make bench-gpu    everything that needs a GPU, in one process of 8 minutes; writes build/bench-gpu
 #                   LONG=1: 8B LoRA at 64k and 128k tokens with tiles and activations in host memory
 # make bench-long   speed and memory over sequence length and group size on a CPU (20 minutes; resumable)
@@ -27,7 +28,7 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: quickstart install test models real-model templates test-slurm test-gpu test-trackers test-serving faults check fix docs goldens test-floors clean test-report bench bench-gpu bench-long bench-profile
+.PHONY: quickstart install test models real-model templates test-slurm test-gpu test-trackers test-serving faults check fix docs goldens test-floors clean test-report bench bench-gpu bench-learning bench-long bench-profile
 
 quickstart: $(VENV)/.installed
 	@$(BIN)/python launch/quickstart/quickstart.py
@@ -109,6 +110,9 @@ bench-gpu: $(VENV)/.installed
 
 bench-long: $(VENV)/.installed
 	$(BIN)/python -m tests.bench.long
+
+bench-learning: $(VENV)/.installed
+	$(BIN)/python -m tests.bench.learning
 
 bench-profile: $(VENV)/.installed
 	$(BIN)/python -m tests.bench.step_profile

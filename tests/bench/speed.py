@@ -70,7 +70,7 @@ def main() -> None:
     repeats = arguments.repeats or (1 if arguments.quick else 3)
     minutes = arguments.minutes or (4.5 if arguments.quick else 70)
     deadline = time.monotonic() + 60 * minutes
-    _download_model()
+    download_model()
     with tempfile.TemporaryDirectory() as folder:
         model = _with_few_layers(Path(folder) / "model") if arguments.quick else MODEL
         rows, name = write_rows(arguments.rows, Path(folder))
@@ -179,7 +179,7 @@ def write_rows(source: Path, folder: Path) -> tuple[Path, str]:
     return path, name
 
 
-def _download_model() -> None:
+def download_model() -> None:
     """Download the quickstart's model, unless its folder has it."""
     code = "import sys; from download_model import download_model as d; from pathlib import Path; "
     code += "d(Path(sys.argv[1]))"

@@ -1,5 +1,10 @@
 """Arguments of a Trainer of transformers for a case; TRL and LLaMA-Factory take the same."""
 
+import math
+
+# The defaults of RankZero.
+_WEIGHT_DECAY, _WARMUP_SHARE = 0.01, 0.03
+
 
 def trainer_arguments(case):
     deepspeed_config = {
@@ -16,7 +21,9 @@ def trainer_arguments(case):
         "per_device_train_batch_size": case["batch_size"],
         "gradient_accumulation_steps": case["accumulation_steps"],
         "gradient_checkpointing": case["gradient_checkpointing"], "learning_rate": case["lr"],
-        "lr_scheduler_type": "cosine", "optim": "adamw_torch", "logging_steps": 1,
+        "lr_scheduler_type": "cosine", "weight_decay": _WEIGHT_DECAY,
+        "warmup_steps": math.ceil(_WARMUP_SHARE * case["max_steps"]),
+        "optim": "adamw_torch", "logging_steps": 1,
         "save_strategy": "no", "report_to": "none", "seed": case["seed"],
         "dataloader_pin_memory": False, "disable_tqdm": True,
     }  # fmt: skip
