@@ -36,7 +36,8 @@ def tensors_of(model):
     for name, parameter in model.named_parameters():
         state = getattr(parameter, "quant_state", None)
         constants = state.as_dict() if state else {}
-        assert state is getattr(model.get_submodule(name.rpartition(".")[0]), "quant_state", None)
+        if state:  # a bias has none
+            assert state is model.get_submodule(name.rpartition(".")[0]).quant_state
         tensors[name] = (type(parameter), {"values": parameter.detach().clone()} | constants)
     tensors |= {name: (torch.Tensor, {"values": x.clone()}) for name, x in model.named_buffers()}
     return tensors
