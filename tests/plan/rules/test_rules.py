@@ -16,6 +16,7 @@ from pipeline.plan.rules.model import INPUT_RULES
 from pipeline.plan.rules.rule import PlanContext, installed_versions
 from pipeline.plan.rules.table import RULES
 from tests.messages import assert_mentions, refused
+from tests.plan.rules.quiet_cases import ALTERNATIVE_CASES, ORDINARY_RUNS, QUIET_CASES
 from tests.plan.rules.rule_cases import CASES, LONGROPE, OTHER_CASES, SHORT
 from tests.plans import CPU, LLAMA_8B, SMOLLM2, gpu, sized, with_blocks
 
@@ -74,9 +75,22 @@ def test_a_rule_applies_in_its_case_and_not_in_the_most_similar_case_without_the
     assert not BY_ID[rule].check(context(**similar_case))
 
 
-@pytest.mark.parametrize(("rule", "case"), OTHER_CASES)
+@pytest.mark.parametrize(("rule", "case"), [*OTHER_CASES, *ALTERNATIVE_CASES])
 def test_a_rule_applies_for_each_of_its_keys(context, rule, case):
     assert BY_ID[rule].check(context(**case))
+
+
+@pytest.mark.parametrize(("rule", "case"), QUIET_CASES)
+def test_a_rule_does_not_apply_without_one_of_its_conditions(context, rule, case):
+    assert not BY_ID[rule].check(context(**case))
+
+
+@pytest.mark.parametrize("name", ORDINARY_RUNS)
+def test_no_rule_applies_to_an_ordinary_run(context, name):
+    """Except the rules that are listed with the run."""
+    case, rules = ORDINARY_RUNS[name]
+    run = context(**{"lora_r": 16} | case)
+    assert {rule.id for rule in RULES if rule.check(run)} == rules
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.id)
