@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import time
 
 import pytest
@@ -204,9 +205,15 @@ def test_a_base_that_is_hashed_in_a_thread_is_read_once(base, monkeypatch):
     assert sorted(hashed) == sorted(path.name for path in base.glob("*.safetensors"))
 
 
-def test_an_error_of_the_thread_is_raised_by_the_later_call(base):
+def test_an_error_of_the_thread_is_raised_by_the_later_call_only(base, monkeypatch):
+    tracebacks = []
+    monkeypatch.setattr(threading, "excepthook", tracebacks.append)
     for path in base.glob("*.safetensors"):
         path.write_bytes(b"no tensors")
     start_hashing(base)
     with refused(base):
         base_fingerprint(base)
+    for thread in threading.enumerate():
+        if thread.name == "fingerprint":
+            thread.join()
+    assert tracebacks == []

@@ -121,6 +121,19 @@ def test_the_checkpoints_of_a_new_run_record_its_base_when_the_folder_is_opened(
     assert folder.checkpoints.identity.base == base
 
 
+def test_the_base_is_hashed_while_the_data_is_prepared(folder, monkeypatch):
+    hashed = []
+
+    def prepare(*_):
+        assert hashed == [folder._context.settings.model_folder]
+        raise UserError("train_data: no rows")
+
+    monkeypatch.setattr("pipeline.train.folder.start_hashing", hashed.append)
+    monkeypatch.setattr("pipeline.train.folder.prepare_data", prepare)
+    with refused("no rows"):
+        folder.prepare()
+
+
 def test_a_run_without_an_error_is_done_and_no_longer_owns_its_folder(folder):
     folder.status.write_start()
     with folder.outcome_recorded():

@@ -9,9 +9,13 @@ import weakref
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
+from pipeline.errors import UserError
 from pipeline.train.run import collect_rarely, get_ready
 from tests import ROOT
+from tests.commands import run
+from tests.tiny import make_rows
 
 pytestmark = pytest.mark.tensor
 
@@ -85,3 +89,55 @@ def test_the_layers_of_the_class_check_are_freed(monkeypatch):
         is_freed = [layer() is None for layer in layers]
         gc.unfreeze()
     assert is_freed == [True]
+
+
+def test_an_error_of_the_class_check_is_left_to_rank_0(monkeypatch):
+    """Rank 0 repeats the check, and its error is the one message of the run."""
+
+    def refuse(plan):
+        raise UserError("model: its class cannot be trained")
+
+    monkeypatch.setattr("pipeline.model.proof.require_proof", refuse)
+    session = SimpleNamespace(import_deepspeed=lambda: None, placement=SimpleNamespace(rank=1))
+    end = collect_rarely()
+    try:
+        get_ready(SimpleNamespace(session=session, plan=None))
+    finally:
+        end()
+        gc.unfreeze()
+
+
+# launch/train.py, in which rank 0 prepares the data until rank 1 is ready, and then refuses it.
+OVERLAP = """
+import sys, time
+from pathlib import Path
+sys.argv = ["train.py", sys.argv[1]]
+from pipeline.cli.train import main
+from pipeline.errors import UserError
+from pipeline.train import run
+from pipeline.train.folder import RunFolder
+
+ready = Path(sys.argv[1]).with_suffix(".ready")
+
+def prepare(folder):
+    end = time.monotonic() + 30
+    while not ready.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    raise UserError(f"rank 1 is ready: {ready.exists()}")
+
+run.get_ready = lambda context: ready.touch()
+RunFolder.prepare = prepare
+main()
+"""
+
+
+def test_the_other_ranks_get_ready_while_rank_0_prepares_the_data(tmp_path, tiny_model):
+    run_file = tmp_path / "run.yaml"
+    settings = {
+        "model": str(tiny_model), "train_data": str(make_rows(tmp_path / "train.jsonl")),
+        "output_dir": str(tmp_path / "run"), "max_steps": 1, "max_length": 128,
+    }  # fmt: skip
+    run_file.write_text(yaml.safe_dump(settings))
+    code, output = run("-c", OVERLAP, run_file, ranks=2)
+    assert code == 2, output
+    assert "rank 1 is ready: True" in output
