@@ -1,12 +1,16 @@
 """Log output: INFO of rank 0 and warnings of all ranks, unless the caller has set handlers."""
 
+import logging
+import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.cluster import logs
 from pipeline.cluster.logs import wrap_lines
 
 pytestmark = pytest.mark.unit
@@ -45,6 +49,20 @@ def test_other_ranks_show_warnings_only(name):
 def test_a_library_user_keeps_the_handlers_that_were_configured():
     result = output(CALLERS_HANDLER)
     assert (result.stdout, result.stderr) == ("", "mine disk is slow\n")
+
+
+def test_silence_is_the_time_since_the_last_message(monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(logs._ConsoleHandler, "last_output", math.inf)
+    handler = logs._ConsoleHandler()
+    assert logs.seconds_without_output() == 0  # nothing has been shown yet
+    for now in (103.0, 110.0):
+        clock.now = now
+        handler.emit(logging.makeLogRecord({"msg": "a message"}))
+        assert logs.seconds_without_output() == 0
+        clock.now = now + 5.0
+        assert logs.seconds_without_output() == 5
 
 
 def test_a_long_line_is_broken_between_words_and_aligned_with_the_text_after_its_label():

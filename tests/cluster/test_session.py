@@ -11,6 +11,7 @@ from pipeline.cluster.session import Session, use_only_gpu
 from pipeline.errors import UserError
 from tests.messages import refused
 from tests.plan.test_plan import CPU
+from tests.plans import gpu
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.group
@@ -29,6 +30,27 @@ def test_deepspeed_uses_the_only_visible_gpu_whatever_the_local_rank_is(monkeypa
     assert used == [0]
     assert accelerator.device_name("3") == "cuda:0"
     assert accelerator.device_name() == "cuda"
+
+
+@pytest.mark.parametrize(("local_rank", "is_told"), [(0, False), (3, True)])
+def test_deepspeed_is_told_of_the_only_visible_gpu_if_its_index_is_not_the_local_rank(
+    monkeypatch, local_rank, is_told
+):
+    """Functions that need a GPU or other ranks are replaced."""
+    import deepspeed
+    import torch
+
+    told = []
+    monkeypatch.setattr(session_module, "use_only_gpu", told.append)
+    monkeypatch.setattr(Session, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(Session, "import_deepspeed", lambda self: None)
+    monkeypatch.setattr(Session, "_open_store", lambda self: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda *_, **__: None)
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda *_, **__: None)
+    placement = Placement(rank=local_rank, local_rank=local_rank, world_size=4, local_size=4)
+    Session(placement, gpu()).start()
+    assert len(told) == is_told
 
 
 def decide_and_add(session):
