@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.adapter.hub import require_no_secrets
 from tests import ROOT
 from tests.adapter.hub_server import local_hub
 from tests.commands import run_without_torch
-from tests.messages import assert_mentions
+from tests.messages import assert_mentions, refused
 
 pytestmark = pytest.mark.unit
 
@@ -163,6 +164,20 @@ def test_a_secret_or_a_path_in_the_home_folder_stops_publishing(run, publish, co
     assert TOKEN not in output
     assert not hub.created
     assert not hub.files
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md", "chat_template.jinja", "additional_chat_templates/tool.jinja", "merges.txt",
+        "tokenizer.model", "modeling_own.py", "generation_config.json", "LICENSE",
+    ],
+)  # fmt: skip
+def test_a_secret_is_found_in_a_file_of_any_name(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"\xff\0 token " + TOKEN.encode())
+    with refused(name, "Hugging Face"):
+        require_no_secrets(tmp_path)
 
 
 def test_a_secret_in_the_header_of_the_weights_stops_publishing(run, publish):

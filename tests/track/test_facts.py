@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pipeline.track.facts import _remove_folders
+from pipeline.track.facts import _redact, _remove_folders
 from pipeline.track.lines import LineReader, parse_metrics
 from pipeline.track.process import tracker_environment
 
@@ -23,6 +23,24 @@ pytestmark = pytest.mark.unit
 )  # fmt: skip
 def test_only_the_last_part_of_a_path_is_sent_and_hub_names_are_kept(value, sent):
     assert _remove_folders(value) == sent
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "hf_" + "aB3" * 10, "sk-proj-" + "a1" * 10, "ghp_" + "aB3d" * 9, "github_pat_11ABC",
+        "xoxb-123-abc", "AKIA" + "A1B2C3D4" * 2, "eyJhbGci.eyJzdWIi.c2ln", "0a1b" * 10,
+    ],
+)  # fmt: skip
+def test_a_secret_in_the_value_of_a_setting_is_not_sent(secret):
+    for value in (secret, [f"text {secret}"], {"key": secret}):
+        assert secret not in _redact(value)
+
+
+def test_the_password_in_an_address_is_not_sent_and_other_values_are():
+    assert _redact("https://anna:pw@host/x") == "https://***host/x"
+    values = ["org/name", "q_proj", 0.5, True, "1e-4"]
+    assert [_redact(value) for value in values] == values
 
 
 def test_only_the_variables_of_the_tracker_reach_its_process():
