@@ -36,6 +36,12 @@ def test_the_interval_of_a_share_is_wilson_s(successes, count, low, high):
     assert wilson_interval(successes, count) == pytest.approx((low, high), abs=1e-4)
 
 
+def test_the_interval_of_a_share_of_no_or_of_all_rows_ends_exactly_there():
+    for count in range(1, 200):
+        assert wilson_interval(0, count)[0] == 0
+        assert wilson_interval(count, count)[1] == 1
+
+
 def test_the_interval_of_the_loss_contains_the_true_mean_in_about_95_of_100_samples():
     """All tokens of a row have the same loss, so tokens are not independent samples, but rows are.
 
@@ -74,7 +80,13 @@ def test_one_row_has_a_loss_without_an_interval():
 @pytest.mark.parametrize("loss", [9000.0, math.nan])
 def test_a_loss_without_a_finite_exponential_has_no_perplexity(loss):
     row = AnsweredRow(loss_sum=loss, tokens=1)
-    assert scores_of([row, row], None)["perplexity"] is None
+    scores = scores_of([row, row], None)
+    assert scores["perplexity"] is None
+    assert (scores["loss_interval"] is None) == math.isnan(loss)
+
+
+def test_rows_without_a_supervised_token_have_no_loss():
+    assert scores_of([AnsweredRow(loss_sum=0.0, tokens=0)], None) == {}
 
 
 def test_exact_match_ignores_surrounding_white_space_only():
