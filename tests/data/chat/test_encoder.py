@@ -26,14 +26,14 @@ from tests.tiny import CHATML, make_tokenizer
 pytestmark = pytest.mark.tensor
 
 
-def tokenizer_with_token_ab():
-    """A byte-level tokenizer in which the two letters `ab` are one token."""
+def tokenizer_with_pair(first, second):
+    """A byte-level tokenizer in which these two characters together are one token."""
     tokenizer = make_tokenizer()
     data = json.loads(tokenizer.backend_tokenizer.to_str())
-    data["model"]["vocab"]["ab"] = len(tokenizer)
-    data["model"]["merges"] = [["a", "b"]]
+    data["model"]["vocab"][first + second] = len(tokenizer)
+    data["model"]["merges"] = [[first, second]]
     tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(data))
-    assert len(tokenizer("ab").input_ids) == 1
+    assert len(tokenizer(first + second).input_ids) == 1
     return tokenizer
 
 
@@ -62,7 +62,7 @@ class TestPromptAndCompletion:
 
     def test_no_token_spans_prompt_and_completion(self):
         """`ab` is one token, but after the prompt `a` the model has to generate `b`."""
-        tokenizer = tokenizer_with_token_ab()
+        tokenizer = tokenizer_with_pair("a", "b")
         (document,) = encoder(tokenizer).encode(Completion("xa", "b"))
         assert document.ids.tolist() == [
             *tokenizer("xa").input_ids,
@@ -78,6 +78,12 @@ class TestPromptAndCompletion:
         for example in (Completion("q", "a"), Text("a")):
             with refused("tokenizer", "eos_token"):
                 marked_text(example, tokenizer)
+
+
+def test_a_token_that_spans_the_end_of_reasoning_belongs_to_the_answer():
+    row = chat("q", "<think>x</think>yes")
+    text = marked_text(row, tokenizer_with_pair(">", "y"), train_on_reasoning=False)
+    assert text == f"{user('q')}<think>x</think[[>yes<|im_end|>]]\n"
 
 
 def test_a_whole_text_and_its_end_are_supervised():
