@@ -6,11 +6,14 @@ import pytest
 
 from pipeline.adapter.gather import gather_weights
 from pipeline.cluster.heartbeat import Heartbeat
+from pipeline.cluster.placement import Placement
+from pipeline.data.dataset.sequences import StepSize
+from pipeline.data.order.steps import TrainingStep
 from pipeline.errors import RankZeroError
 from pipeline.train import loop
 from pipeline.train.checkpoint import Progress
 from pipeline.train.engine import StepResult
-from pipeline.train.metrics import InputWait
+from pipeline.train.metrics import InputWait, Stopwatch
 from tests.messages import assert_mentions, refused
 from tests.ranks import run_ranks
 from tests.tiny import Documents
@@ -87,6 +90,29 @@ def test_progress_counts_the_documents_of_the_epoch():
         step(run, documents=documents)
         positions.append(run.progress.documents)
     assert positions == [4, 8, 12, 16, 18, 4, 8]
+
+
+def test_the_recorded_loss_is_the_mean_over_the_supervised_tokens_of_all_ranks():
+    """Two ranks have equal sums; 5 of the 40 tokens of the step are supervised."""
+    run = SimpleNamespace(
+        session=SimpleNamespace(
+            placement=Placement(world_size=2, local_size=2),
+            sum_over_ranks=lambda values: [2 * value for value in values],
+        ),
+        plan=SimpleNamespace(
+            layout=SimpleNamespace(accumulation_steps=1), steps=SimpleNamespace(steps_per_epoch=4)
+        ),
+        engine=SimpleNamespace(learning_rates=dict),
+        input_wait=InputWait(), step_watch=Stopwatch(), writer=None,
+        peak=SimpleNamespace(after_step=lambda: None),
+    )  # fmt: skip
+    step = TrainingStep(2, iter([]), StepSize(documents=4, supervised_tokens=5))
+    result = StepResult(
+        loss_sum=10.0, tokens=20, grad_norm=INF, was_applied=False, can_lower_scale=False
+    )
+    line, failed_saves = loop._measure(run, step, result)
+    assert (line["loss"], line["tokens"], line["supervised_tokens"]) == (4.0, 40, 5)
+    assert (line["step"], line["epoch"], line["grad_norm"], failed_saves) == (3, 0.75, None, 0)
 
 
 def run_with_batches(heartbeat, agreements, batches_per_agreement=1):
