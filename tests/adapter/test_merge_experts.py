@@ -8,7 +8,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from pipeline.adapter.adapter_file import read_adapter
+from pipeline.adapter.merge import merge_adapters
 from pipeline.adapter.merge_inputs import meta_model, read_base, with_stored_names
+from pipeline.adapter.merge_plan import MergeOptions, WeightedAdapter
 from pipeline.model.base import load_plain
 from pipeline.model.checkpoint_names import model_on_meta, stored_names
 from pipeline.model.expert_slices import expert_slices
@@ -35,8 +37,8 @@ KINDS = [
 def folders(tmp_path):
     """Function: kind of model -> its folder, and that of a random adapter with experts."""
 
-    def make(kind, **options):
-        build(kind, kinds=ALL).save_pretrained(tmp_path / "base")
+    def make(kind, dtype=torch.float32, **options):
+        build(kind, kinds=ALL).to(dtype).save_pretrained(tmp_path / "base")
         model = load_plain(tmp_path / "base", dtype=torch.float32)
         names = sorted({name.rsplit(".", 1)[-1] for name in expert_tensors(model)})
         config = LoraConfig(
@@ -70,6 +72,28 @@ def test_the_merged_model_equals_that_of_peft(folders, tmp_path, kind):
     assert all(torch.allclose(merged[key], by_peft[key], atol=1e-6) for key in merged)
     changed = {key for key in merged if not torch.equal(merged[key], before[key])}
     assert len(changed) == len(read(base, adapter).layer_updates)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "granitemoe"])
+def test_experts_in_bf16_are_merged_bitwise_as_by_peft(folders, tmp_path, kind):
+    base, adapter = folders(kind, torch.bfloat16)
+    merge_adapter(base, adapter, tmp_path / "merged")
+    model = PeftModel.from_pretrained(load_plain(base, dtype=torch.bfloat16), adapter)
+    model.merge_and_unload().save_pretrained(tmp_path / "by_peft")
+    merged, by_peft = tensors(tmp_path / "merged"), tensors(tmp_path / "by_peft")
+    assert merged.keys() == by_peft.keys()
+    assert all(torch.equal(merged[key], by_peft[key]) for key in merged)
+
+
+def test_the_change_of_experts_is_multiplied_by_the_weight_of_the_adapter(folders, tmp_path):
+    base, adapter = folders("qwen3_moe")
+    before, changes = tensors(base), []
+    for weight in (1.0, -0.5):
+        merged = tmp_path / f"merged {weight}"
+        merge_adapters(base, [WeightedAdapter(adapter, weight)], merged, MergeOptions())
+        changes.append({key: value - before[key] for key, value in tensors(merged).items()})
+    once, weighted = changes
+    assert all(torch.allclose(weighted[key], -0.5 * once[key], atol=1e-6) for key in before)
 
 
 @pytest.mark.parametrize("kind", KINDS)

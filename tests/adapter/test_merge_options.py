@@ -48,8 +48,12 @@ GPT2 = {
     "all-biases": {"target_modules": ["c_attn", "c_proj"], "bias": "all"},
     "lora-biases": {"target_modules": ["c_attn"], "bias": "lora_only"},
     "bias-of-b": {"target_modules": ["c_attn", "c_fc"], "lora_bias": True, "use_rslora": True},
+    "patterns-of-biases": {
+        "target_modules": ["c_attn", "c_fc"], "lora_bias": True,
+        "rank_pattern": {"c_attn": 2}, "alpha_pattern": {"c_fc": 1.5},
+    },
     "both-biases": {"target_modules": ["c_attn"], "lora_bias": True, "bias": "all"},
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -164,11 +168,17 @@ def test_several_adapters_are_merged_bitwise_as_by_peft(bases, tmp_path, options
     require_equal(tmp_path / "merged", by_peft, base)
 
 
-def test_the_changes_of_each_adapter_are_multiplied_by_its_weight_and_added(bases, tmp_path):
-    base = bases / "llama-F32"
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("llama-F32", {}), ("gpt2-F32", {"target_modules": ["c_attn"], "lora_bias": True})],
+)
+def test_the_changes_of_each_adapter_are_multiplied_by_its_weight_and_added(
+    bases, tmp_path, name, options
+):
+    base = bases / name
     changes = []
     for seed in range(2):
-        make_adapter(base, tmp_path / f"{seed}", seed=seed, use_rslora=bool(seed))
+        make_adapter(base, tmp_path / f"{seed}", seed=seed, use_rslora=bool(seed), **options)
         merge_adapter(base, tmp_path / f"{seed}", tmp_path / f"merged{seed}")
         before, after = tensors(base), tensors(tmp_path / f"merged{seed}")
         changes.append({name: after[name] - before[name] for name in before})

@@ -156,6 +156,23 @@ def test_waiting_for_input_is_a_separate_phase_of_the_heartbeat():
     assert heartbeat.phase == "the end of its step"
 
 
+@pytest.mark.parametrize(("num_updates", "num_checks"), [(1, 0), (2, 1), (5, 1)])
+def test_the_adapter_is_checked_once_after_the_second_update(monkeypatch, num_updates, num_checks):
+    checked = []
+    monkeypatch.setattr(loop, "_require_trained", checked.append)
+    monkeypatch.setattr(loop, "_measure", lambda *_: ({"loss": 1.0}, 0.0))
+    monkeypatch.setattr(loop, "_record", lambda *_: None)
+    run = new_run()
+    run.eval_split, run.step_watch, run.plan.steps.total_steps = None, Stopwatch(), 9
+    run.plan.settings = SimpleNamespace(saves=None, evaluations=None, early_stopping_patience=None)
+    run.plan.settings.save_must_succeed = False
+    finished = SimpleNamespace(size=StepSize(documents=4, supervised_tokens=5))
+    was_applied = [True, False] + [True] * (num_updates - 1)  # the second step has no update
+    for applied in was_applied:
+        loop._complete(run, finished, SimpleNamespace(was_applied=applied, can_lower_scale=True))
+    assert checked == [run] * num_checks
+
+
 def two_steps(session, folder, lr):
     """Train two steps; the message if the adapter counts as untrained, else an empty string."""
     plan, engine = build_engine(session, folder, {"zero_stage": 2, "batch_size": 2})

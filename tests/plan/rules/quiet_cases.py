@@ -106,6 +106,7 @@ QUIET_CASES = [
     ("transformers-zero3-rotary", {"packages": {"transformers": "5.22.0"}}),
     ("transformers-zero3-rotary", with_layout(Z3, FP32, packages={"transformers": "5.22.0"})),
     ("transformers-zero3-rotary", with_layout(Z3, packages={"transformers": "5.22.0"}, **NF4)),
+    ("transformers-zero3-rotary", with_layout(Z3, packages={"transformers": None})),
     # Keys of the DeepSpeed JSON that are without effect at this stage or in this dtype.
     ("persistence-too-low", {"own": zero(stage3_param_persistence_threshold=100_000)}),
     ("gathered-too-much", {"own": zero(stage3_max_live_parameters=1e9)}),
