@@ -42,8 +42,8 @@ def main() -> None:
     is_single_process = bool(_SINGLE_PROCESS_OPTIONS & options)
     if verb in _VERBS_ON_ALL_GPUS and not is_single_process and _has_unused_gpus():
         command = deepspeed_command(verb, sys.argv[2:])
-        words_after_runner = command[3:]  # command begins with: python -m deepspeed.launcher.runner
-        print(f"rankzero: several GPUs; starting {' '.join(['deepspeed', *words_after_runner])}")
+        words = command[3:]  # those after: python -m pipeline.cluster.deepspeed_command
+        print(f"rankzero: several GPUs; starting {' '.join(['deepspeed', *words])}")
         sys.stdout.flush()
         os.execv(command[0], command)
     sys.argv[:2] = [f"rankzero {verb}"]  # the name that usage messages show
@@ -57,7 +57,7 @@ def _usage() -> str:
 
 def deepspeed_command(verb: str, arguments: list[str]) -> list[str]:
     """Command line that runs a verb on all visible GPUs with DeepSpeed's launcher."""
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    runner = [sys.executable, "-m", "pipeline.cluster.deepspeed_command"]
     quiet = [] if "--verbose" in arguments else ["--quiet"]
     return [*runner, *quiet, "--module", f"pipeline.cli.{verb}", *arguments]
 

@@ -1,7 +1,7 @@
 """Write the report of a run, or a comparison of runs, as one HTML file, and print its path.
 
 {command} RUN_FOLDER            writes RUN_FOLDER/report.html
-{command} RUN_FOLDER --watch    writes it again and again until the run ends
+{command} RUN_FOLDER --watch    waits for the run, and writes it again until the run ends
 {command} RUN_FOLDER RUN_FOLDER ...
                                               writes comparison.html beside the run folders
 """
@@ -12,8 +12,9 @@ from pipeline.cli.arguments import Parser, require_folder
 from pipeline.cluster.exits import run_main
 from pipeline.errors import UserError
 from pipeline.report.comparison import write_comparison
+from pipeline.report.folder import is_run_folder
 from pipeline.report.page import write_report
-from pipeline.report.watch import watch_run
+from pipeline.report.watch import wait_for_run, watch_run
 
 
 def report() -> None:
@@ -21,20 +22,33 @@ def report() -> None:
     parser = Parser("report", help_template=__doc__)
     parser.add_argument("run_folders", type=Path, nargs="+", help="output_dir of one or more runs")
     parser.add_argument(
-        "--watch", action="store_true", help="write the report again until the run ends"
+        "--watch",
+        action="store_true",
+        help="wait for the run, and write the report again until it ends",
     )
     args = parser.parse_args()
-    for folder in args.run_folders:
-        require_folder(folder)
     if args.watch and len(args.run_folders) > 1:
         raise UserError("--watch follows one run; name one run folder")
     if args.watch:
-        state = watch_run(args.run_folders[0], _announce)
-        print(f"the run is {state}" if state else "the run has no status.json")
-    elif len(args.run_folders) > 1:
+        _watch(args.run_folders[0])
+        return
+    for folder in args.run_folders:
+        require_folder(folder)
+    if len(args.run_folders) > 1:
         print(write_comparison(args.run_folders))
     else:
         print(write_report(args.run_folders[0]))
+
+
+def _watch(folder: Path) -> None:
+    """Follow a run, which may begin later."""
+    if folder.exists():
+        require_folder(folder)  # it is not a file
+    if not is_run_folder(folder):
+        print(f"{folder} has no run yet; waiting for it to begin ...", flush=True)
+        wait_for_run(folder)
+    state = watch_run(folder, _announce)
+    print(f"the run is {state}" if state else "the run has no status.json")
 
 
 def _announce(path: Path) -> None:

@@ -10,7 +10,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -33,6 +33,8 @@ _FIRST_LINE_S = 1.0  # work that takes less time is reported only after a silenc
 _LINE_INTERVAL_S = 4.0
 _MIN_SHARE_FOR_ESTIMATE = 0.05  # of the work, before the remaining time is estimated from it
 _bars: list[Progress] = []  # bars of nested works in the terminal; only the last one is drawn
+_stops: list[Callable[[], None]] = []  # for each bar, view or thread that shows progress: its stop
+_is_over = threading.Event()  # set by `stop_displays`
 
 
 class Work:
@@ -59,7 +61,8 @@ class Work:
         thread = threading.Thread(target=self._log_lines, args=(is_over,), daemon=True)
         thread.start()
         try:
-            yield
+            with stopped_before_end(is_over.set):
+                yield
         finally:
             is_over.set()
             thread.join()
@@ -116,11 +119,11 @@ class _TerminalWork(Work):
             outer.stop()  # both would be drawn in the same line
         _bars.append(self._bar)
         try:
-            with self._bar:
+            with self._bar, stopped_before_end(self._bar.stop):
                 yield
         finally:
             _bars.remove(self._bar)
-            if outer is not None:
+            if outer is not None and not _is_over.is_set():
                 outer.start()
 
 
@@ -132,7 +135,7 @@ def show_progress(text: str, total: int | None = None, *, in_bytes: bool = False
     `total` and `in_bytes`: see `Work`.
     """
     work = Work(text, total, in_bytes=in_bytes)
-    if current_rank() != 0 or not logger.isEnabledFor(logging.INFO):
+    if current_rank() != 0 or not logger.isEnabledFor(logging.INFO) or _is_over.is_set():
         yield work
         return
     console = terminal()
@@ -140,6 +143,27 @@ def show_progress(text: str, total: int | None = None, *, in_bytes: bool = False
         work = _TerminalWork(text, total, console, in_bytes=in_bytes)
     with work.shown():
         yield work
+
+
+@contextmanager
+def stopped_before_end(stop: Callable[[], None]) -> Iterator[None]:
+    """Let `stop_displays` call `stop` while the body of the `with` statement runs."""
+    _stops.append(stop)
+    try:
+        yield
+    finally:
+        _stops.remove(stop)
+
+
+def stop_displays() -> None:
+    """Stop all bars, views and log lines of progress, and show no new ones.
+
+    Called by a thread that prints the last message of this process and then ends it. Until then the
+    main thread continues, and its progress would be shown below the message.
+    """
+    _is_over.set()
+    for stop in reversed([*_stops]):
+        stop()
 
 
 def terminal() -> Console:

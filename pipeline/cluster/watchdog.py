@@ -25,6 +25,7 @@ from pipeline.cluster import heartbeat as phases
 from pipeline.cluster.exits import end_process, is_lost_connection
 from pipeline.cluster.heartbeat import Heartbeat, hang_message
 from pipeline.cluster.launcher import has_ended
+from pipeline.cluster.progress import stop_displays
 from pipeline.cluster.session import Session
 from pipeline.cluster.stop import stopped_early
 from pipeline.errors import RankZeroError, SingleRankError, Stopped
@@ -301,6 +302,7 @@ class Watchdog:
 
     def _end_this_rank(self, text: str, *, is_reporter: bool, code: int = 1) -> NoReturn:
         """End this process. `is_reporter`: whether this rank calls `on_end`."""
+        stop_displays()  # another rank may have printed the message
         if self._placement.rank == 0 and self._channel is not None:
             time.sleep(_READING_S)
         if is_reporter:
@@ -310,6 +312,7 @@ class Watchdog:
 
 
 def _print_message(text: str) -> None:
+    stop_displays()
     print(text, file=sys.stderr, flush=True)  # noqa: T201 - only one rank of the job prints it
 
 

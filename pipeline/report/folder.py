@@ -75,9 +75,14 @@ class RunRecords:
         return _points(self.evals, key)
 
 
+def is_run_folder(folder: Path) -> bool:
+    """Whether a folder has the files that a run writes first."""
+    return any((folder / name).is_file() for name in ("status.json", "metrics.jsonl"))
+
+
 def read_run_folder(folder: Path) -> RunRecords:
     """Read a run folder. Raises UserError if the folder is not one."""
-    if not (folder / "status.json").is_file() and not (folder / "metrics.jsonl").is_file():
+    if not is_run_folder(folder):
         raise UserError(
             f"{folder}: not a run folder, because it has neither status.json nor metrics.jsonl; "
             "give the output_dir of a run"

@@ -4,11 +4,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.report.folder import read_state
+from pipeline.report.folder import is_run_folder, read_state
 from pipeline.report.page import write_report
 
 INTERVAL_S = 5
+_START_POLL_S = 1
 _MAX_WRITING_SHARE = 0.05  # share of the time; the machine that writes the page may also train
+
+
+def wait_for_run(run_folder: Path) -> None:
+    """Wait until a folder has a run, for example while its job waits in a queue."""
+    while not is_run_folder(run_folder):
+        time.sleep(_START_POLL_S)
 
 
 def watch_run(run_folder: Path, on_first_page: Callable[[Path], None]) -> str:

@@ -90,7 +90,9 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
     is_own_checkpoint = checkpoint is not None and checkpoint.parent == folder.path / "checkpoints"
     writer, metrics = None, None
     if folder.checkpoints is not None:  # on rank 0
-        writer = CheckpointWriter(folder.checkpoints, lambda: _restore_folder(folder, context))
+        writer = CheckpointWriter(
+            folder.checkpoints, lambda: _restore_folder(folder, context), folder.record_saved
+        )
         metrics = MetricsFile(folder.path / "metrics.jsonl", progress.step)
         folder.wait_for_writes = writer.wait_at_most
     return TrainingState(

@@ -16,7 +16,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.cluster.progress import Work, can_redraw, duration, show_progress, terminal
+from pipeline.cluster.logs import seconds_without_output
+from pipeline.cluster.progress import (
+    Work,
+    can_redraw,
+    duration,
+    show_progress,
+    stopped_before_end,
+    terminal,
+)
 from pipeline.plan.given.hardware import GIB
 from pipeline.plan.plan import Plan
 
@@ -24,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _CURVE_WIDTH = 24  # characters
+_LONGEST_SILENCE_S = 60.0  # then a step gets a line, even if it is not due by `logging_steps`
 
 
 class ProgressDisplay:
@@ -37,18 +46,21 @@ class ProgressDisplay:
         self._total, self._logging_steps = plan.steps.total_steps, plan.settings.logging_steps
         self._view = TrainingView(self._total, first_step, plan.speed.tokens_per_second)
         self._is_shown = is_shown
+        self._is_first = True  # no step of this process has been shown
         console = terminal()
         self._live: Live | None = None
         if is_shown and can_redraw(console) and logger.isEnabledFor(logging.INFO):
             # rich prints log lines above the view.
             self._live = Live(self._view, console=console, refresh_per_second=2)
-        self._first_step = ExitStack()  # the progress until the first step is done
+        self._shown = ExitStack()  # the live view, or the progress until the first step is done
 
     def __enter__(self) -> Self:
         if self._live is not None:
             self._live.start()
+            self._shown.callback(self._live.stop)
+            self._shown.enter_context(stopped_before_end(self._live.stop))
         elif self._is_shown:
-            self._first_step.enter_context(show_progress("first step"))
+            self._shown.enter_context(show_progress("first step"))
         return self
 
     def __exit__(
@@ -57,18 +69,19 @@ class ProgressDisplay:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._first_step.close()
-        if self._live is not None:
-            self._live.stop()
+        self._shown.close()
 
     def show_step(self, line: dict[str, Any], saved_step: int | None) -> None:
         """Show a step. `line`: its line of metrics.jsonl; `saved_step`: the last checkpoint."""
-        self._first_step.close()
         self._view.add_step(line, saved_step)
+        if not self._is_shown or self._live is not None:
+            return
+        self._shown.close()
         step = line["step"]
-        is_due = step % self._logging_steps == 0 or step in (1, self._total)
-        if self._is_shown and self._live is None and is_due:
+        is_silent = seconds_without_output() > _LONGEST_SILENCE_S
+        if self._is_first or step % self._logging_steps == 0 or step == self._total or is_silent:
             logger.info("%s", self._view.as_line())
+        self._is_first = False
 
     @contextmanager
     def show_work(self, text: str, total: int | None = None) -> Iterator[Work]:

@@ -141,6 +141,11 @@ class RunFolder:
         status.update(step=step, first_step=step, total_steps=total_steps)
         self._is_open = True
 
+    def record_saved(self, step: int) -> None:
+        """Record in status.json that the checkpoint of a step is on the disk. From any thread."""
+        if self.status is not None:
+            self.status.update(saved_step=step)
+
     @contextmanager
     def outcome_recorded(self) -> Iterator[None]:
         """Context manager that records how its body ended in status.json."""

@@ -157,12 +157,11 @@ def _measure(
 
 
 def _record(run: TrainingState, line: dict[str, Any]) -> None:
-    saved = None if run.writer is None else run.writer.last_step
-    run.display.show_step(line, saved)
+    run.display.show_step(line, None if run.writer is None else run.writer.last_step)
     if run.metrics is not None:
         run.metrics.write(line)
     if run.folder.status is not None:
-        run.folder.status.update(step=line["step"], saved_step=saved)
+        run.folder.status.update(step=line["step"])
 
 
 def _count(run: TrainingState, loss: float, result: StepResult, documents: int) -> None:

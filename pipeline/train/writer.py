@@ -20,11 +20,18 @@ class CheckpointWriter:
 
     Only one write is in flight; the next one waits for it. A failed write is reported, and the next
     save tries again. `restore_folder`: called before each write; it restores the files of a run
-    folder that was deleted during the run.
+    folder that was deleted during the run. `on_saved`: called by the thread with the step of each
+    checkpoint that is on the disk.
     """
 
-    def __init__(self, checkpoints: Checkpoints, restore_folder: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        restore_folder: Callable[[], None],
+        on_saved: Callable[[int], None],
+    ) -> None:
         self._checkpoints, self._restore_folder = checkpoints, restore_folder
+        self._on_saved = on_saved
         self._thread: threading.Thread | None = None
         # "checkpoint" or "best" -> error message, if the last write of that kind failed.
         self._failures: dict[str, str] = {}
@@ -105,6 +112,7 @@ class CheckpointWriter:
             self._write_best()
         self._checkpoints.write(weights, moments, progress)
         self.last_step = progress.step
+        self._on_saved(progress.step)
 
     def _write_best(self) -> None:
         assert self._best is not None

@@ -60,7 +60,7 @@ def rankzero_on(monkeypatch):
 def test_several_gpus_without_a_launcher_are_all_used(rankzero_on, capsys, verb):
     command = rankzero_on(8, verb, "RUN.yaml", "lr=1e-4")
     assert command is not None
-    assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
+    assert command[:3] == [sys.executable, "-m", "pipeline.cluster.deepspeed_command"]
     assert command[3:] == ["--quiet", "--module", f"pipeline.cli.{verb}", "RUN.yaml", "lr=1e-4"]
     assert (
         f"deepspeed --quiet --module pipeline.cli.{verb} RUN.yaml lr=1e-4"

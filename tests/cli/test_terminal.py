@@ -46,5 +46,6 @@ def test_a_run_stops_with_a_checkpoint_when_its_terminal_closes(tmp_path, tiny_m
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75  # stopped, may be resumed
     status = json.loads((folder / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("stopped", 75)
+    assert status["saved_step"] == status["step"]
     assert "SIGHUP" in status["reason"]
     assert (folder / f"checkpoints/step-{status['step']:08d}").is_dir()

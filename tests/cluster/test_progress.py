@@ -144,6 +144,35 @@ def test_a_bar_shows_a_path_with_brackets() -> None:
     assert "hashing /models/[old]" in output.getvalue()
 
 
+@pytest.fixture
+def displays_can_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `stop_displays` end with the test; otherwise it lasts until the process ends."""
+    monkeypatch.setattr(progress, "_is_over", threading.Event())
+
+
+def test_no_line_of_progress_follows_the_last_message(
+    clock: Clock, caplog: pytest.LogCaptureFixture, displays_can_stop: None
+) -> None:
+    with show_progress("loading"):
+        wait_for_message(caplog, "elapsed")
+        progress.stop_displays()
+        count = len(caplog.messages)
+        with show_progress("reading"):
+            threading.Event().wait(0.05)
+    assert len(caplog.messages) == count
+
+
+def test_no_bar_is_drawn_after_the_last_message(displays_can_stop: None) -> None:
+    output = StringIO()
+    console = partial(Console, file=output, force_terminal=True, _environ={"TERM": "xterm"})
+    outer, inner = (progress._TerminalWork(text, None, console()) for text in ("outer", "inner"))
+    with outer.shown():
+        with inner.shown():
+            progress.stop_displays()
+            assert not inner._bar.live.is_started
+        assert not outer._bar.live.is_started
+
+
 def test_only_the_innermost_bar_is_drawn() -> None:
     output = StringIO()
     console = partial(Console, file=output, force_terminal=True, _environ={"TERM": "xterm"})

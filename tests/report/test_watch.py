@@ -66,6 +66,43 @@ def test_a_run_whose_process_has_ended_is_not_followed(tmp_path):
     assert watch_run(run, lambda path: None) == "dead"
 
 
+def test_a_run_that_begins_later_is_waited_for(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+
+    def begin(_):
+        build_run(run)
+
+    monkeypatch.setattr(watch.time, "sleep", begin)
+    watch.wait_for_run(run)
+    assert (run / "status.json").is_file()
+
+
+def test_option_watch_says_that_it_waits_for_the_run(tmp_path):
+    folder = tmp_path / "later"
+    waiting = subprocess.Popen(
+        [sys.executable, "launch/report.py", "--watch", folder],
+        env=os.environ, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert_mentions(waiting.stdout.readline(), folder, "waiting")
+        build_run(folder)
+        assert_mentions(waiting.communicate(timeout=60)[0], folder / "report.html", "done")
+        assert waiting.returncode == 0
+    finally:
+        waiting.kill()
+
+
+def test_option_watch_refuses_a_file(tmp_path):
+    path = tmp_path / "RUN.yaml"
+    path.write_text("")
+    done = subprocess.run(
+        [sys.executable, "launch/report.py", "--watch", path],
+        env=os.environ, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert_mentions(done.stderr, path, "output_dir")
+
+
 def test_option_watch_follows_one_run_and_refuses_two(tmp_path):
     run = build_run(tmp_path / "a")
     script = [sys.executable, "launch/report.py", "--watch"]

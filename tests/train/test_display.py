@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+import pipeline.train.display as display_module
 from pipeline.cluster import progress
 from pipeline.cluster.progress import Work
 from pipeline.train.display import ProgressDisplay, TrainingView, curve
@@ -76,14 +78,37 @@ def test_the_curve_of_any_values_has_limited_width(values: list[float]) -> None:
     assert len(curve(values)) == min(len(values), 24)
 
 
+def plan_of(total_steps: int, logging_steps: int) -> Any:
+    """The parts of a plan that ProgressDisplay reads."""
+    return SimpleNamespace(
+        steps=SimpleNamespace(total_steps=total_steps),
+        settings=SimpleNamespace(logging_steps=logging_steps),
+        speed=SimpleNamespace(tokens_per_second=10.0),
+    )
+
+
+@pytest.mark.parametrize(
+    ("first_step", "silence_s", "steps_with_line"),
+    [
+        (0, 0.0, [1, 10, 20, 23]),
+        (14, 0.0, [15, 20, 23]),  # resumed from step 14
+        (14, 61.0, [*range(15, 24)]),  # slow steps
+    ],
+)
+def test_the_first_step_of_a_start_every_due_one_and_one_after_a_minute_have_a_line(
+    first_step, silence_s, steps_with_line, monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr(display_module, "seconds_without_output", lambda: silence_s)
+    with caplog.at_level("INFO"), ProgressDisplay(plan_of(23, 10), first_step, is_shown=True) as d:
+        for step in range(first_step + 1, 24):
+            d.show_step(line(step, 1.0), saved_step=None)
+    assert re.findall(r"step (\d+)/23", caplog.text) == [*map(str, steps_with_line)]
+
+
 def test_the_wait_for_the_first_step_is_shown_until_it_is_done(monkeypatch, caplog) -> None:
     monkeypatch.setattr(progress, "_FIRST_LINE_S", 0.0)
     monkeypatch.setattr(progress, "_LINE_INTERVAL_S", 0.001)
-    plan: Any = SimpleNamespace(
-        steps=SimpleNamespace(total_steps=5), settings=SimpleNamespace(logging_steps=1),
-        speed=SimpleNamespace(tokens_per_second=10.0),
-    )  # fmt: skip
-    with caplog.at_level("INFO"), ProgressDisplay(plan, 0, is_shown=True) as display:
+    with caplog.at_level("INFO"), ProgressDisplay(plan_of(5, 1), 0, is_shown=True) as display:
         while caplog.text.count("first step") < 3:
             time.sleep(0.001)
         display.show_step(line(1, 1.0), saved_step=None)

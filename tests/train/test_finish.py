@@ -21,7 +21,8 @@ DISK_IS_FULL = OSError("no space left")
 @pytest.fixture
 def writer(tmp_path):
     identity = Identity(data="d", base="b", total_steps=9, adapter="lora_r 4")
-    return CheckpointWriter(Checkpoints(tmp_path / "checkpoints", identity, keep=2), lambda: None)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", identity, keep=2)
+    return CheckpointWriter(checkpoints, lambda: None, lambda step: None)
 
 
 @pytest.fixture

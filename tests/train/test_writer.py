@@ -24,8 +24,14 @@ def checkpoints(tmp_path):
 
 
 @pytest.fixture
-def writer(checkpoints):
-    return CheckpointWriter(checkpoints, lambda: None)
+def saved_steps():
+    """The steps that the writer has reported as saved."""
+    return []
+
+
+@pytest.fixture
+def writer(checkpoints, saved_steps):
+    return CheckpointWriter(checkpoints, lambda: None, saved_steps.append)
 
 
 def block_write(tmp_path, name):
@@ -64,7 +70,9 @@ def test_training_does_not_wait_and_only_one_write_is_in_flight(writer, checkpoi
     assert read_progress(checkpoints.newest()[0].with_name("step-00000003")).step == 3
 
 
-def test_a_failed_write_is_reported_once_and_repaired_by_the_next(writer, checkpoints, tmp_path):
+def test_a_failed_write_is_reported_once_and_repaired_by_the_next(
+    writer, checkpoints, saved_steps, tmp_path
+):
     writer.save(WEIGHTS, MOMENTS, Progress(step=3))
     assert writer.wait() is None
     list(writer.finished_writes())
@@ -77,10 +85,12 @@ def test_a_failed_write_is_reported_once_and_repaired_by_the_next(writer, checkp
     assert "step 4 is not saved" in failure
     assert list(writer.finished_writes()) == []
     assert checkpoints.newest()[0].name == "step-00000003"
+    assert saved_steps == [3]
     obstacle.unlink()
     writer.save(WEIGHTS, MOMENTS, Progress(step=5))
     writer.require_written()
     assert checkpoints.newest()[0].name == "step-00000005"
+    assert saved_steps == [3, 5]
 
 
 def test_a_failed_checkpoint_is_reported_although_a_best_adapter_follows(

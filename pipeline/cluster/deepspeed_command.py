@@ -1,0 +1,32 @@
+"""The command `deepspeed`, without the traceback that it prints after Ctrl-C.
+
+    python -m pipeline.cluster.deepspeed_command OPTIONS SCRIPT ...
+
+A terminal sends the signal of Ctrl-C to the ranks too, which stop with a checkpoint. The command of
+DeepSpeed 0.19.8 does not wait for them and ends with a traceback. This one waits.
+"""
+
+import signal
+import sys
+from contextlib import suppress
+from typing import NoReturn
+
+import psutil
+
+
+def main() -> NoReturn:
+    """Run DeepSpeed's command with the arguments of this process."""
+    try:
+        from deepspeed.launcher.runner import main as deepspeed_command
+
+        deepspeed_command()
+    except KeyboardInterrupt:
+        while children := psutil.Process().children():
+            with suppress(KeyboardInterrupt):  # a second Ctrl-C ends the ranks at once
+                psutil.wait_procs(children)
+        sys.exit(128 + signal.SIGINT)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
