@@ -1,8 +1,12 @@
-"""Commands that run a verb, for messages, in the form in which the user started this program."""
+"""Names of commands and pages, for messages, as the user of this installation finds them."""
 
 import shlex
 import sys
 from pathlib import Path
+
+_PAGES = Path(__file__).with_name("pages")  # in a clone a link to docs/, in a wheel a copy
+# Folder of the pages that messages name, such as docs/rules.md.
+DOCS = "docs" if _PAGES.is_symlink() else str(_PAGES)
 
 
 def command(verb: str) -> str:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from pipeline.commands import command, script
+from pipeline.commands import DOCS, command, script
 from pipeline.config.load import load_settings
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
@@ -17,14 +17,16 @@ class Parser(argparse.ArgumentParser):
 
     `help_template`: docstring of the verb's module. {command} becomes `python launch/VERB.py` or
     `rankzero VERB`, as the user started it. {script} becomes the words that name the verb to the
-    launcher `deepspeed`.
+    launcher `deepspeed`, and {docs} the folder of the pages that the text names.
     """
 
     def __init__(self, verb: str, help_template: str | None) -> None:
         program = command(verb)
         super().__init__(
             prog=program,
-            description=(help_template or "").format(command=program, script=script(verb)),
+            description=(help_template or "").format(
+                command=program, script=script(verb), docs=DOCS
+            ),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -42,7 +44,7 @@ class Parser(argparse.ArgumentParser):
             "run_file",
             type=Path,
             nargs=None if is_required else "?",
-            help="run file (docs/configuration.md)",
+            help=f"run file ({DOCS}/configuration.md)",
         )
         self.add_argument(
             "overrides",

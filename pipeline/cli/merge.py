@@ -4,7 +4,7 @@
     {command} --base MODEL --adapter FOLDER[:WEIGHT] ... --out DIR
 
 Writes RUN_FOLDER/merged, or with --undo RUN_FOLDER/unmerged. If the merge is interrupted, the same
-command writes the shards that are missing. docs/merging.md says which options to choose.
+command writes the shards that are missing. {docs}/merging.md says which options to choose.
 """
 
 import argparse

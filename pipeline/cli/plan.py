@@ -19,7 +19,7 @@ from pipeline.cli.arguments import Parser, count, positive
 from pipeline.cluster.devices import hardware_from_options
 from pipeline.cluster.exits import run_main
 from pipeline.cluster.progress import Work, show_progress
-from pipeline.commands import command, script
+from pipeline.commands import DOCS, command, script
 from pipeline.config.load import load_settings, settings_without_file
 from pipeline.config.schema import run_file_schema
 from pipeline.config.settings import RunSettings
@@ -130,7 +130,9 @@ def _next_steps(plan: Plan, args: argparse.Namespace) -> list[str]:
             f"download   hf download {plan.settings.model}",
         ]
     if args.run_file is None:
-        return ["start      needs a run file: model, train_data and output_dir (README.md)"]
+        return [
+            f"start      needs a run file: model, train_data and output_dir ({DOCS}/quickstart.md)"
+        ]
     return start_commands(plan, args.run_file, args.overrides)
 
 
@@ -179,7 +181,7 @@ def _parser() -> Parser:
         "--gpus-per-node", type=count, metavar="N", help="ranks per machine (one per GPU)"
     )
     parser.add_argument(
-        "--gpu", metavar="NAME", help="plan for this GPU (docs/speed.md lists them)"
+        "--gpu", metavar="NAME", help=f"plan for this GPU ({DOCS}/speed.md lists them)"
     )
     parser.add_argument(
         "--gpu-memory-gib", type=positive, metavar="GIB", help="plan for a GPU with this memory"

@@ -7,7 +7,7 @@ deepspeed {script} RUN                 every GPU scores a part of the rows
 {command} RUN --tasks NAMES      hand over to lm-evaluation-harness
 
 Writes RUN/score.json, which the report shows; with several models or --data scores.json in this
-folder. After a stop, the same command continues. docs/scoring.md explains the scores.
+folder. After a stop, the same command continues. {docs}/scoring.md explains the scores.
 """
 
 import argparse

@@ -54,6 +54,8 @@ _REMARKS: Mapping[Program, Mapping[str, str]] = {
 }
 _REQUIRED = ("model", "train_data", "output_dir")
 _NO_COUNTERPART = "no counterpart"
+_NO_WARMUP = "the other program's constant schedule has no warm-up"
+_NO_LIMIT = "no limit in TRL: set it to the length of the longest document"
 _NO_WRAPPING = 10**9  # line width for PyYAML, so that no value is broken into lines
 
 
@@ -112,13 +114,16 @@ def run_file_text(config: PeerConfig, gpus: int) -> str:
     """
     draft = _Draft()
     for option, value in config.options.items():
-        if value not in (None, "", [], {}):  # these mean the program's default
+        if option == "max_length" and value is None and config.program == "TRL":
+            draft.left_out.append(_LeftOut(option, value, _NO_LIMIT))
+        elif value not in (None, "", [], {}):  # these mean the program's default
             draft.add(option, value, _convert_option(option, value, config))
     if not {"model", "train_data", "lora_r", "lr"} & draft.values.keys():
         raise UserError(
             f"{config.path}: no option of a training run, such as a model, data or learning_rate"
         )
     _set_batches(draft, config, gpus)
+    _add_held_out_split(draft, config)
     _resolve_conflicts(draft)
     replaced_by = settings_by_trait("replaces")  # e.g. "epochs" -> "max_steps"
     for setting, value in _DEFAULTS[config.program].items():
@@ -150,7 +155,18 @@ def _convert_option(option: str, value: Any, config: PeerConfig) -> Outcome:
         if not value_problem(setting, converted):
             return Outcome({setting: converted}, explanation.strip())
         return Outcome(note=hint)
+    if isinstance(value, str) and "," in value and not is_valid:
+        value = [name.strip() for name in value.split(",")]
     return Outcome({setting: value})
+
+
+def _add_held_out_split(draft: _Draft, config: PeerConfig) -> None:
+    """Set `eval_data` to the split that TRL evaluates: `test`, if no option names another one."""
+    name, _, split = str(draft.values.get("train_data")).partition(":")
+    is_evaluated = draft.values.get("evaluation_strategy", "no") != "no"
+    if config.program == "TRL" and is_evaluated and split and "eval_data" not in draft.values:
+        draft.values["eval_data"] = f"{name}:{config.options.get('dataset_test_split', 'test')}"
+        draft.comments["eval_data"] = "dataset_test_split"
 
 
 def _set_batches(draft: _Draft, config: PeerConfig, gpus: int) -> None:
@@ -187,6 +203,10 @@ def _resolve_conflicts(draft: _Draft) -> None:
         is_flag = isinstance(draft.values.get(replaced), bool)
         if is_set(replacement, draft.values) and not is_flag:
             draft.drop(replaced, f"{replacement} replaces it")
+    if draft.origins.get("lr_scheduler_type", ("", ""))[1] == "constant":
+        for key in ("warmup_steps", "warmup_ratio"):
+            draft.drop(key, _NO_WARMUP)
+        draft.values["warmup_ratio"], draft.comments["warmup_ratio"] = 0, _NO_WARMUP
     if "eval_data" not in draft.values or draft.values.get("evaluation_strategy") == "no":
         for key in ("keep_best", "early_stopping_patience"):
             draft.drop(key, "needs eval_data and evaluations")

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from pipeline.commands import DOCS
 from pipeline.config.data_names import DataNames, DataSource
 from pipeline.config.hub import HubSplit
 from pipeline.config.located import parse_value, read_located
@@ -190,7 +191,7 @@ def _key_advice(key: str, value: Any) -> str:
         return f"{text}; {problem}" if problem else text
     names = {name: name for name in RunSettings.model_fields} | settings_by_trait("peers")
     near = difflib.get_close_matches(normalised(key), names, n=1, cutoff=0.6)
-    return f"did you mean {names[near[0]]!r}?" if near else "all settings: docs/configuration.md"
+    return f"did you mean {names[near[0]]!r}?" if near else f"all settings: {DOCS}/configuration.md"
 
 
 def value_problem(setting: str, value: Any) -> str:

@@ -40,6 +40,7 @@ _TORCHTUNE_OPTIONS = {
     "optimizer.lr": "lr",
     "optimizer.weight_decay": "weight_decay",
     "optimizer._component_": "optimizer",
+    "run_val_every_n_steps": "eval_steps",
     "lr_scheduler.num_warmup_steps": "warmup_steps",
     "lr_scheduler._component_": "lr_scheduler",
     "dataset.packed": "packing",
@@ -56,10 +57,20 @@ _TORCHTUNE_DATA_SETS = {  # defaults of torchtune 0.6.1
 }
 # Nested options of torchtune that are left out: `_torchtune_sources` reads those of the data set,
 # and the others name a class that follows from the model.
+_TORCHTUNE_SOURCE_KEYS = (
+    "data_files", "split", "column_map", "conversation_column", "conversation_style",
+)  # fmt: skip
 _TORCHTUNE_SKIPPED = (
-    *("dataset.source", "dataset.split", "dataset.data_files", "dataset._component_"),
+    *("dataset.source", "dataset._component_", "dataset.column_map.instruction"),
+    *("dataset.column_map.input", "dataset.column_map.output"),
+    *(f"dataset.{key}" for key in _TORCHTUNE_SOURCE_KEYS),
     *("model._component_", "tokenizer._component_", "checkpointer._component_"),
 )
+# Sections of files of other programs whose options count as options of the file.
+_SECTIONS = {
+    "lora_config", "peft_config", "training_arguments", "training_args", "sft_config", "bnb_config",
+    "bnb_config_kwargs", "quantization_config", "model_args", "data_args", "dataset_mixture",
+}  # fmt: skip
 _ASSIGNMENT = re.compile(r"(?:export )?([A-Za-z_]\w*)=(.*)")  # shell: NAME=VALUE
 _VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)\}?")  # shell: $NAME or ${NAME}
 _REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*)\}")  # torchtune: ${output_dir}, another option's value
@@ -90,7 +101,7 @@ def read_peer_config(path: Path) -> PeerConfig:
         options, is_swift = read_located(path, kind).values, False
     if any(isinstance(value, dict) and "_component_" in value for value in options.values()):
         return PeerConfig(path, "torchtune", _flat_torchtune_options(options))
-    options = {normalised(name): value for name, value in options.items()}
+    options = {normalised(name): value for name, value in _without_sections(options).items()}
     if is_swift:
         return PeerConfig(path, "ms-swift", options)
     num_typical = {
@@ -98,6 +109,16 @@ def read_peer_config(path: Path) -> PeerConfig:
     }
     best_match = max(num_typical, key=lambda name: num_typical[name])
     return PeerConfig(path, best_match if num_typical[best_match] else "TRL", options)
+
+
+def _without_sections(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, with those of a section of the file in place of the section."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        is_section = name in _SECTIONS and isinstance(value, dict)
+        for key, item in value.items() if is_section else [(name, value)]:
+            flat.setdefault(key, item)
+    return flat
 
 
 def _flat_torchtune_options(nested: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,6 +130,10 @@ def _flat_torchtune_options(nested: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in nested.items():
         if name in ("dataset", "datasets"):
             options["dataset"] = _torchtune_sources(value)
+            if _trains_on_input(value):
+                options["train_on_inputs"] = True
+        elif name == "dataset_val":
+            options["eval_dataset"] = _torchtune_sources(value)
         for dotted_name, option_value in _flatten_section(name, value):
             text = option_value if isinstance(option_value, str) else ""
             resolved = option_value
@@ -127,7 +152,7 @@ def _flat_torchtune_options(nested: Mapping[str, Any]) -> dict[str, Any]:
 
 def _flatten_section(name: str, value: Any) -> list[tuple[str, Any]]:
     """Dotted name and value of each option in a section of a torchtune file."""
-    if name == "datasets":
+    if name in ("datasets", "dataset_val") or (name == "dataset" and isinstance(value, list)):
         return []
     if not isinstance(value, dict):
         return [(name, value)]
@@ -149,9 +174,19 @@ def _torchtune_sources(value: Any) -> list[dict[str, Any]]:
             continue
         builder = str(item.get("_component_", "")).rpartition(".")[2]
         path = item.get("source") or _TORCHTUNE_DATA_SETS.get(builder, builder)
-        options = {key: item[key] for key in ("data_files", "split") if item.get(key)}
+        options = {key: item[key] for key in _TORCHTUNE_SOURCE_KEYS if item.get(key)}
         sources.append({"path": path, **options})
     return sources
+
+
+def _trains_on_input(value: Any) -> bool:
+    """Whether every data set trains on its prompts too, as torchtune's Alpaca does by default."""
+    return all(
+        isinstance(item, dict)
+        and "alpaca" in str(item.get("_component_"))
+        and item.get("train_on_input", True)
+        for item in (value if isinstance(value, list) else [value])
+    )
 
 
 def _training_command(path: Path) -> list[str]:
@@ -193,6 +228,8 @@ def _command_options(command: list[str], path: Path) -> dict[str, Any]:
         if word.startswith("--"):
             option, _, value = word.partition("=")
             texts[option] = [value] if value else []
+        elif word.endswith(".py"):
+            option = ""  # the program's options follow those of its launcher
         elif option:
             texts[option].append(word)
     options: dict[str, Any] = {}

@@ -4,12 +4,12 @@ A function converts the value of one option. It also gets the whole configuratio
 options depend on others. Options whose value keeps its form need no function (config/traits.py).
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from pipeline.commands import DOCS
+from pipeline.config.peer_data import convert_data_sets
 from pipeline.config.peer_files import PeerConfig, Program
 from pipeline.errors import UserError
 
@@ -26,15 +26,8 @@ class Outcome:
     note: str = ""
 
 
-_FILE_BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # paths that `datasets` reads as files
 # Name of a module in torchtune -> its name in transformers.
 _MODULES = {"output_proj": "o_proj", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-# Name of a column in LLaMA-Factory's dataset_info.json -> its name in the setting `columns`.
-_DATA_COLUMNS = {
-    "prompt": "instruction", "query": "input", "response": "output", "system": "system",
-    "messages": "conversations", "tools": "tools",
-}  # fmt: skip
-_IS_DETECTED = "the format of each row is detected"
 
 
 def batch_sizes(
@@ -114,11 +107,11 @@ def _target_all_linear(value: Any, _config: PeerConfig) -> Outcome:
 def _target_modules(value: Any, config: PeerConfig) -> Outcome:
     """Target modules: `all` in some spelling, names separated by commas, or a list of names.
 
-    torchtune has further options for the MLP and the head.
+    torchtune has a further option for the MLP.
     """
     names = value.split(",") if isinstance(value, str) and "," in value else value
     if isinstance(names, str):
-        if names.replace("_", "-") in ("all", "all-linear", "auto"):
+        if names.lower().replace("_", "-") in ("all", "all-linear", "auto"):
             return Outcome({"lora_target_modules": "auto"}, "all linear layers except routers")
         is_pattern = bool(set(names) & set("*|()[\\^$"))
         return Outcome({"lora_target_modules": names if is_pattern else [names]})
@@ -127,11 +120,16 @@ def _target_modules(value: Any, config: PeerConfig) -> Outcome:
     modules = [_MODULES.get(str(name).strip(), str(name).strip()) for name in names]
     if config.options.get("apply_lora_to_mlp"):
         modules += ["gate_proj", "up_proj", "down_proj"]
-    if config.options.get("apply_lora_to_output"):
-        modules.append("lm_head")
-    if any(name.replace("_", "-") == "all-linear" for name in modules):
+    if any(name.lower().replace("_", "-") in ("all", "all-linear") for name in modules):
         return Outcome({"lora_target_modules": "auto"}, "all linear layers except routers")
     return Outcome({"lora_target_modules": modules})
+
+
+def _head(value: Any, _config: PeerConfig) -> Outcome:
+    """Torchtune's `apply_lora_to_output`."""
+    if value is True:
+        return Outcome(note="no LoRA on the head; modules_to_save: [lm_head] trains it in full")
+    return Outcome(note="the head is not adapted")
 
 
 def _pissa(value: Any, config: PeerConfig) -> Outcome:
@@ -143,32 +141,49 @@ def _pissa(value: Any, config: PeerConfig) -> Outcome:
     return Outcome({"init_lora_weights": name})
 
 
-def _trackers(value: Any, _config: PeerConfig) -> Outcome:
-    names = [str(name).lower() for name in (value if isinstance(value, list) else [value])]
-    supported = {name: name for name in ("wandb", "tensorboard", "mlflow", "trackio")}
-    # Class names of torchtune.
-    supported |= {"wandblogger": "wandb", "tensorboardlogger": "tensorboard"}
-    trackers = [supported[name] for name in names if name in supported]
-    others = [name for name in names if name not in supported and name not in ("none", "[]")]
-    note = f"{', '.join(others)}: not one of the trackers of docs/trackers.md" if others else ""
-    if trackers:
-        return Outcome({"trackers": trackers}, note)
-    return Outcome(note=note or "no tracker")
+_TRACKERS = ("wandb", "tensorboard", "mlflow", "trackio")
 
 
-def _use_wandb(value: Any, _config: PeerConfig) -> Outcome:
-    if value is True:
-        return Outcome({"trackers": ["wandb"]})
-    return Outcome(note="no tracker")
+def _trackers(value: Any, config: PeerConfig) -> Outcome:
+    """All trackers of the configuration, from any option that names or sets up one."""
+    trackers, others = _named_trackers(config)
+    note = f"{', '.join(others)}: not one of the trackers of {DOCS}/trackers.md" if others else ""
+    if not trackers:
+        return Outcome(note=note or "no tracker; metrics.jsonl has every step")
+    return Outcome({"trackers": trackers}, note if isinstance(value, str | list) else "")
 
 
-def _wandb_project(value: Any, _config: PeerConfig) -> Outcome:
-    return Outcome({"trackers": ["wandb"], "tracker_project": str(value)})
+def _named_trackers(config: PeerConfig) -> tuple[list[str], list[str]]:
+    """The trackers of a configuration, and those that RankZero does not have."""
+    options = config.options
+    reported = options.get("report_to") or []
+    names = [str(name).lower() for name in (reported if isinstance(reported, list) else [reported])]
+    names += [str(options.get("metric_logger", "")).lower().removesuffix("logger")]
+    names += [name for name in _TRACKERS if options.get(f"use_{name}") is True]
+    names += [name for name, keys in _TRACKER_KEYS.items() if any(options.get(k) for k in keys)]
+    known = [name for name in _TRACKERS if name in names]
+    no_trackers = (*_TRACKERS, "none", "[]", "", "disk", "stdout")
+    return known, [name for name in dict.fromkeys(names) if name not in no_trackers]
+
+
+# Tracker -> options that turn it on.
+_TRACKER_KEYS = {
+    "wandb": ("wandb_project",), "trackio": ("trackio_project_name",),
+    "mlflow": ("mlflow_experiment_name", "mlflow_tracking_uri"),
+}  # fmt: skip
+
+
+def _tracker_project(value: Any, config: PeerConfig) -> Outcome:
+    trackers, _ = _named_trackers(config)
+    return Outcome({"trackers": trackers, "tracker_project": str(value)})
 
 
 def _chat_template(value: Any, _config: PeerConfig) -> Outcome:
     if str(value).endswith((".jinja", ".jinja2", ".j2")):
         return Outcome({"chat_template": value})
+    if "{%" in str(value) or "{{" in str(value):
+        return Outcome(note="write this template to FILE.jinja and set chat_template: FILE.jinja; "
+                       "without it the model's own is used")  # fmt: skip
     return Outcome(note="the model's own chat template is used; chat_template takes another")
 
 
@@ -184,6 +199,38 @@ def _attention(value: Any, _config: PeerConfig) -> Outcome:
             note="PyTorch's own kernels are the default; use_flash_attention: true uses flash-attn"
         )
     return Outcome(note="PyTorch's own kernels are the default")
+
+
+def _padding_free(_value: Any, _config: PeerConfig) -> Outcome:
+    """It joins the documents of a micro-batch; unlike packing, it does not change the batches."""
+    return Outcome(
+        note="micro-batches are padded to their longest row; packing: true has no padding"
+    )
+
+
+def _scheduler_options(value: Any, config: PeerConfig) -> Outcome:
+    """`lr_scheduler_kwargs` of transformers: the last learning rate of a cosine schedule."""
+    options = value if isinstance(value, dict) else {}
+    rate, last = config.options.get("learning_rate"), options.get("min_lr")
+    if "min_lr_rate" in options:
+        return Outcome({"min_lr_ratio": options["min_lr_rate"]})
+    if isinstance(rate, float) and isinstance(last, float):
+        return Outcome({"min_lr_ratio": float(f"{last / rate:.6g}")})
+    return Outcome(note="min_lr_ratio is the final learning rate as a share of lr")
+
+
+def _steps_of_an_epoch(value: Any, config: PeerConfig) -> Outcome:
+    """Torchtune's `max_steps_per_epoch`."""
+    epochs = config.options.get("epochs", 1)
+    if not isinstance(value, int) or not isinstance(epochs, int):
+        return Outcome(note="max_steps: steps of the run")
+    return Outcome({"max_steps": value * epochs}, f"{epochs} epochs" if epochs > 1 else "")
+
+
+def _activation_offloading(value: Any, _config: PeerConfig) -> Outcome:
+    if value is True:
+        return Outcome({"offload_activations": True})
+    return Outcome(note="offload_activations: auto uses it only if the run does not fit otherwise")
 
 
 def _deepspeed(value: Any, _config: PeerConfig) -> Outcome:
@@ -203,102 +250,25 @@ def _read_with_another_option(_value: Any, _config: PeerConfig) -> Outcome:
     return Outcome(note="part of another setting")
 
 
-def _data_sets(value: Any, config: PeerConfig) -> Outcome:
-    """`train_data` and `columns` from the data sets of any of the programs.
-
-    An item is a mapping (axolotl, torchtune), a name in dataset_info.json (LLaMA-Factory), a hub
-    name, or a hub name with a number of rows, such as `org/name#500` (ms-swift).
-    """
-    items = value if isinstance(value, list) else str(value).split(",")
-    default_limit = config.options.get("max_samples") or config.options.get("max_train_samples")
-    registry = _registered_data_sets(config)
-    sources: list[Any] = []
-    notes: list[str] = []
-    columns: dict[str, str] = {}
-    for item in items:
-        if isinstance(item, dict):
-            name, num_rows, description = "", "", item
-        else:
-            name, _, num_rows = str(item).partition("#")
-            description = registry.get(str(item).strip(), {})
-        path, note = _data_path(name, description, config)
-        limit = int(num_rows) if num_rows.isdigit() else default_limit
-        sources.append({"path": path, "limit": limit} if isinstance(limit, int) else path)
-        notes += [note] if note else []
-        columns |= _renamed_columns(description)
-    settings: dict[str, Any] = {"train_data": sources[0] if len(sources) == 1 else sources}
-    if columns:
-        settings["columns"] = columns
-    return Outcome(settings, "; ".join(dict.fromkeys(notes)))
+def _training_data(value: Any, config: PeerConfig) -> Outcome:
+    limits = ("max_samples", "max_train_samples", "train_dataset_sample")
+    limit = next(filter(None, (config.options.get(name) for name in limits)), None)
+    data = convert_data_sets(value, config, limit)
+    columns = {"columns": data.columns} if data.columns else {}
+    return Outcome({"train_data": data.value, **columns}, data.note)
 
 
-def _data_path(name: str, description: Mapping[str, Any], config: PeerConfig) -> tuple[str, str]:
-    """Path of a data set, or its hub name with the split; and a note, which may be empty.
-
-    `description`: the mapping that describes the data set, empty if there is only a name.
-    """
-    if file := description.get("file_name"):
-        folder = Path(str(config.options.get("dataset_dir", "data")))
-        return str(folder / str(file)), ""
-    path = str(description.get("path") or description.get("hf_hub_url") or name).strip()
-    files = description.get("data_files")
-    if files and (path in _FILE_BUILDERS or not _is_hub_name(path)):
-        path = str(files[0] if isinstance(files, list) else files)
-    notes = []
-    if isinstance(files, list) and len(files) > 1:
-        notes.append(f"several data_files of {path}")
-    subsets = {key: description[key] for key in ("name", "subset") if description.get(key)}
-    notes += [
-        f"{key}: {value}: name the files of this configuration" for key, value in subsets.items()
-    ]
-    if description.get("type"):
-        notes.append(_IS_DETECTED)
-    if not description and config.program == "LLaMA-Factory":
-        notes.append("a name in dataset_info.json: replace it by the path or hub name of the data")
-        return path, "; ".join(notes)
-    if _is_hub_name(path):
-        split = description.get("split") or description.get("train_on_split")
-        split = split or config.options.get("dataset_train_split") or "train"
-        path = f"{path}:{split}"
-    return path, "; ".join(notes)
+def _held_out_data(value: Any, config: PeerConfig) -> Outcome:
+    data = convert_data_sets(value, config)
+    if data.has_slice:  # the other rows may be training data
+        return Outcome(note="a part of a split: write its rows to a file, and name it in eval_data")
+    return Outcome({"eval_data": data.value}, data.note)
 
 
-def _is_hub_name(path: str) -> bool:
-    """Whether a text has the form of a hub name, `ORG/NAME`, and not that of a relative path."""
-    organisation, _, name = path.partition("/")
-    is_pair = bool(organisation and name) and "/" not in name
-    is_file = name.endswith((".json", ".jsonl", ".csv", ".parquet"))
-    return is_pair and not is_file and organisation not in (".", "..", "~", "data")
-
-
-def _renamed_columns(description: Mapping[str, Any]) -> dict[str, str]:
-    """The setting `columns` for a data set: name of a column in RankZero -> name in the data."""
-    columns: dict[str, str] = {}
-    messages = description.get("field_messages")
-    if isinstance(messages, str) and messages != "conversations":  # this name is sharegpt's own
-        columns["messages"] = messages
-    factory_columns = description.get("columns")  # LLaMA-Factory
-    if isinstance(factory_columns, dict):
-        for factory_name, data_name in factory_columns.items():
-            column = _DATA_COLUMNS.get(factory_name)
-            if column and data_name:
-                columns[column] = str(data_name)
-    return {column: data_name for column, data_name in columns.items() if column != data_name}
-
-
-def _registered_data_sets(config: PeerConfig) -> Mapping[str, Any]:
-    """LLaMA-Factory's dataset_info.json, in `dataset_dir`: name -> description of a data set.
-
-    Empty if there is no such file.
-    """
-    folder = Path(str(config.options.get("dataset_dir", "data")))
-    for path in (folder, config.path.parent / folder):
-        try:
-            entries = json.loads((path / "dataset_info.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return entries if isinstance(entries, dict) else {}
-    return {}
+def _text_column(value: Any, _config: PeerConfig) -> Outcome:
+    if value == "text":
+        return Outcome(note="the column text is read")
+    return Outcome({"columns": {"text": str(value)}})
 
 
 # Option -> function that converts its value. A function has the name of one of its options.
@@ -307,7 +277,16 @@ OPTIONS: Mapping[str, Callable[[Any, PeerConfig], Outcome]] = {
     **dict.fromkeys(("stage", "rl", "rlhf_type"), _training_stage),
     **dict.fromkeys(("quantization_bit", "quant_bits"), _quantisation_bits),
     **dict.fromkeys(("torch_dtype", "dtype", "mixed_precision"), _data_type),
-    **dict.fromkeys(("val_size", "val_set_size", "split_dataset_ratio"), _held_out),
+    **dict.fromkeys(
+        (
+            "val_size",
+            "val_set_size",
+            "split_dataset_ratio",
+            "dataset_test_ratio",
+            "test_split_size",
+        ),
+        _held_out,
+    ),
     **dict.fromkeys(("train_on_inputs", "train_on_input", "train_on_prompt"), _train_on_inputs),
     **dict.fromkeys(("assistant_only_loss", "completion_only_loss"), _assistant_only_loss),
     "mask_history": _mask_history,
@@ -316,16 +295,28 @@ OPTIONS: Mapping[str, Callable[[Any, PeerConfig], Outcome]] = {
         ("lora_target_modules", "target_modules", "lora_target", "lora_attn_modules"),
         _target_modules,
     ),
-    **dict.fromkeys(("apply_lora_to_mlp", "apply_lora_to_output"), _read_with_another_option),
+    "apply_lora_to_mlp": _read_with_another_option,
+    "apply_lora_to_output": _head,
     **dict.fromkeys(
-        ("max_samples", "max_train_samples", "dataset_train_split", "pissa_iter"),
+        (
+            "max_samples",
+            "max_train_samples",
+            "train_dataset_sample",
+            "dataset_train_split",
+            "dataset_test_split",
+            "pissa_iter",
+        ),
         _read_with_another_option,
     ),
     "pissa_init": _pissa,
     **dict.fromkeys(("report_to", "metric_logger"), _trackers),
-    "use_wandb": _use_wandb,
-    **dict.fromkeys(("wandb_project",), _wandb_project),
-    **dict.fromkeys(("template", "chat_template"), _chat_template),
+    **dict.fromkeys(("use_wandb", "use_tensorboard", "use_mlflow", "use_trackio"), _trackers),
+    **dict.fromkeys(
+        ("wandb_project", "mlflow_experiment_name", "trackio_project_name"), _tracker_project
+    ),
+    **dict.fromkeys(
+        ("template", "chat_template", "chat_template_jinja", "chat_template_path"), _chat_template
+    ),
     **dict.fromkeys(
         ("gradient_checkpointing", "activation_checkpointing", "enable_activation_checkpointing"),
         _gradient_checkpointing,
@@ -335,8 +326,24 @@ OPTIONS: Mapping[str, Callable[[Any, PeerConfig], Outcome]] = {
         _attention,
     ),
     **dict.fromkeys(("deepspeed", "deepspeed_config"), _deepspeed),
+    "padding_free": _padding_free,
+    "lr_scheduler_kwargs": _scheduler_options,
+    "max_steps_per_epoch": _steps_of_an_epoch,
+    **dict.fromkeys(
+        ("activation_offloading", "enable_activation_offloading"), _activation_offloading
+    ),
     **dict.fromkeys(("resume_from_checkpoint", "auto_resume_from_checkpoints"), _resume),
     **dict.fromkeys(
-        ("datasets", "dataset", "dataset_name", "train_dataset", "dataset_path"), _data_sets
+        (
+            "datasets",
+            "dataset",
+            "dataset_name",
+            "train_dataset",
+            "dataset_path",
+            "dataset_id_or_path",
+        ),
+        _training_data,
     ),
+    **dict.fromkeys(("test_datasets", "eval_dataset", "val_dataset"), _held_out_data),
+    "dataset_text_field": _text_column,
 }

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from pipeline.commands import command
+from pipeline.commands import DOCS, command
 from pipeline.config.settings import settings_by_trait
 
 _TRACKER = "trackers: a list of wandb, tensorboard, mlflow or trackio"
@@ -22,7 +22,7 @@ _ADAMW = (
     "paged ones would save little; remove it"
 )
 _BETAS = "set betas and eps in optimizer.params of a deepspeed_json; the defaults are AdamW's"
-_UNSUPPORTED = "not supported; docs/adapters.md has the options of the LoRA adapter"
+_UNSUPPORTED = f"not supported; {DOCS}/adapters.md has the options of the LoRA adapter"
 _NOT_NESTED = "keys are not nested: lora_r, lora_alpha, lr and so on, each in a line of its own"
 _LOFTQ = "init_lora_weights: loftq, with load_in_4bit: true"
 _NEW_TOKENS = (
@@ -47,7 +47,7 @@ _DEVICE = "not needed: NVIDIA GPUs are used, or the CPU of a machine without a G
 _WEIGHTS = "weight: 0 in a message excludes it from the loss"
 _KERNELS = (
     "not supported; faster computations of RankZero are on by default (fast_paths in "
-    "docs/speed.md); remove it"
+    f"{DOCS}/speed.md); remove it"
 )
 
 # Pattern of option names -> advice. The first matching pattern applies.
@@ -77,6 +77,8 @@ ADVICE: Mapping[str, str] = {
     "attn_impl": "use_flash_attention: true for FlashAttention-2, else PyTorch's own",
     "sdp_attention": "PyTorch's own attention is the default; remove it",
     "xformers_attention": "PyTorch's own attention is the default; remove it",
+    "optimizer.betas": _BETAS,
+    "optimizer.eps": _BETAS,
     "optimizer*": _ADAMW,
     "optim": _ADAMW,
     "optim_*": _ADAMW,
@@ -207,6 +209,12 @@ ADVICE: Mapping[str, str] = {
     "tokenizer_type": "the tokenizer is the model's own; remove it",
     "tokenizer_name*": "the tokenizer is the model's own; remove it",
     "tokenizer": "the tokenizer is the model's own; remove it",
+    "tokenizer.*": "the tokenizer is the model's own; remove it",
+    "checkpointer.*": "not needed: model is the folder with the files; remove it",
+    "loss.*": _LOSS,
+    "metric_logger.*": _TRACKER,
+    "batch_size_val": _NO_EVAL_BATCH,
+    "profiler*": "not supported; remove it",
     "device": "not needed: every visible GPU is used; remove it",
     "no_cuda": _DEVICE,
     "use_cpu": _DEVICE,
@@ -252,7 +260,8 @@ ADVICE: Mapping[str, str] = {
     "float32": "bf16: false and fp16: false",
     "precision": "bf16: true, fp16: true, or both false for fp32",
     "auto_find_batch_size": "batch_size: auto, the default, takes a size that fits; remove it",
-    "full_determinism": "a resumed run equals an uninterrupted one; docs/reliability.md; remove it",
+    "full_determinism": "a resumed run equals an uninterrupted one "
+    f"({DOCS}/reliability.md); remove it",
     "ignore_data_skip": "a resumed run continues at its next step; remove it",
     "galore*": _ADAMW,
     "use_galore": _ADAMW,
@@ -272,7 +281,8 @@ ADVICE: Mapping[str, str] = {
     "packing_strategy": "packs are made when the data is prepared; remove it",
     "multipack_real_batches": "packs are made when the data is prepared; remove it",
     "message_field_training*": _WEIGHTS,
-    "message_property_mappings": "columns renames columns; the keys of messages: docs/formats.md",
+    "message_property_mappings": "columns renames columns; the keys of messages: "
+    f"{DOCS}/formats.md",
     "field_messages": "columns: {messages: NAME}",
     "custom_dataset_info": "train_data takes paths; there is no folder of registered data sets",
     "response_template": "train_on: assistant",

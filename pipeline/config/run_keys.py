@@ -12,6 +12,7 @@ from pydantic import (
     Field,
 )
 
+from pipeline.commands import DOCS
 from pipeline.config.data_keys import Auto, Share
 from pipeline.config.data_names import MAX_EPOCHS, MAX_SEQUENCES, Positive
 from pipeline.config.frequency import Strategy
@@ -291,7 +292,7 @@ class RunKeys(BaseModel):
         default="auto",
         description="Number of consecutive ranks that share each sequence, so that each of them "
         "holds the activations of a part of its tokens (Ulysses sequence parallelism, "
-        "docs/long.md). It must divide the model's attention heads and the ranks of a node; a "
+        f"{DOCS}/long.md). It must divide the model's attention heads and the ranks of a node; a "
         "multiple of the ranks of a node lets a group span nodes. `auto` is 1, so that each rank "
         "has its own sequences, unless these only fit in groups within a node.",
         json_schema_extra=traits(
@@ -325,7 +326,7 @@ class RunKeys(BaseModel):
     deepspeed_json: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
         description="DeepSpeed JSON file whose keys replace generated ones; the value `auto` keeps "
-        "the generated value. The result is checked by the rules in docs/rules.md.",
+        f"the generated value. The result is checked by the rules in {DOCS}/rules.md.",
         json_schema_extra=traits(change="run", is_path=True, peers="deepspeed deepspeed_config"),
     )
     gradient_checkpointing: bool | Auto = Field(
@@ -346,7 +347,7 @@ class RunKeys(BaseModel):
     fast_paths: bool = Field(
         default=True,
         description="Use faster computations with the same results, as far as they apply to the "
-        "run (docs/speed.md; plan.json has the reason for each that does not); `false` uses the "
+        f"run ({DOCS}/speed.md; plan.json has the reason for each that does not); `false` uses the "
         "plain computations of transformers, peft and DeepSpeed.",
         json_schema_extra=traits(change="run"),
     )
@@ -393,7 +394,7 @@ class RunKeys(BaseModel):
         default=None,
         description="Number of held-out rows that each evaluation also answers, greedily, to "
         "record exact match, valid JSON and the match of `eval_regex` with 95 % intervals "
-        "(docs/scoring.md). The predicted time of the run includes this.",
+        f"({DOCS}/scoring.md). The predicted time of the run includes this.",
         json_schema_extra=traits(change="run"),
     )
     eval_regex: Annotated[str, Field(min_length=1)] | None = Field(
@@ -445,7 +446,7 @@ class RunKeys(BaseModel):
     trackers: list[Literal["wandb", "tensorboard", "mlflow", "trackio"]] = Field(
         default_factory=list,
         description="Experiment trackers that follow the run, each in a process of its own: "
-        "docs/trackers.md.",
+        f"{DOCS}/trackers.md.",
         json_schema_extra=traits(change="run", peers="report_to metric_logger"),
     )
     tracker_project: Annotated[str, Field(min_length=1, max_length=100)] = Field(

@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from pipeline.commands import DOCS
 from pipeline.config.settings import RunSettings
 from pipeline.plan.choose import Candidate, Cluster, candidates
 from pipeline.plan.given.published import PublishedModel
@@ -129,7 +130,7 @@ def fits_text(rows: Sequence[FitRow], settings: RunSettings, cluster: Cluster) -
         f"of all ranks together, for sequences of {settings.max_length:,} tokens (max_length), or "
         "of `length` tokens if that is less. Nothing is offloaded unless offload_param=cpu is "
         "given.",
-        *(f"{letters[rule]}: training is refused [rule {rule}, docs/rules.md]" for rule in rules),
+        *(f"{letters[rule]}: training is refused [rule {rule}, {DOCS}/rules.md]" for rule in rules),
     ]
     lines = [line.rstrip() for line in lines]
     return "\n".join([*lines, "", *(textwrap.fill(note, _WIDTH) for note in notes)])

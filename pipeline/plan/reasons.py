@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pipeline.commands import DOCS
 from pipeline.config.settings import RunSettings, settings_by_trait
 from pipeline.errors import UserError
 from pipeline.plan.choose import (
@@ -81,8 +82,8 @@ def _untiled_text(settings: RunSettings, shape: ModelShape) -> str:
     if is_short or any(block.has_tileable_mlp for block in shape.blocks):
         return ""
     if any(block.experts for block in shape.blocks):
-        return "not tiled: blocks with experts never are (docs/long.md)"
-    return "not tiled: only MLPs of the model types in docs/models.md are (docs/long.md)"
+        return f"not tiled: blocks with experts never are ({DOCS}/long.md)"
+    return f"not tiled: only MLPs of the model types in {DOCS}/models.md are ({DOCS}/long.md)"
 
 
 def _compare_with_alternative(key: str, chosen: Candidate, ranked: Sequence[Candidate]) -> str:

@@ -7,7 +7,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from pipeline.commands import command
+from pipeline.commands import DOCS, command
 from pipeline.data.chat.tokenizer import require_tokenizer, run_tokenizer
 from pipeline.data.dataset.reader import INDEX, DataIndex
 from pipeline.data.prepare.prepare import check_rows, prepare_data
@@ -213,7 +213,7 @@ def _size_on_disk(name: str) -> int | None:
 
 
 SETTINGS = Check(
-    "settings", _probe_settings, _assess_settings, "see docs/configuration.md for every setting",
+    "settings", _probe_settings, _assess_settings, f"see {DOCS}/configuration.md for every setting",
     needs="nothing",
 )  # fmt: skip
 PLAN = Check(

@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 
 from pipeline.cluster.rendezvous import interface_towards
+from pipeline.commands import DOCS
 from pipeline.errors import UserError
 from pipeline.preflight.check import Check, Finding, ProbeResults, fail, ok, warn
 from pipeline.preflight.context import RankContext
@@ -188,7 +189,8 @@ def _assess_node(results: ProbeResults, rank: int) -> Iterable[Finding]:
         yield warn(
             f"{host}: {network['interface']} has {network['mbit']:,} Mb/s and no InfiniBand port "
             "is active",
-            "name a faster interface in NCCL_SOCKET_IFNAME, or plan for this rate (docs/speed.md)",
+            "name a faster interface in NCCL_SOCKET_IFNAME, or plan for this rate "
+            f"({DOCS}/speed.md)",
             [rank],
         )
     down = [port for port, state in ports.items() if state != "ACTIVE"]

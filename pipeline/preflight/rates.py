@@ -11,6 +11,7 @@ from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from pipeline.commands import DOCS
 from pipeline.plan.cost.speed import reachable_rates
 from pipeline.plan.given.fast_paths import FP32_KERNELS
 from pipeline.preflight.check import Check, Finding, ProbeResults, ok, warn
@@ -183,7 +184,7 @@ def _assess_rate(results: ProbeResults) -> Iterable[Finding]:
         yield warn(
             text,
             "name a faster interface in NCCL_SOCKET_IFNAME (NCCL_DEBUG=INFO logs the one in use), "
-            "or plan for this rate (docs/speed.md)",
+            f"or plan for this rate ({DOCS}/speed.md)",
         )
     else:
         yield ok(text)

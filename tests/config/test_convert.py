@@ -229,6 +229,77 @@ def test_fp16_false_does_not_replace_bf16(tmp_path: Path) -> None:
     assert {"bf16: auto", "fp16: false"} <= lines_without_comments
 
 
+@pytest.mark.parametrize("program", [LLAMA_FACTORY, TRL])
+def test_a_constant_schedule_has_no_warmup(tmp_path: Path, program: str) -> None:
+    """In transformers only `constant_with_warmup` has one."""
+    config = program.replace("lr_scheduler_type: constant_with_warmup\n", "")
+    config += "lr_scheduler_type: constant\nwarmup_steps: 20\n"
+    settings = converted(tmp_path, config)
+    assert_settings(settings, lr_scheduler_type="constant", warmup_ratio=0, warmup_steps=None)
+    assert_mentions((tmp_path / "RUN.yaml").read_text(), "warmup_steps: 20", "no warm-up")
+
+
+@pytest.mark.parametrize(
+    ("options", "ratio"), [("{min_lr_rate: 0.1}", 0.1), ("{min_lr: 2e-6}", 0.02)]
+)
+def test_the_last_learning_rate_of_a_schedule_is_taken_over(
+    tmp_path: Path, options: str, ratio: float
+) -> None:
+    config = LLAMA_FACTORY.replace("constant_with_warmup", "cosine_with_min_lr")
+    settings = converted(tmp_path, f"{config}lr_scheduler_kwargs: {options}\n")
+    assert_settings(settings, lr_scheduler_type="cosine", min_lr_ratio=ratio)
+
+
+def test_every_tracker_of_a_configuration_is_taken_over(tmp_path: Path) -> None:
+    config = AXOLOTL + "mlflow_tracking_uri: http://mlflow\nuse_tensorboard: true\n"
+    trackers = ["wandb", "tensorboard", "mlflow"]
+    assert_settings(converted(tmp_path, config), trackers=trackers, tracker_project="bakery")
+
+
+def test_options_in_a_section_and_lists_with_commas_are_taken_over(tmp_path: Path) -> None:
+    config = AXOLOTL + "bnb_config_kwargs: {bnb_4bit_quant_type: fp4}\n"
+    assert_settings(converted(tmp_path, config), bnb_4bit_quant_type="fp4")
+    config = LLAMA_FACTORY + "additional_target: embed_tokens, lm_head\n"
+    assert_settings(converted(tmp_path, config), modules_to_save=["embed_tokens", "lm_head"])
+
+
+def test_padding_free_does_not_turn_packing_on(tmp_path: Path) -> None:
+    assert_settings(converted(tmp_path, TRL + "padding_free: true\n"), packing=False)
+
+
+def test_a_chat_template_within_the_configuration_is_to_be_written_to_a_file(
+    tmp_path: Path,
+) -> None:
+    config = AXOLOTL + "chat_template_jinja: '{% for m in messages %}{{ m }}{% endfor %}'\n"
+    text = write_run_file(tmp_path, config).read_text()
+    assert_settings(load_settings(tmp_path / "RUN.yaml"), chat_template="model")
+    assert_mentions(text, "chat_template_jinja", "FILE.jinja")
+
+
+def test_the_script_after_an_option_of_its_launcher_is_not_a_value(tmp_path: Path) -> None:
+    script = SWIFT.replace("swift sft", "torchrun --nproc_per_node 2 swift/cli/sft.py")
+    text = write_run_file(tmp_path, script, name="train.sh").read_text()
+    assert "nproc_per_node: 2 " in text
+    assert "sft.py" not in text
+
+
+def test_no_limit_of_the_length_in_trl_is_named(tmp_path: Path) -> None:
+    text = write_run_file(tmp_path, TRL + "max_length: null\n").read_text()
+    assert_mentions(text, "max_length: null", "longest document")
+
+
+def test_steps_per_epoch_of_torchtune_count_for_each_epoch(tmp_path: Path) -> None:
+    config = TORCHTUNE.replace("epochs: 1", "epochs: 3\nmax_steps_per_epoch: 200")
+    assert_settings(converted(tmp_path, config), max_steps=600)
+
+
+def test_lora_on_the_head_is_named_and_the_run_file_can_be_planned(tmp_path: Path) -> None:
+    config = TORCHTUNE.replace("lora_rank: 8", "lora_rank: 8\n  apply_lora_to_output: true")
+    text = write_run_file(tmp_path, config).read_text()
+    assert "lm_head" not in load_settings(tmp_path / "RUN.yaml").lora_target_modules
+    assert_mentions(text, "apply_lora_to_output", "modules_to_save: [lm_head]")
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
