@@ -18,6 +18,7 @@ from pathlib import Path
 from pipeline.cli.arguments import Parser, count, positive
 from pipeline.cluster.devices import hardware_from_options
 from pipeline.cluster.exits import run_main
+from pipeline.cluster.logs import fit_to_terminal
 from pipeline.cluster.progress import Work, show_progress
 from pipeline.commands import DOCS, command, script
 from pipeline.config.load import load_settings, settings_without_file
@@ -79,7 +80,8 @@ def plan() -> None:
     if args.json:
         print(dump_json(plan_json(best)), end="")
     else:
-        print(plan_text(best), *_next_steps(best, args), sep="\n")
+        # The commands are not wrapped, so that they can be copied.
+        print(fit_to_terminal(plan_text(best)), *_next_steps(best, args), sep="\n")
         if args.all:
             print(f"\n{candidates_text(candidates)}")
     # `plan_and_candidates` raises the refusals of a model in a folder. Those of a published model

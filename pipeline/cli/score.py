@@ -83,6 +83,7 @@ def score() -> None:
         if session.is_rank_zero:
             _write(out, scores)
             print_table(scores)
+            print(f"scores and answers: {out}")
 
 
 def let_waiting_threads_sleep() -> None:

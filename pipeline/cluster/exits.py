@@ -162,8 +162,13 @@ def _report(message: str, *, tracebacks: bool = False, is_on_all_ranks: bool = F
     if tracebacks:
         traceback.print_exc()
     sys.stdout.flush()
+    print_last_message(message)
+
+
+def print_last_message(message: str) -> None:
+    """Print why this process ends, in place of a line that a progress bar of any rank has left."""
     if sys.stderr.isatty() and os.environ.get("TERM") not in _DUMB_TERMINALS:
-        message = f"\r\x1b[K{message}"  # clears a line that a progress bar has left
+        message = f"\r\x1b[K{message}"
     print(message, file=sys.stderr, flush=True)  # noqa: T201 - the message of the error
 
 

@@ -71,9 +71,7 @@ class _ConsoleHandler(logging.Handler):
         """Print a record. Other ranks than 0 print only warnings and errors, with their rank."""
         rank = current_rank()
         if rank == 0:
-            text = self.format(record)
-            if sys.stdout is not None and sys.stdout.isatty():
-                text = wrap_lines(text, shutil.get_terminal_size().columns)
+            text = fit_to_terminal(self.format(record))
             print(text, flush=True)  # noqa: T201 - this handler is the console output
             _ConsoleHandler.last_output = time.monotonic()
         elif record.levelno >= logging.WARNING:
@@ -85,15 +83,23 @@ def seconds_without_output() -> float:
     return max(0.0, time.monotonic() - _ConsoleHandler.last_output)
 
 
+def fit_to_terminal(text: str) -> str:
+    """The text with its lines wrapped to the terminal's width; unchanged without a terminal."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return text
+    return wrap_lines(text, shutil.get_terminal_size().columns)
+
+
 def wrap_lines(text: str, width: int) -> str:
     """Break lines of more than `width` characters between words.
 
     If a line begins with a word and two or more spaces, as in a table, its continuation lines are
-    indented as far as the text after these spaces. Otherwise they are indented by 2.
+    indented as far as the text after these spaces. Those of an indented line have its indentation,
+    and those of other lines are indented by 2.
     """
     lines: list[str] = []
     for line in text.split("\n"):
-        first_column = re.match(r"\S* {2,}", line)
+        first_column = re.match(r" *\S+ {2,}", line) or re.match(" {2,}", line)
         indent = " " * (min(first_column.end(), width // 2) if first_column else 2)
         lines += textwrap.wrap(
             line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False

@@ -6,6 +6,7 @@ of each step, and in long steps several times, so that all ranks stop before the
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -62,6 +63,7 @@ class StopRequests:
         self._num_interrupts = 0
         self._on_second_interrupt: Callable[[], None] = lambda: None
         self._is_interrupting = False
+        self._is_printed = False
         self.is_in_loop = False
 
     def install_handlers(self, on_second_interrupt: Callable[[], None]) -> None:
@@ -159,6 +161,7 @@ class StopRequests:
                     if self._num_interrupts > 1:
                         self._end_at_once()
                     self._record(number)
+                    self._print_once()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -174,15 +177,21 @@ class StopRequests:
         end_process(code)
 
     def _record(self, number: int) -> None:
-        """Record the request of a signal, and print that the run stops."""
-        if self._request is not None:
+        """Record the request of a signal."""
+        self._request = self._request or f"signal {signal.Signals(number).name}"
+
+    def _print_once(self) -> None:
+        """Print that the run stops. Called by the helper thread.
+
+        The handler in the main thread cannot print, because the signal may have interrupted another
+        print. `sys.stderr` is not bypassed: while a bar is drawn, rich prints above it.
+        """
+        if self._is_printed or os.environ.get("LOCAL_RANK", "0") != "0":
             return
-        self._request = f"signal {signal.Signals(number).name}"
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            with_checkpoint = b" with a checkpoint" if self.is_in_loop else b""
-            with suppress(OSError):  # the terminal or the pipe may be closed
-                # print would raise an error if the signal has interrupted another print.
-                os.write(2, b"\nstopping" + with_checkpoint + b" ...\n")
+        self._is_printed = True
+        with_checkpoint = " with a checkpoint" if self.is_in_loop else ""
+        with suppress(OSError):  # the terminal or the pipe may be closed
+            print(f"\nstopping{with_checkpoint} ...", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def stopped_early(reason: str) -> str:

@@ -22,7 +22,7 @@ from typing import Any, NoReturn, Self
 import psutil
 
 from pipeline.cluster import heartbeat as phases
-from pipeline.cluster.exits import end_process, is_lost_connection
+from pipeline.cluster.exits import end_process, is_lost_connection, print_last_message
 from pipeline.cluster.heartbeat import Heartbeat, hang_message
 from pipeline.cluster.launcher import has_ended
 from pipeline.cluster.progress import stop_displays
@@ -312,8 +312,9 @@ class Watchdog:
 
 
 def _print_message(text: str) -> None:
+    """Print why the run ends; one rank does so."""
     stop_displays()
-    print(text, file=sys.stderr, flush=True)  # noqa: T201 - only one rank of the job prints it
+    print_last_message(text)
 
 
 def _key(name: str, rank: int) -> str:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.errors import UserError
 from pipeline.report.folder import is_run_folder, read_state
 from pipeline.report.page import write_report
 
@@ -26,9 +27,12 @@ def watch_run(run_folder: Path, on_first_page: Callable[[Path], None]) -> str:
     """
     is_first = True
     try:
-        while (state := read_state(run_folder)) == "running":
+        while _is_running(run_folder):
             start = time.perf_counter()
-            path = write_report(run_folder, refresh_s=INTERVAL_S)
+            try:
+                path = write_report(run_folder, refresh_s=INTERVAL_S)
+            except UserError:  # a new run is replacing the earlier one
+                continue
             if is_first:
                 on_first_page(path)
             is_first = False
@@ -38,4 +42,17 @@ def watch_run(run_folder: Path, on_first_page: Callable[[Path], None]) -> str:
         path = write_report(run_folder)
     if is_first:
         on_first_page(path)
-    return state
+    return read_state(run_folder)
+
+
+def _is_running(run_folder: Path) -> bool:
+    """Whether the run is running. Another state counts only if it lasts.
+
+    When a run has passed its checks, it removes the files of an earlier run, its own status.json
+    too, and writes them again.
+    """
+    if read_state(run_folder) == "running":
+        return True
+    time.sleep(_START_POLL_S)
+    wait_for_run(run_folder)
+    return read_state(run_folder) == "running"

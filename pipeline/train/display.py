@@ -83,6 +83,10 @@ class ProgressDisplay:
             logger.info("%s", self._view.as_line())
         self._is_first = False
 
+    def show_checkpoint(self, step: int | None) -> None:
+        """Show the step of the last checkpoint; None if this process has written none."""
+        self._view.saved_step = step or self._view.saved_step
+
     @contextmanager
     def show_work(self, text: str, total: int | None = None) -> Iterator[Work]:
         """Show the progress of the `with` statement's body, such as an evaluation.
@@ -121,6 +125,7 @@ class TrainingView:
 
     def __init__(self, total_steps: int, first_step: int, predicted_speed: float) -> None:
         self.held_out: tuple[int, float] | None = None  # step and loss
+        self.saved_step = first_step or None  # of the last checkpoint
         self.work: Work | None = None  # such as an evaluation between two steps
         self._total = total_steps
         self._predicted_speed = predicted_speed
@@ -128,11 +133,10 @@ class TrainingView:
         self._losses: list[float] = []
         self._line: dict[str, Any] = {"step": first_step}  # the latest line of metrics.jsonl
         self._peak: tuple[int, int] | None = None  # measured and predicted bytes
-        self._saved_step = first_step or None
 
     def add_step(self, line: dict[str, Any], saved_step: int | None) -> None:
         """Add a step. `line`: its line of metrics.jsonl; `saved_step`: the last checkpoint."""
-        self._line, self._saved_step = line, saved_step or self._saved_step
+        self._line, self.saved_step = line, saved_step or self.saved_step
         self._losses.append(line["loss"])
         if line["peak_bytes"] is not None:
             self._peak = (line["peak_bytes"], line["predicted_bytes"])
@@ -178,7 +182,7 @@ class TrainingView:
         if self._peak is not None:
             measured, predicted = (size / GIB for size in self._peak)
             rows.append(("memory", f"{measured:.2f} GiB of tensors, predicted {predicted:.2f}"))
-        saved = "none yet" if self._saved_step is None else f"step {self._saved_step}"
+        saved = "none yet" if self.saved_step is None else f"step {self.saved_step}"
         rows.append(("checkpoint", saved))
         if self.held_out is not None:
             rows.append(("held-out", f"loss {self.held_out[1]:.4f} at step {self.held_out[0]}"))

@@ -52,6 +52,8 @@ def training_loop(run: TrainingState) -> str | None:
             run.stops.remove_stop_file()
         with run.display.show_work("saving a checkpoint"):
             save_before_stop(run)
+        if run.writer is not None:
+            run.display.show_checkpoint(run.writer.last_step)
         return str(stop)
     finally:
         # From now on a stop request no longer ends the process: the adapter is published. Without

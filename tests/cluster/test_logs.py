@@ -70,6 +70,12 @@ def test_a_long_line_is_broken_between_words_and_aligned_with_the_text_after_its
     assert wrap_lines(text, 30) == "data       400 of 400 rows, 0\n           rejected\nshort"
 
 
+def test_an_indented_line_of_a_table_is_aligned_with_the_text_after_its_label():
+    text = "  zero_stage    the base fits on each rank"
+    expected = "  zero_stage    the base fits on\n                each rank"
+    assert wrap_lines(text, 32) == expected
+
+
 @given(st.text("ab /:-\n", max_size=120), st.integers(10, 60))
 def test_wrapping_keeps_every_word_and_the_width(text, width):
     result = wrap_lines(text, width)

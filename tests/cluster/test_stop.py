@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from io import StringIO
 from types import SimpleNamespace
 
 import psutil
@@ -38,6 +39,20 @@ def test_the_first_of_two_stop_requests_is_the_reason(stops, number):
     os.kill(os.getpid(), number)
     os.kill(os.getpid(), signal.SIGTERM)
     assert stops.reason() == f"signal {signal.Signals(number).name}"
+
+
+def test_the_stop_is_announced_once_above_a_bar(stops, monkeypatch):
+    """While rich draws a bar, sys.stderr is its own stream, which prints above the bar."""
+    above_the_bar = StringIO()
+    monkeypatch.setattr(sys, "stderr", above_the_bar)
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    deadline = time.monotonic() + 30
+    while "stopping" not in above_the_bar.getvalue():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert above_the_bar.getvalue().count("stopping") == 1
 
 
 def test_a_hang_up_is_still_ignored_under_nohup(tmp_path):

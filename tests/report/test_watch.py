@@ -32,7 +32,8 @@ def test_the_page_is_written_until_the_run_ends(tmp_path, monkeypatch):
     announced_paths = []
 
     def store_page_and_train(seconds):
-        assert seconds >= watch.INTERVAL_S
+        if seconds < watch.INTERVAL_S:  # the state is read again
+            return
         pages.append(page_of(run))
         is_last = len(pages) == 2
         write_state(run, state="done" if is_last else "running", step=10 + 10 * len(pages))
@@ -51,13 +52,34 @@ def test_an_interrupt_leaves_a_page_that_does_not_reload_itself(tmp_path, monkey
     run = build_run(tmp_path)
     write_state(run, state="running")
 
-    def interrupt(_):
+    def interrupt(seconds):
+        assert seconds >= watch.INTERVAL_S
         raise KeyboardInterrupt
 
     monkeypatch.setattr(watch.time, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
         watch_run(run, lambda path: None)
     assert "data-refresh" not in page_of(run)
+
+
+@pytest.mark.parametrize("fields", [{"state": "failed"}, None])
+def test_a_run_is_followed_while_it_replaces_the_files_of_an_earlier_one(
+    tmp_path, monkeypatch, fields
+):
+    """`clear_run` of pipeline/train/folder.py marks the earlier run as failed and removes it."""
+    run = build_run(tmp_path, without=("metrics.jsonl",))
+    write_state(run, state="running", step=10)
+    states = [fields, {"state": "running", "step": 20}, {"state": "done", "step": 30}]
+
+    def change_state(_):
+        if states:
+            (run / "status.json").unlink(missing_ok=True)
+            if (change := states.pop(0)) is not None:
+                write_state(run, **change)
+
+    monkeypatch.setattr(watch.time, "sleep", change_state)
+    assert watch_run(run, lambda path: None) == "done"
+    assert states == []
 
 
 def test_a_run_whose_process_has_ended_is_not_followed(tmp_path):
