@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from pipeline.cluster.progress import show_progress
 from pipeline.commands import command
 from pipeline.track.follow import SentRecord, sent_path
 from pipeline.track.lines import LineReader, parse_metrics
@@ -67,6 +68,12 @@ class TrackerProcesses:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._processes:
+            with show_progress("sending the last metrics to the trackers"):
+                self._end()
+
+    def _end(self) -> None:
+        """Let the processes send the remaining data, and kill those that take too long."""
         deadline = time.monotonic() + FINAL_SEND_S
         for process in self._processes.values():
             assert process.stdin is not None
