@@ -232,6 +232,15 @@ def test_the_order_is_a_pure_function_of_seed_and_epoch():
     assert list(epoch_order(few, seed=42, epoch=0, global_batch_size=2)) == PINNED_PACKS
 
 
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_the_steps_of_an_epoch_have_the_order_of_that_epoch(epoch):
+    sequences = sequences_of(np.full(100, 7), np.ones(100), are_packs=True)
+    steps = range(13 * epoch, 13 * (epoch + 1))  # 12 steps of 8 sequences, and one of 4
+    batches = [global_batch(step, sequences, seed=3, global_batch_size=8) for step in steps]
+    order = epoch_order(sequences, seed=3, epoch=epoch, global_batch_size=8)
+    assert np.concatenate(batches).tolist() == order.tolist()
+
+
 PINNED = [6, 7, 0, 1, 6, 7, 4, 5, 2, 3]
 PINNED_PACKS = [7, 2, 6, 3, 1, 6, 5, 7, 4, 0]
 

@@ -30,3 +30,26 @@ def test_ranks_of_a_group_have_the_batches_of_one_rank_and_different_seeds(tiny_
         assert torch.equal(first.batch.input_ids, alone.batch.input_ids)
         assert torch.equal(second.batch.input_ids, alone.batch.input_ids)
         assert first.seed == alone.seed != second.seed
+
+
+@pytest.mark.parametrize("first_step", [1, 5, 9])
+def test_a_resumed_run_has_the_remaining_steps_of_the_uninterrupted_run(tiny_model, first_step):
+    """An epoch has 5 steps, so the steps cross into the second epoch."""
+    plan = make_plan(tiny_model, 2, 40, batch_size=2, max_steps=10)
+
+    def steps_from(first):
+        steps = training_steps(plan, Documents(40), rank=1, first_step=first)
+        return [
+            (step.index, step.size, [(each.seed, each.batch.input_ids) for each in step.batches])
+            for step in steps
+        ]
+
+    whole, resumed = steps_from(0)[first_step:], steps_from(first_step)
+    assert len(whole) == len(resumed) == 10 - first_step
+    for (index, size, batches), (resumed_index, resumed_size, resumed_batches) in zip(
+        whole, resumed, strict=True
+    ):
+        assert (resumed_index, resumed_size) == (index, size)
+        for (seed, ids), (resumed_seed, resumed_ids) in zip(batches, resumed_batches, strict=True):
+            assert resumed_seed == seed
+            assert torch.equal(resumed_ids, ids)
