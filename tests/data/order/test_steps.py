@@ -1,4 +1,6 @@
-"""Ranks of a sequence-parallel group have the same batches: those of one rank without groups."""
+"""Training steps of a rank: those of its group, each document once, and the rest after a resume."""
+
+from collections import Counter
 
 import pytest
 import torch
@@ -30,6 +32,19 @@ def test_ranks_of_a_group_have_the_batches_of_one_rank_and_different_seeds(tiny_
         assert torch.equal(first.batch.input_ids, alone.batch.input_ids)
         assert torch.equal(second.batch.input_ids, alone.batch.input_ids)
         assert first.seed == alone.seed != second.seed
+
+
+def test_the_ranks_of_an_epoch_have_together_each_document_once(tiny_model):
+    plan = make_plan(tiny_model, 2, 40, batch_size=2, max_steps=5)
+    documents, trained = Documents(40), Counter()
+    for rank in range(2):
+        for step in training_steps(plan, documents, rank=rank, first_step=0):
+            for each in step.batches:
+                rows = each.batch.input_ids.tolist()
+                trained.update(
+                    tuple(token for token in row if token) for row in rows
+                )  # 0 is padding
+    assert trained == Counter(tuple(documents.document(i)[0].tolist()) for i in range(40))
 
 
 @pytest.mark.parametrize("first_step", [1, 5, 9])
