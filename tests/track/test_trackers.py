@@ -243,6 +243,18 @@ def wait_for(condition, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
+def test_a_tracker_process_gets_no_secret_of_the_environment(run, monkeypatch):
+    recording_python = run.parent / "python"
+    recording_python.write_text(f"#!/bin/bash\nenv > '{run.parent}/variables'\n")
+    recording_python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(recording_python))
+    with TrackerProcesses() as trackers:
+        trackers.start(run, ["mlflow"])
+    variables = (run.parent / "variables").read_text()
+    assert "PATH=" in variables
+    assert SECRETS["environment"] not in variables
+
+
 def test_a_tracker_that_hangs_is_killed_and_the_missing_steps_are_named(run, monkeypatch, caplog):
     hanging_python = run.parent / "python"
     hanging_python.write_text("#!/bin/bash\nexec sleep 600\n")
