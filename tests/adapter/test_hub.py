@@ -180,6 +180,16 @@ def test_a_secret_is_found_in_a_file_of_any_name(tmp_path, name):
         require_no_secrets(tmp_path)
 
 
+def test_a_pickle_stops_publishing(run, publish):
+    """A pickle can run any code when it is loaded."""
+    call, hub = publish
+    (run / "adapter" / "optimizer.pt").write_bytes(b"")
+    code, output = call(*TO)
+    assert code == 2
+    assert_mentions(output, "optimizer.pt", "safetensors")
+    assert not hub.created
+
+
 def test_a_secret_in_the_header_of_the_weights_stops_publishing(run, publish):
     call, hub = publish
     header = json.dumps({"__metadata__": {"note": TOKEN}}).encode()
