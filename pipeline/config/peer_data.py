@@ -23,7 +23,8 @@ _FIELDS = {
     "field_tools": "tools", "field_system": "system", "field_instruction": "instruction",
     "field_input": "input", "field_output": "output",
 }  # fmt: skip
-_OWN_NAMES = {"messages": ("messages", "conversations")}  # columns that need no renaming
+# Names of the columns with conversations that need no renaming: the form of the row decides.
+_OWN_NAMES = dict.fromkeys(("messages", "conversations"), ("messages", "conversations"))
 # Other keys of a description that are read, or that say what is detected from the rows.
 _READ_KEYS = {
     "path", "id", "hf_hub_url", "file_name", "data_files", "split", "train_on_split", "weight",

@@ -157,7 +157,8 @@ def _named_trackers(config: PeerConfig) -> tuple[list[str], list[str]]:
     """The trackers of a configuration, and those that RankZero does not have."""
     options = config.options
     reported = options.get("report_to") or []
-    names = [str(name).lower() for name in (reported if isinstance(reported, list) else [reported])]
+    listed = reported if isinstance(reported, list) else str(reported).split(",")
+    names = [str(name).strip().lower() for name in listed]
     names += [str(options.get("metric_logger", "")).lower().removesuffix("logger")]
     names += [name for name in _TRACKERS if options.get(f"use_{name}") is True]
     names += [name for name, keys in _TRACKER_KEYS.items() if any(options.get(k) for k in keys)]

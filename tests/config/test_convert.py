@@ -254,6 +254,8 @@ def test_every_tracker_of_a_configuration_is_taken_over(tmp_path: Path) -> None:
     config = AXOLOTL + "mlflow_tracking_uri: http://mlflow\nuse_tensorboard: true\n"
     trackers = ["wandb", "tensorboard", "mlflow"]
     assert_settings(converted(tmp_path, config), trackers=trackers, tracker_project="bakery")
+    config = TRL + "report_to: wandb,trackio\n"
+    assert_settings(converted(tmp_path, config), trackers=["wandb", "trackio"])
 
 
 def test_options_in_a_section_and_lists_with_commas_are_taken_over(tmp_path: Path) -> None:

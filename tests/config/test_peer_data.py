@@ -124,6 +124,17 @@ def test_the_text_column_of_trl_is_taken_over(tmp_path: Path) -> None:
     assert data_settings(tmp_path, text)["columns"] == {"text": "body"}
 
 
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_a_conversation_under_a_usual_name_needs_no_columns(tmp_path: Path, column: str) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/dataset_info.json").write_text(
+        '{"chats": {"file_name": "c.json", "formatting": "sharegpt", "columns": {"messages": "'
+        f'{column}"}}, "tags": {{"role_tag": "role", "content_tag": "content"}}}}}}'
+    )
+    text = "model_name_or_path: org/m\nstage: sft\nfinetuning_type: lora\ndataset: chats\n"
+    assert data_settings(tmp_path, text + "output_dir: o\n") == {"train_data": "data/c.json"}
+
+
 def test_the_number_of_rows_of_an_older_ms_swift_is_taken_over(tmp_path: Path) -> None:
     config = (
         '{"model_id_or_path": "org/m", "sft_type": "lora", "dataset": ["a.jsonl"], '
