@@ -109,7 +109,7 @@ def test_an_error_of_the_class_check_is_left_to_rank_0(monkeypatch):
 
 # launch/train.py, in which rank 0 prepares the data until rank 1 is ready, and then refuses it.
 OVERLAP = """
-import sys, time
+import gc, sys, time
 from pathlib import Path
 sys.argv = ["train.py", sys.argv[1]]
 from pipeline.cli.train import main
@@ -123,7 +123,8 @@ def prepare(folder):
     end = time.monotonic() + 30
     while not ready.exists() and time.monotonic() < end:
         time.sleep(0.05)
-    raise UserError(f"rank 1 is ready: {ready.exists()}")
+    is_rare = gc.get_threshold()[0] > 100_000
+    raise UserError(f"rank 1 is ready: {ready.exists()}, garbage is collected rarely: {is_rare}")
 
 run.get_ready = lambda context: ready.touch()
 RunFolder.prepare = prepare
@@ -140,4 +141,4 @@ def test_the_other_ranks_get_ready_while_rank_0_prepares_the_data(tmp_path, tiny
     run_file.write_text(yaml.safe_dump(settings))
     code, output = run("-c", OVERLAP, run_file, ranks=2)
     assert code == 2, output
-    assert "rank 1 is ready: True" in output
+    assert "rank 1 is ready: True, garbage is collected rarely: True" in output
