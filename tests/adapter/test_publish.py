@@ -187,7 +187,13 @@ def disk_full(tensors, monkeypatch):
     return tensors
 
 
-@pytest.mark.parametrize("failure", [untrained, badly_written, disk_full])
+def other_config(tensors, monkeypatch):
+    write = publish.dump_json
+    monkeypatch.setattr(publish, "dump_json", lambda values: write(values | {"r": 1}))
+    return tensors
+
+
+@pytest.mark.parametrize("failure", [untrained, badly_written, disk_full, other_config])
 def test_a_failure_keeps_the_previous_adapter(
     plan, trained_tensors, published, monkeypatch, failure
 ):

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pipeline.adapter.gather import gather_weights
 from pipeline.cluster.heartbeat import Heartbeat
@@ -171,6 +172,24 @@ def test_the_adapter_is_checked_once_after_the_second_update(monkeypatch, num_up
     for applied in was_applied:
         loop._complete(run, finished, SimpleNamespace(was_applied=applied, can_lower_scale=True))
     assert checked == [run] * num_checks
+
+
+def test_a_fully_trained_module_without_a_gradient_ends_the_run(monkeypatch):
+    """Its weights are not zero at the start, so Adam's moments are checked instead."""
+    head = "base_model.model.lm_head.weight"
+    parameters = {head: None, "base_model.model.model.layers.0.q_proj.lora_B.weight": None}
+    monkeypatch.setattr(loop, "gather_weights", lambda *_, **__: {})
+    monkeypatch.setattr(loop, "expected_shapes", lambda plan: {})
+    monkeypatch.setattr(
+        loop, "gather_moments", lambda checked, keep: {key: torch.zeros(2) for key in checked}
+    )
+    run = SimpleNamespace(
+        engine=SimpleNamespace(parameters=parameters),
+        session=SimpleNamespace(is_rank_zero=True, rank_zero_first=lambda work: work()),
+        plan=SimpleNamespace(settings=SimpleNamespace(initialises_from_base=False)),
+    )
+    with refused(head, "1 of 1", "gradient", error=RankZeroError):
+        loop._require_trained(run)
 
 
 def two_steps(session, folder, lr):
