@@ -41,12 +41,13 @@ _LORA_TENSORS = {
 _LORA_BIAS = ".lora_B.bias"
 # Values of init_lora_weights that do not change the base before training.
 _PLAIN_INITIAL_VALUES = (True, False, "gaussian", "orthogonal", "eva")
-# Keys of adapter_config.json without influence on the merged weights.
+# Keys of adapter_config.json without influence on the merged weights. Options of initial values are
+# among them, because `init_lora_weights` alone tells whether the base was changed.
 _KEYS_WITHOUT_EFFECT = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "target_modules", "exclude_modules", "lora_dropout", "layers_to_transform",
-    "layers_pattern", "megatron_core", "qalora_group_size", "eva_config", "modules_to_save",
-    "runtime_config",
+    "layers_pattern", "megatron_core", "qalora_group_size", "eva_config", "loftq_config",
+    "corda_config", "lora_ga_config", "modules_to_save", "runtime_config",
 }  # fmt: skip
 # Keys that influence the merged weights and that `read_adapter` takes into account. An adapter with
 # a value for any further key is refused.
@@ -126,11 +127,6 @@ class Adapter:
         return {*self.layer_updates, *self.value_updates}
 
     @property
-    def has_token_rows(self) -> bool:
-        """Whether it has trained rows for single tokens in embeddings or head."""
-        return any(update.rows for updates in self.value_updates.values() for update in updates)
-
-    @property
     def folder(self) -> Path:
         """The PEFT folder."""
         return self.file.path.parent
@@ -150,7 +146,17 @@ def read_adapter(folder: Path) -> Adapter:
     path = folder / WEIGHTS
     if not path.is_file():
         raise UserError(f"adapter: {folder} has no {WEIGHTS}; {_convert_text(folder)}")
-    file = read_header(path)
+    try:
+        return _adapter_of(read_header(path), config)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise UserError(
+            f"{folder / CONFIG}: a value has an unexpected type ({error}); write it as peft does"
+        ) from None
+
+
+def _adapter_of(file: TensorFile, config: Mapping[str, Any]) -> Adapter:
+    """The adapter with these tensors and this adapter_config.json."""
+    path = file.path
     layers: dict[str, dict[str, Entry]] = {}  # name of a LoRA layer -> its tensors
     value_updates: dict[str, tuple[ValueUpdate, ...]] = {}
     for key, entry in file.entries.items():

@@ -281,6 +281,12 @@ def require_compatible(base: Base, adapter: Adapter, *, any_orientation: bool = 
         _require_untied(adapter, dict.fromkeys(tied, "another tensor"))
     names = [*adapter.layer_updates, *adapter.value_updates]
     if missing := [name for name in names if name not in entries]:
+        if f"{missing[0].removesuffix('.bias')}.weight" in entries:
+            raise UserError(
+                f"adapter: {adapter.folder} has a bias for {missing[0]} (lora_bias), and the base "
+                "has none to which it could be added; peft cannot merge it either, so use the "
+                "adapter without a merge"
+            )
         similar = difflib.get_close_matches(missing[0], entries, n=3) or list(entries)[:3]
         raise UserError(
             f"{mismatch}: {len(missing)} of {len(names)} tensors are not in the base, "

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.adapter.adapter_file import CONFIG
 from pipeline.adapter.merge_plan import MergePlan
+from pipeline.adapter.trained_on import TRAINED_ON
 from pipeline.errors import RankZeroError, UserError
-from pipeline.files import closest_existing, dump_json, read_json
+from pipeline.files import closest_existing, dump_json, read_json, read_json_or_empty
 from pipeline.model.packed_files import is_packed
 from pipeline.model.tensor_files import INDEX, SINGLE, read_header
 
@@ -29,6 +31,10 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "additional_chat_templates",
 )
+# The files of TOKENIZER_FILES of which a tokenizer needs at least one.
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+# The files of TOKENIZER_FILES that take precedence over the template in tokenizer_config.json.
+_TEMPLATE_FILES = (CHAT_TEMPLATE, "chat_template.json", "additional_chat_templates")
 # File with the record of a merge. A folder with this file may be replaced by another merge.
 MARKER = "rankzero_merge.json"
 # Suffixes of files with weights in any format. The base's weights are not copied, because those in
@@ -42,7 +48,11 @@ _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 def other_files(base: Path) -> list[Path]:
-    """Files of the base that a merge copies: all except weights, hidden files and README."""
+    """Files of the base that a merge copies: all except weights, hidden files and README.
+
+    Nor are the files of an adapter in the same folder copied: transformers would add the adapter to
+    the merged model.
+    """
     files = [path for path in sorted(base.iterdir()) if path.is_file() and _is_copied(path)]
     for name in _COPIED_FOLDERS:
         files += [path for path in sorted((base / name).glob("*")) if path.is_file()]
@@ -54,7 +64,7 @@ def other_files(base: Path) -> list[Path]:
 def _is_copied(path: Path) -> bool:
     """Whether a merge copies a file of the base, by its name."""
     is_index_of_other_format = path.name.endswith(".index.json") and path.name != INDEX
-    if path.name == MARKER or is_index_of_other_format:
+    if path.name in (MARKER, CONFIG, TRAINED_ON) or is_index_of_other_format:
         return False
     return path.suffix not in _WEIGHT_SUFFIXES and not path.name.startswith((".", "README"))
 
@@ -63,17 +73,15 @@ def copy_other_files(plan: MergePlan, folder: Path) -> None:
     """Copy the files other than weights, and adapt config.json and the index.
 
     config.json gets the new dtype and vocabulary size. If the base is packed, which means stored in
-    4 or 8 bits, its quantisation is removed from config.json, because the merged model is not. The
-    chat template is the one used in training: that of the last adapter that has one.
+    4 or 8 bits, its quantisation is removed from config.json, because the merged model is not.
+    Tokenizer and chat template are those of training: of the last adapter that has them.
     """
     for path in other_files(plan.base.folder):
         target = folder / path.relative_to(plan.base.folder)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
     for adapter in plan.adapters:
-        # The folder of an adapter with new tokens has a tokenizer with these tokens.
-        names = TOKENIZER_FILES if adapter.has_token_rows else (CHAT_TEMPLATE,)
-        copy_files(adapter.folder, folder, names)
+        _copy_tokenizer(adapter.folder, folder)
     tasks = [task for shard in plan.shards for task in shard.tensors.values()]
     base_is_packed = is_packed(plan.base.folder)
     is_converted = plan.options.dtype is not None or base_is_packed
@@ -96,6 +104,24 @@ def copy_other_files(plan: MergePlan, folder: Path) -> None:
             name: shard.source.path.name for shard in plan.shards for name in shard.tensors
         }
         (folder / INDEX).write_text(dump_json(index), encoding="utf-8")
+
+
+def _copy_tokenizer(adapter: Path, folder: Path) -> None:
+    """Copy the tokenizer of an adapter, which may have more tokens and another chat template.
+
+    Files of the base that the adapter lacks stay, except templates that would replace that of the
+    adapter. From an adapter without a tokenizer only the chat template is copied.
+    """
+    if not any((adapter / name).is_file() for name in _VOCABULARY_FILES):
+        copy_files(adapter, folder, (CHAT_TEMPLATE,))
+        return
+    if read_json_or_empty(adapter / "tokenizer_config.json").get("chat_template"):
+        for path in (folder / name for name in _TEMPLATE_FILES):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    copy_files(adapter, folder, TOKENIZER_FILES)
 
 
 def copy_files(source: Path, folder: Path, names: Sequence[str]) -> None:
@@ -184,6 +210,8 @@ def require_replaceable(out: Path, inputs: Sequence[Path]) -> None:
     for folder in inputs:
         if folder.resolve().is_relative_to(out.resolve()):
             raise UserError(f"{out}: writing there would replace {folder}; set another --out")
+    if not (parent := closest_existing(out.parent)).is_dir():
+        raise UserError(f"{out}: {parent} is not a folder; set another --out")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:

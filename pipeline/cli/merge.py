@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.adapter.adapter_file import require_adapter
+from pipeline.adapter.adapter_file import read_adapter, require_adapter
 from pipeline.adapter.merge import merge_adapters
 from pipeline.adapter.merge_output import MARKER
 from pipeline.adapter.merge_plan import MergeOptions, TrainedBase, WeightedAdapter
@@ -241,6 +241,8 @@ def _require_merged_from(merged: Path, adapters: tuple[WeightedAdapter, ...]) ->
     """
     if not merged.is_dir():
         raise UserError(f"--undo: {merged} does not exist; name the merged model with --base")
+    for adapter in adapters:
+        read_adapter(adapter.folder)  # raises UserError if there is none
     try:
         entries = read_json(merged / MARKER)["adapters"]
         recorded = [(entry["sha256"], entry["weight"]) for entry in entries]

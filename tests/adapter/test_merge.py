@@ -15,11 +15,13 @@ from tests.adapter.merged import (
     CASES,
     SEVEN_PROJECTIONS,
     contents,
+    edit_json,
     make_adapter,
     make_pair,
     merge_adapter,
     tensors,
 )
+from tests.tiny import make_tokenizer
 
 pytestmark = pytest.mark.tensor
 
@@ -120,11 +122,39 @@ def test_weights_of_other_formats_and_the_readme_are_not_copied(pair):
     } < merged.keys()
 
 
+def test_an_adapter_in_the_folder_of_the_base_is_merged_and_not_copied(pair):
+    merge_adapter(pair / "base", pair / "adapter", pair / "expected")
+    shutil.copytree(pair / "adapter", pair / "base", dirs_exist_ok=True)
+    merge_adapter(pair / "base", pair / "base", pair / "merged")
+    assert contents(pair / "merged").keys() == contents(pair / "expected").keys()
+    # transformers would add an adapter in this folder to the merged model.
+    loaded = AutoModelForCausalLM.from_pretrained(pair / "merged").state_dict()
+    assert loaded.keys() == tensors(pair / "expected").keys()
+    for name, tensor in tensors(pair / "expected").items():
+        assert torch.equal(loaded[name], tensor), name
+
+
 def test_the_merged_model_has_the_chat_template_of_the_adapter(pair):
     (pair / "adapter" / "chat_template.jinja").write_text("{{ 'mine' }}")
     merge_adapter(pair / "base", pair / "adapter", pair / "merged")
     tokenizer = AutoTokenizer.from_pretrained(pair / "merged")
     assert tokenizer.chat_template == "{{ 'mine' }}"
+
+
+def test_the_merged_model_has_the_tokenizer_and_the_template_with_which_the_adapter_was_trained(
+    pair,
+):
+    """Another program may add tokens, and store the template in tokenizer_config.json only."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(pair / "adapter")
+    (pair / "adapter" / "chat_template.jinja").unlink()
+    edit_json(pair / "adapter" / "tokenizer_config.json", chat_template="{{ 'mine' }}")
+    assert (pair / "base" / "chat_template.jinja").is_file()
+    merge_adapter(pair / "base", pair / "adapter", pair / "merged")
+    merged = AutoTokenizer.from_pretrained(pair / "merged")
+    assert merged.chat_template == "{{ 'mine' }}"
+    assert merged.encode("<tool>") == tokenizer.encode("<tool>") == [len(tokenizer) - 1]
 
 
 # lora_alpha is 12 and r is 4: 12 / 4, or with rsLoRA 12 / sqrt(4).

@@ -142,6 +142,8 @@ def test_undo_is_refused_if_the_merge_had_another_adapter_or_weight(run, command
     command(run, "--adapter", f"{run / 'adapter'}:0.5")
     with refused("--undo", "--adapter"):
         command(run, "--undo")
+    with refused(run / "none", "folder"):
+        command(run, "--undo", "--adapter", run / "none")
     shutil.rmtree(run / "adapter")
     make_adapter(run.parent / "base", run / "adapter", r=2)
     with refused("--undo", "--adapter"):

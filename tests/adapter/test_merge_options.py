@@ -41,6 +41,7 @@ LLAMA = {
     "embedding-dora": {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
     "head": {"target_modules": ["q_proj", "lm_head"]},
     "orthogonal": {"init_lora_weights": "orthogonal"},
+    "unused-config": {"loftq_config": {"loftq_bits": 4}},  # init_lora_weights is not loftq
 }
 GPT2 = {
     "transposed": {"target_modules": ["c_attn", "c_proj"]},
@@ -225,6 +226,17 @@ def test_two_adapters_that_replace_a_tensor_are_refused(bases, tmp_path):
     adapters = [WeightedAdapter(tmp_path / name) for name in ("first", "second")]
     with refused(tmp_path / "first", tmp_path / "second", "lm_head.weight"):
         merge_adapters(bases / "llama-F32", adapters, tmp_path / "merged", MergeOptions())
+
+
+def test_a_bias_of_b_is_refused_for_a_layer_without_a_bias(bases, tmp_path):
+    adapter = make_adapter(bases / "llama-F32", tmp_path / "adapter")
+    edit_json(adapter / "adapter_config.json", lora_bias=True)
+    tensors_with_bias = tensors(adapter) | {
+        "base_model.model.model.layers.0.mlp.up_proj.lora_B.bias": torch.ones(64)
+    }
+    save_file(tensors_with_bias, adapter / "adapter_model.safetensors")
+    with refused("model.layers.0.mlp.up_proj.bias", "lora_bias", "peft"):
+        merge_adapter(bases / "llama-F32", adapter, tmp_path / "merged")
 
 
 NOT_UNDONE = {"dora": {"use_dora": True}, "values": {"modules_to_save": ["input_layernorm"]}}

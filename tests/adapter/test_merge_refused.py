@@ -121,6 +121,8 @@ REFUSED = {
     "dora": (option(use_dora=True), ["magnitude"]),
     "ranks": (option(rank_pattern={"q_proj": 8}), ["q_proj", "r is 8"]),
     "pattern": (option(alpha_pattern={"q_(proj": 8}), ["q_(proj"]),
+    "no-mapping": (option(rank_pattern=["q_proj"]), ["adapter_config.json", "type"]),
+    "no-number": (option(rank_pattern={"q_proj": "x"}), ["adapter_config.json", "x"]),
     "pissa": (option(init_lora_weights="pissa"), ["init_lora_weights", "merge_and_unload"]),
     "kind": (option(peft_type="LOHA"), ["peft_type", "LOHA", "merge_and_unload"]),
     "unknown": (option(new_option_of_peft=1), ["new_option_of_peft", "merge_and_unload"]),
@@ -164,6 +166,8 @@ def test_a_folder_that_no_merge_wrote_is_not_replaced(pair):
         with refused(fact, "--out"):
             merge_adapter(base, adapter, out)
         assert contents(pair) == before
+    with refused(mine / "notes.txt", "--out"):
+        merge_adapter(base, adapter, mine / "notes.txt" / "below")
     other = pair / "other"
     other.mkdir()
     (other / "file").touch()

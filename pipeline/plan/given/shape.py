@@ -321,6 +321,12 @@ def read_shape(model: str, *, trust_remote_code: bool = False) -> ModelShape:
     require_model_folder(folder)
     if not path.is_file():
         raise UserError(f"model: {folder} has no config.json, so it is not a model folder")
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"model: {folder} has a model and an adapter (adapter_config.json), and transformers "
+            "would add the adapter to the model; move the adapter's files to another folder, and "
+            "merge it or set init_adapter to use it"
+        )
     config = require_json(path, "model: ")
     try:
         if trust_remote_code and _has_own_code(config):

@@ -298,3 +298,10 @@ def test_a_quantisation_that_is_no_object_is_refused(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": "fp8"}))
     with refused("quantization_config", "fp8", path):
         read_shape(str(tmp_path))
+
+
+def test_a_model_with_an_adapter_in_its_folder_is_refused(tmp_path):
+    save_config(tmp_path, "llama", {})
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with refused(tmp_path, "adapter_config.json", "another folder", "init_adapter"):
+        read_shape(str(tmp_path))
