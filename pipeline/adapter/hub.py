@@ -4,6 +4,7 @@ The files are copied to a folder and checked for secrets before anything is sent
 text of the training rows: scores are sent without answers, and of the data audit only counts.
 """
 
+import logging
 import os
 import re
 import shutil
@@ -15,16 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.adapter.adapter_file import read_config
-from pipeline.adapter.merge_output import TOKENIZER_FILES
+from pipeline.adapter.merge_output import MARKER, TOKENIZER_FILES
 from pipeline.adapter.serving import bnb_arguments
 from pipeline.adapter.trained_on import corrects_quantisation
 from pipeline.cluster.progress import show_progress
 from pipeline.config.hub import HubSplit
 from pipeline.config.settings import RunSettings
-from pipeline.errors import RankZeroError, UserError
+from pipeline.errors import RankZeroError, UserError, first_few
 from pipeline.files import dump_json, read_json_or_empty
 from pipeline.model.packed_files import dequantising_config
 from pipeline.plan.rules.serving import SERVING_RULES
+
+logger = logging.getLogger(__name__)
 
 _CARD = "README.md"
 _TAG = "rankzero"  # in the metadata of a model card; marks a repository as published from here
@@ -36,6 +39,7 @@ _PUBLISHED_FILES = (
     "generation_config.json", "score.json", "plan.json", "audit.json",
     *(f"{name}/*" if "." not in name else name for name in TOKENIZER_FILES),
 )  # fmt: skip
+_DATA_SUFFIXES = {".jsonl", ".parquet", ".arrow", ".csv", ".tsv"}  # may have rows of the training
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Forms of access tokens and private keys: name for the message -> pattern.
 _SECRETS = {
@@ -110,12 +114,8 @@ def gather_files(publication: Publication, folder: Path) -> None:
 
     Raises UserError if a file contains a secret or a path of the user's home folder.
     """
-    for path in sorted(publication.source.rglob("*")):
+    for path in _files_to_publish(publication):
         name = path.relative_to(publication.source)
-        if path.is_dir() or name.name in _NOT_PUBLISHED or name.name.startswith("."):
-            continue
-        if path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl"}:
-            raise UserError(f"{path}: only safetensors are published; remove this file")
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / name)
     config = folder / "adapter_config.json"
@@ -135,6 +135,27 @@ def gather_files(publication: Publication, folder: Path) -> None:
             (folder / file_name).write_text(dump_json(record), encoding="utf-8")
     (folder / _CARD).write_text(model_card(publication, scores), encoding="utf-8")
     require_no_secrets(folder)
+
+
+def _files_to_publish(publication: Publication) -> list[Path]:
+    """The files in the source folder that RankZero wrote; logs the names of other files.
+
+    The files of a merged model are in the record of the merge. Some are copies from the folder of
+    the base, which may also have data.
+    """
+    source = publication.source
+    written = set(read_json_or_empty(source / MARKER).get("files") or ())
+    files, others = [], []
+    for path in sorted(source.rglob("*")):
+        name = path.relative_to(source).as_posix()
+        if path.is_dir() or path.name in _NOT_PUBLISHED or path.name.startswith("."):
+            continue
+        is_written = name in written if written else _is_published_file(name)
+        (files if is_written and path.suffix not in _DATA_SUFFIXES else others).append(path)
+    if others:
+        names = first_few([str(path.relative_to(source)) for path in others])
+        logger.warning("not sent, because they are no files of the model: %s", names)
+    return files
 
 
 def _public_scores(run_folder: Path) -> dict[str, Any]:

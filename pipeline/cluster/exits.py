@@ -118,8 +118,10 @@ class _GuardedStream:
 def _guard_output() -> _GuardedStream:
     """Replace stdout and stderr, so that output that cannot be written or encoded raises no error.
 
-    Returns the new stdout.
+    A standard input that was closed before the start becomes an empty one. Returns the new stdout.
     """
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115, PTH123 - for the process
     guarded = []
     for stream in (sys.stdout, sys.stderr):
         if stream is None:  # closed by the program that started this one

@@ -23,7 +23,7 @@ from pipeline.data.prepare.prepare import eval_examples
 from pipeline.data.prepare.truncation import Window, windows
 from pipeline.errors import UserError
 from pipeline.rows.examples import Conversation, Example, RowError
-from pipeline.rows.sources import read_lines, resolve_sources
+from pipeline.rows.sources import Source, read_lines, resolve_sources
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +121,16 @@ def held_out_examples(run_folder: Path, settings: RunSettings) -> Iterator[Examp
 
 
 def examples_of_file(path: str, settings: RunSettings) -> Iterator[Example | RowError]:
-    """The examples in the file of `--data`; for a row that cannot be read, a RowError instead."""
-    for source in resolve_sources([DataSource(path=path)], "--data"):
+    """The examples in the file of `--data`; for a row that cannot be read, a RowError instead.
+
+    Raises UserError at once if there is no such file.
+    """
+    sources = resolve_sources([DataSource(path=path)], "--data")
+    return _examples_of(sources, settings)
+
+
+def _examples_of(sources: Sequence[Source], settings: RunSettings) -> Iterator[Example | RowError]:
+    for source in sources:
         for line in read_lines(source):
             _, example_or_reason = read_line(line, settings)
             if isinstance(example_or_reason, str):

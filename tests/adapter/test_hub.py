@@ -136,6 +136,29 @@ def test_the_card_of_an_mxfp4_base_loads_it_dequantised(run, publish):
     assert_mentions(hub.files["README.md"].decode(), '"org/base"', "Mxfp4Config(dequantize=True)")
 
 
+def test_files_that_rankzero_did_not_write_and_data_are_named_and_not_sent(run, publish):
+    call, hub = publish
+    (run / "adapter" / "notes").mkdir()
+    for name in ("notes/rows.json", "old.bin", "tokenizer.json"):
+        (run / "adapter" / name).write_text(ROW_TEXT)
+    merged = {"rows.jsonl": ROW_TEXT, "modeling_own.py": "", "other.py": ROW_TEXT}
+    for name, text in merged.items():
+        (run / "merged" / name).write_text(text)
+    # The base had rows and code, which the merge copied.
+    record = {"files": ["model.safetensors", "config.json", "rows.jsonl", "modeling_own.py"]}
+    (run / "merged" / "rankzero_merge.json").write_text(json.dumps(record))
+    code, output = call(*TO)
+    assert code == 0
+    assert_mentions(output, "not sent", "notes/rows.json", "old.bin")
+    assert "tokenizer.json" in hub.files
+    assert not {"notes/rows.json", "old.bin"} & hub.files.keys()
+    code, output = call(*TO, "--merged")
+    assert code == 0
+    assert_mentions(output, "not sent", "rows.jsonl", "other.py")
+    assert "modeling_own.py" in hub.files
+    assert not {"rows.jsonl", "other.py"} & hub.files.keys()
+
+
 def test_the_merged_model_is_sent_when_asked_for(publish):
     call, hub = publish
     assert call(*TO, "--merged")[0] == 0
@@ -157,10 +180,10 @@ def test_the_merged_model_is_sent_when_asked_for(publish):
 def test_a_secret_or_a_path_in_the_home_folder_stops_publishing(run, publish, content, fact):
     call, hub = publish
     text = content.replace("{home}", str(run.parent / "home"))
-    (run / "adapter" / "notes.json").write_text(json.dumps({"x": text}))
+    (run / "adapter" / "tokenizer_config.json").write_text(json.dumps({"x": text}))
     code, output = call(*TO, HF_TOKEN="mine-is-a-secret")
     assert code == 2
-    assert_mentions(output, "notes.json", fact)
+    assert_mentions(output, "tokenizer_config.json", fact)
     assert TOKEN not in output
     assert not hub.created
     assert not hub.files
@@ -257,10 +280,10 @@ def test_a_path_in_a_home_folder_behind_a_symbolic_link_stops_publishing(run, pu
     call, hub = publish
     home = run.parent / "home"
     (run.parent / "link").symlink_to(home)
-    (run / "adapter" / "notes.json").write_text(json.dumps({"x": f"{home}/rows"}))
+    (run / "adapter" / "tokenizer_config.json").write_text(json.dumps({"x": f"{home}/rows"}))
     code, output = call(*TO, HOME=str(run.parent / "link"))
     assert code == 2
-    assert_mentions(output, "notes.json", "home folder")
+    assert_mentions(output, "tokenizer_config.json", "home folder")
     assert not hub.created
 
 

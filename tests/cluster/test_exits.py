@@ -118,6 +118,13 @@ def test_standard_output_on_a_full_disk_is_an_error():
     assert len(message.splitlines()) == 1
 
 
+def test_a_closed_standard_input_is_empty():
+    command = [sys.executable, "-c", CODE.format(body="print(sys.stdin.read())", tracebacks=False)]
+    shell = ["bash", "-c", '"$@" <&-', "bash", *command]
+    result = subprocess.run(shell, capture_output=True, text=True, check=False, env={})
+    assert (result.returncode, result.stdout, result.stderr) == (0, "\n", "")
+
+
 def test_text_that_the_terminal_cannot_encode_is_escaped():
     result = end(r"print('\u00e9\udcff')", PYTHONIOENCODING="ascii")
     assert (result.returncode, result.stdout) == (0, "\\xe9\\udcff\n")

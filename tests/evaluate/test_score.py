@@ -412,16 +412,24 @@ def test_a_prompt_that_fills_all_positions_of_the_model_has_an_empty_answer(run)
     assert len(forward_passes) <= 5  # tokens that the second answer may have
 
 
-def test_a_run_without_held_out_rows_is_refused_before_torch_is_imported(run, tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "facts"),
+    [([], ["RUN", "no eval_data", "--data"]), (["--data", "RUN/none.jsonl"], ["RUN/none.jsonl"])],
+)
+def test_a_command_without_rows_is_refused_before_torch_is_imported(
+    run, tmp_path, arguments, facts
+):
+    folder = tmp_path / "run"
     text = (run / "run.yaml").read_text()
-    shutil.copytree(run / "adapter", tmp_path / "run/adapter")
+    shutil.copytree(run / "adapter", folder / "adapter")
     lines = [line for line in text.splitlines() if not line.startswith("eval_data")]
-    (tmp_path / "run/run.yaml").write_text("\n".join(lines))
+    (folder / "run.yaml").write_text("\n".join(lines))
+    words = ["score.py", "RUN", *arguments]
     script = (
         "import sys\n"
         "from pipeline.cli.score import score\n"
         "from pipeline.errors import UserError\n"
-        f"sys.argv = ['score.py', {str(tmp_path / 'run')!r}]\n"
+        f"sys.argv = {[word.replace('RUN', str(folder)) for word in words]!r}\n"
         "try:\n"
         "    score()\n"
         "except UserError as error:\n"
@@ -430,4 +438,5 @@ def test_a_run_without_held_out_rows_is_refused_before_torch_is_imported(run, tm
     command = [sys.executable, "-c", script]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     # The last word is that torch is not imported.
-    assert_mentions(result.stdout, tmp_path / "run", "no eval_data", "--data", "False")
+    facts = [fact.replace("RUN", str(folder)) for fact in facts]
+    assert_mentions(result.stdout, *facts, "False")
