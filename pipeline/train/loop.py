@@ -239,12 +239,16 @@ def _evaluate(run: TrainingState) -> None:
     loss = held_out_loss(
         summed_loss, run.eval_split, run.session, run.plan.layout, run.display.show_work
     )
-    scores = {} if run.questions is None else _answer_scores(run, run.questions)
+    seconds = {"eval_seconds": watch.lap()}
+    scores = {}
+    if run.questions is not None:
+        scores = _answer_scores(run, run.questions)
+        seconds["eval_answers_seconds"] = watch.lap()
     progress.is_evaluation_due = False
-    run.display.show_evaluation(progress.step, loss, watch.lap(), scores)
+    run.display.show_evaluation(progress.step, loss, sum(seconds.values()), scores)
     if run.metrics is not None:
         tokens = run.eval_split.sequences.supervised_tokens
-        line = {"step": progress.step, "eval_loss": loss, "eval_tokens": tokens}
+        line = {"step": progress.step, "eval_loss": loss, "eval_tokens": tokens} | seconds
         run.metrics.write(line | {f"eval_{name}": value for name, value in scores.items()})
     if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
         progress.best_loss, progress.best_step = loss, progress.step

@@ -114,6 +114,8 @@ def test_a_run_can_be_merged_scored_and_reported_and_a_second_start_changes_noth
     assert [line["step"] for line in evaluations] == [6, 12]
     assert [line["eval_exact_match_rows"] for line in evaluations] == [5, 5]
     assert all(len(line["eval_exact_match_interval"]) == 2 for line in evaluations)
+    assert all(line["eval_seconds"] > 0 for line in evaluations)
+    assert all(line["eval_answers_seconds"] > 0 for line in evaluations)
     assert "step 12/12" in output
     assert output.count("step 12/12") == 1  # only rank 0 logs
     last_sent_steps = json.loads((folder / "tracking/tensorboard.json").read_text())["steps"]
