@@ -15,7 +15,6 @@ from pipeline.config.traits import traits
 # Value of init_lora_weights in peft 0.21.2 that is not supported here -> the reason.
 _UNSUPPORTED_INITIAL_VALUES = {
     "corda": "it needs a forward pass over the data before ZeRO shards the model",
-    "eva": "it needs a forward pass over the data before ZeRO shards the model",
 }
 
 
@@ -24,7 +23,7 @@ def _supported_initial_values(value: object) -> object:
     if isinstance(value, str) and value in _UNSUPPORTED_INITIAL_VALUES:
         reason = _UNSUPPORTED_INITIAL_VALUES[value]
         raise ValueError(
-            f"{value} is not supported: {reason}; set true, gaussian, pissa, olora or loftq"
+            f"{value} is not supported: {reason}; set true, gaussian, pissa, olora, eva or loftq"
         )
     return value
 
@@ -77,18 +76,19 @@ class AdapterKeys(BaseModel):
         json_schema_extra=traits(peers="lora_exclude_modules"),
     )
     init_lora_weights: Annotated[
-        Literal[True, "gaussian", "pissa", "olora", "loftq"]
+        Literal[True, "gaussian", "pissa", "olora", "eva", "loftq"]
         | Annotated[str, Field(pattern="^pissa_niter_[1-9][0-9]?$")],
         BeforeValidator(_supported_initial_values),
     ] = Field(
         default=True,
-        description="Initial values of A and B. With the first two, B starts at zero. `true`: "
+        description="Initial values of A and B. With the first three, B starts at zero. `true`: "
         "Kaiming-uniform, as in the LoRA paper's code. `gaussian`: normal, with standard deviation "
-        "1 / r. `pissa`, `olora`: the principal part of each weight by SVD or QR, which is "
-        "subtracted from the base in memory; the saved adapter has twice the r and belongs to the "
-        "unchanged base. `pissa_niter_16`: PiSSA by a faster, approximate SVD of 16 iterations. "
-        "`loftq`: a correction of the errors of `load_in_4bit`, by SVD; the saved adapter belongs "
-        "to the 4-bit base.",
+        "1 / r. `eva`: the principal directions of each layer's inputs, on training data. `pissa`, "
+        "`olora`: the principal part of each weight by SVD or QR, which is subtracted from the "
+        "base in memory; the saved adapter has twice the r and belongs to the unchanged base. "
+        "`pissa_niter_16`: PiSSA by a faster, approximate SVD of 16 iterations. `loftq`: a "
+        "correction of the errors of `load_in_4bit`, by SVD; the saved adapter belongs to the "
+        "4-bit base.",
         json_schema_extra=traits(
             needs="!init_adapter", peers="peft_init_lora_weights init_weights"
         ),

@@ -192,7 +192,15 @@ class RunSettings(AdapterKeys, RunKeys, DataKeys):
 
         The base weight in memory then lacks this part.
         """
-        return self.init_lora_weights not in (True, "gaussian", "loftq")
+        return self.init_lora_weights not in (True, "gaussian", "eva", "loftq")
+
+    @property
+    def initialises_from_inputs(self) -> bool:
+        """Whether A starts as the principal directions of each layer's inputs: EVA.
+
+        A run with `init_adapter` starts with the values of that adapter instead.
+        """
+        return self.init_lora_weights == "eva" and self.init_adapter is None
 
     @property
     def corrects_quantisation(self) -> bool:

@@ -1,7 +1,9 @@
 """Assembly of the training state: model, engine, checkpoints, and the progress to resume from."""
 
 import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -14,10 +16,13 @@ from pipeline.cluster.heartbeat import HASHING_PHASE, LOADING_PHASES
 from pipeline.cluster.progress import show_progress
 from pipeline.cluster.session import Session
 from pipeline.config.settings import RunSettings
-from pipeline.data.dataset.reader import DataIndex, open_split
+from pipeline.data.dataset.reader import DataIndex, Split, open_split
+from pipeline.data.order.batches import Batch, build_batch
+from pipeline.data.order.order import global_batch
 from pipeline.errors import UserError
 from pipeline.model.adapter import attach_adapter, frozen_checksum
 from pipeline.model.base import load_base
+from pipeline.model.input_directions import set_input_directions
 from pipeline.model.loftq import correct_quantisation
 from pipeline.model.proof import require_proof
 from pipeline.model.split_base import split_base
@@ -63,7 +68,8 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
     loading, creating, restoring = LOADING_PHASES  # names of phases
     heartbeat.beat(loading)
     with show_progress("loading the model"):
-        model, initial = build_model(plan, session, checkpoint)
+        sequences = _sequences(plan, open_split(index.train))
+        model, initial = build_model(plan, session, checkpoint, sequences)
         heartbeat.beat(creating)
         group = session.sequence_group(plan.layout.sequence_parallel_size)
         engine = Engine(model, plan, heartbeat.beat, group)
@@ -113,21 +119,32 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
 
 
 def build_model(
-    plan: Plan, session: Session, checkpoint: Path | None
+    plan: Plan, session: Session, checkpoint: Path | None, sequences: Iterable[Batch] = ()
 ) -> tuple[PeftModel, dict[str, torch.Tensor]]:
     """The base with its adapter, and the initial LoRA weights A0 and B0 of PiSSA and OLoRA.
 
     PiSSA and OLoRA start from parts A0 and B0 of the base's weights and subtract B0 A0 from them;
     A0 and B0 are returned on rank 0. The result is empty for other adapters and on other ranks.
-    `checkpoint`: the checkpoint that the run resumes from. Collective.
+    `checkpoint`: the checkpoint that the run resumes from. `sequences`: training sequences, whose
+    inputs of layers are the initial values of EVA. Collective.
     """
     model = attach_adapter(load_base(plan, session.device), plan)
     if plan.settings.corrects_quantisation and checkpoint is None:
         correct_quantisation(model, plan, session)
+    if plan.settings.initialises_from_inputs and checkpoint is None:
+        set_input_directions(model, plan, session, sequences)
     if not plan.settings.initialises_from_base:
         return model, {}
     stored = None if checkpoint is None else read_initial(checkpoint)
     return model, split_base(model, plan, session, stored)
+
+
+def _sequences(plan: Plan, split: Split) -> Iterator[Batch]:
+    """The sequences of the training steps in order, each as a batch of its own."""
+    size, seed = plan.layout.global_batch_size, plan.settings.seed
+    for step in count():
+        for sequence in global_batch(step, split.sequences, seed=seed, global_batch_size=size):
+            yield build_batch(split, [int(sequence)])
 
 
 def _log_changes(checkpoint: Path, checkpoints: Checkpoints, settings: RunSettings) -> None:

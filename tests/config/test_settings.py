@@ -104,7 +104,7 @@ def test_every_usual_form_of_a_number_is_read_as_a_number(run_file, text, value)
             for value in ("90", "00:00:00", "²:00:00", "٣:00:00", "1:00", "-1:00:00", "1 : 2 : 3")
         ),
         ("init_lora_weights: corda", ["RUN.yaml:4", "corda", "forward pass", "gaussian"]),
-        ("init_lora_weights: eva", ["RUN.yaml:4", "eva", "ZeRO", "gaussian"]),
+        ("init_lora_weights: corda", ["RUN.yaml:4", "corda", "ZeRO", "gaussian"]),
         ("init_lora_weights: orthogonal", ["RUN.yaml:4", "orthogonal", "gaussian"]),
         ("preset: bigg", ["preset", "bigg", "balanced"]),
         ("lora_r: 8\nlora_r: 9", ["RUN.yaml:5", "lora_r", "line 4"]),

@@ -1,17 +1,27 @@
-"""Predicted time and memory of the decompositions that PiSSA, OLoRA and LoftQ make at the start.
+"""Predicted time and memory of the decompositions of PiSSA, OLoRA, LoftQ and EVA at the start.
 
-Rank 0 decomposes one weight after another in fp32, while the other ranks wait. A resumed run makes
-no decompositions.
+Rank 0 decomposes one matrix after another in fp32, while the other ranks wait. PiSSA, OLoRA and
+LoftQ decompose weights. EVA decomposes the inputs of layers, which it records in forward passes
+over training data. A resumed run makes no decompositions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.config.settings import RunSettings
-from pipeline.plan.given.adapter_counts import AdaptedLayer, adapted_layers
+from pipeline.plan.cost.per_token import cost_per_token
+from pipeline.plan.cost.speed import gather_seconds, reachable_rates
+from pipeline.plan.given.adapter_counts import AdaptedLayer, adapted_layers, input_of
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import Layout
 from pipeline.plan.given.shape import ModelShape
 
+# Number of training sequences over which EVA runs the base, one after another. It stops earlier if
+# all directions have converged.
+EVA_SEQUENCES = 128
+# Number of tokens of a sequence whose inputs EVA decomposes. All 128 K tokens of a sequence would
+# take tens of GB.
+EVA_TOKENS = 4096
 # Fraction of the 16-bit matrix rate that a decomposition in fp32 reaches. GPU: an assumption, not
 # measured. CPU, one thread of a Xeon, 2026-11-30: SVD of 576 x 576 to 4096 x 1024 at 80 to 107
 # GFLOP/s of the 150 that catalogue.py has for a core, QR at 65 to 89, approximate SVD at 51 to 69.
@@ -22,8 +32,9 @@ _RATE_SHARE = {"cuda": 0.001, "cpu": 0.5}
 class Decompositions:
     """The decompositions of a run.
 
-    `kind`: SVD, approximate SVD or QR. `matrices`: number of decomposed weights. `peak_bytes`:
-    memory of the largest decomposition on rank 0.
+    `kind`: SVD, approximate SVD, QR or PCA of the inputs. `matrices`: number of weights that are
+    decomposed or have these inputs. `seconds`: with EVA at most. `peak_bytes`: memory of the
+    largest decomposition on rank 0.
     """
 
     kind: str
@@ -36,6 +47,13 @@ def decompositions(
     shape: ModelShape, settings: RunSettings, layout: Layout, hardware: Hardware
 ) -> Decompositions | None:
     """The decompositions at the start of a run; None if it makes none."""
+    if settings.initialises_from_inputs:
+        return Decompositions(
+            kind="PCA of the inputs",
+            matrices=len(adapted_layers(shape, settings)),
+            seconds=_eva_seconds(shape, settings, layout, hardware),
+            peak_bytes=decomposition_bytes(shape, settings),
+        )
     layers = _decomposed_layers(shape, settings)
     if not layers:
         return None
@@ -57,15 +75,57 @@ def decomposition_bytes(shape: ModelShape, settings: RunSettings) -> int:
     product B A), the factors, and a workspace of the same size as the factors (LAPACK's gesdd). The
     two factors of an exact decomposition of an (m, n) matrix have m n and n^2 values. Those of an
     approximate decomposition have m r and n r values.
+
+    EVA decomposes the inputs of a layer in a sequence together with r earlier directions, with
+    factors of twice the r. It also keeps the directions of all inputs.
     """
+    if settings.initialises_from_inputs:
+        layers = _layers_by_input(shape, settings)
+        num_tokens = min(settings.max_length, EVA_TOKENS)
+        matrices = [(num_tokens + x.r, x.linear.d_in, 2 * x.r) for x in layers]
+        return _largest_bytes(matrices, is_approximate=True) + sum(
+            4 * layer.r * layer.linear.d_in for layer in layers
+        )
     layers = _decomposed_layers(shape, settings)
-    is_approximate = "niter" in str(settings.init_lora_weights)
+    matrices = [(layer.linear.d_out, layer.linear.d_in, layer.r) for layer in layers]
+    return _largest_bytes(matrices, is_approximate="niter" in str(settings.init_lora_weights))
+
+
+def _largest_bytes(matrices: Sequence[tuple[int, int, int]], *, is_approximate: bool) -> int:
+    """Peak bytes of the largest decomposition of matrices, given as rows, columns and r."""
     largest = 0
-    for d_out, d_in, r in {(each.linear.d_out, each.linear.d_in, each.r) for each in layers}:
+    for d_out, d_in, r in set(matrices):
         m, n = max(d_out, d_in), min(d_out, d_in)
         factors = r * (m + n) if is_approximate else m * n + n * n
         largest = max(largest, 4 * (3 * m * n + 2 * factors))
     return largest
+
+
+def _layers_by_input(shape: ModelShape, settings: RunSettings) -> list[AdaptedLayer]:
+    """For each input of adapted layers, the layer with the largest r."""
+    layers: dict[str, AdaptedLayer] = {}
+    for layer in sorted(adapted_layers(shape, settings), key=lambda layer: layer.r):
+        layers[input_of(layer.name)] = layer
+    return list(layers.values())
+
+
+def _eva_seconds(
+    shape: ModelShape, settings: RunSettings, layout: Layout, hardware: Hardware
+) -> float:
+    """Seconds of the forward passes over training sequences and of the PCA of their inputs."""
+    cost = cost_per_token(shape, settings, layout.training_dtype, is_sharded=layout.is_sharded)
+    rates, length = reachable_rates(layout, hardware), settings.max_length
+    forward_flops = length * (cost.base_flops + cost.score_flops * length / 2)
+    forward_s = forward_flops / rates.flops + gather_seconds(cost, layout, rates)
+    pca_flops = sum(
+        _approximate_flops(
+            min(length, EVA_TOKENS) + layer.r, layer.linear.d_in, 2 * layer.r, iterations=2
+        )
+        for layer in _layers_by_input(shape, settings)
+    )
+    sharers = layout.ranks_per_node if hardware.kind == "cpu" else 1
+    pca_rate = _RATE_SHARE[hardware.kind] * hardware.flops / sharers
+    return EVA_SEQUENCES * (forward_s + pca_flops / pca_rate)
 
 
 def _decomposed_layers(shape: ModelShape, settings: RunSettings) -> list[AdaptedLayer]:
@@ -82,12 +142,17 @@ def _flops(method: str, layer: AdaptedLayer) -> float:
     """FLOPs of one decomposition of an (m, n) matrix with m >= n.
 
     SVD with singular vectors: 6 m n^2 + 20 n^3. QR with an explicit Q: 4 m n^2 (Golub and Van Loan,
-    Matrix Computations, 4th ed., s.8.6 and 5.2). Approximate SVD (torch.svd_lowrank): two products
-    with r columns in each iteration and two more, and a QR after each product.
+    Matrix Computations, 4th ed., s.8.6 and 5.2). Approximate SVD: two products with r columns in
+    each iteration and two more, and a QR after each product.
     """
     d_out, d_in = layer.linear.d_out, layer.linear.d_in
     m, n = max(d_out, d_in), min(d_out, d_in)
     if "niter" in method:
-        products = 2 * int(method.rpartition("_")[2]) + 2
-        return products * (2 * m * n * layer.r + 4 * m * layer.r**2)
+        return _approximate_flops(m, n, layer.r, iterations=int(method.rpartition("_")[2]))
     return 4 * m * n**2 if method == "olora" else 6 * m * n**2 + 20 * n**3
+
+
+def _approximate_flops(m: int, n: int, r: int, *, iterations: int) -> float:
+    """FLOPs of an approximate SVD of an (m, n) matrix with r columns (torch.svd_lowrank)."""
+    products = 2 * iterations + 2
+    return products * (2 * m * n * r + 4 * max(m, n) * r**2)

@@ -102,6 +102,18 @@ def _unsupported_by_loftq(run: PlanInput) -> str:
     return ""
 
 
+def _unsupported_by_eva(run: PlanInput) -> str:
+    """Why A cannot start as principal directions of inputs in this run; empty if it can."""
+    if not run.settings.initialises_from_inputs:
+        return ""
+    if run.shape.targeted_experts(run.settings.lora_target_modules):
+        return "the tokens that an expert gets are not recorded"
+    for layer in adapted_layers(run.shape, run.settings):
+        if 2 * layer.r > layer.linear.d_in:
+            return f"r {layer.r} is more than half of the width of the input of {layer.name}"
+    return ""
+
+
 ADAPTER_RULES: tuple[Rule[PlanInput], ...] = (
     Rule(
         id="new-tokens",
@@ -145,6 +157,14 @@ ADAPTER_RULES: tuple[Rule[PlanInput], ...] = (
         reason="init_lora_weights: loftq is not possible in this run",
         remedy="set init_lora_weights: true or gaussian, or load_in_4bit: true",
         source="peft 0.21.2 utils/loftq_utils.py, replace_lora_weights_loftq",
+    ),
+    Rule(
+        id="eva",
+        level="refuse",
+        applies=_unsupported_by_eva,
+        reason="init_lora_weights: eva is not possible in this run",
+        remedy="set init_lora_weights: true or gaussian",
+        source="peft 0.21.2 utils/incremental_pca.py, which computes twice the r directions",
     ),
     Rule(
         id="tied-pair",

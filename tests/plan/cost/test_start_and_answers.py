@@ -58,6 +58,18 @@ def test_the_plan_has_a_line_and_the_time_of_the_decompositions(plan, method, ki
     assert additional_seconds == pytest.approx(new_plan.decompositions.seconds, rel=1e-6)
 
 
+def test_eva_has_a_line_the_time_and_the_memory_of_its_passes_over_the_data(plan):
+    new_plan, without = plan(init_lora_weights="eva", zero_stage=2), plan(zero_stage=2)
+    assert_mentions(plan_text(new_plan), "initial ", "PCA of the inputs", f"{NUM_ADAPTED} weights")
+    directions = new_plan.decompositions
+    assert new_plan.seconds - without.seconds == pytest.approx(directions.seconds, rel=1e-6)
+    additional_bytes = new_plan.memory.loading_tensor_bytes - without.memory.loading_tensor_bytes
+    assert additional_bytes == directions.peak_bytes
+    sharded = plan(init_lora_weights="eva", zero_stage=3).decompositions
+    assert sharded.seconds > directions.seconds  # each pass gathers the base
+    assert plan(init_lora_weights="eva", init_adapter="folder").decompositions is None
+
+
 def test_an_adapter_to_start_from_replaces_the_decompositions_of_loftq(plan):
     loftq = {"init_lora_weights": "loftq", "load_in_4bit": True}
     assert plan(**loftq).decompositions.matrices == NUM_ADAPTED

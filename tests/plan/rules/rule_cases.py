@@ -70,6 +70,10 @@ CASES = {
         {"init_lora_weights": "loftq", "load_in_8bit": True},
         {"init_lora_weights": "loftq", "load_in_4bit": True},
     ),
+    "eva": (
+        {"init_lora_weights": "eva", "rank_pattern": {"q_proj": 2049}},
+        {"init_lora_weights": "eva", "rank_pattern": {"q_proj": 2048}},
+    ),
     "loftq-when-served": (
         {"init_lora_weights": "loftq", "load_in_4bit": True},
         {"init_lora_weights": "gaussian", "load_in_4bit": True},
