@@ -4,6 +4,7 @@ This file checks that the adapter fits the run, and records it, without torch. I
 header of the weights, adapter_config.json and trained_on.json; initial_weights.py loads tensors.
 """
 
+import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -101,8 +102,14 @@ def _require_same_saved_modules(plan: Plan, adapter: Adapter) -> None:
                 f"{location} has new tokens or a bias of lora_B: {name}; a run cannot start "
                 "from it; merge it, and start from the merged model"
             )
+    module_names = sorted({name.rpartition(".")[0] for name in names})
+    if others := {*module_names} - {plan.shape.embeddings_name, plan.shape.head_name}:
+        name = min(name for name in names if name.rpartition(".")[0] in others)
+        raise UserError(
+            f"{location} has values for {name}, and a run can train only embeddings and head in "
+            "full; merge it, and start from the merged model"
+        )
     if differences := shapes.keys() ^ names:
-        module_names = sorted({name.rpartition(".")[0] for name in names})
         raise UserError(
             f"{location} and this run train other modules in full, such as {min(differences)}; set "
             f"modules_to_save: [{', '.join(module_names)}]"
@@ -166,21 +173,33 @@ def _require_same_sizes(
     if update.r > layer.r:
         raise UserError(
             f"{location} has r {update.r} in the adapter and r {layer.r} in this run, and r cannot "
-            f"be reduced; set lora_r: {update.r} or more"
+            f"be reduced; set {_r_settings(settings, adapter)}, or larger values"
         )
     if settings.init_adapter_resize:
         return
     if update.r != layer.r:
         raise UserError(
             f"{location} has r {update.r} in the adapter and r {layer.r} in this run; set "
-            f"lora_r: {update.r}, {_RESIZE}"
+            f"{_r_settings(settings, adapter)}, {_RESIZE}"
         )
     if update.scaling != layer.scaling:
+        pattern = adapter.config.get("alpha_pattern") or {}
+        pattern_text = ""
+        if pattern != settings.alpha_pattern:
+            pattern_text = f", alpha_pattern: {json.dumps(pattern)}"
         raise UserError(
             f"{location} is scaled by {update.scaling:g} in the adapter and by {layer.scaling:g} "
-            f"in this run; set lora_alpha: {update.alpha:g} and use_rslora: "
-            f"{str(update.use_rslora).lower()}, {_RESIZE}"
+            f"in this run; set lora_alpha: {adapter.config['lora_alpha']:g}{pattern_text} and "
+            f"use_rslora: {str(update.use_rslora).lower()}, {_RESIZE}"
         )
+
+
+def _r_settings(settings: RunSettings, adapter: Adapter) -> str:
+    """The settings with which each layer of the run has the r of the adapter."""
+    text, pattern = f"lora_r: {adapter.config['r']}", adapter.config.get("rank_pattern") or {}
+    if pattern != settings.rank_pattern:
+        text += f" and rank_pattern: {json.dumps(pattern)}"
+    return text
 
 
 def record_initial_adapter(run_folder: Path, settings: RunSettings) -> None:

@@ -136,6 +136,19 @@ def test_an_adapter_that_differs_from_the_run_file_is_refused(tiny_model, first,
         require_startable(make_plan(tiny_model, init_adapter=str(first), **settings))
 
 
+def test_the_patterns_of_an_adapter_are_in_the_message(tiny_model, tmp_path):
+    pattern = {r"layers\.1\..*q_proj": 2}
+    plan = make_plan(tiny_model, rank_pattern=pattern)
+    adapter = publish(plan, tmp_path / "ranks")
+    with refused("lora_r: 4", f"rank_pattern: {json.dumps(pattern)}"):
+        require_startable(make_plan(tiny_model, init_adapter=str(adapter)))
+    require_startable(make_plan(tiny_model, init_adapter=str(adapter), rank_pattern=pattern))
+    plan = make_plan(tiny_model, alpha_pattern={"v_proj": 3.0})
+    adapter = publish(plan, tmp_path / "alphas")
+    with refused("lora_alpha: 8", 'alpha_pattern: {"v_proj": 3.0}'):
+        require_startable(make_plan(tiny_model, init_adapter=str(adapter)))
+
+
 # Functions that damage the folder of an adapter, and return facts of the message.
 
 
@@ -285,5 +298,5 @@ def test_an_adapter_that_also_replaces_base_weights_is_refused(tiny_model, tmp_p
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config)
     model.save_pretrained(tmp_path / "saved")
     plan = make_plan(tiny_model, init_adapter=str(tmp_path / "saved"))
-    with refused("init_adapter", "input_layernorm.weight", "modules_to_save"):
+    with refused("init_adapter", "input_layernorm.weight", "only embeddings and head", "merge"):
         require_startable(plan)
