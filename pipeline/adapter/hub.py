@@ -145,7 +145,8 @@ def _files_to_publish(publication: Publication) -> list[Path]:
     """
     source = publication.source
     written = set(read_json_or_empty(source / MARKER).get("files") or ())
-    files, others = [], []
+    files: list[Path] = []
+    others: list[Path] = []
     for path in sorted(source.rglob("*")):
         name = path.relative_to(source).as_posix()
         if path.is_dir() or path.name in _NOT_PUBLISHED or path.name.startswith("."):

@@ -37,7 +37,7 @@ def set_input_directions(
     """
     inputs = _record_inputs(model, plan, session, sequences)
     # Rank 0 may have too few tokens; then all ranks raise its error.
-    session.rank_zero_first(lambda: [each.require_directions() for each in inputs.values()])
+    session.rank_zero_first(lambda: _require_directions(inputs.values()))
     for layer in adapted_layers(plan.shape, plan.settings):
         module: Any = model.get_submodule(f"base_model.model.{layer.name}")
         a = module.lora_A["default"].weight
@@ -71,6 +71,17 @@ def _record_inputs(
             if session.sum_over_ranks([num_converged])[0] == len(inputs):
                 break
     return inputs
+
+
+def _require_directions(inputs: "Iterable[_LayerInput]") -> None:
+    """Raise UserError if there were too few tokens for the directions of an input."""
+    for each in inputs:
+        if each.is_empty:
+            raise UserError(
+                f"init_lora_weights: eva needs the inputs of {each.layer} at {2 * each.r} "
+                "supervised tokens, and the training data has fewer; set init_lora_weights: true, "
+                "or a lower lora_r"
+            )
 
 
 @contextmanager
@@ -137,14 +148,14 @@ def _recorded_inputs(
 class _LayerInput:
     """The input of a layer, and its principal directions so far.
 
-    `r`: number of directions. `is_supervised`: for each token of the present batch, whether its
-    input counts.
+    `layer`: name of the layer. `r`: number of directions. `is_supervised`: for each token of the
+    present batch, whether its input counts.
     """
 
     def __init__(self, layer: str) -> None:
         self.r = 0
         self.is_supervised = torch.empty(0, dtype=torch.bool)
-        self._layer = layer
+        self.layer = layer
         self._rows: list[torch.Tensor] = []  # inputs at tokens, which are not in the PCA yet
         self._pca: Any = None
 
@@ -159,14 +170,10 @@ class _LayerInput:
         directions: torch.Tensor = self._pca.svd.components_
         return directions
 
-    def require_directions(self) -> None:
-        """Raise UserError if there were too few tokens."""
-        if self._pca is None:
-            raise UserError(
-                f"init_lora_weights: eva needs the inputs of {self._layer} at {2 * self.r} "
-                "supervised tokens, and the training data has fewer; set init_lora_weights: true, "
-                "or a lower lora_r"
-            )
+    @property
+    def is_empty(self) -> bool:
+        """Whether there were too few tokens for a PCA."""
+        return self._pca is None
 
     def record(self, module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         """Hook of a layer: add its input at supervised tokens to the PCA.
@@ -184,7 +191,7 @@ class _LayerInput:
             self._pca = SVDHook(
                 n_components=self.r,
                 sim_thresh=EvaConfig().tau,
-                name=self._layer,
+                name=self.layer,
                 prepare_layer_inputs_fn=lambda inputs, model_input, name: inputs,
                 gather_distributed_inputs=False,
             )
