@@ -48,12 +48,12 @@ def _heads_by_rank(group: SequenceGroup, tensor: torch.Tensor) -> torch.Tensor:
 def tokens_of_all_heads(group: SequenceGroup, output: torch.Tensor) -> torch.Tensor:
     """All heads of this rank's tokens, from all tokens of its heads.
 
-    (B, T, H/P, V) -> (B, t, H, V), the inverse of `heads_of_whole_sequence`.
+    (B, T, H/P, V) -> (B, t, H, V), contiguous; the inverse of `heads_of_whole_sequence`.
     """
     batch, length, *others = output.shape
     parts = output.reshape(batch, group.size, length // group.size, *others).transpose(0, 1)
     received = group.all_to_all(parts.flatten(1)).view(parts.shape)  # (P, B, t, H/P, V)
-    return received.permute(1, 2, 0, 3, 4).flatten(2, 3)
+    return received.permute(1, 2, 0, 3, 4).flatten(2, 3).contiguous()
 
 
 def of_own_heads(group: SequenceGroup, per_head: torch.Tensor) -> torch.Tensor:

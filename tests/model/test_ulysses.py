@@ -123,7 +123,8 @@ def test_a_class_with_layers_that_see_only_their_part_of_a_sequence_is_refused(k
 
 
 @pytest.mark.parametrize(
-    ("size", "heads", "key_heads"), [(2, 4, 4), (4, 8, 2), (4, 12, 6), (3, 6, 1)]
+    ("size", "heads", "key_heads"),
+    [(2, 4, 4), (4, 8, 2), (4, 12, 6), (3, 6, 1), (3, 9, 3), (4, 4, 2)],
 )
 def test_each_rank_of_a_group_has_the_key_heads_of_its_query_heads(size, heads, key_heads):
     """Query head h is filled with h, and key head k with k."""
@@ -137,7 +138,9 @@ def test_each_rank_of_a_group_has_the_key_heads_of_its_query_heads(size, heads, 
         assert values.shape == (*keys.shape[:3], 2)
         repeats = own.shape[1] // keys.shape[1]
         output = own.transpose(1, 2).contiguous()
-        assert torch.equal(tokens_of_all_heads(group, output), query.transpose(1, 2))
+        output = tokens_of_all_heads(group, output)
+        assert torch.equal(output, query.transpose(1, 2))
+        assert output.is_contiguous()  # classes such as Afmoe call .view on it
         key_of_query = keys.repeat_interleave(repeats, dim=1)
         return [
             (float(q.mean()), float(k.mean())) for q, k in zip(own[0], key_of_query[0], strict=True)
