@@ -52,6 +52,8 @@ def reasons(
     Keys are names of settings or of fields of Layout.
     """
     why: dict[str, str] = {}
+    # Their reason is the memory of the same layout with less of it.
+    with_less = {"checkpointed_layers": _checkpointing_reason, "mlp_tiles": _tiling_reason}
     for key, setting in _LAYOUT_SETTINGS.items():
         if getattr(settings, setting) != "auto":
             continue
@@ -63,8 +65,8 @@ def reasons(
             continue
         if key == "hpz_partition_size" and cluster.nodes == 1:
             why[key] = "one node: gathers never use the network"
-        elif key == "checkpointed_layers":
-            why[key] = _checkpointing_reason(chosen, settings, shape, cluster)
+        elif key in with_less:
+            why[key] = with_less[key](chosen, settings, shape, cluster)
         else:
             why[key] = _compare_with_alternative(key, chosen, ranked)
     ranks = "groups" if chosen.layout.sequence_parallel_size > 1 else "ranks"
@@ -134,6 +136,19 @@ def _checkpointing_reason(
     return (
         f"{count} of {total} layers, the fewest that fit: with {count - 1} a rank needs "
         f"{need / GIB:.1f} of {cluster.device_limit / GIB:.1f} GiB"
+    )
+
+
+def _tiling_reason(
+    chosen: Candidate, settings: RunSettings, shape: ModelShape, cluster: Cluster
+) -> str:
+    """Why MLPs are tiled: the need of the same layout without tiles."""
+    untiled = replace(chosen.layout, mlp_tiles=1)
+    sequences = SequenceProfile(tokens=settings.max_length)
+    need = memory(shape, settings, untiled, cluster.hardware, sequences).device_peak_bytes
+    return (
+        f"without tiles a rank needs {need / GIB:.1f} of {cluster.device_limit / GIB:.1f} GiB with "
+        "as many layers checkpointed"
     )
 
 
