@@ -33,8 +33,8 @@ class Decompositions:
     """The decompositions of a run.
 
     `kind`: SVD, approximate SVD, QR or PCA of the inputs. `matrices`: number of weights that are
-    decomposed or have these inputs. `seconds`: with EVA at most. `peak_bytes`: memory of the
-    largest decomposition on rank 0.
+    decomposed or have these inputs. `seconds`: with EVA for EVA_SEQUENCES of max_length.
+    `peak_bytes`: memory of the largest decomposition on rank 0.
     """
 
     kind: str
