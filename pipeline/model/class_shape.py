@@ -67,7 +67,7 @@ def count_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, A
         raise RefusedClassError(
             f"its decoder has {len(layers)} blocks, but config.json has the sizes of {len(configs)}"
         )
-    with _observed_linears() as observed:
+    with _observed_linears() as observed, _observed_inputs(layers) as input_values:
         counts = saved_per_block(model, decoder, layers)
     _require_all_blocks_called(layers, observed)
     linears = _block_linears(layers, observed)
@@ -75,6 +75,9 @@ def count_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, A
         _block_sizes(layer, configs[index]) | {"linears": linears[index]} | counts[index]
         for index, layer in enumerate(layers)
     ]
+    for layer, block in zip(layers, sizes, strict=True):
+        if (values := input_values.get(layer, 0)) > block["hidden_size"]:
+            block["input_values"] = values
     sizes_as_text = [json.dumps(block) for block in sizes]  # hashable, to find equal blocks
     kinds = list(dict.fromkeys(sizes_as_text))
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -88,12 +91,22 @@ def count_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, A
         "has_other_towers": _has_other_towers(model, decoder, head),
         "has_head_bias": getattr(head, "bias", None) is not None,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "largest_other": _largest_other(model, (*layers, embeddings, head)),
         "rewritten_by_peft": rewritten_by_peft(model, decoder),
         "separate_blocks": num_blocks_with(receivers, layers),
         "mixing_modules": _mixing_modules(receivers, layers),
         "blocks": [json.loads(kind) for kind in kinds],
         "layer_kinds": [kinds.index(text) for text in sizes_as_text],
     }
+
+
+def _largest_other(model: nn.Module, modules: Sequence[nn.Module]) -> int:
+    """Values of the largest parameter outside these modules.
+
+    Gemma 3n has one of 2 billion values: the embeddings that each block adds.
+    """
+    inside = {id(parameter) for module in modules for parameter in module.parameters()}
+    return max((p.numel() for p in model.parameters() if id(p) not in inside), default=0)
 
 
 def _name_of_width(names: Mapping[nn.Module, str], module: Any, width: int) -> str:
@@ -250,6 +263,24 @@ def _observed_linears() -> Iterator[_Observed]:
         patch.object(nn.Linear, "__getattr__", observed_read, create=True),
     ):
         yield observed
+
+
+@contextmanager
+def _observed_inputs(layers: Sequence[nn.Module]) -> Iterator[dict[nn.Module, int]]:
+    """Observe the values per token of each block's first input, if it is passed by position.
+
+    The input of a block of Gemma 3n is four hidden states.
+    """
+    values: dict[nn.Module, int] = {}
+
+    def record(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if inputs and isinstance(inputs[0], torch.Tensor):
+            values[layer] = inputs[0].numel() // inputs[0].shape[-2]
+
+    handles = [layer.register_forward_pre_hook(record) for layer in layers]
+    yield values
+    for handle in handles:
+        handle.remove()
 
 
 def _block_linears(layers: Sequence[nn.Module], observed: _Observed) -> list[list[list[Any]]]:

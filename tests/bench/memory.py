@@ -218,6 +218,12 @@ CLASS_MODELS = {
         "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2,
     },
     "lfm2": {"layer_types": ["conv", "full_attention"] * 4, "block_auto_adjust_ff_dim": False},
+    "gemma3n_text": HEADS | {  # embeddings for each block, here the largest parameter
+        "vocab_size_per_layer_input": 16384, "hidden_size_per_layer_input": 64,
+        "num_kv_shared_layers": 0, "laurel_rank": 16, "intermediate_size": [688] * 8,
+        "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2,
+        "activation_sparsity_pattern": [0.0] * 8,
+    },
 }  # fmt: skip
 CLASSES = {
     f"class {kind} zero{stage} ckpt-{on}": Case(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from safetensors.torch import load_file, save_file
-from transformers import core_model_loading
+from transformers import AutoConfig, AutoModelForCausalLM, core_model_loading
 
 from pipeline.errors import UserError
 from pipeline.model.base import load_base
@@ -14,6 +14,8 @@ from pipeline.model.sharded_loading import sharded_while_loading
 from pipeline.plan.cost.memory import base_bytes
 from pipeline.train.live_bytes import LiveBytes
 from tests.messages import assert_mentions
+from tests.model.kinds import KINDS
+from tests.model.models import cache_shape
 from tests.ranks import run_groups_once, run_ranks
 from tests.tiny import CONFIG, make_model, make_plan
 
@@ -141,6 +143,24 @@ def test_a_rank_holds_at_most_two_parameters_beside_its_shard(wide_model, tmp_pa
     for by_rank in zip(*run_ranks(*arguments, tmp_path=tmp_path, world_size=4), strict=True):
         for peak, predicted, _ in by_rank:
             assert peak <= 1.05 * predicted
+
+
+@pytest.fixture(scope="module")
+def embedded_model(tmp_path_factory):
+    """A model whose largest parameter is outside its blocks: the embeddings of all blocks."""
+    folder = tmp_path_factory.mktemp("embedded") / "model"
+    model_type, keys = KINDS["gemma3n_text"]
+    config = AutoConfig.for_model(model_type, **keys | {"vocab_size_per_layer_input": 2**15})
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    cache_shape(folder)
+    return folder
+
+
+def test_large_embeddings_of_the_blocks_are_predicted(embedded_model, tmp_path):
+    arguments = (loading_peaks, embedded_model, [BF16])
+    for by_rank in zip(*run_ranks(*arguments, tmp_path=tmp_path, world_size=4), strict=True):
+        for peak, predicted, _ in by_rank:
+            assert 0.9 * predicted < peak <= 1.05 * predicted
 
 
 def variable_set_while_loading(session, folder):

@@ -126,7 +126,7 @@ def activations(
     # Tokens whose attention scores exist at the same time, if scores are materialised.
     scored_tokens = num_tokens if attended is None else ceil(attended / group_size)
     is_rms = shape.blocks[0].norm_kind == "rms"
-    block_input = num_tokens * h * b
+    block_input = num_tokens * max(block.input_width for block in shape.blocks) * b
     blocks = []
     adapters = adapter_counts_by_kind(shape, settings)
     outside_mlp = adapter_counts_by_kind(shape, settings, has_mlp=False)
@@ -424,7 +424,7 @@ def _working_bytes(kind: _BlockKind, num_tokens: int, scored_tokens: int) -> int
     # class may slice or concatenate these, so that their gradients exist twice (measured: GLM 4,
     # gpt-oss), or have a norm after the MLP, whose backward pass needs no more.
     inner_gradients = 2 if block.saved is None else 4
-    mlp = num_tokens * (inner_gradients * inner + block.hidden_size) * b
+    mlp = num_tokens * (inner_gradients * inner + block.input_width) * b
     if kind.num_tiles > 1:  # the norm before it: five fp32 tensors, and the residual's gradient
         mlp = num_tokens * block.hidden_size * (20 + b) if block.norm_kind == "rms" else 0
     casts_in_mlp, in_attention = _cast_bytes(kind, num_tokens, scored_tokens)

@@ -36,7 +36,7 @@ def loss_bytes(
         head_casts = 4 * (rows * h + in_chunk * (rows + h))
     if not has_loss_gradient(shape, settings, layout):
         plain = logits * 4 * (4 if shape.logit_softcap else 3)
-        return hidden + max(plain, 2 * b * logits + head_casts)
+        return hidden + max(plain, b * logits + head_casts)
     # bytes per logit: tensors that autograd saves, the cast of log-softmax, gradients at one time
     saved = 2 * b if shape.logit_softcap else b
     cast = 0

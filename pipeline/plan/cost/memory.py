@@ -250,7 +250,14 @@ def _moments(
         "saved_gradients": saved_gradients.in_early_reduction,
         "dequantised_weight": dequantised,
     }
+    outside = layout.bytes_per_value * shape.largest_outside if layout.is_gathered else 0
     return {
+        "the embeddings": earlier_gradients
+        | {
+            "activations": acts.of_tokens + acts.block_input,
+            "token_copies": embedding_copy,
+            "gathered_layers": outside + largest_block,
+        },
         "the loss": earlier_gradients
         | {
             "activations": kept.at_loss,
@@ -361,7 +368,7 @@ def _gathered_bytes(
 ) -> tuple[int, int, int]:
     """Bytes that ZeRO-3 gathers: the head, the largest block, and experts that stay gathered.
 
-    At other stages the three numbers are 0.
+    At other stages, and if gathered parameters need no memory, the three numbers are 0.
 
     DeepSpeed prefetches only while less than a block is gathered (`stage3_max_live_parameters`). In
     the backward pass of a block's MLP the block is gathered, so no other block is (measured).
@@ -371,7 +378,7 @@ def _gathered_bytes(
     have an adapter, only the adapter stays gathered. Then the backward pass does not need the
     experts' weights, because autograd saves the sums of weight and adapter (activations.py).
     """
-    if not layout.is_sharded:
+    if not layout.is_gathered:
         return 0, 0, 0
     b = layout.bytes_per_value
     head = shape.vocab_size * shape.hidden_size * b
@@ -400,7 +407,7 @@ def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_c
 
     At ZeRO-3 the base is sharded while it is loaded (model/sharded_loading.py): each rank holds its
     shard and up to two parameters: one that it has read and perhaps quantised, and one that it
-    receives.
+    receives. The two largest ones are assumed.
 
     At other stages the base is whole on each rank. While it is quantised, a rank also holds 16-bit
     tensors that are not quantised yet: one on a CPU (measured), up to four on a GPU (assumed).
@@ -416,13 +423,12 @@ def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_c
         # Embeddings and head with new rows are whole on each rank until DeepSpeed shards them.
         copies += b * shape.vocab_size * shape.hidden_size * len(rows.modules)
     if layout.is_sharded:
-        tensors = [tensor for block in shape.blocks for tensor in block.experts]
-        experts = b * max((tensor.parameters for tensor in tensors), default=0)
-        held = 2 * max(shape.vocab_size * shape.hidden_size * b, experts)
-        # A quantised layer is held twice only in 4 bits.
-        held = max(
-            held, largest + shape.largest_linear // 2 if settings.is_quantised else 2 * largest
-        )
+        # A tied head may be in the files too.
+        sizes = [shape.vocab_size * shape.hidden_size * b] * 2 + [shape.largest_other * b]
+        sizes += [t.parameters * b for block in shape.blocks for t in block.experts] * 2
+        # A quantised layer is received in 4 bits.
+        sizes += [largest, shape.largest_linear // 2 if settings.is_quantised else largest]
+        held = sum(sorted(sizes)[-2:])
         sharded, hpz_size = base - constants, layout.hpz_partition_size
         shard = 0 if layout.offload_param == "cpu" else sharded // layout.world_size
         shard += sharded // hpz_size if hpz_size > 1 else 0

@@ -21,6 +21,9 @@ from pipeline.plan.given.families import (
     Widths,
 )
 
+# Last parts of the names of an MLP's last layer, in the classes of transformers 5.23.
+_MLP_OUTPUTS = ("down_proj", "fc2", "w2", "c_proj", "fc_out", "output_linear")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
@@ -36,7 +39,8 @@ class Block:
     `saved`: tensors that the block saves for backward, per token and without adapters, as the
     number of values in the training dtype and the number of bytes in other dtypes. It is counted on
     the model's class; None if cost/activations.py computes it. `saved_for_expert_adapters`: number
-    of values per token that are also saved if the experts have an adapter.
+    of values per token that are also saved if the experts have an adapter. `counted_input`: values
+    per token of the block's input, counted on the class; None if it is one hidden state.
     """
 
     linears: tuple[Linear, ...]
@@ -55,6 +59,12 @@ class Block:
     other_parameters: int = 0
     saved: tuple[int, int] | None = None
     saved_for_expert_adapters: int | None = None
+    counted_input: int | None = None
+
+    @property
+    def input_width(self) -> int:
+        """Values per token of the block's input, which activation checkpointing saves."""
+        return self.counted_input or self.hidden_size
 
     @property
     def has_tileable_mlp(self) -> bool:
@@ -169,7 +179,7 @@ def block_of_class(sizes: Mapping[str, Any], unadaptable: Sequence[str]) -> Bloc
     )
     by_name = {linear.last_part: linear for linear in linears}
     output = by_name.get("o_proj") or by_name.get("dense") or by_name.get("out_proj")
-    mlp = by_name.get("down_proj") or by_name.get("fc2")
+    mlp = next((by_name[name] for name in _MLP_OUTPUTS if name in by_name), None)
     heads, hidden = sizes["num_heads"], sizes["hidden_size"]
     block = Block(
         linears=linears,
@@ -184,6 +194,7 @@ def block_of_class(sizes: Mapping[str, Any], unadaptable: Sequence[str]) -> Bloc
         experts_per_token=sizes["experts_per_token"],
         saved=(sizes["saved_values"], sizes["saved_bytes"]),
         saved_for_expert_adapters=sizes["saved_for_expert_adapters"],
+        counted_input=sizes.get("input_values"),
     )
     return replace(block, other_parameters=sizes["parameters"] - block.parameters)
 

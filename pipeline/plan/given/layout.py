@@ -74,6 +74,15 @@ class Layout:
         """Whether the frozen base is sharded over the ranks (ZeRO-3)."""
         return self.zero_stage == 3
 
+    @property
+    def is_gathered(self) -> bool:
+        """Whether gathered layers are copies in device memory, in addition to the shards.
+
+        On one rank they are views of the shards, if these are on the device (DeepSpeed 0.19.8
+        partition_parameters.py NoGatherHandle). Persistent parameters are always copies (measured).
+        """
+        return self.is_sharded and (self.world_size > 1 or self.offload_param == "cpu")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceProfile:

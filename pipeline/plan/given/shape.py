@@ -101,6 +101,7 @@ class ModelShape:
     mixing_modules: tuple[str, ...] = ()  # classes that do not keep packed documents separate
     is_from_class: bool = False  # counted on the model's class, not computed by families.py
     other_parameters: int = 0  # outside blocks, embeddings, final norm and head
+    largest_other: int = 0  # values of the largest of these parameters
     source: str | None = None
 
     @property
@@ -153,6 +154,11 @@ class ModelShape:
     def num_experts(self) -> int:
         """The largest number of experts in a block; 0 for a dense model."""
         return max(block.num_experts for block in self.blocks)
+
+    @property
+    def largest_outside(self) -> int:
+        """Values of the largest parameter outside blocks, which ZeRO-3 gathers as a whole."""
+        return max(self.vocab_size * self.hidden_size, self.largest_other)
 
     @property
     def largest_linear(self) -> int:
@@ -398,6 +404,7 @@ def _from_class(config: Config, model: str, sizes: Mapping[str, Any]) -> ModelSh
         has_other_towers=sizes["has_other_towers"],
         separate_blocks=sizes["separate_blocks"],
         mixing_modules=tuple(sizes.get("mixing_modules", ())),
+        largest_other=sizes["largest_other"],
         is_from_class=True,
         **_common_fields({**config.get("text_config", {}), **config}, model),
     )

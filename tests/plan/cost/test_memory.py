@@ -97,6 +97,7 @@ def need_of(shape, settings, layout, machine, tokens):
     return memory(shape, settings, layout, machine, SequenceProfile(tokens=tokens))
 
 
+ZERO_3_ON_8 = layout(zero_stage=3, ranks_per_node=8)
 LORA, NF4 = run(), run(load_in_4bit=True, bnb_4bit_use_double_quant=True)
 INT8 = run(load_in_8bit=True)
 
@@ -252,6 +253,36 @@ def test_at_zero_3_the_base_is_never_whole_on_a_device_or_a_host(plan_layout, to
         adapter_and_states = 16 * trainable_parameters(GEMMA2_27B, run_settings)
         assert need.loading_tensor_bytes < whole_base
         assert need.host_peak_bytes == bytes_of_processes + adapter_and_states
+
+
+def test_on_one_rank_zero_3_gathers_views_of_the_shards_unless_they_are_in_host_memory():
+    """tests.bench.memory measures it: `zero3 1 rank`."""
+
+    def gathered_bytes(**fields):
+        terms = need_of(SMALL, LORA, layout(zero_stage=3, **fields), H100, 128).per_rank
+        return terms.get("gathered_layers", 0)
+
+    assert gathered_bytes(ranks_per_node=1) == 0
+    assert gathered_bytes(ranks_per_node=2) > 0
+    assert gathered_bytes(ranks_per_node=1, offload_param="cpu") > 0
+
+
+EMBEDDINGS_OF_BLOCKS = 50_000_000  # values; the embeddings of SMALL have 4 million
+
+
+def test_zero_3_gathers_a_parameter_outside_blocks_that_is_larger_than_the_embeddings():
+    """Gemma 3n has embeddings for each block. ZeRO-3 loads and gathers a parameter as a whole."""
+    outside = {"other_parameters": EMBEDDINGS_OF_BLOCKS}
+    many_small, one_large = (
+        need_of(replace(SMALL, **outside, largest_other=size), LORA, ZERO_3_ON_8, H100, 128)
+        for size in (1, EMBEDDINGS_OF_BLOCKS)
+    )
+    values_of_embeddings = SMALL.vocab_size * SMALL.hidden_size
+    more = 2 * (EMBEDDINGS_OF_BLOCKS - values_of_embeddings)  # bf16
+    loading = one_large.loading_tensor_bytes - many_small.loading_tensor_bytes
+    assert loading == more
+    assert one_large.per_rank["gathered_layers"] >= 2 * EMBEDDINGS_OF_BLOCKS
+    assert one_large.worst_moment == "the embeddings"
 
 
 def test_host_memory_has_room_for_shards_that_pytorch_rounds_up_to_powers_of_two():

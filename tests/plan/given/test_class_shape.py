@@ -189,6 +189,26 @@ def shape_of_kind(folder, kind):
 
 
 @pytest.mark.parametrize(
+    ("kind", "width"),
+    [
+        ("lfm2", 128),  # its last layer is w2
+        ("starcoder2", 128),  # c_proj
+        ("granitemoeshared", 64),  # output_linear, of the shared expert
+    ],
+)
+def test_the_inner_width_of_an_mlp_is_read_from_its_last_layer(tmp_path, kind, width):
+    shape = shape_of_kind(tmp_path, kind)
+    assert [block.intermediate_size for block in shape.blocks] == [width] * len(shape.blocks)
+
+
+@pytest.mark.parametrize(("kind", "num_hidden_states"), [("gemma3n_text", 4), ("olmo2", 1)])
+def test_the_input_of_a_block_may_be_several_hidden_states(tmp_path, kind, num_hidden_states):
+    """Checkpointing saves all of them."""
+    for block in shape_of_kind(tmp_path, kind).blocks:
+        assert block.input_width == num_hidden_states * block.hidden_size
+
+
+@pytest.mark.parametrize(
     ("kind", "uncalled_layers"),
     [
         ("gemma3n_text", {"correction_coefs", "prediction_coefs"}),  # one is clamped in place
