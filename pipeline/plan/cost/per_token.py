@@ -106,6 +106,7 @@ class CostPerToken:
     expert_gradient_flops: float = 0.0  # for the gradients of adapted experts' weights
 
     # Per pair of a token and a token that it attends to
+    scores: float  # that are computed, in all heads and blocks
     score_flops: float
     score_values: float  # 0 unless attention scores are materialised
 
@@ -204,6 +205,7 @@ def _compute_cost(key: _Identity, training_dtype: str, *, is_joint: bool) -> Cos
         base_flops=2 * sum(count * block.active_weights for block, count in counts),
         adapter_flops=2 * (adapter.parameters - adapter.expert_parameters),
         # Scores, and their product with V: 2 FLOPs each (PaLM, arXiv 2204.02311 app. B).
+        scores=heads if is_materialised else heads / 2,
         score_flops=(4 if is_materialised else 2)
         * sum(count * block.query_width for block, count in counts),
         head_flops=2 * shape.vocab_size * shape.hidden_size,

@@ -28,6 +28,13 @@ from pipeline.plan.given.shape import ModelShape
 _MATRIX_SHARE = 0.7
 _BANDWIDTH_SHARE = 0.8
 _LINK_SHARE = 0.7
+# FLOPs of matrix products that take as long as the softmax of a score in fused attention kernels.
+# On a CPU measured in fp32 (docs/speed.md). On GPUs such that heads of width 128 reach the fraction
+# of the vendor's rate that was published for FlashAttention-2, whose kernels PyTorch has: 50 to
+# 73 % of an A100 (arXiv 2307.08691), 35 % of an H100 (arXiv 2407.08608).
+_SOFTMAX_FLOPS_CPU = 45
+_SOFTMAX_FLOPS_AMPERE = 85
+_SOFTMAX_FLOPS_HOPPER = 512  # and later GPUs: an assumption
 # fp32 rate relative to 16 bits: 19.5 of 312 TFLOPS (A100 data sheet). On a CPU it was 0.3 on one
 # machine and 2.0 on another (docs/benchmarks.md: 89 tokens/s in fp32 and 267 in bf16, 204 and 100).
 _FLOAT32_SHARE = {"cuda": 1 / 16, "cpu": 1.0}
@@ -81,14 +88,16 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Sustained rates of one rank: `flops` in FLOP/s, the others in bytes/s in each direction.
+    """Sustained rates of one rank, in bytes/s in each direction unless noted.
 
-    `memory`: device memory. `ring`: slowest link of a ring over all ranks. `base_ring`: slowest
-    link of a ring over the ranks that gather the base together. `exchange`: slowest link between
-    ranks that share sequences. `host`: link to host memory.
+    `flops`: FLOP/s of matrix products. `softmax_s`: seconds of the softmax of one score in a fused
+    attention kernel. `memory`: device memory. `ring`: slowest link of a ring over all ranks.
+    `base_ring`: slowest link of a ring over the ranks that gather the base together. `exchange`:
+    slowest link between ranks that share sequences. `host`: link to host memory.
     """
 
     flops: float
+    softmax_s: float
     memory: float
     ring: float
     base_ring: float
@@ -112,7 +121,8 @@ def step_seconds(
     num_documents = layout.micro_batch_size * (1 if attended is None else tokens / attended)
     recomputed = layout.checkpointed_layers / shape.num_layers
     device = {
-        "arithmetic": _block_flops(cost, micro, reach, recomputed) / rates.flops,
+        "arithmetic": _block_flops(cost, micro, recomputed) / rates.flops,
+        "attention": _attention_seconds(cost, rates, micro, reach, recomputed),
         "logits": _logits_seconds(
             shape, settings, layout, rates, micro * sequences.supervised_share
         ),
@@ -155,8 +165,10 @@ def reachable_rates(layout: Layout, hardware: Hardware) -> Rates:
     ring = within_node if layout.nodes == 1 else across_nodes
     gathers_within_node = 1 < layout.hpz_partition_size <= layout.ranks_per_node
     splits_within_node = layout.sequence_parallel_size <= layout.ranks_per_node
+    flops = _MATRIX_SHARE * factor * hardware.flops / sharers
     return Rates(
-        flops=_MATRIX_SHARE * factor * hardware.flops / sharers,
+        flops=flops,
+        softmax_s=_softmax_flops(hardware) / flops,
         memory=_BANDWIDTH_SHARE * hardware.memory_bandwidth / sharers,
         ring=ring,
         base_ring=within_node if gathers_within_node else ring,
@@ -165,8 +177,29 @@ def reachable_rates(layout: Layout, hardware: Hardware) -> Rates:
     )
 
 
-def _block_flops(cost: CostPerToken, micro: float, reach: float, recomputed: float) -> float:
-    """FLOPs of the blocks for one micro-batch.
+def _softmax_flops(hardware: Hardware) -> int:
+    """FLOPs of matrix products that take as long as the softmax of one attention score."""
+    if hardware.kind == "cpu":
+        return _SOFTMAX_FLOPS_CPU
+    is_ampere = hardware.compute_capability is None or hardware.compute_capability < (9, 0)
+    return _SOFTMAX_FLOPS_AMPERE if is_ampere else _SOFTMAX_FLOPS_HOPPER
+
+
+def _attention_seconds(
+    cost: CostPerToken, rates: Rates, micro: float, reach: float, recomputed: float
+) -> float:
+    """Seconds of attention for one micro-batch: products and softmax, without memory traffic.
+
+    The softmax of materialised scores is part of the memory traffic.
+    """
+    seconds = cost.score_flops / rates.flops  # of a pair of tokens
+    if not cost.score_values:
+        seconds += cost.scores * rates.softmax_s
+    return micro * reach * (1 + _SCORES_BACKWARD + recomputed) * seconds
+
+
+def _block_flops(cost: CostPerToken, micro: float, recomputed: float) -> float:
+    """FLOPs of the blocks for one micro-batch, without those of attention's scores.
 
     A frozen weight costs 2 FLOPs per token in the forward pass. It costs 2 in the backward pass,
     for the gradient of its input. An adapter's weight costs 2 and 4, because it also has a gradient
@@ -182,7 +215,6 @@ def _block_flops(cost: CostPerToken, micro: float, reach: float, recomputed: flo
     per_token = (
         (2 + recomputed) * cost.base_flops
         + (3 + recomputed) * cost.adapter_flops
-        + (1 + _SCORES_BACKWARD + recomputed) * cost.score_flops * reach
         + cost.expert_gradient_flops
     )
     return micro * per_token + fold + (1 + recomputed) * cost.norm_flops

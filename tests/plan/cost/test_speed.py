@@ -24,7 +24,7 @@ from tests.plans import with_blocks
 
 pytestmark = pytest.mark.unit
 
-H100 = GPUS["h100-80gb"]
+H100, TWO_CORES = GPUS["h100-80gb"], cpu_of(num_cores=2, memory_bytes=16 * 2**30)
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RATES = ("flops", "memory_bandwidth", "node_link", "network", "host_link")
 
@@ -51,6 +51,7 @@ def llama(hidden=4096, inner=14336, layers=32, heads=32, kv_heads=8, head_dim=12
 
 
 LLAMA_8B = llama()
+CAPPED = replace(LLAMA_8B, score_softcap=True)
 LLAMA_70B = llama(hidden=8192, inner=28672, layers=80, heads=64)
 SMOLLM2 = replace(
     llama(hidden=576, inner=1536, layers=30, heads=9, kv_heads=3, head_dim=64, vocab=49152),
@@ -83,20 +84,51 @@ def speed(shape=LLAMA_8B, run_settings=LORA, hardware=H100, tokens=1024.0, **lay
 
 
 def test_the_time_of_arithmetic_follows_from_flops_counted_by_hand():
-    """4 FLOPs per frozen weight and token, 6 per adapter weight.
-
-    The backward pass of attention has 2.5 times the FLOPs of its forward pass.
-    """
+    """4 FLOPs per frozen weight and token, 6 per adapter weight."""
     num_weights = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     num_trainable = 16 * 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
     assert num_weights == LLAMA_8B.linear_parameters
     assert num_trainable == trainable_parameters(LLAMA_8B, LORA)
     tokens = 1024
-    forward_attention_flops = 2 * tokens * 4096 * 32  # of a token: causal, 32 layers
-    flops = tokens * (4 * num_weights + 6 * num_trainable + (1 + 2.5) * forward_attention_flops)
+    flops = tokens * (4 * num_weights + 6 * num_trainable)
     one_teraflop = replace(H100, flops=1e12 / 0.7)
     predicted = speed(hardware=one_teraflop, tokens=tokens).terms["arithmetic"]
     assert predicted == pytest.approx(flops / 1e12)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "share"), [(GPUS["a100-80gb"], 0.6), (H100, 0.35), (TWO_CORES, 0.64 / 8)]
+)
+def test_the_softmax_of_attention_takes_time(hardware, share):
+    """Heads of width 128 reach this fraction of the nominal rate of products.
+
+    The backward pass recomputes the scores. The eight ranks of a node share its CPU.
+    """
+    tokens = 1024
+    forward_flops = 2 * tokens * 4096 * 32  # of a token: causal, 32 layers
+    for checkpointed_layers, passes in ((0, 3.5), (32, 4.5)):
+        terms = speed(
+            hardware=hardware, tokens=tokens, checkpointed_layers=checkpointed_layers
+        ).terms
+        expected = tokens * passes * forward_flops / (share * hardware.flops)
+        assert terms["attention"] == pytest.approx(expected, rel=0.01)
+
+
+def test_narrow_heads_take_more_time_for_the_same_flops():
+    """They have more scores. Measured on a CPU: docs/speed.md."""
+    wide, narrow = (
+        speed(llama(heads=heads, head_dim=4096 // heads), hardware=TWO_CORES).terms["attention"]
+        for heads in (64, 256)
+    )
+    assert narrow / wide == pytest.approx((64 + 45) / 64 / ((256 + 45) / 256))
+
+
+def test_materialised_scores_are_matrix_products():
+    attention, arithmetic = (speed(CAPPED).terms[term] for term in ("attention", "arithmetic"))
+    num_weights, num_trainable = LLAMA_8B.linear_parameters, trainable_parameters(LLAMA_8B, LORA)
+    of_scores = 2 * 3.5 * 2 * 1024 * 4096 * 32  # of a token, without a mask that skips half of them
+    ratio = of_scores / (4 * num_weights + 6 * num_trainable)
+    assert attention / arithmetic == pytest.approx(ratio)
 
 
 def test_a_frozen_base_costs_4_flops_per_parameter_and_token_and_6_if_recomputed():
@@ -109,9 +141,6 @@ def test_a_frozen_base_costs_4_flops_per_parameter_and_token_and_6_if_recomputed
     assert none == pytest.approx(flops / (0.7 * H100.flops), rel=1e-3)
     assert half / none == pytest.approx(5 / 4, rel=1e-3)
     assert all_layers / none == pytest.approx(6 / 4, rel=1e-3)
-
-
-CAPPED = replace(LLAMA_8B, score_softcap=True)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +322,8 @@ def test_offloaded_shards_cross_the_host_link_twice_a_micro_batch():
 def test_computation_hides_at_most_nine_tenths_of_the_gathers_of_the_base():
     """The term has the gather time that no computation overlaps."""
     short, long = (speed(LLAMA_70B, zero_stage=3, tokens=tokens).terms for tokens in (1, 8192))
-    computing_s = sum(short[term] for term in ("arithmetic", "logits", "memory_traffic"))
+    device_terms = ("arithmetic", "attention", "logits", "memory_traffic")
+    computing_s = sum(short[term] for term in device_terms)
     assert short["base_gathers"] > long["base_gathers"]
     gathers_without_overlap_s = short["base_gathers"] + computing_s
     assert long["base_gathers"] == pytest.approx(gathers_without_overlap_s / 10)
@@ -319,7 +349,6 @@ layouts = st.builds(
     hpz_partition_size=st.sampled_from([1, 2, 8]),
     offload_param=st.sampled_from(["none", "cpu"]),
 )
-TWO_CORES = cpu_of(num_cores=2, memory_bytes=16 * 2**30)
 machines = st.sampled_from([*GPUS.values(), TWO_CORES])
 
 
