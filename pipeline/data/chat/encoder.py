@@ -21,6 +21,7 @@ from pipeline.data.chat.template import (
     chatml,
     load_template,
     read_template,
+    require_generation_prompt,
 )
 from pipeline.data.chat.text_tokens import TextTokenizer, TextTokens
 from pipeline.data.chat.tokenizer import (
@@ -239,6 +240,8 @@ class Encoder:
             template = load_template(
                 self._tokenizer, self._settings.chat_template_kwargs, has_tools=is_separate
             )
+            if self._settings.chat_template not in ("model", "chatml"):
+                require_generation_prompt(template)
             self._finders[is_separate] = TurnFinder(template, self._special, self._stops)
         return self._finders[is_separate]
 

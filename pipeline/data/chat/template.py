@@ -1,7 +1,7 @@
 """ChatTemplate: renders a conversation as text and records the origin of each character."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -220,11 +220,11 @@ def load_template(
             "rows of conversations need; use the instruction-tuned model, set chat_template: "
             "FILE.jinja or chat_template: chatml, or give rows of `prompt` and `completion`"
         ) from None
-    _require_read(source, kwargs)
+    _require_read(source, kwargs, tokenizer.special_tokens_map)
     return ChatTemplate(source, {**tokenizer.special_tokens_map, **kwargs})
 
 
-def _require_read(source: str, kwargs: Mapping[str, Any]) -> None:
+def _require_read(source: str, kwargs: Mapping[str, Any], special_tokens: Collection[str]) -> None:
     """Raise UserError for a key of chat_template_kwargs that the template does not read."""
     from jinja2 import TemplateSyntaxError
     from jinja2.meta import find_undeclared_variables
@@ -236,11 +236,35 @@ def _require_read(source: str, kwargs: Mapping[str, Any]) -> None:
         known = find_undeclared_variables(environment.parse(source))
     except TemplateSyntaxError as error:
         raise UserError(f"model: the chat template is not valid Jinja: {error}") from None
-    known -= {*_SET_VARIABLES, *environment.globals}
+    known -= {*_SET_VARIABLES, *environment.globals, *special_tokens}
     if unread := sorted({*kwargs} - known):
         raise UserError(
             f"chat_template_kwargs: the chat template does not read {', '.join(unread)}; it "
             f"reads {', '.join(sorted(known)) or 'nothing except messages and tools'}"
+        )
+
+
+def require_generation_prompt(template: ChatTemplate) -> None:
+    """Raise UserError for a file whose template writes an answer's header only with the answer.
+
+    Servers end a prompt with the text that the template adds for add_generation_prompt. A header
+    that is missing there, such as `<|assistant|>`, is neither in the prompt nor trained.
+    """
+    question, answer = placeholder("user"), placeholder("user", "assistant")
+    try:
+        prompt = template.render(question, add_generation_prompt=True).text
+        is_prompt_added = prompt != template.render(question).text
+        text = template.render(answer).text
+    except RowError:
+        return  # for example, it needs a system message
+    before_answer = text[: max(text.find(answer.messages[1].content), 0)]
+    header = before_answer.removeprefix(prompt).strip()
+    is_refused = before_answer.startswith(prompt) and header and not is_prompt_added
+    if is_refused and not template.marks_turns:
+        raise UserError(
+            f"chat_template: the template writes {header!r} before an answer, but not at the end "
+            "of the prompt if add_generation_prompt is true; a server would not write it, and the "
+            "model would not learn to write it; add {%- if add_generation_prompt %}...{% endif %}"
         )
 
 

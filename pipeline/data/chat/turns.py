@@ -33,8 +33,8 @@ from pipeline.rows.examples import Conversation, Message, RowError
 from pipeline.rows.reasoning import require_opened_reasoning
 
 _NO_END = (
-    "model: the chat template ends assistant turns without a special token, so the model would "
-    "never learn to stop; use a template that ends them with one, such as ChatML's <|im_end|>"
+    "chat_template: the chat template ends assistant turns without a special token, so the model "
+    "would never learn to stop; use a template that ends them with one, such as {{ eos_token }}"
 )
 _NO_END_MARKED = (
     "model: the chat template's {% generation %} block does not contain the special token that "

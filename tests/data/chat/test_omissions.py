@@ -10,7 +10,9 @@ import pytest
 
 from pipeline.data.chat.tokenizer import special_ids
 from pipeline.rows.examples import Conversation, Message, RowError
+from tests import ROOT
 from tests.data.chat.documents import (
+    SPECIAL,
     chat,
     encoder,
     marked_text,
@@ -20,6 +22,7 @@ from tests.data.chat.documents import (
     user,
 )
 from tests.data.chat.kinds import kind_tokenizer, tokenizer_of
+from tests.docs.pages import blocks
 from tests.messages import refused
 from tests.tiny import CHATML
 
@@ -291,6 +294,31 @@ class TestKinds:
             marked_text(
                 chat("q", "a"), published("qwen3"), chat_template=str(tmp_path / "none.jinja")
             )
+
+    def test_a_template_file_without_generation_prompt_is_refused(self, tmp_path):
+        path = tmp_path / "mine.jinja"
+        page = (ROOT / "docs/howto/chat-template.md").read_text(encoding="utf-8")
+        example = blocks(page, "jinja")[0]
+        path.write_text(example)
+        text = marked_text(chat("q", "a"), published("qwen3"), chat_template=str(path))
+        assert text == "<|user|>\nq\n<|assistant|>\n[[a<|im_end|>]]\n"
+        path.write_text(example[: example.rindex("{%- if add_generation_prompt")])
+        with refused("chat_template", "<|assistant|>", "add_generation_prompt"):
+            marked_text(chat("q", "a"), published("qwen3"), chat_template=str(path))
+
+    @pytest.mark.parametrize("family", sorted(SPECIAL))
+    def test_each_published_template_is_accepted_as_a_file(self, family, tmp_path):
+        path = tmp_path / "published.jinja"
+        path.write_text(published(family).chat_template)
+        assert "[[" in marked_text(chat("q", "a"), published(family), chat_template=str(path))
+
+    def test_a_variable_of_the_tokenizer_is_not_listed_as_settable(self):
+        template = "{{ eos_token }}" + published("qwen3").chat_template
+        tokenizer = published("qwen3")
+        tokenizer.chat_template = template
+        with refused("chat_template_kwargs", "moood") as error:
+            marked_text(chat("q", "a"), tokenizer, chat_template_kwargs={"moood": 1})
+        assert "eos_token" not in str(error.value)
 
     def test_template_variables_that_are_not_read_are_refused(self):
         with refused("chat_template_kwargs", "moood", "enable_thinking"):
