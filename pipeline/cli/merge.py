@@ -63,7 +63,8 @@ def merge() -> None:
         f"{request.out}: {report.tensors_merged} weights of {request.base} "
         f"{'unmerged' if args.undo else 'merged'}\n"
         f"  {report.shards} shard(s), {report.num_bytes / 2**20:.0f} MiB, {report.seconds:.1f} s\n"
-        f"  largest change {100 * report.largest_change:.2g} %: {report.most_changed}"
+        f"  largest change of a weight: {100 * report.largest_change:.2g} % of its norm, "
+        f"{report.most_changed}"
     )
     if args.check or (args.check is None and _is_checked_by_default(request)):
         _check_merged_model(request)

@@ -41,8 +41,7 @@ def talk() -> None:
     args = parser.parse_args()
     require_folder(args.run_folder)
     let_waiting_threads_sleep()
-    base_and_adapter = slice(2)  # without the merged model, which would be the third
-    specs = model_specs([str(args.run_folder)], (), None)[base_and_adapter]
+    specs = model_specs([str(args.run_folder)], (), None, with_merged=False)
     if specs[0].adapter is None:
         raise UserError(f"{args.run_folder}: is a model; give the output_dir of a run")
     hardware = detect_hardware()

@@ -76,14 +76,18 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def model_specs(
-    arguments: Sequence[str], overrides: Sequence[str], data: str | None
+    arguments: Sequence[str],
+    overrides: Sequence[str],
+    data: str | None,
+    *,
+    with_merged: bool = True,
 ) -> list[ModelSpec]:
     """The models that the arguments name: run folders, model folders, cached hub models.
 
-    A run folder gives its base, its adapter and, if there is one, its merged model. If there are
-    several arguments, the name of a model begins with its argument. `overrides`: `key=value`
-    settings. `data`: the file of --data. Raises UserError if an argument names neither a run nor a
-    model, if a run has no adapter, or if its adapter was trained on another base.
+    A run folder gives its base, its adapter and, with `with_merged`, its merged model if there is
+    one. If there are several arguments, the name of a model begins with its argument. `overrides`:
+    `key=value` settings. `data`: the file of --data. Raises UserError if an argument names neither
+    a run nor a model, if a run has no adapter, or if its adapter was trained on another base.
     """
     specs: list[ModelSpec] = []
     for argument in dict.fromkeys(arguments):
@@ -91,7 +95,7 @@ def model_specs(
         folder = _run_or_model_folder(argument)
         if (folder / "run.yaml").is_file():
             settings = load_settings(folder / "run.yaml", overrides)
-            specs += _specs_of_run(folder, prefix, settings)
+            specs += _specs_of_run(folder, prefix, settings, with_merged=with_merged)
         else:
             first_settings = specs[0].settings if specs else None
             settings = _model_settings(folder, overrides, data, first_settings)
@@ -125,7 +129,9 @@ def _run_or_model_folder(argument: str) -> Path:
     )
 
 
-def _specs_of_run(folder: Path, prefix: str, settings: RunSettings) -> list[ModelSpec]:
+def _specs_of_run(
+    folder: Path, prefix: str, settings: RunSettings, *, with_merged: bool
+) -> list[ModelSpec]:
     """Base, adapter and merged model of a run; their names begin with `prefix`."""
     adapter, base = folder / "adapter", settings.model_folder
     require_adapter(folder)
@@ -138,7 +144,7 @@ def _specs_of_run(folder: Path, prefix: str, settings: RunSettings) -> list[Mode
         for name in ("base", "adapter")
     ]  # fmt: skip
     merged = folder / "merged"
-    if merged.is_dir() and _has_scorable_merged_model(folder):
+    if with_merged and merged.is_dir() and _has_scorable_merged_model(folder):
         name = f"{prefix}merged"
         specs.append(ModelSpec(name=name, settings=settings, folder=merged, is_merged=True))
     return specs
