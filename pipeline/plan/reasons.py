@@ -93,7 +93,7 @@ def _compare_with_alternative(key: str, chosen: Candidate, ranked: Sequence[Cand
     chosen_value = getattr(chosen.layout, key)
     others = [each for each in ranked if getattr(each.layout, key) != chosen_value]
     if not others:
-        return "fixed by the other settings"
+        return "the only value that the other settings and the hardware allow"
     best = min(others, key=preference)
     name = f"{key} {getattr(best.layout, key)}"
     if best.refusal is not None:

@@ -212,7 +212,7 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         level="warn",
         applies=_settings_without_effect,
         reason="these settings are set and have no effect in this run",
-        remedy="change the setting that is named in brackets, or remove them",
+        remedy="set what each of them needs, or remove them",
         source="pipeline/config/traits.py",
     ),
     Rule(
