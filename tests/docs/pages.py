@@ -22,9 +22,13 @@ _COMMAND = re.compile(
     r"(?:\blaunch/([a-z]+)\.py|\brankzero ([a-z]+)|\bpipeline\.cli\.(\w+))([^\n`]*)"
 )
 _PROGRAM = re.compile(
-    r"(python launch/|python -m |deepspeed |rankzero |torchrun |accelerate |srun |mpirun |sbatch "
-    r"|make )\S"
+    r"((?:\.venv/bin/)?(?:python3? launch/|python3? -m |deepspeed |rankzero |torchrun )|accelerate "
+    r"|srun |mpirun |sbatch |make )\S"
 )
+# Ends a command, outside of quotes.
+_SEPARATOR = re.compile(r"""\s*(?:&&|\|\||[;|])\s*(?=(?:[^'"]|'[^']*'|"[^"]*")*$)""")
+_SHELL = ("console", "bash")  # languages of code blocks whose commands a test runs
+_NOT_SEARCHED = (*_SHELL, "dockerfile")  # RUN lines, which tests/docs does not run
 
 
 @dataclass(frozen=True)
@@ -44,20 +48,40 @@ def command_lines(page: str, text: str) -> Iterator[CommandLine]:
 
     If lines of a block begin with `$`, the others are output.
     """
-    for block in (*blocks(text, "console"), *blocks(text, "bash")):
+    for block in (block for language in _SHELL for block in blocks(text, language)):
         lines, needs = block.replace("\\\n", " ").splitlines(), None
         has_output = any(line.startswith("$ ") for line in lines)
         for line in lines:
             if line.startswith("# needs "):
-                needs = line.removeprefix("# needs ")
+                needs = line.removeprefix("# needs ").strip() or None
             command = re.split(r"\s+#\s", line.removeprefix("$ "))[0].strip()
             is_output = has_output and not line.startswith("$ ")
             if command and not command.startswith("#") and not is_output:
-                for part in command.split(" && "):
-                    yield CommandLine(page, re.sub(r"^(time|\w+=\w+) ", "", part), needs)
+                for part in commands_of_line(command):
+                    yield CommandLine(page, part, needs)
     for span in re.findall(r"`([^`\n]+)`", _FENCE.sub("", text)):
-        if _PROGRAM.match(span) and (span.startswith("make ") or len(span.split()) > 2):
-            yield CommandLine(page, re.split(r"\s#\s|\s>\s", span)[0].strip(), None)
+        for part in commands_of_line(re.split(r"\s#\s", span)[0]):
+            if _PROGRAM.match(part) and (part.startswith("make ") or len(part.split()) > 2):
+                yield CommandLine(page, re.split(r"\s>\s", part)[0].strip(), None)
+
+
+def commands_of_line(line: str) -> list[str]:
+    """The commands of a line of shell, without `time` and variables before them."""
+    parts = [re.sub(r"^((time|\w+=[^\s(]*) )+", "", part) for part in _SEPARATOR.split(line)]
+    return [part.strip() for part in parts if part.strip()]
+
+
+def commands_outside_shell_blocks(text: str) -> list[str]:
+    """Lines with a command in a block that is not marked as shell, or in an indented block."""
+    others = "".join(
+        body for language, body in _FENCE.findall(text) if language not in _NOT_SEARCHED
+    )
+    indented = re.findall(r"^(?: {4}|\t)(.*)$", _FENCE.sub("", text), re.MULTILINE)
+    return [
+        line
+        for line in (*others.splitlines(), *indented)
+        if any(map(_PROGRAM.match, commands_of_line(line.strip().removeprefix("$ "))))
+    ]
 
 
 def without_code(text: str) -> str:

@@ -7,13 +7,21 @@ commands below it need.
 
 import re
 import shutil
+from contextlib import suppress
 
 import pytest
 import yaml
 
 from tests import ROOT
 from tests.commands import Command
-from tests.docs.pages import NAMES, PAGES, CommandLine, blocks, command_lines
+from tests.docs.pages import (
+    NAMES,
+    PAGES,
+    CommandLine,
+    blocks,
+    command_lines,
+    commands_outside_shell_blocks,
+)
 from tests.evaluate.runs import SETTINGS
 from tests.tiny import make_model, make_rows
 
@@ -49,6 +57,7 @@ ELSEWHERE = {
     ". .venv/bin/activate": "of the shell",
     "export": "of the shell",
     "for lr in": "of the shell",
+    "do": "of the shell",
     "done": "of the shell",
     "pip install": "an installation",
 }
@@ -77,7 +86,8 @@ _VERB = re.compile(
 
 
 def is_run_elsewhere(line: CommandLine) -> bool:
-    return line.needs is not None or any(map(line.text.startswith, ELSEWHERE))
+    beginnings = (re.escape(beginning) + r"(?!(?<=\w)[\w-])" for beginning in ELSEWHERE)
+    return line.needs is not None or any(re.match(each, line.text) for each in beginnings)
 
 
 def words_of(line: CommandLine) -> tuple[str, ...]:
@@ -145,6 +155,43 @@ def test_the_pages_have_commands_of_each_kind():
     assert sum(line.needs is not None for line in LINES.values()) > 5
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```console\npython launch/nosuch\n```",
+        "```console\n$ nosuch --all\n```",
+        "```bash\ntouch RUN/stop; nosuch\n```",
+        "```bash\nexport A=1 && nosuch\n```",
+        "```bash\nmake test | nosuch\n```",
+        "```bash\nmake test || nosuch\n```",
+        "```console\ntouchall RUN\n```",
+        "```console\nmake-docs\n```",
+        "```console\n# needs \nnosuch\n```",
+        "```console\nDS_ACCELERATOR=cpu A=b nosuch\n```",
+        "`python3 launch/nosuch.py RUN.yaml`",
+        "`A=1 deepspeed --nosuch launch/train RUN`",
+        "`echo question | rankzero`, `echo question | python launch/talk RUN`",
+    ],
+)
+def test_a_command_that_nothing_runs_is_found(text):
+    def is_accounted_for(line):
+        with suppress(AssertionError):
+            return is_run_elsewhere(line) or words_of(line)
+        return False
+
+    assert not all(map(is_accounted_for, command_lines("page", text)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["```sh\n{}\n```", "```\n$ {}\n```", "```text\nA=1 {}\n```", "a\n\n    {}\n", "a\n\n\t{}\n"],
+)
+def test_commands_are_in_blocks_that_are_marked_as_shell(text):
+    assert commands_outside_shell_blocks(text.format("python launch/plan.py RUN.yaml"))
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert not commands_outside_shell_blocks(pages)
+
+
 @pytest.mark.parametrize("beginning", ELSEWHERE)
 def test_each_entry_of_elsewhere_is_in_the_pages_and_names_a_file_or_a_reason(beginning):
     assert any(text.startswith(beginning) for text in LINES), f"no page has {beginning}"
@@ -153,7 +200,16 @@ def test_each_entry_of_elsewhere_is_in_the_pages_and_names_a_file_or_a_reason(be
 
 
 @pytest.mark.parametrize(
-    "target", sorted({line.split()[1] for line in LINES if line.startswith("make ")})
+    "target",
+    sorted(
+        {
+            word
+            for line in LINES
+            if line.startswith("make ")
+            for word in line.split()[1:]
+            if "=" not in word
+        }
+    ),
 )
 def test_a_target_of_make_exists(target):
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
