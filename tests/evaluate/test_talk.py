@@ -11,7 +11,7 @@ from pipeline.evaluate.model_specs import model_specs
 from pipeline.evaluate.rows import RowEncoder
 from pipeline.evaluate.talk import Talk
 from pipeline.rows.examples import Conversation, Message
-from tests.evaluate.runs import copy_run, make_run
+from tests.evaluate.runs import make_run
 from tests.messages import refused
 
 pytestmark = pytest.mark.tensor
@@ -104,11 +104,3 @@ def test_after_training_on_prompts_with_completions_a_message_is_the_whole_promp
     answer_of(talk, "base", "one")
     answer_of(talk, "base", "two")
     assert prompts == ["one", "two"]
-
-
-def test_a_merged_model_is_neither_loaded_nor_checked(run, tmp_path, caplog):
-    copy = copy_run(run, tmp_path / "copy")
-    (copy / "merged").mkdir()
-    specs = model_specs([str(copy)], (), None, with_merged=False)
-    assert [spec.name for spec in specs] == ["base", "adapter"]
-    assert not caplog.records

@@ -104,7 +104,8 @@ def _rule_for_size(name: Preset, documents: str) -> Rule[PlanContext]:
         reason=f"rule of thumb for {documents} training documents: {low} to {high} epochs and "
         f"lora_dropout {dropout:g} or more",
         remedy=f"leave both out and set `preset: {name}`, which also sets "
-        f"r {PRESETS[name]['lora_r']} and lr {PRESETS[name]['lr']:g}",
+        f"r {PRESETS[name]['lora_r']} and lr {PRESETS[name]['lr']:g} (too low for a model of less "
+        "than a billion parameters: set lr as well)",
         source="docs/lora.md",
     )
 
