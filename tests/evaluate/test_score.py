@@ -441,8 +441,6 @@ def test_a_command_without_rows_is_refused_before_torch_is_imported(
     facts = [fact.replace("RUN", str(folder)) for fact in facts]
     assert_mentions(result.stdout, *facts, "False")
 
-    assert_mentions(result.stdout, tmp_path / "run", "no eval_data", "--data", "False")
-
 
 def test_without_the_merged_model_it_is_not_checked_either(run, tmp_path, caplog):
     copy = copy_run(run, tmp_path / "copy")
