@@ -17,7 +17,7 @@ import peer_tables
 import speed_tables
 from model_tables import models
 from run_files import planned_run_files, with_prediction
-from scale_tables import filled
+from scale_tables import with_tables
 
 from pipeline.config.presets import PRESETS, RANGES
 from pipeline.config.schema import run_file_schema
@@ -90,7 +90,7 @@ def configuration() -> str:
         )
         change = described.get("change", "result")
         effect = "; ".join(map(condition_text, described.get("needs", ())))
-        text = described["description"] + (f" Used {effect}." if effect else "")
+        text = described["description"] + (f" {effect[0].upper()}{effect[1:]}." if effect else "")
         cells = [f"`{name}`", _values(described), default, change, text]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## Presets", "", "| preset | sets | usual range |", "|---|---|---|"]
@@ -199,19 +199,19 @@ def main() -> None:
         HERE / "rules.md": rules(),
         HERE / "models.md": models(),
         ROOT / "launch/runs/schema.json": dump_json(run_file_schema()),
-        HERE / "converting.md": peer_tables.filled(
+        HERE / "converting.md": peer_tables.with_tables(
             (HERE / "converting.md").read_text(encoding="utf-8")
         ),
-        HERE / "long.md": long_figures.filled(
-            long_tables.filled((HERE / "long.md").read_text(encoding="utf-8"))
+        HERE / "long.md": long_figures.with_tables(
+            long_tables.with_tables((HERE / "long.md").read_text(encoding="utf-8"))
         ),
         HERE / "images/long.svg": long_figures.figure(),
-        HERE / "lora.md": lora_figures.filled((HERE / "lora.md").read_text(encoding="utf-8")),
-        HERE / "benchmarks.md": speed_tables.filled(
+        HERE / "lora.md": lora_figures.with_tables((HERE / "lora.md").read_text(encoding="utf-8")),
+        HERE / "benchmarks.md": speed_tables.with_tables(
             (HERE / "benchmarks.md").read_text(encoding="utf-8")
         ),
         HERE / "images/lora.svg": lora_figures.figure(),
-        HERE / "scale.md": filled((HERE / "scale.md").read_text(encoding="utf-8")),
+        HERE / "scale.md": with_tables((HERE / "scale.md").read_text(encoding="utf-8")),
         **{path: with_prediction(path) for path in planned_run_files()},
         ROOT / "README.md": readme((ROOT / "README.md").read_text(encoding="utf-8")),
     }

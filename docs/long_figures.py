@@ -16,7 +16,7 @@ _IDLE_LOAD = 0.5  # of the system before a case
 Line = dict[str, Any]
 
 
-def filled(page: str) -> str:
+def with_tables(page: str) -> str:
     """The page with the table of all measured cases between its markers."""
     before, rest = page.split(_BEGIN)
     return f"{before}{_BEGIN}{_conditions()}\n\n{_table()}\n{_END}{rest.split(_END)[1]}"

@@ -22,7 +22,7 @@ _HEAD = "| model | base |" + "".join(f" {n} x {gpu} |" for gpu in _GPUS for n in
 _BEGIN, _END = "<!-- longest -->\n", "<!-- end of longest -->"
 
 
-def filled(page: str) -> str:
+def with_tables(page: str) -> str:
     """The page with the table between its markers as the code makes it now."""
     before, rest = page.split(_BEGIN)
     return f"{before}{_BEGIN}{_table()}\n{_END}{rest.split(_END)[1]}"

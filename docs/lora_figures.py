@@ -18,7 +18,7 @@ _STYLE = (
 )
 
 
-def filled(page: str) -> str:
+def with_tables(page: str) -> str:
     """The page with the table of all measured runs between its markers."""
     before, rest = page.split(_BEGIN)
     return f"{before}{_BEGIN}{table()}\n{_END}{rest.split(_END)[1]}"

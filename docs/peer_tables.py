@@ -16,7 +16,7 @@ from pipeline.config.settings import RunSettings, settings_by_trait
 _OPTIONS = Path(__file__).parent / "peer_options.json"
 
 
-def filled(page: str) -> str:
+def with_tables(page: str) -> str:
     """The page with the tables between its markers as the code makes them now."""
     begin, end = "<!-- tables -->\n", "<!-- end of tables -->"
     before, rest = page.split(begin)

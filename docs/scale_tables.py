@@ -88,7 +88,7 @@ def link_bytes(work: CostPerToken, layout: Layout) -> float:
     return gathers * work.stored_bytes * (group - 1) / group + adapter * (world - 1) / world
 
 
-def waiting(speed: Speed) -> float:
+def link_seconds(speed: Speed) -> float:
     """Seconds of a step that wait for links."""
     return sum(speed.terms[name] for name in _WAITS)
 
@@ -129,7 +129,7 @@ def _price(case: Case) -> str:
             memory,
             f"{sent / GIB:,.0f}" if sent > 10 * GIB else f"{sent / GIB:.2f}",
             f"{speed.seconds_per_step:.2f}",
-            f"{waiting(speed) / speed.seconds_per_step:.0%}",
+            f"{link_seconds(speed) / speed.seconds_per_step:.0%}",
             f"{speed.tokens_per_second / case.gpus:,.0f}",
         )
     )
@@ -145,15 +145,15 @@ def networks() -> str:
     for model in MODELS:
         for base in BASES:
             for sharding in SHARDINGS:
-                found = [
+                candidates = [
                     Case(
                         model=model, base=base, sharding=sharding, gpus=gpus, network=network,
                         global_batch=SEQUENCES * gpus,
                     ).best()
                     for network in NETWORKS.values()
                 ]  # fmt: skip
-                if found[0].refusal is None:
-                    waits = [waiting(f.speed) / f.speed.seconds_per_step for f in found]
+                if candidates[0].refusal is None:
+                    waits = [link_seconds(c.speed) / c.speed.seconds_per_step for c in candidates]
                     shares = " | ".join(f"{share:.0%}" for share in waits)
                     lines.append(f"| {model.upper()} | {base} | {sharding} | {shares} |")
     return "\n".join(lines)
@@ -169,13 +169,15 @@ def fixed() -> str:
     for batch in GLOBAL_BATCHES:
         for model in MODELS:
             for base in BASES:
-                found = [_as_chosen(model, base, n, batch) for n in counts if n <= batch]
+                candidates = [_as_chosen(model, base, n, batch) for n in counts if n <= batch]
                 seconds = {
                     best.layout.world_size: best.speed.seconds_per_step
-                    for best in found
+                    for best in candidates
                     if best.refusal is None
                 }
-                cells = [_cell(best) for best in found] + [""] * (len(counts) - len(found))
+                cells = [_cell(best) for best in candidates] + [""] * (
+                    len(counts) - len(candidates)
+                )
                 lines.append(
                     f"| {batch} | {model.upper()} | {base} | {' | '.join(cells)} "
                     f"| {gpus_worth_using(seconds)} |"
@@ -206,10 +208,10 @@ def hours() -> str:
     ]
     for model in MODELS:
         for base in BASES:
-            found = [_as_chosen(model, base, n, SEQUENCES * n) for n in COUNTS]
+            candidates = [_as_chosen(model, base, n, SEQUENCES * n) for n in COUNTS]
             cells = [
                 "does not fit" if best.refusal is not None else f"{_minutes(best):,.1f} min"
-                for best in found
+                for best in candidates
             ]
             lines.append(f"| {model.upper()} | {base} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -247,7 +249,7 @@ def break_even() -> str:
     return "\n".join(lines)
 
 
-def filled(page: str) -> str:
+def with_tables(page: str) -> str:
     """The page with each table between its markers as the code makes it now."""
     for name, table in tables().items():
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"

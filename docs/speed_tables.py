@@ -16,7 +16,7 @@ _BEGIN, _END = "<!-- measured speed -->\n", "<!-- end of measured speed -->"
 Line = dict[str, Any]
 
 
-def filled(page: str) -> str:
+def with_tables(page: str) -> str:
     """The page with the tables between its markers."""
     before, rest = page.split(_BEGIN)
     text = tables(RESULTS) if RESULTS.is_file() else "No results yet."

@@ -1,8 +1,8 @@
 """Atomic writes of files and folders, and JSON.
 
 A reader sees the complete old file or the complete new one, because every write goes to a
-temporary sibling that is then renamed. A `durable` write also survives a power cut: the content is
-synced to the disk before the rename, and the parent folder after it.
+temporary sibling that is then renamed. A durable write (`is_durable`) also survives a power cut:
+the content is synced to the disk before the rename, and the parent folder after it.
 """
 
 import hashlib
@@ -90,18 +90,18 @@ def closest_existing(folder: Path) -> Path:
     return parent
 
 
-def write_text(path: Path, text: str, *, durable: bool = False) -> None:
+def write_text(path: Path, text: str, *, is_durable: bool = False) -> None:
     """Replace a text file atomically.
 
     The text may contain file names with bytes that are not UTF-8. Such a byte is written as a JSON
     escape: `\\udcff` for 0xff.
     """
-    with atomic_file(path, durable=durable) as temporary:
+    with atomic_file(path, is_durable=is_durable) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager
-def atomic_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
+def atomic_file(path: Path, *, is_durable: bool = False) -> Iterator[Path]:
     """Yield the path of a temporary sibling, which the body writes; then rename it to `path`.
 
     If the body raises, `path` is unchanged and the temporary file is removed.
@@ -109,14 +109,14 @@ def atomic_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
     temporary = temporary_sibling(path)
     try:
         yield temporary
-        if durable:
+        if is_durable:
             sync(temporary)
         temporary.replace(path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    if durable:
+    if is_durable:
         sync(path.parent)
 
 

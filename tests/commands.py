@@ -24,7 +24,7 @@ from unittest.mock import patch
 from tests import ROOT
 from tests.ranks import CONTEXT
 
-# DeepSpeed's launcher waits this long between SIGTERM and SIGKILL, and so does Command.end.
+# DeepSpeed's launcher and Command.wait_for_end wait this long between SIGTERM and SIGKILL.
 _GRACE_S = 30.0
 _SERVER_WITHOUT_TORCH = forkserver.ForkServer()
 _SERVER_WITHOUT_TORCH.set_forkserver_preload(["tests.preload_without_torch"])
@@ -83,7 +83,7 @@ class Command:
         """Standard output and standard error so far, by rank."""
         return [(_text_of(out), _text_of(err)) for out, err in self._files]
 
-    def end(self, within_s: float = 240.0) -> tuple[int, str]:
+    def wait_for_end(self, within_s: float = 240.0) -> tuple[int, str]:
         """Wait for all ranks; when one fails, terminate the others, as a launcher does.
 
         Returns the exit code of the first rank that failed, or 0, and the output.
@@ -139,7 +139,7 @@ def run(
     """
     processes = {"variables": [variables]} if ranks is None else {"ranks": ranks}
     with Command(*arguments, cwd=cwd, **processes) as command:
-        return command.end()
+        return command.wait_for_end()
 
 
 def run_without_torch(
@@ -150,7 +150,7 @@ def run_without_torch(
     with patch.object(forkserver, "connect_to_new_process", connect):
         command = Command(*arguments, variables=[variables], cwd=cwd)
     with command:
-        code, _ = command.end()
+        code, _ = command.wait_for_end()
         return subprocess.CompletedProcess(arguments, code, *command.outputs[0])
 
 

@@ -60,7 +60,7 @@ class _SubprocessByFork:
         from tests.commands import Command
 
         with Command(*command[1:], variables=[env]) as forked:
-            code, _ = forked.end(timeout)
+            code, _ = forked.wait_for_end(timeout)
             return subprocess.CompletedProcess(command, code, *forked.outputs[0])
 
 

@@ -24,7 +24,7 @@ def build_engine(session, folder: Path, settings: dict, documents: int = 40):
     return plan, Engine(model, plan, group=group)
 
 
-def work(plan, split, step: int, rank: int) -> tuple[list[SeededBatch], int]:
+def batches_of_step(plan, split, step: int, rank: int) -> tuple[list[SeededBatch], int]:
     """The micro-batches of a rank in one step, and the step's number of supervised tokens.
 
     `split`: the data set. The ranks of a sequence-parallel group have the same sequences, and each
@@ -61,7 +61,7 @@ def train_tiny(
     rank = session.placement.rank
     losses, norms, gradients = [], [], {}
     for step in range(steps):
-        batches, supervised = work(plan, split, step, rank)
+        batches, supervised = batches_of_step(plan, split, step, rank)
         lr = plan.learning_rate(step)
         # Step 0 repeats the body of Engine.optimizer_step and reads the gradients within it.
         if step == 0:
@@ -97,7 +97,7 @@ def three_steps(session, plan, engine, state=None) -> dict:
         weights, moments = state
         restore(engine.deepspeed, parameters, weights, OptimizerState(moments=moments, step=1))
     for step in range(0 if state is None else 1, 3):
-        batches, supervised = work(plan, Documents(), step, session.placement.rank)
+        batches, supervised = batches_of_step(plan, Documents(), step, session.placement.rank)
         loss = engine.optimizer_step(batches, supervised, plan.learning_rate(step)).loss_sum
         result["losses"].append(session.sum_over_ranks([loss])[0] / supervised)
         if step == 0:
@@ -109,8 +109,8 @@ def three_steps(session, plan, engine, state=None) -> dict:
 def assert_stages_equal_and_resumes_exact(runs: dict) -> None:
     """Compare results of `three_steps` at the ZeRO stages, and of runs resumed from stage 2.
 
-    Keys of `runs`: zero1, zero2 and zero3; "zero2 resumed" and "zero3 resumed" had the state of
-    zero2.
+    Keys of `runs`: zero1, zero2 and zero3; "zero2 resumed" and "zero3 resumed" restored the
+    state of zero2.
     """
     losses, final = runs["zero2"]["losses"], runs["zero2"]["final"]
     for name in ("zero1", "zero3"):

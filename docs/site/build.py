@@ -73,7 +73,7 @@ def _network_problems(page: Page) -> list[str]:
 
 
 def _link_problems(path: Path, page: Page, pages: dict[Path, Page]) -> list[str]:
-    found = []
+    problems = []
     for link in sorted(page.links | page.resources):
         parts = urlsplit(link)
         if parts.scheme or parts.netloc or link == "":
@@ -81,10 +81,10 @@ def _link_problems(path: Path, page: Page, pages: dict[Path, Page]) -> list[str]
         target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
         target = target / "index.html" if target.is_dir() else target
         if not target.is_file():
-            found.append(f"{link} leads nowhere")
+            problems.append(f"{link} leads nowhere")
         elif parts.fragment and target in pages and parts.fragment not in pages[target].ids:
-            found.append(f"{link}: no such anchor")
-    return found
+            problems.append(f"{link}: no such anchor")
+    return problems
 
 
 def copy_pages() -> None:

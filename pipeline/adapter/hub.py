@@ -24,7 +24,7 @@ from pipeline.config.hub import HubSplit
 from pipeline.config.settings import RunSettings
 from pipeline.errors import RankZeroError, UserError, first_few
 from pipeline.files import dump_json, read_json_or_empty
-from pipeline.model.packed_files import dequantising_config
+from pipeline.model.quantised_files import dequantising_config
 from pipeline.plan.rules.serving import SERVING_RULES
 
 logger = logging.getLogger(__name__)

@@ -180,7 +180,7 @@ def _merge_shards(plan: MergePlan, folder: Path, finished: dict[str, dict[str, f
             name = shard.source.path.name
             finished[name] = stream.merge_shard(shard, folder / name)
             record = {"identity": plan.identity, "shards": finished}
-            write_text(folder / _FINISHED_SHARDS, dump_json(record), durable=True)
+            write_text(folder / _FINISHED_SHARDS, dump_json(record), is_durable=True)
 
 
 @contextmanager

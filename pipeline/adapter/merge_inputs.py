@@ -19,7 +19,7 @@ from pipeline.adapter.adapter_file import (
     read_config,
 )
 from pipeline.errors import UserError
-from pipeline.model.packed_files import checkpoint_files, is_packed
+from pipeline.model.quantised_files import checkpoint_files, is_dequantised
 from pipeline.model.tensor_files import (
     INDEX,
     SINGLE,
@@ -100,7 +100,7 @@ def read_base(folder: Path) -> Base:
     """
     config = read_config(folder / "config.json", "base")
     method = config.get("quantization_config") or config.get("compression_config")
-    if method and not is_packed(folder):
+    if method and not is_dequantised(folder):
         name = method.get("quant_method", "unknown") if isinstance(method, dict) else method
         raise UserError(
             f"base: {folder} is already quantised ({name}), so an adapter cannot be added to it "

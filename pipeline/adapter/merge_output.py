@@ -10,7 +10,7 @@ from pipeline.adapter.merge_plan import MergePlan
 from pipeline.adapter.trained_on import TRAINED_ON
 from pipeline.errors import RankZeroError, UserError
 from pipeline.files import closest_existing, dump_json, read_json, read_json_or_empty
-from pipeline.model.packed_files import is_packed
+from pipeline.model.quantised_files import is_dequantised
 from pipeline.model.tensor_files import INDEX, SINGLE, read_header
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ def _is_copied(path: Path) -> bool:
 def copy_other_files(plan: MergePlan, folder: Path) -> None:
     """Copy the files other than weights, and adapt config.json and the index.
 
-    config.json gets the new dtype and vocabulary size. If the base is packed, which means stored in
-    4 or 8 bits, its quantisation is removed from config.json, because the merged model is not.
+    config.json gets the new dtype and vocabulary size. If the base is stored in mxfp4 or fp8, its
+    quantisation is removed from config.json, because the merged model is stored in 16 bits.
     Tokenizer and chat template are those of training: of the last adapter that has them.
     """
     for path in other_files(plan.base.folder):
@@ -83,14 +83,14 @@ def copy_other_files(plan: MergePlan, folder: Path) -> None:
     for adapter in plan.adapters:
         _copy_tokenizer(adapter.folder, folder)
     tasks = [task for shard in plan.shards for task in shard.tensors.values()]
-    base_is_packed = is_packed(plan.base.folder)
-    is_converted = plan.options.dtype is not None or base_is_packed
+    is_base_dequantised = is_dequantised(plan.base.folder)
+    is_converted = plan.options.dtype is not None or is_base_dequantised
     if not is_converted and not any(task.added_rows for task in tasks):
         return
     config = read_json(folder / "config.json")
     if is_converted:
         _set_dtype(config, _DTYPE_NAMES[plan.options.dtype or "BF16"])
-    if base_is_packed:
+    if is_base_dequantised:
         for section in (config, config.get("text_config") or {}):
             section.pop("quantization_config", None)
     for task in tasks:

@@ -23,8 +23,8 @@ from pipeline.cluster.progress import Work
 from pipeline.errors import RankZeroError
 from pipeline.files import atomic_file
 from pipeline.model.base import Quantisation
-from pipeline.model.packed import read_tensor
-from pipeline.model.packed_files import PackedEntry
+from pipeline.model.quantised_checkpoint import read_tensor
+from pipeline.model.quantised_files import QuantisedEntry
 from pipeline.model.tensor_files import VALUE_BYTES, Entry, TensorFile
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -132,7 +132,7 @@ class MergeStream:
         changes: dict[str, float] = {}
         tasks = list(shard.tensors.items())
         with (
-            atomic_file(target, durable=True) as temporary,
+            atomic_file(target, is_durable=True) as temporary,
             shard.source.path.open("rb") as source,
             temporary.open("wb") as merged,
             ThreadPoolExecutor(1) as reader,
@@ -205,7 +205,7 @@ def _read(file: BinaryIO, task: TensorTask, buffer: torch.Tensor | None = None) 
     if buffer is None:
         buffer = torch.empty(size, dtype=torch.uint8)
     data = buffer[:size]
-    if isinstance(entry, PackedEntry):
+    if isinstance(entry, QuantisedEntry):
         tensor = data.view(TORCH_DTYPES[task.dtype]).view(entry.shape)
         return tensor.copy_(read_tensor(entry.values.path, entry.values.name, entry))
     file.seek(entry.start)

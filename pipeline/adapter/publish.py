@@ -29,7 +29,7 @@ from pipeline.errors import RankZeroError
 from pipeline.files import atomic_folder, dump_json, read_json
 from pipeline.model.adapter import expected_shapes, lora_config
 from pipeline.model.fingerprint import Fingerprint
-from pipeline.model.packed_files import dequantising_config
+from pipeline.model.quantised_files import dequantising_config
 from pipeline.plan.given.adapter_counts import TOKEN_ROWS
 from pipeline.plan.given.new_tokens import token_rows
 from pipeline.plan.given.saved_modules import saved_modules
@@ -58,13 +58,13 @@ def publish_adapter(
     config = adapter_config(settings)
     notes = ends_without_stop(folder.parent / "data")
     card = model_card(plan, step, base, started_from, notes)
-    verify_tensors(tensors, expected, trained=True)
+    verify_tensors(tensors, expected, is_trained=True)
     check_servable(tensors, config)
     copies = _tied_copies(plan)
     expected |= {key: expected[source] for key, source in copies.items()}
 
     def check(temporary: Path) -> None:
-        verify_adapter_file(temporary / WEIGHTS, expected, trained=True)
+        verify_adapter_file(temporary / WEIGHTS, expected, is_trained=True)
         if read_json(temporary / _CONFIG) != config:
             raise RankZeroError(f"{folder / _CONFIG}: its content differs from what was written")
 
@@ -158,21 +158,21 @@ def on_unchanged_base(
     return result
 
 
-def check_servable(tensors: Mapping[str, torch.Tensor], adapter_config: Mapping[str, Any]) -> None:
+def check_servable(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
     """Raise RankZeroError if a serving engine would ignore a part of the adapter.
 
     vLLM ignores keys with another prefix (vllm#34186, #39278) and allocates `r` columns for each
-    matrix. Options that a serving engine rejects are no error here: the plan's rules name them.
+    matrix. Options that a serving engine rejects are not an error here: the plan's rules name them.
     """
-    saved = tuple(f"{_PREFIX}{name}." for name in adapter_config.get("modules_to_save") or ())
+    saved = tuple(f"{_PREFIX}{name}." for name in config.get("modules_to_save") or ())
     problems = []
     for key in tensors:
         is_known = ".lora_" in key or key.startswith(saved) or key.endswith(TOKEN_ROWS)
         if not (is_known and key.startswith(_PREFIX)):
             problems.append(f"{key} is not a key that serving engines read")
-    largest_r = max([adapter_config["r"], *(adapter_config.get("rank_pattern") or {}).values()])
+    largest_r = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     # Modules whose fused experts are adapted: their matrices have r columns for each expert.
-    fused = tuple(name.rpartition(".")[0] for name in adapter_config.get("target_parameters") or ())
+    fused = tuple(name.rpartition(".")[0] for name in config.get("target_parameters") or ())
     for key, tensor in tensors.items():
         if key.partition(".lora_")[0].replace(".base_layer", "").endswith(fused):
             continue

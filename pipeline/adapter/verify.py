@@ -16,13 +16,17 @@ from pipeline.errors import RankZeroError, first_few
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def verify_tensors(tensors: Mapping[str, torch.Tensor], expected: Shapes, *, trained: bool) -> None:
+def verify_tensors(
+    tensors: Mapping[str, torch.Tensor], expected: Shapes, *, is_trained: bool
+) -> None:
     """Verify a gathered adapter. Raises RankZeroError for wrong keys, shapes or values.
 
-    `expected`: shape of the tensor of each key. `trained`: also require that no lora_B is zero,
+    `expected`: shape of the tensor of each key. `is_trained`: also require that no lora_B is zero,
     which is its initial value.
     """
-    _verify("the gathered adapter", tensors.keys(), tensors.__getitem__, expected, trained=trained)
+    _verify(
+        "the gathered adapter", tensors.keys(), tensors.__getitem__, expected, is_trained=is_trained
+    )
 
 
 def verify_gradients(moments: Mapping[str, torch.Tensor]) -> None:
@@ -38,11 +42,11 @@ def verify_gradients(moments: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def verify_adapter_file(path: Path, expected: Shapes, *, trained: bool) -> None:
+def verify_adapter_file(path: Path, expected: Shapes, *, is_trained: bool) -> None:
     """Verify a written adapter file; only one tensor at a time is in memory."""
     try:
         with safe_open(path, framework="pt") as file:
-            _verify(str(path), file.keys(), file.get_tensor, expected, trained=trained)
+            _verify(str(path), file.keys(), file.get_tensor, expected, is_trained=is_trained)
     except (OSError, SafetensorError) as error:
         raise RankZeroError(f"{path}: the written adapter cannot be read back: {error}") from error
 
@@ -53,7 +57,7 @@ def _verify(
     read: Callable[[str], torch.Tensor],
     expected: Shapes,
     *,
-    trained: bool,
+    is_trained: bool,
 ) -> None:
     """Verify the tensors with these keys. `name`: their origin, for messages."""
     present = set(keys)
@@ -66,7 +70,7 @@ def _verify(
         tensor = read(key)
         if problem := _problem(tensor, shape):
             problems.append(f"{key} {problem}")
-        elif trained and key.endswith(".lora_B.weight") and not tensor.any():
+        elif is_trained and key.endswith(".lora_B.weight") and not tensor.any():
             zeros.append(key)
     if problems:
         raise RankZeroError(

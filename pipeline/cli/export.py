@@ -98,7 +98,7 @@ def _modelfile_text(settings: RunSettings, merged: Path) -> str:
     from pipeline.data.chat.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(merged, settings.trust_remote_code)
-    end_ids = sorted(Encoder(tokenizer, settings).ends)
+    end_ids = sorted(Encoder(tokenizer, settings).end_ids)
     template = None
     if tokenizer.chat_template is not None:
 

@@ -3,7 +3,7 @@
 {command} RUN_FOLDER            writes RUN_FOLDER/report.html
 {command} RUN_FOLDER --watch    waits for the run, and writes it again until the run ends
 {command} RUN_FOLDER RUN_FOLDER ...
-                                              writes comparison.html beside the run folders
+                                              writes comparison.html next to the run folders
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Write published_shapes.json: layer sizes and parameter counts of published models.
 
-They are counted on the model's class in transformers, which is built without weights.
+They are derived from the model's class in transformers, which is built without weights.
 
 python -m pipeline.cli.shapes [--check]
 
@@ -37,8 +37,8 @@ def shapes() -> None:
 
 
 def shape_by_class(model: PublishedModel) -> dict[str, Any]:
-    """The shape of a model, counted on its class; {"refused": REASON} if it cannot be trained."""
-    from pipeline.model.class_shape import count_shape  # imports torch and transformers
+    """The shape of a model, derived from its class; {"refused": REASON} if it cannot be trained."""
+    from pipeline.model.class_shape import derive_shape  # imports torch and transformers
 
     # The sizes are those of the dequantised model, because training dequantises it.
     config = {key: value for key, value in model.config.items() if key != "quantization_config"}
@@ -47,7 +47,7 @@ def shape_by_class(model: PublishedModel) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
         try:
-            return count_shape(Path(folder))
+            return derive_shape(Path(folder))
         except ValueError as error:
             return {"refused": str(error)}
 

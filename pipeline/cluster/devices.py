@@ -83,14 +83,14 @@ def detect_hardware() -> Hardware:
         if (gpus := _nvidia_gpus()) is not None and requested in ("", "cuda"):
             return gpus
         if requested:
-            found: str | None = f"DS_ACCELERATOR={requested}"
+            other_accelerator: str | None = f"DS_ACCELERATOR={requested}"
         else:
-            found = unsupported_accelerator(os.environ, Path("/"))
-        if found is not None:
+            other_accelerator = unsupported_accelerator(os.environ, Path("/"))
+        if other_accelerator is not None:
             raise UserError(
-                f"accelerator: {found}, but the NVIDIA driver detects no GPU, and only NVIDIA GPUs "
-                "and CPUs are supported; use a node with NVIDIA GPUs, or set DS_ACCELERATOR=cpu to "
-                "train on the CPU"
+                f"accelerator: {other_accelerator}, but the NVIDIA driver detects no GPU, and only "
+                "NVIDIA GPUs and CPUs are supported; use a node with NVIDIA GPUs, or set "
+                "DS_ACCELERATOR=cpu to train on the CPU"
             )
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""

@@ -31,7 +31,7 @@ class Heartbeat:
     def renew(self) -> None:
         """Restart the time of the present phase, for a rank that makes progress in a long phase.
 
-        This is no beat, because `beats` must not depend on how often a rank calls this method.
+        It does not count as a beat, because `beats` must not depend on the number of these calls.
         """
         self.since = time.monotonic()
 

@@ -29,10 +29,10 @@ from pipeline.cluster.logs import current_rank, seconds_without_output
 
 logger = logging.getLogger(__name__)
 
-_FIRST_LINE_S = 1.0  # work that takes less time is reported only after a silence
+_FIRST_LINE_S = 1.0  # shorter work is reported only after a silence
 _LINE_INTERVAL_S = 4.0
 _MIN_SHARE_FOR_ESTIMATE = 0.05  # of the work, before the remaining time is estimated from it
-_bars: list[Progress] = []  # bars of nested works in the terminal; only the last one is drawn
+_bars: list[Progress] = []  # nested bars in the terminal; only the last one is drawn
 _stops: list[Callable[[], None]] = []  # for each bar, view or thread that shows progress: its stop
 _is_over = threading.Event()  # set by `stop_displays`
 

@@ -33,7 +33,7 @@ _MODULES = {"output_proj": "o_proj", "w1": "gate_proj", "w2": "down_proj", "w3":
 def batch_sizes(
     batch_size: Any, accumulation_steps: Any, program: Program, gpus: int
 ) -> tuple[int, int]:
-    """Micro-batch size and accumulation steps, each with the program's default if it is no int."""
+    """Micro-batch size and accumulation steps; the program's default for one that is not an int."""
     if not isinstance(batch_size, int):
         batch_size = 8 if program in ("TRL", "LLaMA-Factory") else 1
     if not isinstance(accumulation_steps, int):

@@ -231,7 +231,7 @@ ADVICE: Mapping[str, str] = {
     "save_adapter_weights_only": f"only the adapter is saved; {command('merge')} merges it",
     "eval_sample_packing": _EVAL_PACKING,
     "eval_packing": _EVAL_PACKING,
-    "processor_type": "not needed: rows with pictures are refused; remove it",
+    "processor_type": "not needed: rows with images are refused; remove it",
     "skip_prepare_dataset": f"rows are always prepared; {command('prepare')} does it in advance",
     "eot_tokens": _TEMPLATE,
     "quantize_moe_experts": "not supported: fused experts stay in 16 bits; remove it",

@@ -104,8 +104,8 @@ class RunKeys(BaseModel):
     init_adapter: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
         description="Adapter to start from: a PEFT LoRA folder, or the name of a hub adapter in "
-        "the local cache. Optimizer state and schedule start new. The adapter's base, layers, r "
-        "and scaling must be those of this run.",
+        "the local cache. The optimizer state and the schedule start from scratch. The "
+        "adapter's base, layers, r and scaling must be those of this run.",
         json_schema_extra=traits(
             is_path=True,
             peers="adapter_name_or_path lora_model_dir adapters resume_from_adapter "
@@ -317,8 +317,8 @@ class RunKeys(BaseModel):
         default="auto",
         description="Number of parts into which each MLP divides a sequence. It computes one part "
         "at a time, and again in the backward pass, which needs less memory and more time. `auto` "
-        "is 1, or for sequences of 16,384 tokens and more a part for every 4,096 tokens, if that "
-        "makes a run fit or faster.",
+        "is 1. For sequences of 16,384 tokens and more it is one part per 4,096 tokens if the run "
+        "then fits in memory or is faster.",
         json_schema_extra=traits(
             change="run", layout="mlp_tiles", peers="tiled_mlp_num_shards tiled_mlp"
         ),

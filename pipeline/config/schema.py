@@ -14,7 +14,7 @@ def run_file_schema() -> dict[str, Any]:
     It covers each setting by itself; combinations of settings are checked when the file is loaded.
     """
     schema = RunSettings.model_json_schema()
-    # pydantic copies the traits of a setting (traits.py), which are no part of JSON schema.
+    # pydantic copies the traits of a setting (traits.py), which are not part of a JSON schema.
     removed_keys = {"title", *traits()}
     for setting_schema in schema["properties"].values():
         for key in removed_keys & setting_schema.keys():

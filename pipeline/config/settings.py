@@ -306,10 +306,10 @@ def _conditions(name: str) -> list[str]:
 
 
 def condition_text(condition: str) -> str:
-    """A condition of the trait `needs` as text, such as "only with save_strategy: steps"."""
+    """A condition of the trait `needs` as text, such as "used only with save_strategy: steps"."""
     key, _, allowed = condition.partition("=")
     value = f": {allowed.replace('|', ' or ')}" if allowed else ""
-    return f"{'except with' if '!' in key else 'only with'} {key.strip('!')}{value}"
+    return f"{'not used with' if '!' in key else 'used only with'} {key.strip('!')}{value}"
 
 
 def _is_met(condition: str, settings: RunSettings, data_formats: Collection[str]) -> bool:

@@ -42,24 +42,24 @@ def plan_batches(
     return batches
 
 
-def end_token_ids(model: Any, ends: frozenset[int]) -> list[int]:
+def end_token_ids(model: Any, end_ids: frozenset[int]) -> list[int]:
     """Tokens that end an answer: those of training and of the model's generation config."""
     ids = model.generation_config.eos_token_id  # a list, an id or None
     if ids is None:
-        return sorted(ends)
-    return sorted({*ends, *(ids if isinstance(ids, list) else [ids])})
+        return sorted(end_ids)
+    return sorted({*end_ids, *(ids if isinstance(ids, list) else [ids])})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generator:
     """Generates greedy answers of at most `max_new_tokens` tokens.
 
-    `ends`: tokens that end an answer, in addition to those of the model's generation config.
+    `end_ids`: tokens that end an answer, in addition to those of the model's generation config.
     `max_positions`: longest sequence in tokens that the model supports; None if there is no limit.
     """
 
     tokenizer: Any
-    ends: frozenset[int]
+    end_ids: frozenset[int]
     max_new_tokens: int
     max_positions: int | None = None
 
@@ -93,7 +93,7 @@ class Generator:
         config = GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=False,
             max_new_tokens=min(self.max_new_tokens, limit - width),
-            eos_token_id=end_token_ids(model, self.ends),
+            eos_token_id=end_token_ids(model, self.end_ids),
             pad_token_id=self._pad_id,
             use_cache=True,
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.errors import RankZeroError, UserError
 from pipeline.evaluate.model_specs import ModelSpec
-from pipeline.model.packed_files import is_packed
+from pipeline.model.quantised_files import is_dequantised
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def run_harness(specs: Sequence[ModelSpec], tasks: str, out: Path) -> None:
             "--tasks: lm-evaluation-harness is not installed; pip install 'lm_eval[hf]'"
         )
     for spec in specs:
-        if is_packed(spec.folder):  # the folder has quantised weights
+        if is_dequantised(spec.folder):  # the folder has quantised weights
             logger.warning(
                 "--tasks: %s: lm_eval loads the base with its mxfp4 or fp8 weights, but "
                 "training dequantised them, so the results may differ from those of other models",

@@ -95,7 +95,7 @@ def single_process_plan(settings: RunSettings) -> Plan:
             "deepspeed_json": None,
         }
     )
-    # Nothing is trained, so the memory that training would need is no reason to refuse the plan.
+    # Nothing is trained, so the memory that training would need is not a reason to refuse the plan.
     unlimited = dataclasses.replace(detect_hardware(), device_bytes=2**50)
     shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
     return make_plan(unsharded, shape, unlimited, nodes=1, ranks_per_node=1)

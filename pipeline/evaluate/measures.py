@@ -159,7 +159,7 @@ def _loss_scores(rows: Sequence[AnsweredRow]) -> dict[str, Any]:
 
 
 def _exp(value: float) -> float | None:
-    """The exponential; None if it is no finite number, which JSON does not have."""
+    """The exponential; None if it is not finite, which JSON does not have."""
     try:
         return math.exp(value) if math.isfinite(value) else None
     except OverflowError:

@@ -73,14 +73,14 @@ def question_of(example: Example, encoder: Encoder) -> Question:
 class RowEncoder:
     """Tokenizer and chat template of a model, which encode examples as in training.
 
-    `ends`: ids of the tokens that end an answer.
+    `end_ids`: ids of the tokens that end an answer.
     """
 
     def __init__(self, settings: RunSettings) -> None:
         self.tokenizer: Any = run_tokenizer(settings)
         self._encoder = Encoder(self.tokenizer, settings)
         self._settings = settings
-        self.ends = self._encoder.ends
+        self.end_ids = self._encoder.end_ids
 
     def encode(self, example: Example) -> EncodedRow:
         """Encode an example. Raises RowError if training would not use it."""

@@ -211,7 +211,7 @@ def _model_scorers(
             "rows": digest_of(own_rows),
             "max_new_tokens": max_new_tokens,
             "batch_rows": BATCH_ROWS,  # padding depends on it, and so do answers in 16 bits
-            "ends": sorted(encoder.ends),
+            "ends": sorted(encoder.end_ids),
             "device": session.device.type,
         }
         file = AnswerFile(options.answers, identity, session.placement.rank)
@@ -220,7 +220,7 @@ def _model_scorers(
             continue
         generator = Generator(
             tokenizer=encoder.tokenizer,
-            ends=encoder.ends,
+            end_ids=encoder.end_ids,
             max_new_tokens=max_new_tokens,
             max_positions=shape.max_positions,
         )

@@ -41,7 +41,7 @@ class Talk:
         shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
         self._generator = Generator(
             tokenizer=self._encoder.tokenizer,
-            ends=self._encoder.ends,
+            end_ids=self._encoder.end_ids,
             max_new_tokens=max_new_tokens,
             max_positions=shape.max_positions,
         )

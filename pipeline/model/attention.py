@@ -120,11 +120,11 @@ def require_separate_documents(
     """
     num_separate = num_blocks_with(documents.receivers, layers)
     if num_separate != len(layers):
-        can, setting = "keep the documents of a packed sequence separate", "packing: false"
+        ability, setting = "keep the documents of a packed sequence separate", "packing: false"
         if documents.group is not None:
-            can, setting = "can be split over ranks", "sequence_parallel_size: 1"
+            ability, setting = "can be split over ranks", "sequence_parallel_size: 1"
         raise UserError(
-            f"{num_separate} of {len(layers)} blocks of this {model_type} model {can}; "
+            f"{num_separate} of {len(layers)} blocks of this {model_type} model {ability}; "
             f"set {setting}"
         )
 
@@ -190,7 +190,7 @@ def _over_group(
 ) -> torch.Tensor:
     """Attention of a sequence that a group of P ranks shares: (B, T / P, H, V).
 
-    `tensors`: query, key and value of this rank's tokens. Between the two exchanges this rank has
+    `tensors`: query, key and value of this rank's tokens. Between the two all-to-alls this rank has
     all tokens of its share of the heads, and computes them as without a group.
     """
     if layer.dropout > 0:
@@ -316,8 +316,8 @@ class _LayerAttention:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Replace the sinks by one more key and value, so that fused kernels can be used.
 
-        The key is the first one. Its score is the sink, and its value is 0. The score is produced
-        by additional columns: (sink / scaling, 0, ...) in each query, (1, 0, ...) in the sink's
+        The new key comes first. Its score is the sink, and its value is 0. The score is produced by
+        additional columns: (sink / scaling, 0, ...) in each query, (1, 0, ...) in the sink's
         key, and zeros in the other keys. A query is prepended too, so that `is_causal` stays
         correct; `masked` drops its output.
         """

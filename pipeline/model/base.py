@@ -35,8 +35,8 @@ from pipeline.model.attention import FLASH, WITHIN_DOCUMENTS, WITHIN_DOCUMENTS_F
 from pipeline.model.complete import Difference, require_no_difference
 from pipeline.model.host_activations import HostActivations
 from pipeline.model.load_fixes import corrected_loading
-from pipeline.model.packed import checkpoint_tensors
-from pipeline.model.packed_files import is_packed
+from pipeline.model.quantised_checkpoint import checkpoint_tensors
+from pipeline.model.quantised_files import is_dequantised
 from pipeline.model.sharded_loading import sharded_while_loading
 from pipeline.model.structure import blocks
 from pipeline.model.token_rows import set_token_rows
@@ -103,13 +103,13 @@ def load_plain(
 ) -> PreTrainedModel:
     """Load a language model from a folder, unquantised by default, without network access.
 
-    `attention`: name of the attention function. A packed checkpoint (mxfp4, fp8) is dequantised
+    `attention`: name of the attention function. A checkpoint in mxfp4 or fp8 is dequantised
     tensor by tensor, so that transformers sees a 16-bit checkpoint. Raises UserError if the folder
     cannot be loaded completely.
     """
     disable_progress_bar()  # type: ignore[no-untyped-call]  # each rank would show its own
     tensors = None
-    if is_packed(folder):
+    if is_dequantised(folder):
         options["config"] = model_config(folder, trust_remote_code=trust_remote_code)
         tensors = checkpoint_tensors(folder)
     try:

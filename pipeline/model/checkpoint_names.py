@@ -24,7 +24,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from pipeline.model.base import auto_class, model_config
 from pipeline.model.complete import Difference
-from pipeline.model.packed_files import checkpoint_files
+from pipeline.model.quantised_files import checkpoint_files
 
 
 @dataclass(frozen=True)

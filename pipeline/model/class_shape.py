@@ -1,4 +1,4 @@
-"""Model shape, counted on the model's class, which is built on the meta device without weights.
+"""Model shape, derived from the model's class, which is built on the meta device without weights.
 
     python -m pipeline.model.class_shape MODEL_FOLDER [--trust-remote-code]
 
@@ -52,7 +52,7 @@ _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk
 _SELECTS_KEYS = re.compile(r"(Indexer|Compressor)$")
 
 
-def count_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+def derive_shape(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """The model shape in the form that plan/given/class_shape.py reads.
 
     Raises RefusedClassError for a class that is known not to be trainable here.
@@ -157,7 +157,7 @@ def _build(folder: Path, *, trust_remote_code: bool) -> Any:
                 own = [name for name in names if name.endswith("Attention")]
                 raise RefusedClassError(_own_attention_message(", ".join(own) or config.model_type))
             return model.requires_grad_(False)
-    raise RefusedClassError(f"{config.model_type} is no causal language model of transformers")
+    raise RefusedClassError(f"{config.model_type} is not a causal language model of transformers")
 
 
 def _own_attention_message(name: str) -> str:
@@ -196,7 +196,7 @@ def _require_all_blocks_called(layers: Sequence[nn.Module], observed: "_Observed
             uncalled.append(f"{index} ({type(layer).__name__})")
     if uncalled:
         raise RefusedClassError(
-            f"{len(uncalled)} of its {len(layers)} blocks are not called for text without pictures,"
+            f"{len(uncalled)} of its {len(layers)} blocks are not called for text without images,"
             f" the first is {uncalled[0]}; only models whose blocks all process text are trained"
         )
 
@@ -357,7 +357,7 @@ def shape_or_reason(folder: Path, *, trust_remote_code: bool = False) -> dict[st
     A failure may depend on this machine, for example on a package that the class needs.
     """
     try:
-        return count_shape(folder, trust_remote_code=trust_remote_code)
+        return derive_shape(folder, trust_remote_code=trust_remote_code)
     except RefusedClassError as error:
         return {"refused": str(error)}
     except Exception as error:  # noqa: BLE001 - a class may raise anything

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.model.packed_files import checkpoint_files
+from pipeline.model.quantised_files import checkpoint_files
 from pipeline.plan.given.shape import ModelShape
 from pipeline.plan.given.torch_process import (
     cache_file,

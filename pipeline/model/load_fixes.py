@@ -1,4 +1,4 @@
-"""Corrections of errors in transformers 5.23 that are active while it loads a checkpoint."""
+"""Corrections of errors in transformers 5.23, active while a checkpoint is loaded."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 @contextmanager
 def corrected_loading(tensors: dict[str, torch.Tensor] | None = None) -> Iterator[None]:
-    """Keep loaded weights as they are stored.
+    """Within this context, transformers does not change weights after it has loaded them.
 
     `tensors`: name -> tensor, used instead of the tensors in the checkpoint's files.
     """

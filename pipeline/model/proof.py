@@ -41,7 +41,7 @@ from pipeline.model.checkpoint_names import model_on_meta, stored_names
 from pipeline.model.expert_slices import expert_slices
 from pipeline.model.joint_lora import join_lora
 from pipeline.model.loss import IGNORED, SummedLoss
-from pipeline.model.packed_files import checkpoint_files
+from pipeline.model.quantised_files import checkpoint_files
 from pipeline.model.small_copy import random_model, small_copies
 from pipeline.model.structure import blocks, expert_tensors, text_decoder
 from pipeline.plan.given.class_proof import (
@@ -149,11 +149,13 @@ def prove_model(model: PreTrainedModel, targets: Sequence[str]) -> Proof:
     check("packs", without_packs, lambda: _packs_error(model))
     check("other documents", without_packs, lambda: _leak_error(model))
     check("adapter", refusals, lambda: _adapter_error(model, targets))
-    check("checkpointing", refusals, lambda: _checkpointing_error(model, targets, reentrant=False))
+    check(
+        "checkpointing", refusals, lambda: _checkpointing_error(model, targets, is_reentrant=False)
+    )
     check(
         "re-entrant checkpointing",
         without_reentrant,
-        lambda: _checkpointing_error(model, targets, reentrant=True),
+        lambda: _checkpointing_error(model, targets, is_reentrant=True),
     )
     check("fast paths", without_fast_paths, lambda: _fast_paths_error(model, targets))
     return Proof(
@@ -269,18 +271,18 @@ def _adapter_error(model: PreTrainedModel, targets: Sequence[str]) -> float:
 
 
 def _checkpointing_error(
-    model: PreTrainedModel, targets: Sequence[str], *, reentrant: bool
+    model: PreTrainedModel, targets: Sequence[str], *, is_reentrant: bool
 ) -> float:
     """Relative difference between the gradients with and without activation checkpointing."""
     adapted = _adapted(model, targets)
     expected = _backward(adapted)
     causal: Any = adapted.get_base_model()
-    if reentrant:
+    if is_reentrant:
         _require_single_calls(causal)
     causal.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: output.requires_grad_(True)
     )
-    causal.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    causal.gradient_checkpointing_enable({"use_reentrant": is_reentrant})
     return _relative_error(_backward(adapted), expected)
 
 

@@ -1,8 +1,8 @@
 """Loading of a base at ZeRO-3, such that no rank and no host ever holds the whole base.
 
 Each parameter is read from the files, and quantised if the run has a 4-bit base, by one rank only.
-The ranks take turns, so that eight ranks read eight parameters at the same time. Then all ranks
-receive these parameters one after another, and keep their shards.
+Eight ranks read the next eight parameters at the same time, one each. Then all ranks receive these
+parameters one after another, and keep their shards.
 
 A parameter is quantised whole, because with double quantisation its values depend on the mean of
 all its scales. The quantisation constants are small, and stay whole on each rank.
@@ -32,7 +32,7 @@ from pipeline.plan.plan import Plan
 def sharded_while_loading(plan: Plan, device: torch.device) -> Iterator[None]:
     """Within this context, transformers' `from_pretrained` is collective and shards the model.
 
-    Its `device_map` must map the whole model to `device`.
+    The `device_map` of the call must map the whole model to `device`.
     """
     import deepspeed
 
@@ -62,13 +62,13 @@ def sharded_while_loading(plan: Plan, device: torch.device) -> Iterator[None]:
         return _shared_conversions(conversions, device)
 
     with (
-        # transformers' loop over all parameters has a progress bar around them.
+        # transformers calls tqdm on the parameters to load; its replacement shares the work.
         patch.object(core_model_loading, "tqdm", shared),
         patch.object(core_model_loading, "set_param_for_module", set_and_shard),
         patch.object(modeling_utils, "_tied_params_are_equal", are_tied_equal),
         # This function would allocate memory for the whole model on a GPU.
         patch.object(modeling_utils, "caching_allocator_warmup", lambda *arguments: None),
-        # HF_DEACTIVATE_ASYNC_LOAD: threads would read all parameters on each rank.
+        # Sets HF_DEACTIVATE_ASYNC_LOAD: otherwise threads would read all parameters on each rank.
         patch.object(core_model_loading, "is_env_variable_true", lambda name: True),
     ):
         yield
@@ -127,7 +127,7 @@ class _OwnConversion:
 
 @dataclass(frozen=True)
 class _SharedConversion:
-    """A conversion that rank `source` executes; it has the method of transformers' conversions.
+    """A conversion that rank `source` executes; transformers calls its method `convert`.
 
     `own`: the conversion of the same group that this rank executes, if there is one.
     """

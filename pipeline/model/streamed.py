@@ -18,8 +18,8 @@ from pipeline.errors import UserError
 from pipeline.model.attention import WITHIN_DOCUMENTS
 from pipeline.model.base import auto_class, model_config
 from pipeline.model.checkpoint_names import built_parameter, stored_names
-from pipeline.model.packed import read_tensor
-from pipeline.model.packed_files import checkpoint_files
+from pipeline.model.quantised_checkpoint import read_tensor
+from pipeline.model.quantised_files import checkpoint_files
 from pipeline.model.structure import blocks
 
 # Names of peft's wrapper modules. Without them and _PREFIX, the name of a parameter in a peft model
@@ -142,7 +142,7 @@ class StreamedWeights:
 
         An adapter has LoRA matrices, and may replace parameters of the base (`modules_to_save`).
         The keys of its file are names of parameters without the name of the adapter and without
-        `modules_to_save`. A parameter of `original_module` is the base's, which peft keeps beside
+        `modules_to_save`. A parameter of `original_module` is the base's, which peft keeps next to
         the replacement.
         """
         for adapter, tensors in self.adapters.items():

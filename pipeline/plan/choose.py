@@ -144,15 +144,15 @@ def _sequences_per_rank(settings: RunSettings, world_size: int, sequence_paralle
     global_batch = settings.global_batch_size
     if global_batch == "auto":
         return per_group if set_keys else default_global_batch_size(num_groups) // num_groups
-    product = num_groups * per_group
-    is_possible = global_batch == product if are_all_set else global_batch % product == 0
+    smallest = num_groups * per_group  # the global batch must be a multiple of it
+    is_possible = global_batch == smallest if are_all_set else global_batch % smallest == 0
     if not is_possible:
         unit = "ranks"
         if sequence_parallel_size > 1:
             unit = f"groups of {sequence_parallel_size} ranks (sequence_parallel_size)"
         terms = [f"{num_groups} {unit}", *(f"{key} {value}" for key, value in set_keys.items())]
-        lower = max(global_batch // product, 1) * product
-        possible = str(product) if are_all_set else f"{lower} or {lower + product}"
+        lower = max(global_batch // smallest, 1) * smallest
+        possible = str(smallest) if are_all_set else f"{lower} or {lower + smallest}"
         raise UserError(
             f"global_batch_size: {global_batch} is not {' x '.join(terms)}"
             f"{'' if are_all_set else ' x a whole number'}; {possible} would work"

@@ -64,14 +64,15 @@ class LengthNeed:
 
 
 def length_needs(
-    loss: LengthLoss, settings: RunSettings, shape: ModelShape, cluster: Cluster
+    length_loss: LengthLoss, settings: RunSettings, shape: ModelShape, cluster: Cluster
 ) -> list[LengthNeed]:
     """The needs of the lengths that keep 99 % and all of the tokens.
 
     A length that is not greater than `max_length` is left out.
     """
     needs = []
-    percents = {loss.keeps_99: 99, loss.keeps_all: 100}  # 100 if both lengths are the same
+    # The percentage is 100 if both lengths are the same.
+    percents = {length_loss.keeps_99: 99, length_loss.keeps_all: 100}
     unit = (
         " of the tokens in documents that are not split" if settings.over_length == "split" else ""
     )
@@ -106,9 +107,10 @@ def longest_length(
 ) -> LongestLength | None:
     """The longest `max_length` that fits, exact to `step` tokens or to 1 %; None if none fits.
 
-    The model's number of positions is no limit here. If batch size and gradient checkpointing are
-    `auto`, one sequence per micro-batch and checkpointing of every layer are assumed, which need
-    the least memory. Raises UserError if the batch keys do not suit the cluster.
+    The model's number of positions does not limit the result. If batch size and gradient
+    checkpointing are `auto`, the values that need the least memory are assumed: one sequence per
+    micro-batch, and checkpointing of every layer. Raises UserError if the batch keys do not suit
+    the cluster.
     """
     least_memory: dict[str, Any] = {}
     if settings.batch_size == "auto" and settings.gradient_accumulation_steps == "auto":
@@ -178,7 +180,7 @@ def length_texts(
 
 
 def length_json(plan: Plan) -> dict[str, Any] | None:
-    """The loss by `max_length` and the needs of greater lengths; None if it is not known."""
+    """The tokens lost by `max_length` and the needs of greater lengths; None if it is not known."""
     data, shape = plan.data, plan.shape
     if data is None or data.length_loss is None:
         return None
@@ -191,12 +193,12 @@ def length_json(plan: Plan) -> dict[str, Any] | None:
     }
 
 
-def _loss_text(data: DataSize, loss: LengthLoss, settings: RunSettings) -> str:
+def _loss_text(data: DataSize, length_loss: LengthLoss, settings: RunSettings) -> str:
     """Number of longer documents, and what `over_length` does with them."""
     # prepare counts supervised tokens; an estimate counts all tokens
     about, unit = ("", "supervised token") if data.is_exact else ("about ", "token")
     head = (
-        f"{about}{loss.longer:,} of {loss.documents:,} documents have more than "
+        f"{about}{length_loss.longer:,} of {length_loss.documents:,} documents have more than "
         f"{settings.max_length:,} tokens (max_length)"
     )
     if settings.over_length == "split":
@@ -207,8 +209,8 @@ def _loss_text(data: DataSize, loss: LengthLoss, settings: RunSettings) -> str:
     if settings.over_length == "fail":
         return f"{head}; over_length: fail ends the run at the first of them"
     verb = {"truncate": "truncated", "drop": "dropped"}[settings.over_length]
-    share = 100 * loss.lost / loss.tokens
+    share = 100 * length_loss.lost / length_loss.tokens
     return (
-        f"{head}; they are {verb}, which loses {about}{loss.lost:,} of {loss.tokens:,} {unit}s "
-        f"({share:.3g} %)"
+        f"{head}; they are {verb}, which loses {about}{length_loss.lost:,} of "
+        f"{length_loss.tokens:,} {unit}s ({share:.3g} %)"
     )

@@ -172,9 +172,9 @@ class Plan:
         Until the data has been counted, half of a document is assumed to be its answer.
         """
         document = self.settings.max_length if self.data is None else self.data.mean_tokens
-        answer, loss = document / 2, None if self.data is None else self.data.length_loss
-        if loss is not None and self.data is not None and self.data.is_exact:
-            answer = loss.tokens / loss.documents
+        answer, length_loss = document / 2, None if self.data is None else self.data.length_loss
+        if length_loss is not None and self.data is not None and self.data.is_exact:
+            answer = length_loss.tokens / length_loss.documents
         lengths = max(1.0, document - answer), answer
         return answers(self.shape, self.settings, self.layout, self.hardware, lengths)
 

@@ -221,7 +221,7 @@ def _write_probe_file(folder: Path, token: str) -> dict[str, str]:
     require_writable(folder)
     path = closest_existing(folder) / f".preflight-{token}"
     try:
-        write_text(path, token, durable=True)
+        write_text(path, token, is_durable=True)
     except OSError as error:
         raise UserError(
             f"output_dir: {path.parent}: {error.strerror}; free some space or set another folder"

@@ -21,13 +21,13 @@ from pipeline.preflight.gpus import used_gpu_indices
 if TYPE_CHECKING:
     import torch
 
-# Fractions below which a rate causes a warning.
-# Of the planned rate. This applies only to GPUs, because the plan's rate for a CPU is rough.
+# A rate causes a warning below these fractions of an expected rate.
+# Fraction of the planned rate; only for GPUs, because the plan's rate for a CPU is rough.
 _MIN_OF_PLAN = 0.5
-# Of the median over devices. GPUs of one model differ by a few percent; ranks that share CPU cores
-# differ by more.
+# Fraction of the median over devices. GPUs of one model differ by a few percent; ranks that share
+# CPU cores differ by more.
 _MIN_OF_MEDIAN = {"cuda": 0.85, "cpu": 0.4}
-# Of the expected rate of a link between two ranks.
+# Fraction of the expected rate of a link between two ranks.
 _MIN_OF_LINK = 0.5
 _TERA, _GIGA = 1e12, 1e9
 # A CPU is much faster in one dtype than in the other above this ratio of the rates.

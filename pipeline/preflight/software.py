@@ -31,7 +31,7 @@ def _probe_versions(context: RankContext) -> dict[str, str]:
 
     Raises UserError if a package is missing or its version is not supported.
     """
-    # An optional dependency group of pyproject.toml has the name of its tracker; "" is no group.
+    # An optional dependency group of pyproject.toml has the name of its tracker; "" means no group.
     groups = ["", *(context.settings.trackers if context.settings is not None else [])]
     versions = {"rankzero": __version__, "python": platform.python_version()}
     problems = []

@@ -229,7 +229,7 @@ def thinned(steps: Array, values: Array, max_points: int = MAX_POINTS) -> tuple[
 
 
 def bin_edges(num_points: int, max_points: int = MAX_POINTS) -> list[int]:
-    """Offsets of the bins of `thinned`, which have equal numbers of points, up to one."""
+    """Offsets of the bins of `thinned`, whose numbers of points differ by at most one."""
     # `thinned` keeps two points of each bin, and the two ends of the curve.
     num_bins = max(1, (max_points - 2) // 2)
     return [num_points * i // num_bins for i in range(num_bins + 1)]

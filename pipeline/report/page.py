@@ -197,21 +197,21 @@ def _score_text(scores: Mapping[str, Any], key: str) -> str:
 def _answers(run: RunRecords) -> Iterator[Mapping[str, Any]]:
     """Prompt and expected answer of each scored row, and the answers of the models.
 
-    `given`: for each model its name, its answer, and whether the answer is the expected one.
+    `replies`: for each model its name, its answer, and whether the answer is the expected one.
     """
     answers = run.score.get("answers")
     for entry in answers if isinstance(answers, list) else []:
         row = dict_or_empty(entry)
         expected = text.cell(row.get("expected", ""))
-        given = []
+        replies = []
         for name in MODELS:
             if row.get(name) is not None:
                 answer = text.cell(row[name])
-                given.append((name, answer, answer.strip() == expected.strip()))
+                replies.append((name, answer, answer.strip() == expected.strip()))
         yield {
             "prompt": text.cell(row.get("prompt", "")),
             "expected": expected,
-            "given": given,
+            "replies": replies,
         }
 
 

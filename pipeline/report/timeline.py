@@ -1,4 +1,4 @@
-"""Time line of a run: starts, resumes, stops, failures and steps without an update."""
+"""Timeline of a run: starts, resumes, stops, failures and steps without an update."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ _ENDS = {  # final state of a start -> text
 class Event:
     """An event of a run.
 
-    `what`: what happened. `kind`: CSS class, which sets the colour: done, stopped, failed or
-    running.
+    `text`: description for the reader. `kind`: CSS class, which sets the colour: done, stopped,
+    failed or running.
     """
 
     time: str
     step: str
-    what: str
+    text: str
     kind: str
     reason: str = ""
 
@@ -42,7 +42,7 @@ class Timeline:
 
 
 def timeline_of(run: RunRecords) -> Timeline:
-    """The time line, as far as status.json and metrics.jsonl have it."""
+    """The timeline, as far as status.json and metrics.jsonl have it."""
     skipped = _ranges([line["step"] for line in run.steps if line.get("was_applied") is False])
     losses = zip(*run.measured("loss"), strict=True)
     not_finite = _ranges([step for step, loss in losses if not isfinite(loss)])
@@ -81,9 +81,9 @@ def _events_of_start(start: Record) -> Iterator[Event]:
     """The beginning of a start and, unless it is running, its end."""
     first_step, state = float_or_none(start.get("first_step")), str(start.get("state") or "")
     if "started" in start:
-        what = f"resumed from step {first_step:,.0f}" if first_step else "started"
+        description = f"resumed from step {first_step:,.0f}" if first_step else "started"
         step = f"{first_step:,.0f}" if first_step is not None else ""
-        yield Event(time=text.moment(start["started"]), step=step, what=what, kind="running")
+        yield Event(time=text.moment(start["started"]), step=step, text=description, kind="running")
     if state in _ENDS:
         last_step = float_or_none(start.get("step"))
         code = start.get("exit_code")
@@ -91,13 +91,15 @@ def _events_of_start(start: Record) -> Iterator[Event]:
         yield Event(
             time=text.moment(start.get("ended") or start.get("heartbeat")),
             step="" if last_step is None else f"{last_step:,.0f}",
-            what=_ENDS[state] + (f" (exit code {code})" if code else ""),
+            text=_ENDS[state] + (f" (exit code {code})" if code else ""),
             kind="failed" if state in ("killed", "dead") else state,
             reason=reason,
         )
 
 
-def _event_of_steps(what: str, kind: str, ranges: list[tuple[float, float]]) -> Iterator[Event]:
+def _event_of_steps(
+    description: str, kind: str, ranges: list[tuple[float, float]]
+) -> Iterator[Event]:
     """One event for all steps of these ranges; no event without steps."""
     if not ranges:
         return
@@ -112,7 +114,7 @@ def _event_of_steps(what: str, kind: str, ranges: list[tuple[float, float]]) -> 
     yield Event(
         time="",
         step=f"{ranges[0][0]:,.0f}",
-        what=f"{count:,.0f} step{plural} {what}",
+        text=f"{count:,.0f} step{plural} {description}",
         kind=kind,
         reason=f"step{plural} {', '.join(listed)}{more}",
     )

@@ -199,7 +199,7 @@ def _is_media(value: Any) -> bool:
 
 
 def _media_name(value: Any, name: str) -> str:
-    """The path of the first picture, sound or video in a value; empty if there is none.
+    """The path of the first image, sound or video in a value; empty if there is none.
 
     `name`: path of the value, such as messages.content. Media are objects as `datasets` represents
     them, data URIs, and values under keys such as `image`.

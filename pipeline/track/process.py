@@ -54,9 +54,9 @@ class TrackerProcesses:
         self._folder = folder
         for name in trackers:
             # -P: the working directory is not searched for modules.
-            command = [sys.executable, "-P", "-m", "pipeline.cli.track", str(folder)]
+            program = [sys.executable, "-P", "-m", "pipeline.cli.track", str(folder)]
             self._processes[name] = subprocess.Popen(
-                [*command, "--tracker", name, "--follow"],
+                [*program, "--tracker", name, "--follow"],
                 stdin=subprocess.PIPE,  # the process ends after training has closed this pipe
                 env=tracker_environment(name, os.environ),
                 start_new_session=True,  # so that Ctrl-C is not sent to the tracker process

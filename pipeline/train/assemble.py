@@ -61,7 +61,10 @@ def assemble(context: RunContext, folder: RunFolder, index: DataIndex) -> Traini
         proof = Proof(**session.rank_zero_first(lambda: asdict(require_proof(context.plan))))
     plan = context.plan = context.plan.with_proof(proof)
     if folder.checkpoints is not None:  # on rank 0
-        folder.checkpoints.about = {**folder.checkpoints.about, "fast_paths": plan.fast_path_states}
+        folder.checkpoints.metadata = {
+            **folder.checkpoints.metadata,
+            "fast_paths": plan.fast_path_states,
+        }
         if checkpoint is not None:
             _log_changes(checkpoint, folder.checkpoints, context.settings)
     peak = PeakBytes(session.device, is_watched=session.is_rank_zero)
@@ -148,12 +151,12 @@ def _sequences(plan: Plan, split: Split) -> Iterator[Batch]:
 
 
 def _log_changes(checkpoint: Path, checkpoints: Checkpoints, settings: RunSettings) -> None:
-    """Log the changes because of which a resumed run is not bitwise equal to an uninterrupted one.
+    """Log why the results of a resumed run will not be bitwise those of an uninterrupted one.
 
     `checkpoint`: the resumed one. `checkpoints`: those that this run will write.
     """
     has_dropout = settings.lora_dropout > 0
-    if changes := computation_changes(checkpoint, checkpoints.about, has_dropout=has_dropout):
+    if changes := computation_changes(checkpoint, checkpoints.metadata, has_dropout=has_dropout):
         logger.info(
             "the results will not be bitwise those of an uninterrupted run, because the "
             "computation changed: %s",

@@ -99,9 +99,9 @@ class Checkpoints:
     may differ (accept_changes). `origin`: the checkpoint of `resume: PATH`, if the run started from
     one; the checkpoints of the run record this path. `shapes`: name and shape of each trained
     tensor, without those of fused experts. `model_folder`: folder of the base. It is needed for
-    checkpoints of earlier versions, whose fingerprint covers only samples of the weights. `about`:
-    further entries of state.json for users. `initial`: the initial LoRA weights A0 and B0 of PiSSA
-    and OLoRA, which each checkpoint contains; empty for other adapters.
+    checkpoints of earlier versions, whose fingerprint covers only samples of the weights.
+    `metadata`: further entries of state.json for users. `initial`: the initial LoRA weights A0 and
+    B0 of PiSSA and OLoRA, which each checkpoint contains; empty for other adapters.
     """
 
     folder: Path
@@ -111,7 +111,7 @@ class Checkpoints:
     origin: str | None = None
     shapes: Mapping[str, Sequence[int]] | None = None
     model_folder: Path | None = None
-    about: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     initial: Mapping[str, "torch.Tensor"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -279,7 +279,7 @@ class Checkpoints:
         data = "training" if identity["data"] in changed_splits else "held-out"
         # package -> version, at the first preparation and at this one
         packages_before = state.get(DATA_MADE_WITH, {})
-        packages_now = self.about.get(DATA_MADE_WITH, {})
+        packages_now = self.metadata.get(DATA_MADE_WITH, {})
         changed_packages = [
             f"{name} {version} (now {packages_now.get(name)})"
             for name, version in packages_before.items()
@@ -381,7 +381,7 @@ class Checkpoints:
                 "identity": asdict(self.identity),
                 "progress": asdict(progress),
                 "origin": self.origin,
-                **self.about,
+                **self.metadata,
             }
             (temporary / _STATE).write_text(dump_json(state), encoding="utf-8")
             files = {file.name: _size_and_digest(file) for file in sorted(temporary.iterdir())}
@@ -390,7 +390,7 @@ class Checkpoints:
 
 def read_progress(path: Path) -> Progress:
     """The progress in an intact checkpoint. Fields of other versions are ignored."""
-    names = {field.name for field in fields(Progress)}
+    names = {each.name for each in fields(Progress)}
     values = _read_state(path)["progress"]
     return Progress(**{name: value for name, value in values.items() if name in names})
 
@@ -410,27 +410,27 @@ def read_initial(path: Path) -> dict[str, "torch.Tensor"]:
 
 
 def computation_changes(
-    path: Path, about: Mapping[str, Any], *, has_dropout: bool = False
+    path: Path, metadata: Mapping[str, Any], *, has_dropout: bool = False
 ) -> list[str]:
-    """Changes because of which a resumed run is not bitwise equal to an uninterrupted one.
+    """Reasons why the results of a resumed run are not bitwise those of an uninterrupted one.
 
     Each is a text `NAME: BEFORE -> NOW`, for a package version, a fast path (a faster computation
     with slightly different rounding), or the division of a step over ranks, on which the masks of
-    dropout depend. A fast path that was off and is off for another reason is no change. `about`:
-    entries of state.json in this run's checkpoints. Checkpoints of earlier versions have no
-    division, so it is not compared with theirs.
+    dropout depend. A fast path that was off and is off for another reason is not a change.
+    `metadata`: entries of state.json in this run's checkpoints. Checkpoints of earlier versions
+    have no division, so it is not compared with theirs.
     """
     state = _read_state(path)
     changes = []
     for entry in ("fast_paths", "versions"):
-        before, now = state.get(entry, {}), about.get(entry, {})
+        before, now = state.get(entry, {}), metadata.get(entry, {})
         changes += [
             f"{name}: {before.get(name, 'not used')} -> {value}"
             for name, value in now.items()
             if before.get(name) != value
             and (entry == "versions" or "on" in (before.get(name), value))
         ]
-    before, now = state.get(DIVISION, {}), about.get(DIVISION, {})
+    before, now = state.get(DIVISION, {}), metadata.get(DIVISION, {})
     divided = {name for name in now if before and before.get(name) != now[name]}
     changes += [f"{name}: {before.get(name)} -> {now[name]}" for name in sorted(divided)]
     if has_dropout and divided - {"zero_stage"}:

@@ -107,7 +107,7 @@ class ProgressDisplay:
     ) -> None:
         """Show a held-out loss, and the scores of answers to held-out rows."""
         self._view.held_out = (step, loss)
-        # All scores are fractions; entries that are no float are counts.
+        # All scores are fractions; entries that are not floats are counts.
         percentages = "".join(
             f"  {name.replace('_', ' ')} {100 * value:.1f} %"
             for name, value in scores.items()

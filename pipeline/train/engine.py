@@ -49,7 +49,7 @@ class StepResult:
     group share their tokens, so only the first of them counts the tokens; on the others `tokens`
     is 0. `grad_norm`: norm of the gradient over all ranks. `was_applied`: False if the update was
     skipped. `can_lower_scale`: whether the loss scale of fp16 was above its minimum. If so, an
-    overflow is no failure, because DeepSpeed lowers the scale and continues.
+    overflow is not a failure, because DeepSpeed lowers the scale and continues.
     """
 
     loss_sum: float
@@ -210,7 +210,7 @@ class Engine:
         return reduced_once(self.deepspeed, self.parameters.values())
 
     def _note_size(self, batch: Batch) -> None:
-        """Set `largest_batch`, whose predicted memory is shown beside the measured peak."""
+        """Set `largest_batch`, whose predicted memory is shown with the measured peak."""
         if batch.input_ids.numel() > self._max_tokens:
             self._max_tokens = batch.input_ids.numel()
             labels = batch.labels

@@ -48,7 +48,7 @@ def training_loop(run: TrainingState) -> str | None:
                 _complete(run, step, result)
     except StopAgreed as stop:
         if run.session.is_rank_zero:
-            # Before the save, because that may fail, and with the file the next start stops too.
+            # Before the save, because the save may fail; the file would also stop the next start.
             run.stops.remove_stop_file()
         with run.display.show_work("saving a checkpoint"):
             save_before_stop(run)
@@ -213,7 +213,7 @@ def _require_trained(run: TrainingState) -> None:
     moments = gather_moments(checked_by_moments, keep=keep)
 
     def verify() -> None:
-        verify_tensors(weights, expected_shapes(run.plan), trained=True)
+        verify_tensors(weights, expected_shapes(run.plan), is_trained=True)
         verify_gradients(moments)
 
     run.session.rank_zero_first(verify)

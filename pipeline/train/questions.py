@@ -61,7 +61,7 @@ def held_out_questions(plan: Plan, index: DataIndex, session: Session) -> HeldOu
     prompts, expected = zip(*pairs, strict=True)
     generator = Generator(
         tokenizer=encoder.tokenizer,
-        ends=encoder.ends,
+        end_ids=encoder.end_ids,
         max_new_tokens=max(map(encoder.num_tokens, expected)) + EXTRA_TOKENS,
         max_positions=plan.shape.max_positions,
     )

@@ -52,7 +52,7 @@ def checkpoints_of(
         origin=str(Path(settings.resume).resolve()) if is_path else None,
         shapes=shapes,
         model_folder=settings.model_folder,
-        about=_entries_for_users(plan)
+        metadata=_entries_for_users(plan)
         | ({} if index is None else {DATA_MADE_WITH: dict(index.train.made_with)}),
     )
 

@@ -8,7 +8,7 @@ import torch
 from pipeline.adapter.gather import OptimizerState, gather_moments, gather_weights, restore
 from tests.ranks import run_ranks
 from tests.tiny import Documents
-from tests.train_tiny import build_engine, distance, work
+from tests.train_tiny import batches_of_step, build_engine, distance
 
 pytestmark = pytest.mark.engine
 
@@ -53,7 +53,7 @@ def train_steps(session, plan, engine, first, count):
     """Train steps `first` to `first + count - 1`; the mean loss of each."""
     split, losses = Documents(), []
     for step in range(first, first + count):
-        batches, supervised = work(plan, split, step, session.placement.rank)
+        batches, supervised = batches_of_step(plan, split, step, session.placement.rank)
         result = engine.optimizer_step(batches, supervised, plan.learning_rate(step))
         losses.append(session.sum_over_ranks([result.loss_sum])[0] / supervised)
     return losses

@@ -20,7 +20,7 @@ IDS = torch.arange(3, 35).reshape(2, 16)  # token ids of two sequences, whose lo
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A base and an adapter with random weights, published beside it."""
+    """A base and an adapter with random weights, published in the same folder."""
     folder = tmp_path_factory.mktemp("published")
     base = make_model(folder / "base")
     plan = make_plan(base, 1, 40)

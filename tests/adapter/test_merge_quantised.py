@@ -55,15 +55,15 @@ def batch():
     return Batch(ids, labels, (labels.flatten() != -100).nonzero()[:, 0] - 1, ((20,), (20,)), 40)
 
 
-def trained(base, **options):
+def trained_base(base, **options):
     """The base of a run in bf16 with these settings."""
     settings = make_plan(base, load_in_8bit=False, **options).settings
     return TrainedBase(settings, "bfloat16")
 
 
-def loaded_in_4bit(base, run):
+def loaded_in_4bit(base, trained):
     """The model as transformers and bitsandbytes load it for training."""
-    config = _quantization(run.settings, read_shape(str(base)), torch.bfloat16)
+    config = _quantization(trained.settings, read_shape(str(base)), torch.bfloat16)
     return load_plain(
         base, dtype=torch.bfloat16, quantization_config=config, device_map={"": "cpu"}
     )
@@ -77,11 +77,11 @@ def dequantised(layer):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantising_and_dequantising_gives_bitwise_the_weights_of_training(base, kind):
-    run = trained(base, **KINDS[kind])
+    trained = trained_base(base, **KINDS[kind])
     quantisation = Quantisation(
-        settings=run.settings, shape=read_shape(str(base)), dtype=torch.bfloat16
+        settings=trained.settings, shape=read_shape(str(base)), dtype=torch.bfloat16
     )
-    model = loaded_in_4bit(base, run)
+    model = loaded_in_4bit(base, trained)
     layers = {n: each for n, each in model.named_modules() if isinstance(each, Linear4bit)}
     assert quantisation.layers(model_on_meta(base)) == layers.keys()
     for name, layer in layers.items():
@@ -93,9 +93,9 @@ def test_quantising_and_dequantising_gives_bitwise_the_weights_of_training(base,
 
 
 def test_parts_of_a_weight_are_quantised_as_the_whole(base, monkeypatch):
-    run = trained(base, **KINDS["nf4-double"])
+    trained = trained_base(base, **KINDS["nf4-double"])
     quantisation = Quantisation(
-        settings=run.settings, shape=read_shape(str(base)), dtype=torch.bfloat16
+        settings=trained.settings, shape=read_shape(str(base)), dtype=torch.bfloat16
     )
     whole = torch.randn(160, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
     parts = whole.clone()
@@ -107,10 +107,10 @@ def test_parts_of_a_weight_are_quantised_as_the_whole(base, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_merge_onto_the_quantised_base_is_bitwise_that_of_peft(base, adapter, tmp_path, kind):
-    run = trained(base, **KINDS[kind])
-    merge_adapter(base, adapter, tmp_path / "merged", onto=run)
+    trained = trained_base(base, **KINDS[kind])
+    merge_adapter(base, adapter, tmp_path / "merged", onto=trained)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    for name, layer in loaded_in_4bit(base, run).named_modules():
+    for name, layer in loaded_in_4bit(base, trained).named_modules():
         if isinstance(layer, Linear4bit):
             plain.get_submodule(name).weight.data = dequantised(layer)
     by_peft = PeftModel.from_pretrained(plain, adapter).merge_and_unload().state_dict()
@@ -143,13 +143,13 @@ def test_only_the_weights_of_one_block_are_in_memory_at_a_time(base, batch):
     causal = streamed_model(base)
     loaded = []
 
-    def count(module, arguments):
+    def record_loaded_blocks(module, arguments):
         loaded.append([any(not p.is_meta for p in block.parameters()) for block in blocks(causal)])
 
     weights = StreamedWeights(base, causal, lambda size: None, None)
     with weights.attached(causal), torch.no_grad():
         for block in blocks(causal):
-            block.mlp.register_forward_pre_hook(count)
+            block.mlp.register_forward_pre_hook(record_loaded_blocks)
         causal(batch.input_ids)
     assert loaded == [[True, False], [False, True]]
     assert all(parameter.is_meta for parameter in causal.parameters())
@@ -159,13 +159,13 @@ def test_logits_of_a_merge_are_nearest_to_the_adapter_on_the_base_of_that_merge(
     base, adapter, batch, tmp_path
 ):
     """The base of a merge is the original one, or the one that was quantised and dequantised."""
-    run = trained(base, **KINDS["nf4-double"])
+    trained = trained_base(base, **KINDS["nf4-double"])
     differences = {}  # (base of the merge, base that carries the adapter) -> differences
-    for name, onto in (("original", None), ("dequantized", run)):
+    for name, onto in (("original", None), ("dequantized", trained)):
         merged = tmp_path / name
         merge_adapter(base, adapter, merged, onto=onto)
         merged_model = MergedModel(
-            folder=merged, base=base, adapters=[WeightedAdapter(adapter)], trained=run
+            folder=merged, base=base, adapters=[WeightedAdapter(adapter)], trained=trained
         )
         logits = streamed_logits(batch, merged, ())
         for base_name, transform in (

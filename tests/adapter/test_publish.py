@@ -227,7 +227,7 @@ def test_a_kill_at_a_rename_keeps_the_previous_adapter(
     with pytest.raises(KeyboardInterrupt):
         write_adapter(plan, trained_tensors, published)
     assert contents(published) == before
-    # The folder as a real kill leaves it: if the next publish fails, it restores the first adapter.
+    # In the folder that a kill leaves, the next publication fails, and restores the first adapter.
     monkeypatch.setattr(publish, "verify_adapter_file", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_adapter(plan, trained_tensors, left_by_kill / "adapter")
@@ -243,9 +243,9 @@ UNSERVABLE = {
         {},
         ["model.layers"],
     ),
-    "kind": (lambda t: t | {HEAD: torch.ones(1, 1)}, {}, [HEAD]),
+    "not LoRA": (lambda t: t | {HEAD: torch.ones(1, 1)}, {}, [HEAD]),
     "r": (lambda t: t, {"r": 2}, [4, 2, "adapter_config.json"]),
-    "types": (lambda t: t | {min(t): t[min(t)].bfloat16()}, {}, ["bfloat16", "float32"]),
+    "dtypes": (lambda t: t | {min(t): t[min(t)].bfloat16()}, {}, ["bfloat16", "float32"]),
 }
 
 

@@ -13,7 +13,7 @@ from pipeline.model.base import DTYPES
 from pipeline.model.fingerprint import base_fingerprint
 from tests.ranks import run_ranks
 from tests.tiny import Documents, make_model, make_plan
-from tests.train_tiny import build_engine, work
+from tests.train_tiny import batches_of_step, build_engine
 
 pytestmark = pytest.mark.engine
 
@@ -25,7 +25,7 @@ def train_and_gather(session, folder, settings):
     plan, engine = build_engine(session, folder, settings)
     split = Documents()
     for step in range(3):
-        batches, supervised = work(plan, split, step, session.placement.rank)
+        batches, supervised = batches_of_step(plan, split, step, session.placement.rank)
         engine.optimizer_step(batches, supervised, 4e-3)
     weights = gather_weights(engine.parameters, keep=session.is_rank_zero)
     engine.deepspeed.eval()

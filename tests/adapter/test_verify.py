@@ -28,7 +28,7 @@ def with_value(value):
 
 
 # Name -> tensors that replace good ones (None removes a tensor), and facts of the message.
-DAMAGES = {
+KINDS_OF_DAMAGE = {
     "missing": ({B: None}, [B, "missing"]),
     "extra": (
         {K: torch.ones(2, 8)},
@@ -42,23 +42,23 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("name", DAMAGES)
-def test_a_damage_is_refused_with_the_tensor(name, tmp_path):
-    damage, facts = DAMAGES[name]
+@pytest.mark.parametrize("name", KINDS_OF_DAMAGE)
+def test_a_damaged_adapter_is_refused_with_the_tensor(name, tmp_path):
+    damage, facts = KINDS_OF_DAMAGE[name]
     tensors = {key: tensor for key, tensor in (good() | damage).items() if tensor is not None}
     with refused(*facts, error=RankZeroError):
-        verify_tensors(tensors, EXPECTED, trained=True)
+        verify_tensors(tensors, EXPECTED, is_trained=True)
     save_file(tensors, tmp_path / "a.safetensors")
     with refused(*facts, "a.safetensors", error=RankZeroError):
-        verify_adapter_file(tmp_path / "a.safetensors", EXPECTED, trained=True)
+        verify_adapter_file(tmp_path / "a.safetensors", EXPECTED, is_trained=True)
 
 
 def test_a_good_adapter_passes_and_an_untrained_one_may_be_zero(tmp_path):
-    verify_tensors(good(), EXPECTED, trained=True)
+    verify_tensors(good(), EXPECTED, is_trained=True)
     fresh = good() | {B: torch.zeros(6, 2), OTHER: torch.zeros(4, 2)}
-    verify_tensors(fresh, EXPECTED, trained=False)
+    verify_tensors(fresh, EXPECTED, is_trained=False)
     save_file(fresh, tmp_path / "a.safetensors")
-    verify_adapter_file(tmp_path / "a.safetensors", EXPECTED, trained=False)
+    verify_adapter_file(tmp_path / "a.safetensors", EXPECTED, is_trained=False)
 
 
 @pytest.mark.parametrize("end", [0, 4, 60, -1])  # of the remaining bytes
@@ -67,9 +67,9 @@ def test_a_truncated_file_is_refused(tmp_path, end):
     save_file(good(), path)
     path.write_bytes(path.read_bytes()[:end])
     with refused(path, error=RankZeroError):
-        verify_adapter_file(path, EXPECTED, trained=True)
+        verify_adapter_file(path, EXPECTED, is_trained=True)
 
 
 def test_only_the_first_of_many_missing_tensors_are_named():
     with refused("k0", "k1", "k2", "5", "2 more", error=RankZeroError):
-        verify_tensors({}, {f"k{i}": (1,) for i in range(5)}, trained=True)
+        verify_tensors({}, {f"k{i}": (1,) for i in range(5)}, is_trained=True)

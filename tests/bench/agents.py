@@ -2,8 +2,9 @@
 
     python -m tests.bench.data MODEL GSM8K agents
 
-Both have texts of GSM8K. A short row is a question and its answer. A long row is one task and 1,000
-turns, alternately an assistant turn with reasoning and a tool call, and the tool's result.
+The rows consist of texts of GSM8K. A short row is a question and its answer. A long row is one task
+and 1,000 turns, alternately an assistant turn with reasoning and a tool call, and the tool's
+result.
 """
 
 import json

@@ -84,7 +84,7 @@ CELLS = {
     "8B LoRA, checkpointed": Cell(checkpointed=1),
     "8B LoRA, one long sequence, checkpointed": Cell(settings=ONE_LONG, checkpointed=1),
     "8B LoRA, dropout 0.05": Cell(settings={"lora_dropout": 0.05}),
-    "8B LoRA again": Cell(),  # beside the first cell: how much the machine's speed drifts
+    "8B LoRA again": Cell(),  # shows how much the machine's speed drifts
     "1B LoRA": Cell(model=LLAMA_1B),
     "1B LoRA, checkpointed": Cell(model=LLAMA_1B, checkpointed=1),
     "1B QLoRA": Cell(model=LLAMA_1B, settings=NF4),
@@ -161,12 +161,12 @@ class Bench:
     def _train(self, plan, split, cell):
         from pipeline.model.adapter import attach_adapter
         from pipeline.train.engine import Engine
-        from tests.train_tiny import work
+        from tests.train_tiny import batches_of_step
 
         engine = Engine(attach_adapter(random_base(plan, self.session.device), plan), plan)
         seconds = []
         for step in range(cell.warm_up + cell.steps):
-            batches, supervised = work(plan, split, step, 0)
+            batches, supervised = batches_of_step(plan, split, step, 0)
             synchronise(self.is_cuda)
             start = time.perf_counter()
             engine.optimizer_step(batches, supervised, 1e-4)

@@ -60,9 +60,10 @@ def launches(device, *, is_tiny):
 
 
 def attention(device, *, is_tiny):
-    """Forward and backward pass of attention of packs: a kernel per document, and varlen_attn.
+    """Seconds of attention of packs, forward and backward: a kernel per document, and varlen_attn.
 
-    Also how much the two differ, relative to the norm: in the output and in each gradient.
+    The result also has the difference of the two, relative to the norm, for the output and each
+    gradient.
     """
     heads, key_heads, head_dim, lengths = (
         (4, 2, 16, [8, 24]) if is_tiny else (32, 8, 128, [512] * 16)

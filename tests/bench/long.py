@@ -37,7 +37,7 @@ SETTINGS = {
     "lora_r": 4, "batch_size": 1, "global_batch_size": 1, "zero_stage": 2,
     "gradient_checkpointing": True,
 }  # fmt: skip
-# Ways to save memory, beside checkpointing.
+# Ways to save memory, in addition to checkpointing.
 SAVINGS = {
     "checkpointed": {"mlp_tiles": 1},
     "tiles": {"mlp_tiles": 8},
@@ -68,17 +68,17 @@ def settings_of(case):
 def measure(session, folder, settings):
     """Peak of live bytes, and CPU seconds and seconds of the last step, of this rank."""
     from pipeline.train.live_bytes import LiveBytes
-    from tests.train_tiny import build_engine, work
+    from tests.train_tiny import batches_of_step, build_engine
 
     rank, length = session.placement.rank, settings["max_length"]
     rate = product_rate()
     with LiveBytes() as live:
         plan, engine = build_engine(session, folder, settings, 8)
         split = FullSequences(8, length, plan.shape.vocab_size)
-        first = timed_step(engine, work(plan, split, 0, rank))
+        first = timed_step(engine, batches_of_step(plan, split, 0, rank))
     last = first
     if length <= LONGEST_OF_TWO_STEPS:
-        last = timed_step(engine, work(plan, split, 1, rank))
+        last = timed_step(engine, batches_of_step(plan, split, 1, rank))
     return {"bytes": live.peak, "product_rate": rate} | last
 
 

@@ -66,7 +66,7 @@ SAVED = BF16 | CKPT_OFF | {
     "modules_to_save": ["embed_tokens", "lm_head"],
     "max_length": 48, "batch_size": 1, "global_batch_size": 4,
 }  # fmt: skip
-UNTIED_16K = {"vocab_size": 16384}  # embeddings and head that are large beside the layers
+UNTIED_16K = {"vocab_size": 16384}  # embeddings and head that are larger than the layers
 TIED_16K = UNTIED_16K | {"tie_word_embeddings": True}
 HEADS, OFFLOAD = {"head_dim": 32}, {"offload_param": "cpu"}
 HPZ = {"hpz_partition_size": 2}  # ZeRO++: each 2 ranks hold all parameters
@@ -333,13 +333,13 @@ def two_steps(session, plan, base, documents=1):
     """
     from pipeline.model.adapter import attach_adapter
     from pipeline.train.engine import Engine
-    from tests.train_tiny import work
+    from tests.train_tiny import batches_of_step
 
     split = FullSequences(64, plan.settings.max_length, plan.shape.vocab_size, documents)
     group = session.sequence_group(plan.layout.sequence_parallel_size)
     engine = Engine(attach_adapter(base, plan), plan, group=group)
     for step in range(2):
-        batches, supervised = work(plan, split, step, session.placement.rank)
+        batches, supervised = batches_of_step(plan, split, step, session.placement.rank)
         engine.optimizer_step(batches, supervised, 1e-3)
     return engine.largest_batch
 

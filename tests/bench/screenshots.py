@@ -36,7 +36,7 @@ STYLE = (
     "body { margin: 0; background: #17191d } pre { margin: 0; padding: 14px 18px; color: #d8dade; "
     "display: inline-block; font: 14px/1.17 'DejaVu Sans Mono', monospace }"
 )
-# Terminal images: name -> text that is on the screen when it is taken; None: the end.
+# Images of the terminal: name -> text on the screen when the image is taken; None: at the end.
 MOMENTS = {"terminal-training": " 60 %", "terminal-scoring": "└", "terminal-end": None}
 THEMES = {"light": "", "dark": "-dark"}  # theme -> suffix of the names of its images
 
@@ -123,8 +123,8 @@ def start(command: list, folder: Path) -> tuple[subprocess.Popen, int]:
 
     Returns the process, and the file descriptor from which the terminal's output is read.
     """
-    terminal, end_of_process = pty.openpty()
-    fcntl.ioctl(end_of_process, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
     environment = os.environ | {
         "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "COLUMNS": str(COLUMNS),
         "PATH": f"{ROOT / '.venv/bin'}:{os.environ['PATH']}",
@@ -134,12 +134,12 @@ def start(command: list, folder: Path) -> tuple[subprocess.Popen, int]:
         command,
         cwd=folder,
         env=environment,
-        stdin=end_of_process,
-        stdout=end_of_process,
-        stderr=end_of_process,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
     )
-    os.close(end_of_process)
-    return process, terminal
+    os.close(terminal)
+    return process, controller
 
 
 def read(terminal: int) -> bytes:

@@ -105,15 +105,15 @@ def profile_steps(plan, base, split, steps=3):
     """Train `steps` steps under the profiler, after two others; returns the shares by kind."""
     from pipeline.model.adapter import attach_adapter
     from pipeline.train.engine import Engine
-    from tests.train_tiny import work
+    from tests.train_tiny import batches_of_step
 
     is_cuda = plan.hardware.kind == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * is_cuda
     with Phases() as phases:
         engine = Engine(attach_adapter(base, plan), plan, phases)
         for step in range(2):
-            engine.optimizer_step(*work(plan, split, step, 0), 1e-4)
-        prepared = [work(plan, split, step, 0) for step in range(2, 2 + steps)]
+            engine.optimizer_step(*batches_of_step(plan, split, step, 0), 1e-4)
+        prepared = [batches_of_step(plan, split, step, 0) for step in range(2, 2 + steps)]
         synchronise(is_cuda)
         with profile(activities=activities, record_shapes=True) as profiler:
             start = time.perf_counter()

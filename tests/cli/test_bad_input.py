@@ -73,7 +73,7 @@ def assert_refused(result: Result, *facts: object) -> None:
         ({"model": "no/such/folder"}, ["model", "no/such/folder"]),
         ({"train_data": "no/such.jsonl"}, ["train_data", "no/such.jsonl"]),
         ({"eval_data": "no/such.jsonl"}, ["eval_data", "no/such.jsonl"]),
-        # 7 is no multiple of batch_size; 6 and 8 are the nearest.
+        # 7 is not a multiple of batch_size; 6 and 8 are the nearest.
         ({"global_batch_size": 7, "batch_size": 2}, ["global_batch_size", 7, 6, 8]),
         ({"lora_target_modules": ["nothing"]}, ["lora_target_modules", "nothing", "q_proj"]),
         ({"fp16": True, "bf16": True}, ["fp16", "bf16"]),

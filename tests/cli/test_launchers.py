@@ -179,7 +179,7 @@ def test_deepspeed_on_each_machine_without_ssh_gives_the_same_adapter(
     ]  # fmt: skip
     for command in commands:
         with command:
-            code, output = command.end()
+            code, output = command.wait_for_end()
         assert code == 0, output
     assert workspace.adapter("no_ssh") == expected
 
@@ -209,7 +209,7 @@ def test_pods_of_a_pytorchjob_give_the_same_adapter(workspace, expected):
     }  # fmt: skip
     pods = [common | {"RANK": pod, "PET_NODE_RANK": pod} for pod in ("0", "1")]
     with Command(TRAIN, workspace.run_file("pods"), variables=pods) as command:
-        code, output = command.end()
+        code, output = command.wait_for_end()
     assert code == 0, output
     assert workspace.adapter("pods") == expected
 
@@ -220,7 +220,7 @@ def test_srun_gives_the_same_adapter(workspace, expected):
     with Command(
         "-c", RUN_WITHOUT_MPI4PY, TRAIN, workspace.run_file("srun"), variables=tasks
     ) as command:
-        code, output = command.end()
+        code, output = command.wait_for_end()
     assert code == 0, output
     assert workspace.adapter("srun") == expected
 

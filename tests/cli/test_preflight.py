@@ -70,11 +70,12 @@ class Ranks:
         variables = self._variables[len(self._commands)]
         self._commands.append(Command(*command, variables=[variables]))
 
-    def end(self) -> list[tuple[int, str, str]]:
+    def wait_for_end(self) -> list[tuple[int, str, str]]:
         """Wait for the ranks; exit code, standard output and standard error of each."""
         try:
             return [
-                (command.end(within_s=200)[0], *command.outputs[0]) for command in self._commands
+                (command.wait_for_end(within_s=200)[0], *command.outputs[0])
+                for command in self._commands
             ]
         finally:
             for command in self._commands:
@@ -104,7 +105,7 @@ class RanksOnHosts:
         )  # fmt: skip
         self._processes.append(process)
 
-    def end(self) -> list[tuple[int, str, str]]:
+    def wait_for_end(self) -> list[tuple[int, str, str]]:
         """Wait for the ranks; exit code, standard output and standard error of each."""
         try:
             outputs = [process.communicate(timeout=200) for process in self._processes]
@@ -124,7 +125,7 @@ def test_two_ranks_of_a_valid_run_pass_and_leave_no_files(run_file, tmp_path):
     command = ["launch/preflight.py", "--local_rank=0", run_file, "load_in_4bit=true", "--json"]
     ranks.start(*command)
     ranks.start(*command)
-    (code, out, errors), (code_1, out_1, _) = ranks.end()
+    (code, out, errors), (code_1, out_1, _) = ranks.wait_for_end()
     assert (code, code_1, out_1) == (0, 0, ""), errors
     report = json.loads(out)
     levels = {finding["check"]: finding["level"] for finding in report["findings"]}
@@ -140,7 +141,7 @@ def test_a_rank_with_other_settings_is_reported(run_file):
     ranks = Ranks()
     ranks.start("launch/preflight.py", run_file)
     ranks.start("launch/preflight.py", run_file, "seed=7", "lora_r=nine")
-    (code, out, _), (code_1, *_) = ranks.end()
+    (code, out, _), (code_1, *_) = ranks.wait_for_end()
     assert (code, code_1) == (2, 2)
     assert_mentions(out, "rank 1", "found 'nine'")
     # One line lists the checks, such as that of the clocks, that rank 1 cannot run without
@@ -157,7 +158,7 @@ def preflight_with_fault(run_file, fault, limit_s):
     ranks = Ranks()
     ranks.start("-c", FAULTY_PREFLIGHT, run_file, limit_s, "none")
     ranks.start("-c", FAULTY_PREFLIGHT, run_file, limit_s, fault)
-    (code, out, _), (code_1, *_) = ranks.end()
+    (code, out, _), (code_1, *_) = ranks.wait_for_end()
     (line,) = [line for line in out.splitlines() if line.startswith("fail")]
     return code, code_1, line, out
 
@@ -179,7 +180,7 @@ def test_a_rank_that_dies_is_reported_with_earlier_results(run_file):
 def test_a_missing_rank_is_reported_at_the_rendezvous(run_file):
     ranks = Ranks()
     ranks.start("-c", FAULTY_PREFLIGHT, run_file, "2", "none")  # rank 1 is never started
-    ((code, out, errors),) = ranks.end()
+    ((code, out, errors),) = ranks.wait_for_end()
     assert code == 1, errors
     (line,) = [line for line in out.splitlines() if line.startswith("fail")]
     assert_mentions(line, "rendezvous", "not all ranks", "ranks 0")
@@ -199,7 +200,7 @@ def test_a_host_without_the_shared_disk_is_reported(run_file, tmp_path):
         command = ["-c", WITH_SHORT_WAIT, "launch/preflight.py", run_file]
         ranks.start(*command, "--json")
         ranks.start(*command, through=separate_disk)
-        (code, out, errors), (code_1, *_) = ranks.end()
+        (code, out, errors), (code_1, *_) = ranks.wait_for_end()
     assert (code, code_1) == (2, 2), errors
     findings = {finding["check"]: finding for finding in json.loads(out)["findings"]}
     failed = [name for name, finding in findings.items() if finding["level"] == "fail"]
@@ -215,7 +216,7 @@ def test_training_refuses_ranks_that_differ_before_it_loads_a_model(run_file, tm
     ranks = Ranks()
     ranks.start("launch/train.py", run_file)
     ranks.start("launch/train.py", run_file, "seed=7")  # the default is 42
-    (code, out, errors), (code_1, *_) = ranks.end()
+    (code, out, errors), (code_1, *_) = ranks.wait_for_end()
     assert (code, code_1) == (2, 2)
     assert "Traceback" not in errors
     (line,) = [line for line in errors.splitlines() if " seed " in line]

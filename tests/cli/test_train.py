@@ -176,12 +176,14 @@ def test_packed_training_uses_every_token_once_and_its_held_out_loss_equals_the_
     assert scored == pytest.approx(lines[-1]["eval_loss"], rel=1e-5)
 
 
-def test_a_run_stopped_by_its_file_and_resumed_is_bitwise_equal(run_file, workspace, uninterrupted):
+def test_a_run_stopped_by_its_stop_file_and_resumed_is_bitwise_equal(
+    run_file, workspace, uninterrupted
+):
     path, folder = run_file("stop-file", dataloader_num_workers=1), workspace / "stop-file"
     with start_two_ranks(path) as command:
         wait_for_step(folder, 4, command)
         (folder / "stop").touch()
-        assert_stopped(folder, *command.end())
+        assert_stopped(folder, *command.wait_for_end())
     # The result is the same whether a worker or the rank builds the batches.
     assert_resumed_as(uninterrupted, path, folder, "dataloader_num_workers=0")
 
@@ -192,7 +194,7 @@ def test_a_run_stopped_by_a_signal_and_resumed_is_bitwise_equal(run_file, worksp
         wait_for_step(folder, 4, command)
         for pid in command.pids:
             os.kill(pid, signal.SIGTERM)
-        assert_stopped(folder, *command.end())
+        assert_stopped(folder, *command.wait_for_end())
     assert_resumed_as(uninterrupted, path, folder)
 
 
@@ -213,8 +215,8 @@ def assert_resumed_as(uninterrupted: Path, run_file: Path, folder: Path, *overri
     assert f"resuming from step {step}" in output
     assert same_adapter(folder, uninterrupted)
     losses = [
-        [line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
-        for run in (folder, uninterrupted)
+        [line["loss"] for line in read_metrics(path / "metrics.jsonl") if "loss" in line]
+        for path in (folder, uninterrupted)
     ]
     assert losses[0] == losses[1]
 
@@ -248,7 +250,7 @@ def test_a_run_can_start_from_a_checkpoint_of_another_run(run_file, workspace, u
     assert state["progress"]["documents"] == 24  # all, in the second epoch
 
 
-def test_the_best_adapter_is_exported_and_patience_ends_the_run(run_file, workspace):
+def test_the_best_adapter_is_published_and_patience_ends_the_run(run_file, workspace):
     path = run_file(
         "best",
         lr=1.0,  # too high: the loss soon rises

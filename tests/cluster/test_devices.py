@@ -181,7 +181,7 @@ def test_libraries_and_variables_of_other_vendors_are_detected(
     ("version", "env"),
     [("2.13.0+cu130", {}), ("2.13.0", {"ROCR_VISIBLE_DEVICES": ""})],
 )
-def test_torch_for_cuda_is_no_sign_of_another_vendor(monkeypatch, tmp_path, version, env):
+def test_torch_for_cuda_is_not_a_sign_of_another_vendor(monkeypatch, tmp_path, version, env):
     monkeypatch.setattr(devices, "package_version", {"torch": version}.get)
     assert unsupported_accelerator(env, tmp_path) is None
 

@@ -121,7 +121,7 @@ def documents_of(batches) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("documents", [300, 64, 5])
 def test_64_ranks_together_train_on_the_same_documents_as_a_single_rank(tiny_model, documents):
-    from tests.train_tiny import work
+    from tests.train_tiny import batches_of_step
 
     split = Documents(documents)
     wide = make_plan(tiny_model, WORLD, documents, global_batch_size=128)
@@ -129,8 +129,8 @@ def test_64_ranks_together_train_on_the_same_documents_as_a_single_rank(tiny_mod
     assert wide.layout.global_batch_size == alone.layout.global_batch_size == 128
     assert wide.steps == alone.steps
     for step in range(min(3, wide.steps.total_steps)):
-        work_of_ranks = [work(wide, split, step, rank) for rank in range(WORLD)]
-        expected, supervised = work(alone, split, step, 0)
+        work_of_ranks = [batches_of_step(wide, split, step, rank) for rank in range(WORLD)]
+        expected, supervised = batches_of_step(alone, split, step, 0)
         assert {len(batches) for batches, _ in work_of_ranks} == {wide.layout.accumulation_steps}
         assert {num_supervised for _, num_supervised in work_of_ranks} == {supervised}
         trained = [row for batches, _ in work_of_ranks for row in documents_of(batches)]
@@ -159,7 +159,7 @@ def one_step(rank: int, folder: Path, settings: dict) -> dict:
     from pipeline.cluster.session import Session
     from pipeline.model import sharded_loading
     from tests.plans import CPU
-    from tests.train_tiny import build_engine, work
+    from tests.train_tiny import batches_of_step, build_engine
 
     torch.set_num_threads(1)
     placement = Placement(
@@ -174,7 +174,7 @@ def one_step(rank: int, folder: Path, settings: dict) -> dict:
     # Each rank reads the whole base, because no other rank sends parameters.
     sharded_loading._shared_conversions = lambda conversions, device: conversions
     plan, engine = build_engine(Session(placement, CPU), folder, settings, documents=256)
-    batches, supervised = work(plan, Documents(256), 0, rank)
+    batches, supervised = batches_of_step(plan, Documents(256), 0, rank)
     engine.optimizer_step(batches, supervised, 1e-3)
     weights = gather_weights(engine.parameters, keep=rank == 0)
     optimizer = engine.deepspeed.optimizer

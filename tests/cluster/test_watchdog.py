@@ -80,7 +80,7 @@ class Ranks:
     def send(self, rank: int, number: signal.Signals) -> None:
         os.kill(self.command.pids[rank], number)
 
-    def end(self, within_s: float = 40) -> tuple[list[int], str]:
+    def wait_for_end(self, within_s: float = 40) -> tuple[list[int], str]:
         """Exit codes by rank, and the output of both."""
         with self.command:
             codes = self.command.exit_codes(within_s)
@@ -94,7 +94,7 @@ def last_line(output: str) -> str:
 
 def test_an_error_of_one_rank_is_the_last_message(tmp_path):
     act = f"raise ValueError('a bad row') if rank == 1 else {WAIT}"
-    codes, output = Ranks(act, tmp_path).end()
+    codes, output = Ranks(act, tmp_path).wait_for_end()
     assert codes == [1, 1]
     assert last_line(output) == "ValueError: a bad row"
     assert output.count("Traceback") == 1
@@ -104,7 +104,7 @@ def test_an_error_of_one_rank_is_the_last_message(tmp_path):
 
 def test_an_error_of_rank_0_is_the_last_message(tmp_path):
     act = f"raise ValueError('a bad row') if rank == 0 else {WAIT}"
-    codes, output = Ranks(act, tmp_path).end()
+    codes, output = Ranks(act, tmp_path).wait_for_end()
     assert codes == [1, 1]
     assert last_line(output) == "ValueError: a bad row"
 
@@ -114,7 +114,7 @@ def test_a_killed_rank_is_named_by_another_rank(tmp_path, victim):
     ranks = Ranks(WAIT, tmp_path)
     ranks.wait_for_work()
     ranks.send(victim, signal.SIGKILL)
-    codes, output = ranks.end()
+    codes, output = ranks.wait_for_end()
     assert codes == [-9 if rank == victim else 1 for rank in range(2)]
     message = f"rank {victim} ended without a message"
     assert last_line(output).startswith(message)
@@ -131,7 +131,7 @@ def test_a_killed_rank_of_another_machine_is_named(tmp_path, victim):
     ranks.wait_for_work()
     time.sleep(3)  # until the victim has published its heartbeat
     ranks.send(victim, signal.SIGKILL)
-    codes, output = ranks.end()
+    codes, output = ranks.wait_for_end()
     assert codes == [-9 if rank == victim else 1 for rank in range(2)]
     message = f"rank {victim} ended without a message"
     assert last_line(output).startswith(message)
@@ -141,7 +141,7 @@ def test_a_killed_rank_of_another_machine_is_named(tmp_path, victim):
 
 def test_a_lost_connection_between_running_ranks_is_the_last_message(tmp_path):
     act = f"raise RuntimeError('Connection closed by peer') if rank == 0 else {WAIT}"
-    codes, output = Ranks(act, tmp_path, local_size=1).end()
+    codes, output = Ranks(act, tmp_path, local_size=1).wait_for_end()
     assert codes == [1, 1]
     message = "rank 0: lost its connection to another rank: Connection closed by peer"
     assert last_line(output) == message
@@ -149,7 +149,7 @@ def test_a_lost_connection_between_running_ranks_is_the_last_message(tmp_path):
 
 
 def test_a_stop_that_all_ranks_raise_is_not_reported_as_the_failure_of_one_rank(tmp_path):
-    codes, output = Ranks("raise Stopped('start again')", tmp_path).end()
+    codes, output = Ranks("raise Stopped('start again')", tmp_path).wait_for_end()
     assert codes == [75, 75]  # the code of a run that was stopped and can resume
     assert "start again" in output
     assert "without a message" not in output
@@ -158,7 +158,7 @@ def test_a_stop_that_all_ranks_raise_is_not_reported_as_the_failure_of_one_rank(
 
 def assert_single_error_ends_all(tmp_path, victim):
     act = f"raise SingleRankError('its worker died') if rank == {victim} else {WAIT}"
-    codes, output = Ranks(act, tmp_path).end()
+    codes, output = Ranks(act, tmp_path).wait_for_end()
     assert codes == [1, 1]
     assert last_line(output) == f"rank {victim}: its worker died"
     assert "Traceback" not in output
@@ -176,7 +176,7 @@ def test_an_error_that_only_rank_1_raises_ends_all_ranks_and_is_the_status(tmp_p
 def test_a_stop_request_before_the_first_step_ends_all_ranks(tmp_path, monkeypatch):
     """The watchdog ends them although the main threads wait in a library."""
     monkeypatch.setenv("STOP_REQUEST", "signal SIGUSR1")
-    codes, output = Ranks(WAIT, tmp_path).end()
+    codes, output = Ranks(WAIT, tmp_path).wait_for_end()
     assert codes == [75, 75]
     assert_mentions(last_line(output), "before the first step", "signal SIGUSR1")
     assert (tmp_path / "final_status").read_text() == f"75 {last_line(output)}"
@@ -191,7 +191,7 @@ def test_a_rank_that_hangs_is_named_with_its_phase(tmp_path):
             WAIT,
         )
     )
-    codes, output = Ranks(act, tmp_path, hang_s=2).end()
+    codes, output = Ranks(act, tmp_path, hang_s=2).wait_for_end()
     assert codes == [1, 1]
     assert "rank 1 on " in last_line(output)
     assert "hangs at step 8 in reading rows (<command>:" in last_line(output)
@@ -208,7 +208,7 @@ def test_a_rank_that_never_loads_its_model_is_named(tmp_path):
             WAIT,
         )
     )
-    codes, output = Ranks(act, tmp_path, hang_s=1).end()
+    codes, output = Ranks(act, tmp_path, hang_s=1).wait_for_end()
     assert codes == [1, 1]
     assert last_line(output).startswith("no progress for 3 s (the others wait): rank 1 on ")
     assert "hangs at step 7 in loading the base" in last_line(output)
@@ -221,7 +221,7 @@ def test_a_process_stopped_by_sigstop_is_named_and_killed(tmp_path, victim):
     ranks.wait_for_work()
     time.sleep(1)  # until the victim has published its heartbeat
     ranks.send(victim, signal.SIGSTOP)
-    codes, output = ranks.end(90)
+    codes, output = ranks.wait_for_end(90)
     assert codes[1 - victim] == 1
     assert codes[victim] in (1, -9)
     assert not psutil.pid_exists(ranks.command.pids[victim])

@@ -145,7 +145,7 @@ def test_a_command_of_a_page_runs(template, tmp_path, words):
 
 def run_here(workspace, *words):
     with Command(*words, cwd=workspace) as command:
-        code, output = command.end()
+        code, output = command.wait_for_end()
     has_remedy = "does not fit" in output and " with " in output  # a plan for a small GPU
     assert code == 0 or (has_remedy and words[0] == "launch/plan.py"), output
 

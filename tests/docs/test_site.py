@@ -48,7 +48,7 @@ def test_a_style_sheet_that_loads_from_a_network_is_found(build, tmp_path):
     assert len(problems_of(build, tmp_path, "")) == 1
 
 
-def test_links_and_resources_of_the_site_itself_are_no_problem(build, tmp_path):
+def test_links_and_resources_of_the_site_itself_are_not_a_problem(build, tmp_path):
     (tmp_path / "x.js").write_text("")
     body = "<script src='x.js'></script><a href='other.html#here'>x</a><a href='https://a.b'>y</a>"
     assert problems_of(build, tmp_path, body) == []

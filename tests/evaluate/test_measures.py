@@ -148,7 +148,7 @@ def test_valid_json_is_the_share_of_rows_that_expect_json_whose_answer_is_json()
 
 
 @pytest.mark.parametrize("text", ["", "5", '"a"', "{} {}", "[" * 10000, "{'a': 1}", "```{}```"])
-def test_is_json_is_false_for_a_text_that_is_no_json_object_or_list(text):
+def test_is_json_is_false_for_a_text_that_is_not_a_json_object_or_list(text):
     assert not is_json(text)
 
 

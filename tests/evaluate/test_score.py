@@ -402,7 +402,7 @@ def test_a_prompt_that_fills_all_positions_of_the_model_has_an_empty_answer(run)
     base = run.parent / "base"
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     generator = Generator(
-        tokenizer=AutoTokenizer.from_pretrained(base), ends=frozenset(), max_new_tokens=50,
+        tokenizer=AutoTokenizer.from_pretrained(base), end_ids=frozenset(), max_new_tokens=50,
         max_positions=30,
     )  # fmt: skip
     forward_passes = []
@@ -437,7 +437,7 @@ def test_a_command_without_rows_is_refused_before_torch_is_imported(
     )
     command = [sys.executable, "-c", script]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    # The last word is that torch is not imported.
+    # The last word, False, says that torch is not imported.
     facts = [fact.replace("RUN", str(folder)) for fact in facts]
     assert_mentions(result.stdout, *facts, "False")
 

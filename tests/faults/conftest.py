@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.runs import IN_PACKS, TOTAL_STEPS, finish, losses, write_run_file
+from tests.faults.runs import IN_PACKS, TOTAL_STEPS, losses, run_to_end, write_run_file
 from tests.tiny import make_rows
 
 
@@ -35,13 +35,13 @@ def run_file(workspace, tiny_model):
 @pytest.fixture(scope="session")
 def uninterrupted(run_file, workspace) -> Path:
     """The folder of an uninterrupted run, to which interrupted runs must be bitwise equal."""
-    finish(run_file("uninterrupted"))
+    run_to_end(run_file("uninterrupted"))
     return workspace / "uninterrupted"
 
 
 @pytest.fixture(scope="session")
 def uninterrupted_in_packs(run_file, workspace) -> Path:
     """The folder of an uninterrupted run on packs, with as many steps as `uninterrupted`."""
-    finish(run_file("uninterrupted-in-packs", **IN_PACKS))
+    run_to_end(run_file("uninterrupted-in-packs", **IN_PACKS))
     assert len(losses(workspace / "uninterrupted-in-packs")) == TOTAL_STEPS
     return workspace / "uninterrupted-in-packs"

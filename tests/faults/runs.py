@@ -147,7 +147,7 @@ class StartedRun:
         started = current.get("started") or 0.0
         return int(current.get("step") or 0) if started >= self.start_time else 0
 
-    def end(self, within_s: float = DEADLINE_S) -> int:
+    def wait_for_end(self, within_s: float = DEADLINE_S) -> int:
         """Wait until all processes of the run have ended; returns the exit code of the command."""
         code = self.process.wait(DEADLINE_S)
         deadline = time.monotonic() + within_s
@@ -178,10 +178,10 @@ class ForkedRun(StartedRun):
     def ranks(self) -> list[psutil.Process]:
         return [psutil.Process(pid) for pid in self.process.pids]
 
-    def end(self, within_s: float = DEADLINE_S) -> int:
+    def wait_for_end(self, within_s: float = DEADLINE_S) -> int:
         """The exit code of the first rank that failed, or 0."""
         with self.process as command:
-            return command.end(within_s)[0]
+            return command.wait_for_end(within_s)[0]
 
 
 def start_ranks(run_file: Path) -> StartedRun:
@@ -217,14 +217,14 @@ def start(
     return StartedRun(run_file, process, log)
 
 
-def finish(run_file: Path) -> str:
-    """Start a run, wait until it is done, and return its output.
+def run_to_end(run_file: Path) -> str:
+    """Start a run, wait until it has trained to the end, and return its output.
 
     Without FAULTS=full the ranks are forked: DeepSpeed's launcher matters only for interruptions.
     """
     if IS_FULL:
         started = start(run_file)
-        code, output = started.end(), started.output
+        code, output = started.wait_for_end(), started.output
     else:
         code, output = run("launch/train.py", run_file, ranks=2)
     assert code == 0, output

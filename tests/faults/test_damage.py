@@ -4,13 +4,13 @@ import shutil
 
 import pytest
 
-from tests.faults.runs import IS_FULL, adapter, finish, losses, start, status, steps_on_disk
+from tests.faults.runs import IS_FULL, adapter, losses, run_to_end, start, status, steps_on_disk
 
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.timeout(3000),
-    # `make test` covers one damage in a run (tests/cli/test_train.py), and all of them in a
-    # checkpoint that is only read (tests/train).
+    # `make test` covers one kind of damage in a run (tests/cli/test_train.py), and all kinds in
+    # a checkpoint that is only read (tests/train).
     pytest.mark.skipif(not IS_FULL, reason="in `make faults` only"),
 ]
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
@@ -42,10 +42,10 @@ def empty(path):
         file.unlink()
 
 
-# Name of the damage -> function that damages the folder of a checkpoint.
-DAMAGES = {
+# Kind of damage -> function that damages the folder of a checkpoint.
+KINDS_OF_DAMAGE = {
     **{f"{name} cut to {n}/5": truncate(name, n / 5) for name in FILES for n in range(5)},
-    **{f"a byte of {name} flipped": flip(name) for name in FILES},
+    **{f"a bit of {name} flipped": flip(name) for name in FILES},
     **{f"no {name}": (lambda path, name=name: (path / name).unlink()) for name in FILES},
     "an added pickle": add_pickle,
     "a file of the user": lambda path: (path / "notes.txt").write_text("mine"),
@@ -65,7 +65,7 @@ def stopped(run_file, workspace):
     return path, folder
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+@pytest.mark.parametrize("damage", KINDS_OF_DAMAGE.values(), ids=KINDS_OF_DAMAGE.keys())
 def test_a_run_resumes_bitwise_from_the_checkpoint_before_a_damaged_one(
     stopped, uninterrupted, tmp_path, damage
 ):
@@ -74,7 +74,7 @@ def test_a_run_resumes_bitwise_from_the_checkpoint_before_a_damaged_one(
     shutil.copytree(folder, copy)
     older, newest = sorted((folder / "checkpoints").glob("step-*"))[-2:]
     damage(newest)
-    output = finish(path)
+    output = run_to_end(path)
     assert output.count("is skipped") == 1
     assert f"{newest} is skipped" in output
     assert f"resuming from step {int(older.name[5:])}" in output

@@ -11,8 +11,8 @@ from tests.faults.runs import (
     IS_FULL,
     TOTAL_STEPS,
     adapter,
-    finish,
     losses,
+    run_to_end,
     start,
     start_ranks,
     status,
@@ -68,7 +68,7 @@ def test_a_full_disk_only_prevents_saves(run_file, workspace, uninterrupted):
         assert content(folder, newest) == kept
         (folder / "ballast").unlink()
         run.wait_until(lambda: steps_on_disk(folder)[-1] > newest, "a save that succeeds")
-        assert run.end() == 0, run.output
+        assert run.wait_for_end() == 0, run.output
         assert failed_at is not None
         assert adapter(folder) == adapter(uninterrupted)
         assert losses(folder) == losses(uninterrupted)  # lines that did not fit were written later
@@ -82,7 +82,7 @@ def test_a_log_on_a_full_disk_does_not_end_the_run(run_file, workspace, uninterr
         run = start(path, log=logs / "run.log")
         run.wait_for_step(4)
         fill(logs)
-        assert run.end() == 0, run.output
+        assert run.wait_for_end() == 0, run.output
         assert f"step {TOTAL_STEPS}/" not in run.output
     assert adapter(folder) == adapter(uninterrupted)
     assert losses(folder) == losses(uninterrupted)
@@ -98,12 +98,12 @@ def test_save_must_succeed_ends_the_run_and_keeps_the_older_checkpoint(
         run = start(path)
         run.wait_for_step(4)
         fill(folder)
-        assert run.end() == 1, run.output
+        assert run.wait_for_end() == 1, run.output
         assert "save_must_succeed" in run.output
         assert "Traceback" not in run.output
         (folder / "ballast").unlink()
         newest = steps_on_disk(folder)[-1]
-        assert f"resuming from step {newest}" in finish(path)
+        assert f"resuming from step {newest}" in run_to_end(path)
         assert adapter(folder) == adapter(uninterrupted)
 
 
@@ -117,11 +117,11 @@ def test_a_stop_on_a_full_disk_fails_and_names_the_checkpoint(run_file, workspac
         fill(folder)
         run.wait_until(lambda: "is not saved" in run.output, "a failed save")
         (folder / "stop").touch()
-        assert run.end() == 1, run.output
+        assert run.wait_for_end() == 1, run.output
         assert "earlier checkpoints are unchanged" in run.output
         assert not (folder / "stop").exists()  # else the next start would stop at once
         (folder / "ballast").unlink()
-        finish(path)
+        run_to_end(path)
         assert adapter(folder) == adapter(uninterrupted)
 
 
@@ -134,13 +134,15 @@ def test_a_folder_that_becomes_read_only_ends_the_run_and_it_resumes_bitwise(
     run = start(path)
     run.wait_for_step(4)
     with read_only(folder):
-        assert run.end() == 1, run.output  # trained to the end, but the adapter cannot be written
+        assert run.wait_for_end() == 1, (
+            run.output
+        )  # trained to the end, but the adapter cannot be written
     assert "is not saved" in run.output
     assert "adapter cannot be written" in run.output
     assert "start again to resume" in run.output
     assert "Traceback" not in run.output
     newest = steps_on_disk(folder)[-1]
-    assert f"resuming from step {newest}" in finish(path)
+    assert f"resuming from step {newest}" in run_to_end(path)
     assert adapter(folder) == adapter(uninterrupted)
 
 
@@ -163,7 +165,7 @@ def test_a_folder_without_permission_only_prevents_saves(run_file, workspace, un
     (folder / "checkpoints").chmod(0o555)
     run.wait_until(lambda: "is not saved" in run.output, "a failed save")
     (folder / "checkpoints").chmod(0o755)
-    assert run.end() == 0, run.output
+    assert run.wait_for_end() == 0, run.output
     assert "Permission denied" in run.output
     assert adapter(folder) == adapter(uninterrupted)
     assert steps_on_disk(folder)[-1] == TOTAL_STEPS
@@ -178,6 +180,6 @@ def test_a_run_whose_folder_is_deleted_writes_it_again(run_file, workspace, unin
         shutil.rmtree(folder, ignore_errors=True)
     run.wait_until(lambda: (folder / "checkpoints").is_dir() and steps_on_disk(folder), "a save")
     run.kill()
-    output = finish(path)  # the folder has a complete run again
+    output = run_to_end(path)  # the folder has a complete run again
     assert "resuming from step" in output
     assert adapter(folder) == adapter(uninterrupted)

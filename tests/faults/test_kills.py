@@ -15,9 +15,9 @@ from tests.faults.runs import (
     TOTAL_STEPS,
     StartedRun,
     adapter,
-    finish,
     losses,
     resumed_step,
+    run_to_end,
     send,
     start,
     start_ranks,
@@ -103,7 +103,7 @@ def test_a_killed_and_restarted_run_is_bitwise_equal(
         assert not run.is_done()
         start_s = time.monotonic()
         kill(run, victim)
-        run.end(WITHIN_S)
+        run.wait_for_end(WITHIN_S)
         end_s = time.monotonic() - start_s
         assert end_s < WITHIN_S, run.output
         statistics.kills.append((victim, moment))
@@ -112,7 +112,7 @@ def test_a_killed_and_restarted_run_is_bitwise_equal(
             statistics.repeated.append(max(0, reached - run.resumed_step()))
             reached = last_step
         print(f"run {number}: {victim} at {moment}, step {last_step}, all ended in {end_s:.1f} s")
-    statistics.repeated.append(max(0, reached - resumed_step(finish(path))))
+    statistics.repeated.append(max(0, reached - resumed_step(run_to_end(path))))
     assert adapter(folder) == adapter(uninterrupted)
     assert losses(folder) == losses(uninterrupted)
     # The newest checkpoint is at most one save old, and another save may have been in flight.

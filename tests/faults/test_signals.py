@@ -22,8 +22,8 @@ from tests.faults.runs import (
     TOTAL_STEPS,
     StartedRun,
     adapter,
-    finish,
     losses,
+    run_to_end,
     send,
     start,
     start_ranks,
@@ -107,7 +107,7 @@ def test_a_signal_stops_a_run_with_a_checkpoint_and_loses_no_step(
         assert not run.is_done(), f"the run was done before signal {signal_index}"
         deliver(run, target, number)
         start_s = time.monotonic()
-        code = run.end(WITHIN_S)
+        code = run.wait_for_end(WITHIN_S)
         end_s, final = time.monotonic() - start_s, status(folder)
         assert end_s < WITHIN_S, run.output
         print(
@@ -138,7 +138,7 @@ def test_a_signal_stops_a_run_with_a_checkpoint_and_loses_no_step(
 
 def assert_resumes_bitwise(path, folder, uninterrupted, step):
     """Resume the run to its end, and compare it with the uninterrupted one."""
-    output = finish(path)
+    output = run_to_end(path)
     assert f"resuming from step {step}" in output
     assert adapter(folder) == adapter(uninterrupted)
     assert losses(folder) == losses(uninterrupted)
@@ -171,7 +171,7 @@ def test_ctrl_c_stops_with_a_checkpoint_if_the_reader_of_the_output_ends_first(
         time.sleep(0.05)
     assert (status(folder)["state"], status(folder)["exit_code"]) == ("stopped", 75)
     assert steps_on_disk(folder)[-1] == status(folder)["step"]
-    assert "resuming from step" in finish(path)
+    assert "resuming from step" in run_to_end(path)
     assert adapter(folder) == adapter(uninterrupted)
 
 

@@ -489,6 +489,6 @@ KINDS = {
         ),
     ),
 }
-# Checkpoints with quantised weights, which tests/model/packed.py writes -> the entry of KINDS that
-# has the same model class.
-PACKED_KINDS = {"gpt_oss/mxfp4": "gpt_oss", "deepseek_v3/fp8": "deepseek_v3"}
+# Checkpoints with quantised weights, which quantised_checkpoints.py writes -> the entry of KINDS
+# that has the same model class.
+QUANTISED_CHECKPOINTS = {"gpt_oss/mxfp4": "gpt_oss", "deepseek_v3/fp8": "deepseek_v3"}

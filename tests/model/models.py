@@ -65,9 +65,9 @@ def make_own_code(folder):
 
 
 def cache_shape(folder):
-    """Count the shape of a folder's class here, and write it to the cache of class_shape.py.
+    """Read the model shape of a folder from its class, and write it to the cache of class_shape.py.
 
-    class_shape.py itself would start a subprocess, which needs 3 s for its imports.
+    It is read in this process. class_shape.py would start another, which needs 3 s for its imports.
     """
     import json
 

@@ -15,9 +15,9 @@ from pipeline.model.checkpoint_names import difference
 from pipeline.model.complete import require_complete
 from pipeline.plan.given.shape import read_shape
 from tests.messages import refused
-from tests.model.kinds import PACKED_KINDS
+from tests.model.kinds import QUANTISED_CHECKPOINTS
 from tests.model.models import build, cache_shape, make_own_code
-from tests.model.packed import make_packed
+from tests.model.quantised_checkpoints import make_quantised_checkpoint
 from tests.models.kinds import ALL
 from tests.tiny import make_tokenizer
 
@@ -124,9 +124,9 @@ def test_a_base_model_without_the_prefix_of_its_class_is_complete(tmp_path, in_t
     assert in_this_process == [str(tmp_path)]  # the second result is from the cache
 
 
-@pytest.mark.parametrize("name", PACKED_KINDS)
-def test_a_packed_checkpoint_is_complete(tmp_path, name):
-    make_packed(name, tmp_path)
+@pytest.mark.parametrize("name", QUANTISED_CHECKPOINTS)
+def test_a_quantised_checkpoint_is_complete(tmp_path, name):
+    make_quantised_checkpoint(name, tmp_path)
     cache_shape(tmp_path)
     require_complete(read_shape(str(tmp_path)))
 

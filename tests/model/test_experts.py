@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.model.class_shape import count_shape
+from pipeline.model.class_shape import derive_shape
 from pipeline.model.proof import prove, prove_model, small_model
 from pipeline.plan.given.class_proof import LIMIT
 from pipeline.plan.given.shape import shape_of
@@ -18,13 +18,13 @@ pytestmark = pytest.mark.tensor
 
 @pytest.fixture
 def shape(tmp_path):
-    """Function: kind -> its shape as counted from the model class."""
+    """Function: kind -> its shape as derived from the model class."""
 
     def make(kind):
         name, keys = KINDS[kind]
         AutoConfig.for_model(name, **keys).save_pretrained(tmp_path)
         config = json.loads((tmp_path / "config.json").read_text())
-        return shape_of(config, str(tmp_path), class_sizes=count_shape(tmp_path))
+        return shape_of(config, str(tmp_path), class_sizes=derive_shape(tmp_path))
 
     return make
 
@@ -54,7 +54,7 @@ def assert_all_experts_targeted(shape):
     assert len(shape.targeted_experts(["experts"])) == 2 * num_layers  # gate_up_proj, down_proj
 
 
-def test_dense_layers_that_peft_would_rewrite_are_no_targets(shape):
+def test_dense_layers_that_peft_would_rewrite_are_not_targets(shape):
     """peft would adapt the experts of GLM-4.x instead of its dense and shared layers."""
     glm = shape("glm4_moe")
     assert "gate_proj" not in glm.default_targets

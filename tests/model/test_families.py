@@ -17,7 +17,7 @@ from pipeline.train.engine import Engine
 from tests.adapter.merged import merge_adapter, tensors
 from tests.ranks import run_ranks
 from tests.tiny import CONFIG, Documents, make_plan, make_tokenizer
-from tests.train_tiny import distance, work
+from tests.train_tiny import batches_of_step, distance
 
 pytestmark = pytest.mark.engine
 
@@ -69,7 +69,7 @@ def train_and_gather(session, folder, settings, leaf_modules=None):
     engine = Engine(attach_adapter(load_base(plan, session.device), plan), plan)
     split, losses = Documents(), []
     for step in range(2):
-        batches, supervised = work(plan, split, step, session.placement.rank)
+        batches, supervised = batches_of_step(plan, split, step, session.placement.rank)
         result = engine.optimizer_step(batches, supervised, 4e-3)
         losses.append(session.sum_over_ranks([result.loss_sum])[0] / supervised)
         losses.append(result.grad_norm)

@@ -114,7 +114,7 @@ def loading_peaks(session, folder, cases):
 
 @pytest.fixture(scope="module")
 def deep_model(tmp_path_factory):
-    """A model whose largest parameter is small beside the base, as in a large model."""
+    """A model whose largest parameter is small compared with the base, as in a large model."""
     with pytest.MonkeyPatch.context() as patch:
         for key, value in {"hidden_size": 256, "intermediate_size": 512}.items():
             patch.setitem(CONFIG, key, value)

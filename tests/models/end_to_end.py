@@ -21,8 +21,8 @@ from pipeline.data.dataset.reader import DataIndex, open_split
 from pipeline.errors import UserError
 from pipeline.model.base import load_plain
 from pipeline.model.checkpoint_names import model_on_meta, stored_names
-from pipeline.model.packed_files import is_packed
 from pipeline.model.proof import prove
+from pipeline.model.quantised_files import is_dequantised
 from pipeline.plan.given.catalogue import cpu_of
 from pipeline.plan.given.class_proof import adapted_names
 from pipeline.plan.given.families import FAMILIES
@@ -30,9 +30,9 @@ from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import make_plan
 from pipeline.train.run import run_training
 from tests.adapter.merged import merge_adapter, tensors
-from tests.model.kinds import PACKED_KINDS
+from tests.model.kinds import QUANTISED_CHECKPOINTS
 from tests.model.models import build, cache_shape
-from tests.model.packed import make_packed
+from tests.model.quantised_checkpoints import make_quantised_checkpoint
 from tests.ranks import run_processes
 from tests.tiny import make_tokenizer
 
@@ -56,8 +56,8 @@ ROWS = [
 
 def make_folder(kind, kinds, folder):
     """Save random weights of a kind, a tokenizer, and rows for training and evaluation."""
-    if kind in PACKED_KINDS:
-        make_packed(kind, folder)
+    if kind in QUANTISED_CHECKPOINTS:
+        make_quantised_checkpoint(kind, folder)
     else:
         build(kind, kinds=kinds).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
@@ -203,7 +203,7 @@ def _merge_error(folder, run, model):
     """Largest relative difference between our merged weights and peft's, or why there is none."""
     try:
         # as peft's model here, which is loaded in fp32
-        dtype = "F32" if is_packed(folder) else None
+        dtype = "F32" if is_dequantised(folder) else None
         merge_adapter(folder, run / "adapter", run / "merged", dtype=dtype)
     except UserError as error:
         return str(error).replace(str(folder.parent), "")

@@ -10,7 +10,7 @@ from tests.model.kinds import (
     EXPERTS,
     HYBRID,
     KINDS,
-    PACKED_KINDS,
+    QUANTISED_CHECKPOINTS,
     SLIDING,
     VISION,
     VOCABULARY,
@@ -92,4 +92,4 @@ MORE_KINDS = {
     "gptj": ("gptj", dict(FLAT, n_embd=64, n_layer=4, n_head=4, rotary_dim=8, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)),
 }
 # fmt: on
-ALL = KINDS | MORE_KINDS | {name: KINDS[kind] for name, kind in PACKED_KINDS.items()}
+ALL = KINDS | MORE_KINDS | {name: KINDS[kind] for name, kind in QUANTISED_CHECKPOINTS.items()}

@@ -108,7 +108,7 @@ def with_state(result, problems):
         if values["zero_matrices"]:
             problems.append(f"{mode}: {values['zero_matrices']} matrices of the adapter are zero")
         # The error of the merged weights, or a text that says why there is no merged model. A text
-        # is no problem if the checks of the class found the same (`without_merge`).
+        # is not a problem if the checks of the class found the same (`without_merge`).
         merged = values.get("merged", 0.0)
         has_no_merge = isinstance(merged, str)
         if (has_no_merge and not result["without_merge"]) or (

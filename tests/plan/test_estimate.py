@@ -49,7 +49,7 @@ row = st.lists(text, min_size=1, max_size=4).map(lambda texts: chat(*texts)) | s
 
 @given(
     files=st.lists(st.lists(row, min_size=1, max_size=30), min_size=1, max_size=4),
-    # A line end, or a line end and a line that is no valid row and is not counted.
+    # A line end, or a line end and a line that is not a valid row and is not counted.
     end=st.sampled_from(["\n", "\r\n", "\n\n", "\nnot json\n", "\n[1]\n"]),
     is_ascii=st.booleans(),
 )
@@ -291,12 +291,12 @@ def test_tokens_lost_because_of_max_length_are_estimated_from_the_sample(
 ):
     write(tmp_path / "f", [SHORT_ROW] * 90 + [LONG_ROW] * 10)
     source = {"path": str(tmp_path / "f"), "weight": 2}  # each document twice
-    loss = estimate(settings_of(source, max_length=300, over_length=over_length)).length_loss
-    assert (loss.documents, loss.longer) == (200, 20)
-    assert loss.tokens == 180 * 100 + 20 * 1000
-    assert loss.lost == lost_tokens
-    assert loss.keeps_99 == length_that_keeps_99_percent
-    assert loss.keeps_all == 1000
+    length_loss = estimate(settings_of(source, max_length=300, over_length=over_length)).length_loss
+    assert (length_loss.documents, length_loss.longer) == (200, 20)
+    assert length_loss.tokens == 180 * 100 + 20 * 1000
+    assert length_loss.lost == lost_tokens
+    assert length_loss.keeps_99 == length_that_keeps_99_percent
+    assert length_loss.keeps_all == 1000
 
 
 @pytest.mark.parametrize("over_length", ["truncate", "drop", "split"])

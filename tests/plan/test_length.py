@@ -104,11 +104,11 @@ def test_the_run_file_for_long_trajectories_fits_on_its_machine_and_on_one_gpu()
     ],
 )
 def test_the_lost_tokens_are_stated_for_every_over_length(over_length, lost, facts):
-    loss = LengthLoss(
+    length_loss = LengthLoss(
         documents=100, longer=7, tokens=10_000, lost=lost,
         keeps_99=4096, keeps_all=9_000_000,  # the second is too long for 8 GPUs
     )  # fmt: skip
-    data = DataSize(documents=100, tokens=9000, longest=9, is_exact=True, length_loss=loss)
+    data = DataSize(documents=100, tokens=9000, longest=9, is_exact=True, length_loss=length_loss)
     shape, run = shape_of(LLAMA_8B, "m"), settings(over_length=over_length)
     cluster = Cluster(hardware=gpu(80), nodes=1, ranks_per_node=8)
     texts = length_texts(data, run, shape, cluster)
@@ -116,14 +116,16 @@ def test_the_lost_tokens_are_stated_for_every_over_length(over_length, lost, fac
         " ".join(texts), "7 of 100 documents", "more than 1,024 tokens", *facts,
         "max_length 4,096 keeps 99 %", "max_length 9,000,000 keeps 100 %", ", but needs",
     )  # fmt: skip
-    assert len(length_texts(data, run, shape, cluster=None)) == 1  # only the loss
-    no_longer_documents = replace(data, length_loss=replace(loss, longer=0))
+    assert len(length_texts(data, run, shape, cluster=None)) == 1  # only the lost tokens
+    no_longer_documents = replace(data, length_loss=replace(length_loss, longer=0))
     assert length_texts(no_longer_documents, run, shape, cluster) == []
 
 
 def test_the_text_says_if_a_length_exceeds_the_positions_of_the_model():
-    loss = LengthLoss(documents=9, longer=2, tokens=900, lost=90, keeps_99=4096, keeps_all=140_000)
-    data = DataSize(documents=9, tokens=900, longest=9, is_exact=True, length_loss=loss)
+    length_loss = LengthLoss(
+        documents=9, longer=2, tokens=900, lost=90, keeps_99=4096, keeps_all=140_000
+    )
+    data = DataSize(documents=9, tokens=900, longest=9, is_exact=True, length_loss=length_loss)
     shape = replace(shape_of(LLAMA_8B, "m"), max_positions=131_072)
     cluster = Cluster(hardware=gpu(80), nodes=1, ranks_per_node=8)
     _, within, beyond = length_texts(data, settings(), shape, cluster)

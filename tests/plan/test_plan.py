@@ -91,7 +91,7 @@ def test_a_global_batch_that_8_ranks_cannot_divide_is_refused_with_the_nearest_p
 
 
 def schedule_of(documents, epochs, batch):
-    """Number of steps in all, per epoch and with warm-up, of a run on one rank."""
+    """Total steps, steps per epoch and warm-up steps of a run on one rank."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(SMOLLM2))
         run = RunSettings(

@@ -308,8 +308,8 @@ def build_hostile_run(parent: Path) -> Path:
 def _with_hostile_texts(value: object, link_key: str = "", key: str = "") -> object:
     """The value with its texts replaced by HOSTILE_TEXT, except those that have fixed values.
 
-    `key`: key of the value. `link_key`: key of the texts that are shown as links; they become a
-    script.
+    `key`: key of the value. `link_key`: key of the texts that are shown as links; they become
+    javascript: addresses.
     """
     if isinstance(value, dict):
         return {
@@ -323,9 +323,9 @@ def _with_hostile_texts(value: object, link_key: str = "", key: str = "") -> obj
 
 
 def write_long_metrics(folder: Path, num_steps: int) -> None:
-    """Write metrics.jsonl with many steps, one spike of the loss, and an evaluation in 500 steps.
+    """Write metrics.jsonl with many steps, one spike of the loss, and evaluations every 500 steps.
 
-    The lines of `metrics` are repeated with other steps.
+    The lines of `metrics` are repeated with other step numbers.
     """
     records = [record for record in metrics() if "loss" in record]
     after_step = [json.dumps(record).partition(",")[2] for record in records]

@@ -97,7 +97,7 @@ def test_names_with_markup_stay_text(tmp_path):
     assert [tag for tag, _ in page.tags].count("script") == 3  # data, uPlot, charts.js
 
 
-def test_the_same_run_twice_and_a_folder_that_is_no_run_are_refused(tmp_path):
+def test_the_same_run_twice_and_a_folder_that_is_not_a_run_are_refused(tmp_path):
     run = build_run(tmp_path / "run")
     with refused("twice", run):
         write_comparison([run, tmp_path / "run/../run"])

@@ -102,9 +102,9 @@ def test_the_page_shows_every_file_of_the_run_folder(run):
         "96 new tokens",
         "held-out loss by +0.0002 (0.23 %), and 0 of 9 answers",  # merge error
         "0.5 s 2.19 s 77.1 % below", "1,500 tokens/s 636 tokens/s 2.4 times as large",
-        "1.1e-8 ✓ equal", "0.002 ✗ differs", "not merged: two tensors have no name",  # proof
+        "1.1e-8 ✓ equal", "0.002 ✗ differs", "not merged: two tensors have no name",  # class
         "without fast paths: the loss differs by 1e-2",
-        "resumed from step 40", "stopped (exit code 75)", "time_limit",  # time line
+        "resumed from step 40", "stopped (exit code 75)", "time_limit",  # timeline
         "deepspeed --num_accelerators 2 --module pipeline.cli.train", "torch==2.13.0", "2.13.0+cpu",
         "the largest up to 8 that fits", "another reason", "bfloat16",  # plan
         "0.251", "0.839", "1.317", "1.316 GiB", "1.330 GiB", "16.000", "1.1 % below",  # memory
@@ -123,12 +123,12 @@ def test_each_choice_of_the_plan_has_its_value(run):
     text = read_page(run).text
     assert "training_dtype bfloat16 the device has units for it" in text
     assert "lora_r 16 set by a preset" in text
-    assert "3 checks of the class" not in text  # the proof has a table of its own
+    assert "3 checks of the class" not in text  # their results have a table of their own
 
 
 def test_every_answer_is_marked_right_or_wrong(run):
     text = read_page(run).text
-    # Of 9 answers, all of the base and one each of adapter and merged model are wrong.
+    # All 9 answers of the base are wrong, and one each of adapter and merged model.
     assert text.count("✗ wrong") == 9 + 1 + 1
     assert text.count("✓ right") == 8 + 8
 
@@ -171,7 +171,7 @@ def test_text_of_a_run_is_shown_and_never_becomes_markup(tmp_path):
     assert page.text.count(" ".join(HOSTILE_TEXT.split())) >= 10
     tags = [tag for tag, _ in page.tags]
     assert tags.count("script") == 3  # data, uPlot, charts.js
-    assert "a" not in tags  # a javascript: source is no link
+    assert "a" not in tags  # a javascript: source does not become a link
     assert "img" not in tags
     html = (run / "report.html").read_text(encoding="utf-8")
     block = html.split('id="curves">')[1].split("</script>")[0]
@@ -206,7 +206,7 @@ def test_status_alone_is_enough(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["run.yaml", None])
-def test_a_folder_that_is_no_run_folder_is_refused(tmp_path, file):
+def test_a_folder_that_is_not_a_run_folder_is_refused(tmp_path, file):
     if file:
         (tmp_path / file).write_text("lora_r: 8", encoding="utf-8")
     with refused("not a run folder"):
@@ -300,12 +300,15 @@ def test_scores_of_answers_at_evaluations_have_a_chart(run):
     assert "Held-out answers" in write_report(run).read_text(encoding="utf-8")
 
 
-def test_the_script_needs_no_torch(run):
+def test_the_page_is_written_without_importing_torch(run):
     code = (
         "import sys; from pathlib import Path; from pipeline.report.page import write_report; "
         "write_report(Path(sys.argv[1])); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(run)], check=True, timeout=60)
+
+
+def test_the_script_prints_the_path_of_the_page_and_refuses_a_folder_that_is_not_a_run(run):
     script = [sys.executable, "launch/report.py"]
     not_a_run = run.parent
     done, failed = (

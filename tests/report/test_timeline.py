@@ -1,4 +1,4 @@
-"""The time line has every start, stop, resume and step without an update."""
+"""The timeline has every start, stop, resume and step without an update."""
 
 import json
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.unit
 
 def test_starts_ends_and_skipped_steps_are_events(tmp_path):
     timeline = timeline_of(read_run_folder(build_failed_run(tmp_path)))
-    assert [(event.step, event.what) for event in timeline.events] == [
+    assert [(event.step, event.text) for event in timeline.events] == [
         ("0", "started"),
         ("40", "stopped (exit code 75)"),
         ("30", "resumed from step 30"),
@@ -26,7 +26,7 @@ def test_starts_ends_and_skipped_steps_are_events(tmp_path):
     assert timeline.marks.skipped == [(21, 23)]
 
 
-def test_a_run_killed_at_once_ends_with_its_last_heartbeat(tmp_path):
+def test_the_timeline_of_a_killed_run_ends_with_its_last_heartbeat(tmp_path):
     # Times are seconds since 1970. The process is on another machine, so only its heartbeat counts.
     status = {"state": "running", "machine": "x", "started": 0, "heartbeat": 120.0, "step": 7}
     (tmp_path / "status.json").write_text(json.dumps(status), encoding="utf-8")
@@ -39,8 +39,8 @@ def test_wall_time_is_the_sum_over_all_starts(tmp_path):
     assert wall_seconds(read_run_folder(build_run(tmp_path))) == 120 + 101
 
 
-def test_the_time_line_of_a_status_without_earlier_starts_has_the_last_start(tmp_path):
+def test_the_timeline_of_a_status_without_earlier_starts_has_the_last_start(tmp_path):
     status = {"state": "done", "step": 9, "started": 0, "ended": 60, "exit_code": 0}
     (tmp_path / "status.json").write_text(json.dumps(status), encoding="utf-8")
     events = timeline_of(read_run_folder(tmp_path)).events
-    assert [(event.step, event.what) for event in events] == [("", "started"), ("9", "finished")]
+    assert [(event.step, event.text) for event in events] == [("", "started"), ("9", "finished")]

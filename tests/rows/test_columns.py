@@ -1,4 +1,4 @@
-"""Columns besides those of the row's format: a system prompt is read, others are unread or refused.
+"""Columns outside the row's format: a system prompt is read, others are unread or refused.
 
 An unread column is reported. A column of media, preferences or loss masks refuses the row, because
 training without it would be another training.
@@ -135,7 +135,7 @@ def test_other_names_of_preference_and_media_columns_refuse_the_row(name, column
         ["data:audio/wav;base64,UklGRg=="],
     ],
 )
-def test_pictures_and_sound_under_any_name_refuse_the_row(name, value):
+def test_images_and_sound_under_any_name_refuse_the_row(name, value):
     """Values as `datasets` writes its features Image and Audio, and data URIs."""
     with refused("`cover`", error=RowError):
         read_example(row_of(FORMATS[name] | {"cover": value}))
@@ -176,17 +176,17 @@ CONTAINER_IMAGES = ["python:3.11", "ghcr.io/org/env-1:latest", "localhost:5000/a
 
 
 @pytest.mark.parametrize("value", CONTAINER_IMAGES)
-def test_the_name_of_a_container_image_is_no_picture(value):
+def test_the_name_of_a_container_image_is_not_an_image(value):
     others = {"image": value, "environment": {"image": value}}
     row = row_of(FORMATS["messages"] | others)
     assert read_example(row).unread == ("environment", "image")
 
 
-PICTURES = ["a.png", "https://h/a.png", "data:image/png;base64,AA", "a:b/c", "a/b.tar:1.JPG"]
+IMAGES = ["a.png", "https://h/a.png", "data:image/png;base64,AA", "a:b/c", "a/b.tar:1.JPG"]
 
 
-@pytest.mark.parametrize("value", PICTURES)
-def test_other_texts_in_a_column_of_pictures_refuse_the_row(value):
+@pytest.mark.parametrize("value", IMAGES)
+def test_other_texts_in_a_column_of_images_refuse_the_row(value):
     for others in ({"image": value}, {"environment": {"image": value}}):
         with refused("image", error=RowError):
             read_example(row_of(FORMATS["messages"] | others))

@@ -22,7 +22,7 @@ from tests.messages import refused
 pytestmark = pytest.mark.tensor
 
 COMMIT = "0" * 39 + "1"
-ROWS = b'{"text": "t"}\n{"bad\n{"text": "t"}'  # the second line is no valid JSON
+ROWS = b'{"text": "t"}\n{"bad\n{"text": "t"}'  # the second line is not valid JSON
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def text_of(example):
 def test_every_leaf_is_in_the_example_or_unread_or_the_row_is_rejected(random):
     generator = RandomRow(random)
     row = generator.row(is_regular=generator.is_rare(one_in=2))
-    # If a key is drawn twice, the row has only its second value, so that the first is no leaf.
+    # If a key is drawn twice, the row has only its second value, so that the first is not a leaf.
     leaves = [leaf for leaf in generator.leaves if leaf in json.dumps(row)]
     try:
         result = read_example(row_of(row))

@@ -184,7 +184,7 @@ def test_a_row_with_an_unsupported_part_is_refused_with_the_key_of_the_part(part
         {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}]},
     ],
 )
-def test_an_item_of_openai_s_responses_api_that_is_no_message_is_refused_with_its_type(item):
+def test_an_item_of_openai_s_responses_api_that_is_not_a_message_is_refused_with_its_type(item):
     row = {
         "messages": [{"role": "user", "content": "q"}, item, {"role": "assistant", "content": "a"}]
     }

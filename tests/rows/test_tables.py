@@ -54,7 +54,8 @@ def write_table(path, table):
         writer.write_table(table, max_chunksize=2)
 
 
-NAMES = ["t.parquet", "stream.arrow", "file.arrow", "[x]*.parquet"]  # the last is no glob
+# The last is not read as a glob.
+NAMES = ["t.parquet", "stream.arrow", "file.arrow", "[x]*.parquet"]
 
 
 def assert_same_rows_as_json(path, rows):

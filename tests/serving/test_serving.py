@@ -62,7 +62,7 @@ def answers_of(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gguf():
-    """The exported files, and the base as a GGUF file beside them."""
+    """The exported files, and the base as a GGUF file in the same folder."""
     llama_cpp = os.environ["LLAMA_CPP_DIR"]
     subprocess.run([sys.executable, "launch/export.py", RUN, "--gguf"], cwd=ROOT, check=True)
     base = RUN.parent / "base.gguf"

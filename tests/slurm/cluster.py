@@ -194,7 +194,7 @@ class Job:
         update = ["scontrol", "update", f"JobId={self.number}", f"TimeLimit={minutes}"]
         self.cluster.run(*update)
 
-    def end(self, state: str, within_s: float = DEADLINE_S) -> None:
+    def wait_for_end(self, state: str, within_s: float = DEADLINE_S) -> None:
         """Wait for the end of the job, and assert its state."""
         final_states = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         wait_until(lambda: self.show("JobState") in final_states, "end", self.diagnosis, within_s)

@@ -43,7 +43,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def submit(tmp_path_factory) -> Path:
-    """A submit folder with spaces in its path; a link beside it leads to the project."""
+    """A submit folder with spaces in its path; a link next to it leads to the project."""
     folder = tmp_path_factory.mktemp("home") / "my work"
     folder.mkdir()
     (folder.parent / "my checkout").symlink_to(ROOT)
@@ -104,7 +104,7 @@ def limited(train):
 def uninterrupted(limited, train) -> Path:
     """The folder of an uninterrupted run, trained while the limited one waits."""
     job, run = train("uninterrupted", *TWO_BY_TWO)
-    job.end("COMPLETED")
+    job.wait_for_end("COMPLETED")
     assert job.restarts == 0
     return run
 

@@ -34,7 +34,7 @@ def test_a_run_that_reaches_its_time_limit_is_requeued_and_bitwise_equal(limited
     job, run = limited
     wait_until(lambda: job.restarts == 1, "requeue", job.diagnosis)
     job.limit(30)
-    job.end("COMPLETED")
+    job.wait_for_end("COMPLETED")
     assert job.restarts == 1
     assert "resuming from step" in job.output
     assert job.output.splitlines()[-1].endswith("done: runs/limited")
@@ -51,7 +51,7 @@ def test_a_run_that_is_requeued_or_signalled_by_a_user_is_bitwise_equal(
     held = job.hold(run, rank=2, step=5)
     cluster.run("scancel", "--batch", "--signal=USR1", job.number)
     held.send_signal(signal.SIGCONT)
-    job.end("COMPLETED")
+    job.wait_for_end("COMPLETED")
     assert job.restarts == 2
     assert job.output.count("a checkpoint was written") == 2
     assert have_same_adapter(run, uninterrupted), job.diagnosis()
@@ -63,7 +63,7 @@ def test_a_cancelled_job_stays_cancelled(cluster, train):
     cluster.run("scancel", job.number)
     held.send_signal(signal.SIGCONT)
     wait_until(lambda: status(run).get("state") == "stopped", "checkpoint", job.diagnosis)
-    job.end("CANCELLED")
+    job.wait_for_end("CANCELLED")
     assert job.restarts == 0
 
 
@@ -71,7 +71,7 @@ def test_a_killed_rank_ends_the_job_and_is_named_in_the_last_line(train):
     job, run = train("killed", *TWO_BY_TWO)
     job.hold(run, rank=3, step=2).kill()
     killed = time.monotonic()
-    job.end("FAILED", within_s=60)
+    job.wait_for_end("FAILED", within_s=60)
     assert time.monotonic() - killed < 60
     assert job.restarts == 0
     assert_mentions(job.output.splitlines()[-1], "rank 3 ended")
@@ -88,12 +88,12 @@ def other_node(lost):
     [({"lora_rr": 4}, "lora_rr"), ({"train_data": "nowhere.jsonl"}, "nowhere.jsonl")],
     ids=["found by the batch script", "found by a rank"],
 )
-def test_a_wrong_run_file_is_exit_2_and_not_requeued(
+def test_a_wrong_run_file_ends_the_job_with_exit_2_and_is_not_requeued(
     cluster, submit, run_file, other_node, settings, fact
 ):
     path = run_file("wrong", **settings)
     job = cluster.sbatch(submit, *other_node[:-1], "--gpus-per-node=2", TRAIN, path.name)
-    job.end("FAILED")
+    job.wait_for_end("FAILED")
     assert (job.show("ExitCode"), job.restarts) == ("2:0", 0), job.diagnosis()
     assert_mentions(job.output, fact)
     assert "Traceback" not in job.output
@@ -112,7 +112,7 @@ def test_each_task_of_an_array_trains_its_line(cluster, submit, run_file, other_
     cluster.run("scancel", "--batch", "--signal=USR1", jobs[2].number)
     held.send_signal(signal.SIGCONT)
     for job in jobs:
-        job.end("COMPLETED")
+        job.wait_for_end("COMPLETED")
     assert [job.restarts for job in jobs] == [0, 0, 1]
     assert [yaml.safe_load((run / "run.yaml").read_text())["lr"] for run in runs] == [
         1e-3, 2e-3, 3e-3,
@@ -124,7 +124,7 @@ def test_preflight_starts_no_run(cluster, submit, run_file, other_node):
     run_file("checked")
     flags = (*other_node[:-1], "--gpus-per-node=2")
     job = cluster.sbatch(submit, *flags, TRAIN, "--preflight", "checked run.yaml")
-    job.end("COMPLETED")
+    job.wait_for_end("COMPLETED")
     assert job.output.count("ok    settings") == 1
     assert status(submit / "runs/checked") == {}
 
@@ -132,7 +132,7 @@ def test_preflight_starts_no_run(cluster, submit, run_file, other_node):
 def test_debug_runs_on_one_gpu(cluster, submit, run_file, other_node):
     run_file("tried")
     job = cluster.sbatch(submit, "--nodelist=node1", DEBUG, "tried run.yaml")
-    job.end("COMPLETED")
+    job.wait_for_end("COMPLETED")
     assert job.show("TimeLimit") == "00:10:00"
     assert_mentions(job.output, "debug", "lora_B", "frozen weight")
     assert status(submit / "runs/tried-debug")["state"] == "done"
@@ -142,7 +142,7 @@ def test_a_run_that_lost_a_node_resumes_and_is_bitwise_equal(cluster, lost, unin
     job, run = lost
     wait_until(lambda: job.show("JobState") == "PENDING", "requeue by Slurm", job.diagnosis)
     cluster.reboot("node2")
-    job.end("COMPLETED")
+    job.wait_for_end("COMPLETED")
     assert job.restarts == 1
     assert "resuming from step" in job.output
     assert have_same_adapter(run, uninterrupted), job.diagnosis()

@@ -10,7 +10,7 @@ OTHER = {"lr": 0.5}
 
 
 def leave_files(folder: Path, state: str, *, adapter: bool = True, checkpoint: bool = True) -> None:
-    """Write the status and results of a run that has ended, beside the files of `open_run`.
+    """Write the status and results of a run that has ended, in addition to the files of `open_run`.
 
     The checkpoint and the adapter are empty folders.
     """

@@ -19,7 +19,7 @@ from pipeline.train.resume import checkpoints_of
 from tests.adapter.merged import merge_adapter
 from tests.ranks import run_ranks
 from tests.tiny import Documents, make_model, make_plan
-from tests.train_tiny import build_engine, distance, train_tiny, work
+from tests.train_tiny import batches_of_step, build_engine, distance, train_tiny
 
 pytestmark = pytest.mark.engine
 
@@ -105,7 +105,7 @@ def train_steps(session, plan, engine, first, count):
     losses = []
     for step in range(first, first + count):
         split = Documents(vocab_size=plan.shape.vocab_size)
-        batches, supervised = work(plan, split, step, session.placement.rank)
+        batches, supervised = batches_of_step(plan, split, step, session.placement.rank)
         result = engine.optimizer_step(batches, supervised, plan.learning_rate(step))
         losses.append(session.sum_over_ranks([result.loss_sum])[0] / supervised)
     return losses
@@ -195,7 +195,7 @@ def test_plain_peft_gives_the_logits_of_the_engine_and_merges_to_the_same_weight
     assert all(torch.equal(tensor, by_peft[key]) for key, tensor in merged.items())
 
 
-# Parts of the base that are trained beside the LoRA matrices: rows of new tokens, or a module.
+# Parts of the base that are trained too: rows of new tokens, or a module.
 TRAINED_PARTS = {
     "token rows": {"new_tokens": ["<a>"]},
     "module": {"modules_to_save": ["embed_tokens"]},

@@ -144,7 +144,7 @@ def test_the_same_rows_by_another_path_are_the_same_run(begin, tmp_path, tiny_mo
         start(train_data=other)
 
 
-def test_held_out_rows_and_a_template_by_another_path_are_no_change(begin, tmp_path, tiny_model):
+def test_held_out_rows_and_a_template_by_another_path_are_not_a_change(begin, tmp_path, tiny_model):
     folder, start = begin
     train = write_text_row(tmp_path / "train.jsonl", "train")
     held_out = write_text_row(tmp_path / "held_out.jsonl", "held out")
@@ -168,7 +168,7 @@ def test_held_out_rows_and_a_template_by_another_path_are_no_change(begin, tmp_p
         start(eval_data=copy, **moved)
 
 
-def test_the_same_base_by_another_path_is_no_change(tmp_path, tiny_model):
+def test_the_same_base_by_another_path_is_not_a_change(tmp_path, tiny_model):
     folder, copy = tmp_path / "run", tmp_path / "copy"
     shutil.copytree(tiny_model, copy)
     plan = make_plan(tiny_model)

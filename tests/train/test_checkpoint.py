@@ -178,7 +178,7 @@ def test_other_tokens_of_the_same_data_are_refused_with_the_versions(checkpoints
             replace(IDENTITY, tokens={"d": "same", "e": "same", split: digest}),
             keep=2,
             accepted=accept_changes,
-            about={"data_made_with": {"transformers": transformers, "jinja2": "3.1"}},
+            metadata={"data_made_with": {"transformers": transformers, "jinja2": "3.1"}},
         )
 
     recorded_run = run_with("abc", "5.0")
@@ -367,8 +367,8 @@ def test_a_kill_after_the_second_rename_leaves_the_new_checkpoint(checkpoints):
 
 
 def test_state_json_has_the_schedule_the_versions_and_the_progress(tmp_path):
-    about = {"schedule": {"total_steps": 9}, "versions": {"torch": "2"}}
-    checkpoints = Checkpoints(tmp_path / "checkpoints", IDENTITY, keep=2, about=about)
+    metadata = {"schedule": {"total_steps": 9}, "versions": {"torch": "2"}}
+    checkpoints = Checkpoints(tmp_path / "checkpoints", IDENTITY, keep=2, metadata=metadata)
     progress = Progress(
         step=3, optimizer_step=2, skipped_steps=1, documents=12, loss_scaler={"cur_scale": 8.0}
     )
@@ -465,7 +465,7 @@ def test_tensors_of_fused_experts_do_not_count_as_target_modules(checkpoints):
 
 def test_a_run_of_another_version_names_the_version_that_can_finish_it(tmp_path):
     old = {"versions": {"rankzero": "0.0.9"}}
-    path = write(Checkpoints(tmp_path / "checkpoints", IDENTITY, 2, about=old), 3)
+    path = write(Checkpoints(tmp_path / "checkpoints", IDENTITY, 2, metadata=old), 3)
     now = Checkpoints(tmp_path / "checkpoints", replace(IDENTITY, data="another key"), 2)
     with refused(path, "data: d -> another key", "0.0.9"):
         now.require_resumable(path)

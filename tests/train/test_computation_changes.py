@@ -18,7 +18,7 @@ def test_changed_fast_paths_and_versions_are_reported_at_a_resume(checkpoints):
     """Either can change the rounding, so that the resumed run is not bitwise equal."""
     recorded = {"fast_paths": {"a": "on", "b": "off"}, "versions": {"torch": "1"}}
     of_earlier_version = write(checkpoints, 2)  # records neither
-    checkpoints.about = recorded
+    checkpoints.metadata = recorded
     path = write(checkpoints, 3)
     assert computation_changes(path, recorded) == []
     # A fast path that the earlier version did not have is no change while it is off.
@@ -34,7 +34,7 @@ def test_changed_fast_paths_and_versions_are_reported_at_a_resume(checkpoints):
 def test_a_changed_division_over_ranks_and_changed_dropout_masks_are_reported(checkpoints):
     recorded = {"division": {"ranks": 4, "zero_stage": 2, "sequence_parallel_size": 2}}
     of_earlier_version = write(checkpoints, 2)  # records no division
-    checkpoints.about = recorded
+    checkpoints.metadata = recorded
     path = write(checkpoints, 3)
     assert computation_changes(path, recorded, has_dropout=True) == []
     assert computation_changes(of_earlier_version, recorded, has_dropout=True) == []

@@ -12,7 +12,7 @@ from tests.evaluate.runs import make_run
 from tests.messages import assert_mentions
 from tests.ranks import run_ranks
 from tests.tiny import Documents, make_plan, make_tokenizer
-from tests.train_tiny import build_engine, work
+from tests.train_tiny import batches_of_step, build_engine
 
 pytestmark = pytest.mark.engine
 PROMPTS = ["one", "two two", "a longer prompt", "x", "y z"]  # not divisible by two ranks
@@ -20,8 +20,8 @@ PROMPTS = ["one", "two two", "a longer prompt", "x", "y z"]  # not divisible by 
 
 def generator():
     tokenizer = make_tokenizer()
-    ends = frozenset([tokenizer.eos_token_id])
-    return Generator(tokenizer=tokenizer, ends=ends, max_new_tokens=6)
+    end_ids = frozenset([tokenizer.eos_token_id])
+    return Generator(tokenizer=tokenizer, end_ids=end_ids, max_new_tokens=6)
 
 
 def train(session, folder, settings, *, answers_after):
@@ -34,7 +34,7 @@ def train(session, folder, settings, *, answers_after):
     rank, size = session.placement.rank, session.placement.world_size
     answers = []
     for step in range(4):
-        batches, supervised = work(plan, Documents(), step, rank)
+        batches, supervised = batches_of_step(plan, Documents(), step, rank)
         engine.optimizer_step(batches, supervised, 1e-2)
         if step in answers_after:
             for first in range(0, len(PROMPTS), size):  # in the last pass some ranks have none

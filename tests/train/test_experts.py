@@ -15,7 +15,7 @@ from pipeline.model.base import load_plain
 from pipeline.model.fingerprint import base_fingerprint
 from tests.ranks import run_ranks
 from tests.tiny import Documents, make_plan
-from tests.train_tiny import build_engine, distance, train_tiny, work
+from tests.train_tiny import batches_of_step, build_engine, distance, train_tiny
 
 pytestmark = pytest.mark.engine
 
@@ -41,7 +41,7 @@ def train_and_gather(session, folder, settings, saved=None):
         restore(engine.deepspeed, engine.parameters, saved["weights"], state)
     losses = []
     for step in range(first, first + STEPS):
-        batches, supervised = work(plan, Documents(), step, session.placement.rank)
+        batches, supervised = batches_of_step(plan, Documents(), step, session.placement.rank)
         losses.append(engine.optimizer_step(batches, supervised, 4e-3).loss_sum)
     engine.deepspeed.eval()
     with torch.no_grad():  # on every rank: at ZeRO-3 a forward pass is collective

@@ -26,13 +26,13 @@ def writer(tmp_path):
 
 
 @pytest.fixture
-def publish(writer, tmp_path, tiny_model, monkeypatch):
-    """Function: publish the adapter of a run, which fails with `cause`; returns the message.
+def failure_message(writer, tmp_path, tiny_model, monkeypatch):
+    """Function that publishes the adapter of a run, which fails with `cause`; the message.
 
     `resumed`: progress of the checkpoint from which the run was resumed.
     """
 
-    def failure_message(resumed: Progress | None, cause: Exception | None) -> str:
+    def publish(resumed: Progress | None, cause: Exception | None) -> str:
         run = SimpleNamespace(  # the attributes of a TrainingState that publishing reads
             plan=make_plan(tiny_model),
             folder=SimpleNamespace(path=tmp_path, checkpoints=SimpleNamespace(initial={})),
@@ -47,30 +47,34 @@ def publish(writer, tmp_path, tiny_model, monkeypatch):
             finish._publish(run, WEIGHTS)
         return str(caught.value)
 
-    return failure_message
+    return publish
 
 
-def test_without_a_checkpoint_the_message_says_that_a_new_start_begins_at_step_0(publish):
-    assert_mentions(publish(None, DISK_IS_FULL), "no checkpoint", "step 0")
+def test_without_a_checkpoint_the_message_says_that_a_new_start_begins_at_step_0(failure_message):
+    assert_mentions(failure_message(None, DISK_IS_FULL), "no checkpoint", "step 0")
 
 
-def test_the_resumed_checkpoint_is_named(publish):
-    assert_mentions(publish(Progress(step=6), DISK_IS_FULL), "checkpoint of step 6", "start again")
+def test_the_resumed_checkpoint_is_named(failure_message):
+    assert_mentions(
+        failure_message(Progress(step=6), DISK_IS_FULL), "checkpoint of step 6", "start again"
+    )
 
 
-def test_the_latest_written_checkpoint_is_named(publish, writer):
+def test_the_latest_written_checkpoint_is_named(failure_message, writer):
     writer.save(WEIGHTS, MOMENTS, Progress(step=8))
-    assert_mentions(publish(Progress(step=6), DISK_IS_FULL), "checkpoint of step 8", "start again")
+    assert_mentions(
+        failure_message(Progress(step=6), DISK_IS_FULL), "checkpoint of step 8", "start again"
+    )
 
 
-def test_a_checkpoint_that_could_not_be_written_is_named(publish, writer, tmp_path):
+def test_a_checkpoint_that_could_not_be_written_is_named(failure_message, writer, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/.step-00000009.new").write_text("a file where the folder should be")
     writer.save(WEIGHTS, MOMENTS, Progress(step=9))
-    message = publish(Progress(step=6), DISK_IS_FULL)
+    message = failure_message(Progress(step=6), DISK_IS_FULL)
     assert_mentions(message, "step 9 is not saved", "start again")
 
 
-def test_a_failure_that_a_new_start_would_repeat_suggests_no_new_start(publish):
+def test_a_failure_that_a_new_start_would_repeat_suggests_no_new_start(failure_message):
     """An error without an OSError as its cause is about the weights, such as NaN."""
-    assert publish(Progress(step=6), None) == "adapter cannot be written"
+    assert failure_message(Progress(step=6), None) == "adapter cannot be written"

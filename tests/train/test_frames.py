@@ -11,7 +11,7 @@ from tests.tiny import make_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(200)]
 MAX_FRAMES = 8
-# launch/train.py, which also prints the functions on the stack at the first forward of training.
+# launch/train.py, which also prints the functions on the stack at training's first forward pass.
 CODE = """
 import sys, traceback
 sys.argv = ["train.py", sys.argv[1]]
@@ -19,15 +19,15 @@ from pipeline.cli.train import main
 from pipeline.model.loss import SummedLoss
 
 forward = SummedLoss.forward
-def counting(*args, **kwargs):
+def forward_with_report(*args, **kwargs):
     frames = [f for f in traceback.extract_stack() if "/pipeline/" in f.filename]
     names = [f.name for f in frames]
     # The checks of the model's class (model/proof.py), before training, also call forward.
-    if "training_loop" in names and not hasattr(SummedLoss, "was_counted"):
-        SummedLoss.was_counted = True
+    if "training_loop" in names and not hasattr(SummedLoss, "was_reported"):
+        SummedLoss.was_reported = True
         print("FRAMES", *names[names.index("main"):])
     return forward(*args, **kwargs)
-SummedLoss.forward = counting
+SummedLoss.forward = forward_with_report
 main()
 """
 

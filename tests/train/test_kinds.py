@@ -1,6 +1,6 @@
 """Model classes of many architectures train, publish and merge as peft computes.
 
-Most have no entry in the plan's table of known families: their sizes are counted from the class.
+Most have no entry in the plan's table of known families: their sizes are derived from the class.
 """
 
 from functools import cache
@@ -17,7 +17,7 @@ from pipeline.model.fingerprint import base_fingerprint
 from tests.adapter.merged import merge_adapter, tensors
 from tests.ranks import run_ranks
 from tests.tiny import Documents, make_plan
-from tests.train_tiny import build_engine, distance, train_tiny, work
+from tests.train_tiny import batches_of_step, build_engine, distance, train_tiny
 
 pytestmark = pytest.mark.engine
 
@@ -51,7 +51,7 @@ def train_and_gather(session, folder, settings):
     plan, engine = build_engine(session, folder, settings)
     split = Documents()
     for step in range(STEPS):
-        batches, supervised = work(plan, split, step, session.placement.rank)
+        batches, supervised = batches_of_step(plan, split, step, session.placement.rank)
         engine.optimizer_step(batches, supervised, 4e-3)
     weights = gather_weights(engine.parameters, keep=session.is_rank_zero)
     loss = engine.evaluate(build_batch(split, [0, 1]))

@@ -18,7 +18,7 @@ from pipeline.train.metrics import InputWait, Stopwatch
 from tests.messages import assert_mentions, refused
 from tests.ranks import run_ranks
 from tests.tiny import Documents
-from tests.train_tiny import build_engine, work
+from tests.train_tiny import batches_of_step, build_engine
 
 pytestmark = pytest.mark.engine
 
@@ -196,7 +196,7 @@ def two_steps(session, folder, lr):
     """Train two steps; the message if the adapter counts as untrained, else an empty string."""
     plan, engine = build_engine(session, folder, {"zero_stage": 2, "batch_size": 2})
     for index in range(2):
-        batches, supervised = work(plan, Documents(), index, session.placement.rank)
+        batches, supervised = batches_of_step(plan, Documents(), index, session.placement.rank)
         engine.optimizer_step(batches, supervised, lr)
     run = SimpleNamespace(engine=engine, session=session, plan=plan)
     try:

@@ -5,7 +5,7 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.tiny import Documents
-from tests.train_tiny import build_engine, distance, train_tiny, work
+from tests.train_tiny import batches_of_step, build_engine, distance, train_tiny
 
 pytestmark = pytest.mark.engine
 
@@ -33,7 +33,7 @@ class ReductionCounter:
 def reductions(session, folder, settings):
     """Number of reductions in the backward passes of a step."""
     plan, engine = build_engine(session, folder, settings)
-    batches, supervised = work(plan, Documents(40), 0, session.placement.rank)
+    batches, supervised = batches_of_step(plan, Documents(40), 0, session.placement.rank)
     engine.deepspeed.train()
     counter = ReductionCounter()
     engine.backward_passes(batches, supervised)
@@ -43,7 +43,7 @@ def reductions(session, folder, settings):
 def reductions_after_a_failure(session, folder, settings):
     """Number of reductions after the second micro-batch of a step could not be read."""
     plan, engine = build_engine(session, folder, settings)
-    batches, supervised = work(plan, Documents(40), 0, session.placement.rank)
+    batches, supervised = batches_of_step(plan, Documents(40), 0, session.placement.rank)
     engine.deepspeed.train()
     counter, count_at_failure = ReductionCounter(), None
 

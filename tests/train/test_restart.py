@@ -92,21 +92,21 @@ def test_lost_data_that_is_prepared_again_with_other_tokens_is_refused(workspace
     """The chat template writes the time into each row, as that of Llama 3.2 writes the date."""
     template = tmp_path / "dated.jinja"
     template.write_text(CHATML.replace("{% for m", "{{ strftime_now('%f') }}{% for m"))
-    run, changes = tmp_path / "run", (f"chat_template={template}", "max_steps=2")
-    code, output = start(workspace, run, *changes)
+    folder, changes = tmp_path / "run", (f"chat_template={template}", "max_steps=2")
+    code, output = start(workspace, folder, *changes)
     assert code == 0, output
     changes += ("resume=must", "accept_changes=[total_steps]", "max_steps=3")
-    shutil.copytree(run / "data", tmp_path / "saved")
+    shutil.copytree(folder / "data", tmp_path / "saved")
     for folder_pattern, name in (("train-*", "training data"), ("eval-*", "held-out data")):
-        shutil.rmtree(next((run / "data").glob(folder_pattern)))
-        code, output = start(workspace, run, *changes)
+        shutil.rmtree(next((folder / "data").glob(folder_pattern)))
+        code, output = start(workspace, folder, *changes)
         assert code == 2, output
         assert_mentions(output, name, "tokens", "chat_template_kwargs", "accept_changes: [data]")
-        shutil.rmtree(run / "data")
-        shutil.copytree(tmp_path / "saved", run / "data")
-    shutil.rmtree(run / "data")
-    shutil.copytree(tmp_path / "saved", run / "data")
-    code, output = start(workspace, run, *changes)
+        shutil.rmtree(folder / "data")
+        shutil.copytree(tmp_path / "saved", folder / "data")
+    shutil.rmtree(folder / "data")
+    shutil.copytree(tmp_path / "saved", folder / "data")
+    code, output = start(workspace, folder, *changes)
     assert code == 0, output
     assert_mentions(output, "resuming from step 2")
 
@@ -131,21 +131,21 @@ def test_a_checkpoint_of_another_run_with_more_steps_needs_a_new_run(workspace, 
 
 def test_a_new_run_starts_from_the_adapter_of_another_and_records_it(workspace, tmp_path):
     make_rows(tmp_path / "other.jsonl", 9)
-    run, origin = tmp_path / "second", workspace / "done" / "adapter"
+    folder, origin = tmp_path / "second", workspace / "done" / "adapter"
     changes = [f"train_data={tmp_path / 'other.jsonl'}", f"init_adapter={origin}", "eval_data=null"]
     changes += ["keep_best=false", "lora_plus_ratio=4"]
-    code, output = start(workspace, run, *changes, "lora_r=2")
+    code, output = start(workspace, folder, *changes, "lora_r=2")
     assert code == 2, output
     assert_mentions(output, "init_adapter", "r 4", "r 2")
-    assert not (run / "run.yaml").exists()
-    code, output = start(workspace, run, *changes, "lora_r=8", "init_adapter_resize=true")
+    assert not (folder / "run.yaml").exists()
+    code, output = start(workspace, folder, *changes, "lora_r=8", "init_adapter_resize=true")
     assert code == 0, output
     assert_mentions(output, f"starting from the adapter {origin}")
-    record = read_json(run / "adapter" / "trained_on.json")["started_from"]
-    assert record == read_json(run / "init_adapter.json")
+    record = read_json(folder / "adapter" / "trained_on.json")["started_from"]
+    assert record == read_json(folder / "init_adapter.json")
     assert record["sha256"] == adapter_sha256(origin)
-    assert_mentions((run / "adapter" / "README.md").read_text(), "started from", origin)
-    lines = [line for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
+    assert_mentions((folder / "adapter" / "README.md").read_text(), "started from", origin)
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
     assert [line["lr_lora_b"] / line["lr"] for line in lines] == [4.0] * 4
     first = read_metrics(workspace / "done" / "metrics.jsonl")[0]["loss"]
     assert lines[0]["loss"] < first  # the first run had similar rows

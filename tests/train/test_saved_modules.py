@@ -14,7 +14,7 @@ from pipeline.model.loss import IGNORED
 from tests.messages import refused
 from tests.ranks import run_ranks
 from tests.tiny import Documents, make_model, make_plan
-from tests.train_tiny import build_engine, full_gradients, work
+from tests.train_tiny import batches_of_step, build_engine, full_gradients
 
 pytestmark = pytest.mark.engine
 
@@ -33,14 +33,15 @@ MODULES = {
 def first_gradients(session, folder, modules, chunk_bytes):
     """Gradients of the first step in each of RUNS; fp32 masters and moments of a step in bf16.
 
-    "masters" has those before and after the step; "moments" only those of modules in full.
+    "masters" has those before and after the step. "moments" has those of the modules that are
+    trained in full.
     """
     loss.LOGITS_CHUNK_BYTES = chunk_bytes
     gradients = {}
     for name, settings in RUNS.items():
         values = {"modules_to_save": modules} | settings
         plan, engine = build_engine(session, folder, values)
-        batches, supervised = work(plan, Documents(), 0, session.placement.rank)
+        batches, supervised = batches_of_step(plan, Documents(), 0, session.placement.rank)
         engine.deepspeed.train()
         engine.backward_passes(batches, supervised)
         gradients[name] = full_gradients(engine)
@@ -48,11 +49,11 @@ def first_gradients(session, folder, modules, chunk_bytes):
         session, folder, {"zero_stage": 3, "bf16": True, "lr": 1e-6, "modules_to_save": modules}
     )
     before = gather_weights(engine.parameters, keep=True)
-    batches, supervised = work(plan, Documents(), 0, session.placement.rank)
+    batches, supervised = batches_of_step(plan, Documents(), 0, session.placement.rank)
     engine.optimizer_step(batches, supervised, 1e-6)
     after = gather_weights(engine.parameters, keep=True)
-    in_full = {key: p for key, p in engine.parameters.items() if ".lora_" not in key}
-    moments = gather_moments(in_full, keep=True)
+    fully_trained = {key: p for key, p in engine.parameters.items() if ".lora_" not in key}
+    moments = gather_moments(fully_trained, keep=True)
     return {"gradients": gradients, "masters": (before, after), "moments": moments}
 
 
@@ -72,7 +73,7 @@ def run(request, tmp_path_factory):
 def gradients_of_peft(plan):
     """Gradients of the mean loss of step 0, computed in one process from the model's logits."""
     model = attach_adapter(load_base(plan, torch.device("cpu")), plan)
-    for batches, supervised in (work(plan, Documents(), 0, rank) for rank in range(2)):
+    for batches, supervised in (batches_of_step(plan, Documents(), 0, rank) for rank in range(2)):
         for seeded in batches:
             batch = seeded.batch
             logits = model(input_ids=batch.input_ids).logits[:, :-1].flatten(0, 1)
@@ -85,16 +86,16 @@ def gradients_of_peft(plan):
 def test_every_stage_has_the_gradients_of_plain_peft(run):
     plan, results = run
     expected = gradients_of_peft(plan)
-    in_full = [key for key in expected if ".lora_" not in key]
-    assert in_full
-    assert all(expected[key].any() for key in in_full)
+    fully_trained = [key for key in expected if ".lora_" not in key]
+    assert fully_trained
+    assert all(expected[key].any() for key in fully_trained)
     for gradients in results["gradients"].values():
         assert gradients.keys() == expected.keys()
-        for key in (*in_full, next(key for key in expected if "lora_B" in key)):
+        for key in (*fully_trained, next(key for key in expected if "lora_B" in key)):
             torch.testing.assert_close(gradients[key], expected[key], rtol=1e-4, atol=1e-6)
 
 
-def test_modules_in_full_have_fp32_masters_in_a_bf16_run(run):
+def test_fully_trained_modules_have_fp32_masters_in_a_bf16_run(run):
     _, results = run
     before, after = results["masters"]
     for key in {name.rpartition("/")[0] for name in results["moments"]}:

@@ -20,7 +20,7 @@ from pipeline.plan.deepspeed.config import deepspeed_config
 from pipeline.train.engine import Engine
 from tests.ranks import run_ranks
 from tests.tiny import Documents, make_plan
-from tests.train_tiny import build_engine, work
+from tests.train_tiny import batches_of_step, build_engine
 
 pytestmark = pytest.mark.engine
 
@@ -39,13 +39,14 @@ def build_fp16(session, folder, settings):
 
 
 def train_steps(session, plan, engine, first, count):
-    """Train steps `first` to `first + count - 1`; of each: its loss, and three facts.
+    """Train steps `first` to `first + count - 1`.
 
-    These are: whether the update was applied, whether the scale can be lowered, and the scale.
+    Returns for each step: the loss, whether the update was applied, whether the scale can be
+    lowered, and the scale.
     """
     split, results = Documents(), []
     for step in range(first, first + count):
-        batches, supervised = work(plan, split, step, session.placement.rank)
+        batches, supervised = batches_of_step(plan, split, step, session.placement.rank)
         result = engine.optimizer_step(batches, supervised, plan.learning_rate(step))
         loss = session.sum_over_ranks([result.loss_sum])[0] / supervised
         scale = loss_scaler_state(engine.deepspeed)["cur_scale"]
@@ -125,7 +126,7 @@ def overflow_at_the_smallest_scale(session, folder):
     assert is_at_smallest_scale(engine.deepspeed)
     if session.placement.rank == 1:
         make_next_loss_infinite(engine)
-    batches, supervised = work(plan, Documents(), 0, session.placement.rank)
+    batches, supervised = batches_of_step(plan, Documents(), 0, session.placement.rank)
     result = engine.optimizer_step(batches, supervised, 1e-3)
     return result.was_applied, result.can_lower_scale
 
@@ -157,7 +158,7 @@ def train_with_bad_step(session, folder, settings):
     plan, engine = build_engine(session, folder, settings)
     split, applied = Documents(), []
     for step in range(5):
-        batches, supervised = work(plan, split, step, session.placement.rank)
+        batches, supervised = batches_of_step(plan, split, step, session.placement.rank)
         if step == BAD_STEP and session.placement.rank == 1:
             make_next_loss_infinite(engine)
         applied.append(engine.optimizer_step(batches, supervised, 1e-3).was_applied)
@@ -168,7 +169,7 @@ def train_without_bad_step(session, folder, settings):
     """Final weights after the same steps without BAD_STEP."""
     plan, engine = build_engine(session, folder, settings)
     for step in range(5):
-        batches, supervised = work(plan, Documents(), step, session.placement.rank)
+        batches, supervised = batches_of_step(plan, Documents(), step, session.placement.rank)
         if step != BAD_STEP:
             engine.optimizer_step(batches, supervised, 1e-3)
     return gather_weights(engine.parameters, keep=True)

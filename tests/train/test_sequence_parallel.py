@@ -36,7 +36,7 @@ ON_FOUR_RANKS = {
     "zero 2, packs": (True, {"zero_stage": 2, "batch_size": 2}),
     "zero 3, documents, checkpointed": (False, {"zero_stage": 3, "batch_size": 2} | CHECKPOINTED),
 }
-HELD_OUT = "held-out loss"  # a key of the results, beside the names of the runs
+HELD_OUT = "held-out loss"  # a key of the results, in addition to the names of the runs
 # World size, and number of ranks that share a sequence. The tiny model has only 2 key heads, so
 # that 4 ranks which share a sequence replicate them.
 GROUPS = [(2, 2), (4, 2), (4, 4)]

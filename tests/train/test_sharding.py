@@ -20,7 +20,7 @@ from tests.plans import with_layout
 from tests.ranks import run_groups_once, run_ranks
 from tests.tiny import CONFIG, Documents, make_model, make_plan
 from tests.train.test_equality import NF4, assert_same, reference
-from tests.train_tiny import train_tiny, work
+from tests.train_tiny import batches_of_step, train_tiny
 
 pytestmark = pytest.mark.engine
 
@@ -154,7 +154,7 @@ def watch_gathers(session, folder, settings, changes):
     gathered = []  # elements a micro-batch, by step
     for step in range(3):
         watch.total = 0
-        batches, supervised = work(plan, Documents(), step, session.placement.rank)
+        batches, supervised = batches_of_step(plan, Documents(), step, session.placement.rank)
         if step == 2:  # the peak includes an evaluation and a step after it
             engine.evaluate(batches[0].batch)
         engine.optimizer_step(batches, supervised, 1e-3)

@@ -123,7 +123,7 @@ def chat_template_of(settings: RunSettings) -> str | None:
 class Encoder:
     """Encodes examples as documents, according to the run file's settings.
 
-    Attribute `ends`: ids of the end-of-sequence and end-of-turn tokens.
+    Attribute `end_ids`: ids of the end-of-sequence and end-of-turn tokens.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", settings: RunSettings) -> None:
@@ -147,7 +147,7 @@ class Encoder:
                 finder = self._finder_for(has_tools)
                 ends |= finder.ends
                 inner_ends |= finder.inner_ends
-        self.ends = frozenset(self._special[end] for end in ends)
+        self.end_ids = frozenset(self._special[end] for end in ends)
         # Tokens that end trained turns and do not stop generation -> prefix of their counts.
         self._ends_without_stop = {
             end: INNER_END_WITHOUT_STOP if end in inner_ends else END_WITHOUT_STOP
@@ -205,9 +205,9 @@ class Encoder:
             else:
                 yield next(tokens_of_batch)
 
-    def num_ends(self, supervised: npt.NDArray[np.int32]) -> int:
+    def num_end_tokens(self, supervised: npt.NDArray[np.int32]) -> int:
         """Number of end-of-sequence and end-of-turn tokens in an array of token ids."""
-        return sum(int(np.count_nonzero(supervised == end)) for end in self.ends)
+        return sum(int(np.count_nonzero(supervised == end)) for end in self.end_ids)
 
     def last_answer(self, example: Example) -> tuple[str, str]:
         """The prompt of an example's last answer, and that answer.
@@ -253,7 +253,7 @@ class Encoder:
             return error
         for draft in drafts:
             if not _is_text(draft.text):
-                return RowError("half a surrogate pair, which is no character")
+                return RowError("half a surrogate pair, which is not a character")
         return _Drafts(drafts, token_counts)
 
     def _drafts(self, example: Example, token_counts: Counter[str]) -> list[_Draft]:

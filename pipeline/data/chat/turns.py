@@ -400,7 +400,7 @@ class TurnFinder:
         )
 
     def _opening_end(self, extent: Extent, text: str) -> int | None:
-        """Offset after the opening of a turn; None if the text before it is no known opening."""
+        """Offset after the opening of a turn; None if the text before it is not a known opening."""
         openings = self._openings_after(extent.previous_role)
         for opening in openings:
             if not opening and extent.previous_stop != extent.start:

@@ -127,7 +127,7 @@ def fill_gaps(counts: Array, max_length: int) -> Iterator[Pattern]:
     Each pattern is repeated until the documents of one of its lengths are used up. Therefore there
     are hardly more patterns than lengths.
     """
-    present = np.flatnonzero(counts).tolist()  # lengths of which documents are left, ascending
+    present = np.flatnonzero(counts).tolist()  # lengths of the remaining documents, ascending
     while present:
         pattern = Counter(_lengths_of_pack(counts, present, max_length))
         num_packs = min(int(counts[length]) // number for length, number in pattern.items())

@@ -128,11 +128,17 @@ class SplitWriter:
         return self.folder / REJECTS
 
     def close(
-        self, sources: Sequence[SourceIndex], loss: LengthLoss, *, max_length: int, packing: bool
+        self,
+        sources: Sequence[SourceIndex],
+        length_loss: LengthLoss,
+        *,
+        max_length: int,
+        packing: bool,
     ) -> SplitIndex:
         """Complete the arrays on disk and write the sequences.
 
-        `loss`: what truncation to `max_length` lost. `packing`: pack documents to sequences.
+        `length_loss`: the tokens that are lost because of `max_length`. `packing`: pack documents
+        to sequences.
         """
         for column in self._columns.values():
             column.close()
@@ -153,7 +159,7 @@ class SplitWriter:
             sources=tuple(sources),
             made_with=tokenising_versions(),
             content=self._content(),
-            length_loss=asdict(loss),
+            length_loss=asdict(length_loss),
         )
         return self.index
 
@@ -169,7 +175,7 @@ class SplitWriter:
         """
         assert self.index is not None, "close first"
         index = {"split": self.index.as_json(), "audit": audit}
-        write_text(self.folder / INDEX, dump_json(index), durable=True)
+        write_text(self.folder / INDEX, dump_json(index), is_durable=True)
         for _ in range(_MAX_RENAMES):
             try:
                 self.folder.rename(self._published)
@@ -261,7 +267,7 @@ def write_sequences(
         np.save(path, column, allow_pickle=False)
         sync(path)
     epoch = {"packing": packing, "rounds": [asdict(segment) for segment in segments]}
-    write_text(folder / SEQUENCES, dump_json(epoch), durable=True)
+    write_text(folder / SEQUENCES, dump_json(epoch), is_durable=True)
     return EpochSize(
         sequences=sum(s.repeats * (s.end - s.start) for s in segments),
         documents=sum(s.repeats * int(offsets[s.end] - offsets[s.start]) for s in segments),
@@ -299,7 +305,7 @@ def _sums(values: Array, offsets: Array) -> Array:
 
 def join_files(path: Path, parts: Sequence[Path]) -> None:
     """Replace a file by the concatenation of others."""
-    with atomic_file(path, durable=True) as temporary, temporary.open("wb") as stream:
+    with atomic_file(path, is_durable=True) as temporary, temporary.open("wb") as stream:
         for part in parts:
             with part.open("rb") as source:
                 shutil.copyfileobj(source, stream)

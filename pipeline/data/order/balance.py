@@ -22,7 +22,7 @@ def divide(costs: npt.NDArray[np.float64], ranks: int) -> list[Array]:
     per_rank = -(-count // ranks)
     # Indices from `count` on are padding without cost, so that every rank gets `per_rank` items.
     scaled = np.zeros(per_rank * ranks, np.int64)
-    largest = max(costs.max(initial=0.0), 1e-300)  # not 0, by which nothing can be divided
+    largest = max(costs.max(initial=0.0), 1e-300)  # avoids a division by 0
     scaled[:count] = np.rint(costs * (_LARGEST_COST / largest))
     items = np.empty((ranks, per_rank), np.int64)  # indices of each rank's items
     sums, sizes = np.zeros(ranks, np.int64), np.zeros(ranks, np.int64)

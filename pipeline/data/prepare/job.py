@@ -170,7 +170,7 @@ class _SplitBuilder:
             total.add(counts.lengths)
         index = self.writer.close(
             sources,
-            total.loss(),
+            total.length_loss(),
             max_length=self._settings.max_length,
             packing=self._settings.packing,
         )

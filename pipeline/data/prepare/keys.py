@@ -79,7 +79,7 @@ class Fingerprints:
     def save(self) -> None:
         """Write the hashes that were used to the cache file, and drop the others."""
         if self._used != self._cached:
-            write_text(self._path, dump_json(self._used), durable=True)
+            write_text(self._path, dump_json(self._used), is_durable=True)
 
 
 def split_keys(

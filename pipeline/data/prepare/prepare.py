@@ -240,7 +240,7 @@ def _reusable_splits(
             total.add(RowCounts.from_json(source))
         if settings.on_bad_row == "fail" and audit["rejected"]:
             for reject in read_rejects(folders[split] / REJECTS):
-                # The file also has dropped rows, which are no bad rows.
+                # The file also has dropped rows, which are not bad rows.
                 if without_numbers(reject.reason) in audit["rejected"]:
                     refuse_bad_row(f"{reject.file}:{reject.line}", reject.reason)
     names = [source.name for source in job.sources]
@@ -396,8 +396,8 @@ def _write_summary(data_dir: Path, index: DataIndex, audits: dict[str, dict[str,
     (data_dir / INDEX).unlink(missing_ok=True)
     join_files(data_dir / REJECTS, _reject_files(index))
     audit = {split: audits[split] for split in index.splits}
-    write_text(data_dir / "audit.json", dump_json(audit), durable=True)
-    write_text(data_dir / INDEX, dump_json(index.as_json()), durable=True)
+    write_text(data_dir / "audit.json", dump_json(audit), is_durable=True)
+    write_text(data_dir / INDEX, dump_json(index.as_json()), is_durable=True)
 
 
 def _remove_outdated(data_dir: Path, index: DataIndex) -> None:

@@ -127,7 +127,7 @@ class ChunkTokeniser:
 
     def _num_ends(self, tokens: Document | Window) -> int:
         """Number of supervised end-of-turn and end-of-sequence tokens."""
-        return self._encoder.num_ends(tokens.ids[tokens.supervised])
+        return self._encoder.num_end_tokens(tokens.ids[tokens.supervised])
 
 
 class _RowCollector:

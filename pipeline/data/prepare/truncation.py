@@ -88,7 +88,7 @@ class LengthCounts:
         self.longest = max(self.longest, other.longest)
         self.bins.update(other.bins)
 
-    def loss(self) -> LengthLoss:
+    def length_loss(self) -> LengthLoss:
         """The supervised tokens lost at the present `max_length`, and lengths that keep them."""
         keeps_99, kept = 0, 0
         for index in sorted(self.bins):

@@ -204,7 +204,7 @@ def kept_activations(
     """
     num_inputs = layout.checkpointed_layers
     if layout.offload_activations and is_cuda:
-        # Besides, the input of the first block: it needs a gradient, so the graph keeps it.
+        # Also the input of the first block: it needs a gradient, so the graph keeps it.
         num_inputs = min(num_inputs, INPUTS_ON_DEVICE + 1)
     elif layout.offload_activations:  # a CPU has no other memory; one input is copied back
         num_inputs += 2
@@ -247,7 +247,7 @@ def has_scores(shape: ModelShape, settings: RunSettings) -> bool:
 
     Only soft-capped scores (Gemma 2) are, unless FlashAttention-2 computes them.
     """
-    return shape.score_softcap and settings.use_flash_attention is not True
+    return shape.has_score_softcap and settings.use_flash_attention is not True
 
 
 def attends_by_document(settings: RunSettings) -> bool:
@@ -265,7 +265,7 @@ def _saved_per_token(kind: _BlockKind) -> int:
     n = kind.count  # `adapter` has sums over n blocks
     if block.saved is None:
         saved = _norm_bytes(block, b) + _attention_bytes(kind) + _mlp_bytes(kind)
-    else:  # counted on the model's class, for a group of one rank
+    else:  # derived from the model's class, for a group of one rank
         values, other_bytes = block.saved
         more_keys_and_values = 2 * (kind.key_copies - 1) * block.key_width
         saved = (values + more_keys_and_values) * b + other_bytes

@@ -93,7 +93,8 @@ def _forward(
 ) -> tuple[float, float]:
     """FLOPs of a forward pass, and number of values that it reads or writes.
 
-    Only the last token of each row has logits. `attended`: as in `answers`.
+    Only the last token of each row has logits. `attended`: number of tokens to which each token
+    attends, on average.
     """
     tokens_of_batch = rows * num_tokens
     flops = tokens_of_batch * (cost.base_flops + cost.adapter_flops + cost.score_flops * attended)
@@ -111,6 +112,6 @@ def _traffic_bytes(
 ) -> float:
     """Bytes of these values in the training dtype, and of the dequantisation of 4-bit weights."""
     traffic = layout.bytes_per_value * values
-    if settings.load_in_4bit:  # packed weights are read, 16-bit weights are written
-        traffic += cost.packed_bytes + layout.bytes_per_value * cost.linear_values
+    if settings.load_in_4bit:  # quantised weights are read, 16-bit weights are written
+        traffic += cost.quantised_bytes + layout.bytes_per_value * cost.linear_values
     return traffic

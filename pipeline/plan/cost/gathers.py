@@ -22,8 +22,8 @@ runs and released afterwards, with three exceptions:
   backward pass (rule 4bit-zero3-unchecked).
 
 DeepSpeed's defaults of these limits (1e9) are too large for a frozen base. A base below a billion
-elements would never be released between forward and backward. Of a larger base, two to four
-gigabytes more than one block needs would stay gathered.
+elements would never be released between forward and backward. With a larger base, two
+to four gigabytes more than one block needs would stay gathered.
 """
 
 from dataclasses import dataclass

@@ -35,13 +35,13 @@ def loss_bytes(
         in_chunk, rows = logits // shape.vocab_size, min(shape.vocab_size, FP32_PART_VALUES // h)
         head_casts = 4 * (rows * h + in_chunk * (rows + h))
     if not has_loss_gradient(shape, settings, layout):
-        plain = logits * 4 * (4 if shape.logit_softcap else 3)
+        plain = logits * 4 * (4 if shape.has_logit_softcap else 3)
         return hidden + max(plain, b * logits + head_casts)
     # bytes per logit: tensors that autograd saves, the cast of log-softmax, gradients at one time
-    saved = 2 * b if shape.logit_softcap else b
+    saved = 2 * b if shape.has_logit_softcap else b
     cast = 0
     if b < 4:
         cast = b if is_cuda else 4
-    gradients = 3 * b if shape.logit_softcap else b
+    gradients = 3 * b if shape.has_logit_softcap else b
     in_head = b * logits + head_casts
     return 2 * hidden + logits * saved + max(logits * (4 + cast), logits * gradients, in_head)

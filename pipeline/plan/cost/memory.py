@@ -44,7 +44,7 @@ _LINK_OF_EXCHANGE_BUFFERS = 450e9  # bytes/s in each direction, of that machine
 _ALLOCATOR_SLACK = 0.03
 # Bytes of host memory of a rank's process for libraries and the CUDA runtime: an assumption.
 _PROCESS = 4 * 2**30
-# terms that are not the size of live tensors
+# Terms that are not the sizes of live tensors.
 _NOT_TENSORS = ("cuda_context", "allocator_slack", "exchange_buffers")
 
 
@@ -127,9 +127,9 @@ def base_bytes(shape: ModelShape, settings: RunSettings, training_dtype: str) ->
     if not settings.is_quantised:
         return shape.parameters * b
     num_quantised = shape.quantised_parameters
-    packed = num_quantised // 2 if settings.load_in_4bit else num_quantised
+    quantised = num_quantised // 2 if settings.load_in_4bit else num_quantised
     other = (shape.parameters - num_quantised) * b
-    return packed + quantisation_constants(shape, settings) + other
+    return quantised + quantisation_constants(shape, settings) + other
 
 
 def quantisation_constants(shape: ModelShape, settings: RunSettings) -> int:
@@ -282,7 +282,7 @@ def _moments(
             "head_gradient": saved_gradients.until_embeddings,
             "gathered_layers": largest_block + kept_experts,
         },
-        # A tiled MLP has the first gradients of a block, so nothing is in the bucket yet.
+        # The backward pass of a block begins with its tiled MLP, so the bucket is still empty.
         "the first tiled MLP's backward pass": earlier_gradients
         | {
             "activations": kept.in_first_block,
@@ -395,11 +395,11 @@ def _gathered_bytes(
 
 
 def _block_bytes(block: Block, settings: RunSettings, b: int) -> int:
-    """Bytes of one block as ZeRO-3 gathers it: packed weights without quantisation constants."""
+    """Bytes of one block as ZeRO-3 gathers it: quantised weights without their constants."""
     if not settings.is_quantised:
         return block.parameters * b
-    packed = block.linear_weights // 2 if settings.load_in_4bit else block.linear_weights
-    return packed + (block.parameters - block.linear_weights) * b
+    quantised = block.linear_weights // 2 if settings.load_in_4bit else block.linear_weights
+    return quantised + (block.parameters - block.linear_weights) * b
 
 
 def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_cuda: bool) -> int:

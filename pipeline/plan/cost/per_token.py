@@ -92,7 +92,7 @@ class CostPerToken:
     linear_values: int  # weights of all linear layers
     expert_values: int  # weights of all experts
     expert_share: float  # fraction of the experts that one token is routed to
-    packed_bytes: float  # bytes of the linear weights if they are quantised, else 0
+    quantised_bytes: float  # bytes of the linear weights if they are quantised, else 0
     # Bytes of the base that ZeRO-3 shards. Quantisation constants are replicated and not included.
     stored_bytes: float
     modules: int  # number of linear layers
@@ -186,10 +186,10 @@ def _compute_cost(key: _Identity, training_dtype: str, *, is_joint: bool) -> Cos
     """The costs; `is_joint`: whether LoRA layers with the same input are computed together."""
     shape, settings = key.shape, key.settings
     num_weights, bytes_per_value = shape.linear_parameters, DTYPE_BYTES[training_dtype]
-    packed = 0.0
+    quantised = 0.0
     if settings.is_quantised:
-        packed = (0.5 if settings.load_in_4bit else 1.0) * num_weights
-    stored_linears = packed or num_weights * bytes_per_value
+        quantised = (0.5 if settings.load_in_4bit else 1.0) * num_weights
+    stored_linears = quantised or num_weights * bytes_per_value
     adapter, counts = adapter_counts(shape, settings), shape.counts()
     adapted = adapter.adapted_experts
     heads = sum(count * block.num_heads for block, count in counts)
@@ -216,7 +216,7 @@ def _compute_cost(key: _Identity, training_dtype: str, *, is_joint: bool) -> Cos
         expert_values=shape.expert_parameters,
         expert_share=max(block.experts_per_token for block in shape.blocks)
         / max(1, shape.num_experts),
-        packed_bytes=packed,
+        quantised_bytes=quantised,
         stored_bytes=stored_linears + (shape.parameters - num_weights) * bytes_per_value,
         kernels=kernels,
         backward_kernels=backward_kernels,

@@ -260,8 +260,7 @@ def _traffic_bytes(
 
     Each pass reads all weights once, even for few tokens, so small micro-batches are slow. This is
     the roofline model (Williams et al. 2009), except that compute time and memory time are added,
-    where the original takes the larger of the two. Of the experts, only those selected by a token
-    are read.
+    where the original takes the larger of the two. Only the experts that a token selects are read.
     """
     experts = min(1.0, micro * cost.expert_share) * cost.expert_values
     weights = (2 + recomputed) * (cost.linear_values + experts)
@@ -282,14 +281,14 @@ def _dequantisation_bytes(
     """Bytes of memory traffic for dequantising the weights in one micro-batch.
 
     The classes are those of bitsandbytes 0.50 (autograd/_functions.py). MatMul4Bit dequantises in
-    each forward and backward pass: it reads the packed weight and writes the dequantised one.
+    each forward and backward pass: it reads the quantised weight and writes the dequantised one.
     MatMul8bitLt multiplies int8 values in the forward pass. In its backward pass it casts the
     weight, then reads and writes it again. The fused kernel for few tokens is not included.
     """
     dequantised = layout.bytes_per_value * cost.linear_values
     if settings.load_in_4bit:
-        return (2 + recomputed) * (cost.packed_bytes + dequantised)
-    return cost.packed_bytes + 3 * dequantised if settings.load_in_8bit else 0.0
+        return (2 + recomputed) * (cost.quantised_bytes + dequantised)
+    return cost.quantised_bytes + 3 * dequantised if settings.load_in_8bit else 0.0
 
 
 def _launch_seconds(
@@ -360,7 +359,9 @@ def _tile_seconds(
     share = weights / cost.linear_values  # of MLPs in all linear layers
     flops = share * (cost.base_flops + cost.adapter_flops) * micro
     reads = (layout.mlp_tiles - 1) * (3 + layout.checkpointed_layers / shape.num_layers) + 1
-    per_read = b * weights + (share * (cost.packed_bytes + b * weights) if cost.packed_bytes else 0)
+    per_read = b * weights + (
+        share * (cost.quantised_bytes + b * weights) if cost.quantised_bytes else 0
+    )
     traffic = share * b * cost.token_values * micro + reads * per_read
     return flops / rates.flops + traffic / rates.memory
 

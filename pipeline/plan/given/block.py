@@ -1,8 +1,8 @@
-"""Block: sizes of one kind of decoder block, computed from config.json or counted on the class.
+"""Block: sizes of one kind of decoder block, computed from config.json or derived from the class.
 
 A model may have several kinds of blocks, such as dense blocks and blocks with experts. If the
 `model_type` is in the table families.py, `blocks_of_family` computes the sizes. For any other
-model, a subprocess builds the model's class and counts them (class_shape.py), and `block_of_class`
+model, a subprocess derives them from the model's class (class_shape.py), and `block_of_class`
 reads its result.
 """
 
@@ -37,10 +37,10 @@ class Block:
     not include.
 
     `saved`: tensors that the block saves for backward, per token and without adapters, as the
-    number of values in the training dtype and the number of bytes in other dtypes. It is counted on
-    the model's class; None if cost/activations.py computes it. `saved_for_expert_adapters`: number
-    of values per token that are also saved if the experts have an adapter. `counted_input`: values
-    per token of the block's input, counted on the class; None if it is one hidden state.
+    number of values in the training dtype and the number of bytes in other dtypes. It is derived
+    from the model's class; None if cost/activations.py computes it. `saved_for_expert_adapters`:
+    number of values per token that are also saved if the experts have an adapter. `counted_input`:
+    values per token of the block's input, derived from the class; None if it is one hidden state.
     """
 
     linears: tuple[Linear, ...]
@@ -157,7 +157,7 @@ class Block:
 
 
 def block_of_class(sizes: Mapping[str, Any], unadaptable: Sequence[str]) -> Block:
-    """A Block from the sizes that model/class_shape.py counted on the model's class.
+    """A Block from the sizes that model/class_shape.py derived from the model's class.
 
     Parameters for which Block has no field are counted in `other_parameters`. `unadaptable`: last
     parts of the names of linear layers, such as `gate_proj`, that no adapter may have, because

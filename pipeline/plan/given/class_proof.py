@@ -80,10 +80,10 @@ def reason_against_packs(shape: ModelShape, proof: Proof | None) -> str:
     """Why the class does not keep the documents of a pack separate; empty if it does.
 
     The reason comes from the checks. If they have not run, for example in a plan for a published
-    model without a folder, it comes from the shape (`ModelShape.mixes_documents`).
+    model without a folder, it comes from the shape (`ModelShape.mixing_reason`).
     """
     if proof is None:
-        return shape.mixes_documents
+        return shape.mixing_reason
     return proof.without_packs[0] if proof.without_packs else ""
 
 

@@ -1,4 +1,4 @@
-"""Sizes counted on the model's class, for a `model_type` that is not in the table families.py.
+"""Sizes derived from the model's class, for a `model_type` that is not in the table families.py.
 
 A subprocess builds the model on the meta device (model/class_shape.py), which takes seconds and
 reads no weights. The sizes, or the reason why the class is refused, are cached, so that later plans

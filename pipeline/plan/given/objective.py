@@ -22,7 +22,7 @@ _LANGUAGE_HEAD = re.compile(r"CausalLM|LMHead|ConditionalGeneration$")
 _BACKBONE = re.compile(r"Model$")
 
 
-def bidirectional(config: Mapping[str, Any]) -> str:
+def bidirectional_entry(config: Mapping[str, Any]) -> str:
     """The entry of config.json that makes attention bidirectional; empty if it is causal."""
     for key, causal_values in _CAUSAL_VALUES.items():
         if config.get(key) not in causal_values:

@@ -2,7 +2,7 @@
 
 published_models.json has, for each model, the keys of config.json that determine its sizes, with
 source and date. published_shapes.json has the sizes of models whose type is not in families.py,
-counted on the model's class; `python -m pipeline.cli.shapes` writes this file.
+derived from the model's class; `python -m pipeline.cli.shapes` writes this file.
 """
 
 import difflib
@@ -103,6 +103,6 @@ def _similar_names(name: str, known: list[str]) -> str:
 
 @cache
 def _shapes_by_name() -> Mapping[str, Any]:
-    """Name of a published model -> its sizes as class_shape.py counted them."""
+    """Name of a published model -> its sizes as class_shape.py derived them."""
     shapes: Mapping[str, Any] = read_json(SHAPES_FILE)["shapes"]
     return shapes

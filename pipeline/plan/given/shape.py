@@ -29,7 +29,7 @@ from pipeline.plan.given.block import (
 )
 from pipeline.plan.given.class_shape import class_shape
 from pipeline.plan.given.families import FAMILIES, Config, ExpertTensor, Linear
-from pipeline.plan.given.objective import bidirectional, other_head
+from pipeline.plan.given.objective import bidirectional_entry, other_head
 from pipeline.plan.given.patterns import full_matches
 from pipeline.plan.given.positions import max_positions, require_window, rope_original_length
 from pipeline.plan.given.tokens import required_vocab_size
@@ -84,8 +84,8 @@ class ModelShape:
     head_name: str = "lm_head"
     has_head_bias: bool = False
     has_composed_activation: bool = False  # computed by several PyTorch operators, not one kernel
-    logit_softcap: bool = False
-    score_softcap: bool = False  # soft-capped attention scores, which must be materialised
+    has_logit_softcap: bool = False
+    has_score_softcap: bool = False  # soft-capped attention scores, which must be materialised
     quantization: str | None = None
     has_own_code: bool = False  # config.json names a class in the model's folder (remote code)
     required_vocab_size: int | None = None
@@ -94,12 +94,12 @@ class ModelShape:
     rope_original_length: int | None = None
     dropouts: tuple[str, ...] = ()  # `key: value` of each dropout in config.json that is not 0
     has_router_loss: bool = False
-    bidirectional: str = ""  # entry of config.json that lets tokens attend to later tokens
+    bidirectional_entry: str = ""  # entry of config.json that lets tokens attend to later tokens
     other_head: str = ""  # class of a checkpoint that has no language-model head
     has_other_towers: bool = False  # has linear layers outside decoder and head (vision tower)
     separate_blocks: int | None = None
     mixing_modules: tuple[str, ...] = ()  # classes that do not keep packed documents separate
-    is_from_class: bool = False  # counted on the model's class, not computed by families.py
+    is_from_class: bool = False  # derived from the model's class, not computed by families.py
     other_parameters: int = 0  # outside blocks, embeddings, final norm and head
     largest_other: int = 0  # values of the largest of these parameters
     source: str | None = None
@@ -115,7 +115,7 @@ class ModelShape:
         return self.blocks[0].hidden_size
 
     @property
-    def mixes_documents(self) -> str:
+    def mixing_reason(self) -> str:
         """The reason why documents of a packed sequence would be mixed; empty if they are not."""
         if self.separate_blocks in (None, self.num_layers):
             return ""
@@ -354,8 +354,8 @@ def shape_of(
 ) -> ModelShape:
     """Shape of the model with this config.json.
 
-    `model`: its folder or name. `class_sizes`: sizes counted on the model's class, for a
-    `model_type` that is not in families.py; if None, they are counted now (class_shape.py).
+    `model`: its folder or name. `class_sizes`: sizes derived from the model's class, for a
+    `model_type` that is not in families.py; if None, they are derived now (class_shape.py).
     """
     _require_plausible(config)
     if config["model_type"] in FAMILIES:
@@ -386,7 +386,7 @@ def _from_family(config: Config, model: str) -> ModelShape:
 
 
 def _from_class(config: Config, model: str, sizes: Mapping[str, Any]) -> ModelShape:
-    """The shape of a model whose sizes model/class_shape.py counted.
+    """The shape of a model whose sizes model/class_shape.py derived.
 
     For a multimodal model, these are the sizes of its language model.
     """
@@ -421,8 +421,8 @@ def _common_fields(config: Config, model: str) -> dict[str, Any]:
         "folder": model,
         "model_type": config["model_type"],
         "dtype": str(config.get("dtype") or config.get("torch_dtype") or "float32"),
-        "logit_softcap": config.get("final_logit_softcapping") is not None,
-        "score_softcap": config.get("attn_logit_softcapping") is not None,
+        "has_logit_softcap": config.get("final_logit_softcapping") is not None,
+        "has_score_softcap": config.get("attn_logit_softcapping") is not None,
         "quantization": quantization_of(config)[0],
         "has_own_code": _has_own_code(config),
         "required_vocab_size": required_vocab_size(Path(model)),
@@ -430,7 +430,7 @@ def _common_fields(config: Config, model: str) -> dict[str, Any]:
         "rope_original_length": rope_original_length(config),
         "dropouts": tuple(f"{key}: {config[key]}" for key in _DROPOUTS if config.get(key)),
         "has_router_loss": bool(config.get("output_router_logits")),
-        "bidirectional": bidirectional(config),
+        "bidirectional_entry": bidirectional_entry(config),
     }
 
 

@@ -48,7 +48,7 @@ def _evaluates_at_other_steps(run: PlanContext) -> bool:
 def _settings_without_effect(run: PlanContext) -> str:
     """The settings without effect, each with the setting on which its effect depends."""
     without_effect = settings_without_effect(run.settings)
-    return ", ".join(f"{name} (used {reason})" for name, reason in without_effect.items())
+    return ", ".join(f"{name} ({reason})" for name, reason in without_effect.items())
 
 
 def _is_short_of_memory(run: PlanContext) -> bool:
@@ -126,10 +126,10 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         id="dequantised-base",
         level="advise",
         applies=lambda run: run.shape.quantization if run.shape.quantization in DEQUANTISED else "",
-        reason="the weights of this checkpoint are packed, and are dequantised to 16 bits while it "
-        "is loaded: base and merged model take 2 bytes per weight",
+        reason="the weights of this checkpoint are quantised, and are dequantised to 16 bits while "
+        "it is loaded: base and merged model take 2 bytes per weight",
         remedy="load_in_4bit: true quantises the linear layers of the blocks again",
-        source="pipeline/model/packed_files.py",
+        source="pipeline/model/quantised_files.py",
     ),
     Rule(
         id="bf16-on-cpu",
@@ -138,7 +138,7 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
             run.hardware.is_slow_in_bf16 and run.layout.training_dtype == "bfloat16"
         ),
         reason="this CPU multiplies matrices faster in fp32 than in bf16, so steps are faster in "
-        "fp32, even beside the fast path fp32_kernels",
+        "fp32, even compared with the fast path fp32_kernels",
         remedy="set bf16: false and fp16: false if memory allows; base and activations then take "
         "4 bytes per value",
         source="docs/log.md",

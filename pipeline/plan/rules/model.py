@@ -174,7 +174,7 @@ INPUT_RULES: tuple[Rule[PlanInput], ...] = (
     Rule(
         id="bidirectional",
         level="refuse",
-        applies=lambda run: run.shape.bidirectional,
+        applies=lambda run: run.shape.bidirectional_entry,
         reason="model: tokens of this model attend to later tokens, so it cannot learn to predict "
         "the next token, according to config.json",
         remedy="use a causal language model",

@@ -8,7 +8,7 @@ from types import ModuleType
 from recorder import StepCallback  # imports transformers, which looks for torchaudio
 from trainer_arguments import trainer_arguments
 
-# LLaMA-Factory imports it for audio files; the wheel does not load beside a CPU build of torch.
+# LLaMA-Factory imports it for audio files; the wheel does not load with a CPU build of torch.
 sys.modules["torchaudio"] = ModuleType("torchaudio")
 from llamafactory.train.tuner import run_exp  # noqa: E402
 

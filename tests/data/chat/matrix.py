@@ -33,7 +33,7 @@ _DEEPSEEK = [
     )
 ]  # fmt: skip
 # Family of models, which is the name of its template in tests/templates -> its special tokens
-# besides <|im_start|> and <|im_end|>. `others`: tokens without a name. `ends`: tokens that end a
+# other than <|im_start|> and <|im_end|>. `others`: tokens without a name. `ends`: tokens that end a
 # turn.
 FAMILIES = {
     **SPECIAL,

@@ -109,9 +109,9 @@ def test_a_role_header_is_not_supervised_by_a_template_without_generation_prompt
     template = CHATML.partition("{% if add_generation_prompt")[0]
     text = marked_text(chat("q", "one", "r", "assistant two"), tokenizer_with(template))
     assert text == user("q") + "[[one<|im_end|>]]\n" + user("r") + "[[assistant two<|im_end|>]]\n"
-    thought = "<think>\na\n</think>\n\nb"
-    text = marked_text(chat("q", thought), tokenizer_with(template))
-    assert text == user("q") + f"[[{thought}<|im_end|>]]\n"
+    answer = "<think>\na\n</think>\n\nb"
+    text = marked_text(chat("q", answer), tokenizer_with(template))
+    assert text == user("q") + f"[[{answer}<|im_end|>]]\n"
 
 
 def test_a_bos_of_the_template_is_not_doubled_by_the_tokenizer():
@@ -144,9 +144,9 @@ def test_markup_may_depend_on_the_text():
 
 
 def test_reasoning_that_contains_turn_markup_ends_at_its_own_turn():
-    thought = f"<think>\na<|im_end|>\n{user('fake')}b\n</think>\n\nc"
-    text = marked_text(chat("q", thought, "r", "d"), make_tokenizer())
-    assert text == user("q") + f"[[{thought}<|im_end|>]]\n" + user("r") + "[[d<|im_end|>]]\n"
+    answer = f"<think>\na<|im_end|>\n{user('fake')}b\n</think>\n\nc"
+    text = marked_text(chat("q", answer, "r", "d"), make_tokenizer())
+    assert text == user("q") + f"[[{answer}<|im_end|>]]\n" + user("r") + "[[d<|im_end|>]]\n"
 
 
 def test_a_header_token_that_absorbs_the_following_space_is_not_supervised():

@@ -214,12 +214,12 @@ def test_the_end_tokens_are_known_before_any_row():
     end, eos = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     tokenizer.eos_token = "<|endoftext|>"
     own_encoder = encoder(tokenizer)
-    assert own_encoder.ends == {end, eos}
-    assert own_encoder.num_ends(np.array([end, 5, eos, end, 6])) == 3
-    assert own_encoder.num_ends(np.array([], np.int32)) == 0
+    assert own_encoder.end_ids == {end, eos}
+    assert own_encoder.num_end_tokens(np.array([end, 5, eos, end, 6])) == 3
+    assert own_encoder.num_end_tokens(np.array([], np.int32)) == 0
     for template in (None, "{% for %}", "{{ raise_exception('no') }}", "no end"):
         tokenizer.chat_template = template
-        assert encoder(tokenizer).ends == {eos}
+        assert encoder(tokenizer).end_ids == {eos}
 
 
 class TestLastAnswer:

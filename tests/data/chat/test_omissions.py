@@ -332,8 +332,8 @@ class TestKinds:
         ends.add_tokens(["<|eom_id|>"], special_tokens=True)
         number = ends.convert_tokens_to_ids("<|eom_id|>")
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [number, 1]}))
-        assert number in encoder(ends, model=str(tmp_path)).ends
-        assert number not in encoder(ends, model="elsewhere").ends
+        assert number in encoder(ends, model=str(tmp_path)).end_ids
+        assert number not in encoder(ends, model="elsewhere").end_ids
 
 
 class TestSpecialTokensInText:

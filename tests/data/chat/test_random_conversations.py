@@ -154,7 +154,7 @@ def test_each_text_of_a_row_is_written_or_omitted_reasoning_or_the_row_is_refuse
             if message.role == "assistant" and message.is_trained:
                 assert is_in(answer, trained)
         assert tokenizer.decode([document.ids[document.supervised][-1]]) in tokenizer.decode(
-            sorted(row_encoder.ends)
+            sorted(row_encoder.end_ids)
         )
 
 

@@ -115,7 +115,7 @@ def test_of_two_special_tokens_with_the_same_beginning_the_longer_is_matched():
 
 def test_a_generation_config_that_cannot_be_read_is_refused(tmp_path):
     """It may name tokens that end a turn."""
-    assert encoder(tokenizer_of("qwen3"), model=str(tmp_path)).ends
+    assert encoder(tokenizer_of("qwen3"), model=str(tmp_path)).end_ids
     config = tmp_path / "generation_config.json"
     for content in ("{", "[1]", '{"eos_token_id": '):
         config.write_text(content)

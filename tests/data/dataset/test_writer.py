@@ -95,7 +95,7 @@ def test_the_fraction_of_a_weight_is_chosen_by_content(tmp_path):
 
 
 def test_the_fraction_of_a_weight_is_independent_of_holding_out(tmp_path):
-    """Both select rows by digest.
+    """Weights and holding out both select rows by digest, but not the same ones.
 
     A weight of 0.5 selects about half of the 1000 rows with high digests, not all or none of them.
     """

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.tensor
 # FLOPs per token of SmolLM2-135M, and of a model in which attention dominates.
 SMALL = SequenceFlops(per_token=4.7e8, per_square=1.0e5, per_logit=1.1e8)
 ATTENTIVE = SequenceFlops(per_token=1.0, per_square=1.0, per_logit=0.0)
-SHAPES = st.builds(
+LAYOUTS = st.builds(
     BatchLayout,
     data_parallel_size=st.integers(1, 64),
     accumulation_steps=st.integers(1, 4),
@@ -71,33 +71,33 @@ def gsm8k(*, packing: bool) -> Sequences:
     )
 
 
-def steps_of(sequences, shape):
+def steps_of(sequences, layout):
     """Number of steps of an epoch."""
-    return ceil(sequences.per_epoch / shape.global_batch_size)
+    return ceil(sequences.per_epoch / layout.global_batch_size)
 
 
-def work_of(sequences, shape, rank, *, seed=0, epochs=1):
-    steps = steps_of(sequences, shape) * epochs
+def work_of(sequences, layout, rank, *, seed=0, epochs=1):
+    steps = steps_of(sequences, layout) * epochs
     split = SimpleNamespace(sequences=sequences)
-    return RankWork(split, shape, seed=seed, rank=rank, steps=range(steps))
+    return RankWork(split, layout, seed=seed, rank=rank, steps=range(steps))
 
 
-@given(any_sequences(), SHAPES, st.integers(0, 2**31), st.integers(1, 2))
+@given(any_sequences(), LAYOUTS, st.integers(0, 2**31), st.integers(1, 2))
 @settings(max_examples=40, deadline=None)
-def test_each_sequence_is_seen_as_often_as_its_segment_repeats_with_equal_forwards(
-    sequences, shape, seed, epochs
+def test_each_sequence_is_seen_as_often_as_its_segment_repeats_with_equally_many_micro_batches(
+    sequences, layout, seed, epochs
 ):
     """The last, shorter step is neither dropped nor filled with repeated sequences."""
-    steps, accumulation = steps_of(sequences, shape) * epochs, shape.accumulation_steps
-    assume(steps * shape.data_parallel_size < 130)  # the work of every rank is computed here
-    ranks = range(shape.data_parallel_size)
-    work = [work_of(sequences, shape, rank, seed=seed, epochs=epochs) for rank in ranks]
+    steps, accumulation = steps_of(sequences, layout) * epochs, layout.accumulation_steps
+    assume(steps * layout.data_parallel_size < 130)  # the work of every rank is computed here
+    ranks = range(layout.data_parallel_size)
+    work = [work_of(sequences, layout, rank, seed=seed, epochs=epochs) for rank in ranks]
     assert {len(mine) for mine in work} == {steps * accumulation}
     seen = Counter()
     for step in range(steps):
         micro = [mine[step * accumulation + i] for mine in work for i in range(accumulation)]
         of_step = Counter(i for batch in micro for i in batch.sequences)
-        assert all(len(batch.sequences) <= shape.micro_batch_size for batch in micro)
+        assert all(len(batch.sequences) <= layout.micro_batch_size for batch in micro)
         assert len({batch.first for batch in micro}) == len(micro)  # it seeds dropout
         # The denominator of the loss is the same on every rank: the sum over all ranks.
         sizes = {mine.size_of(step) for mine in work}
@@ -109,25 +109,27 @@ def test_each_sequence_is_seen_as_often_as_its_segment_repeats_with_equal_forwar
     assert seen == Counter({i: n * epochs for i, n in expected.items()})
 
 
-@given(any_sequences(), SHAPES, st.integers(1, 60), st.floats(0, 1))
+@given(any_sequences(), LAYOUTS, st.integers(1, 60), st.floats(0, 1))
 @settings(max_examples=60, deadline=None)
-def test_a_run_that_ends_within_an_epoch_resumes_with_the_same_work(sequences, shape, total, share):
+def test_a_run_that_ends_within_an_epoch_resumes_with_the_same_work(
+    sequences, layout, total, share
+):
     """Within the last epoch, some sequences have been seen in one epoch less than others."""
-    assume(total * shape.data_parallel_size < 130)
+    assume(total * layout.data_parallel_size < 130)
     split = SimpleNamespace(sequences=sequences)
     first = int(share * total)
-    ranks = range(shape.data_parallel_size)
+    ranks = range(layout.data_parallel_size)
     whole, resumed = (
-        [RankWork(split, shape, seed=7, rank=rank, steps=range(start, total)) for rank in ranks]
+        [RankWork(split, layout, seed=7, rank=rank, steps=range(start, total)) for rank in ranks]
         for start in (0, first)
     )
     for uninterrupted, later in zip(whole, resumed, strict=True):
-        assert list(uninterrupted)[first * shape.accumulation_steps :] == list(later)
-    epochs, steps = divmod(total, steps_of(sequences, shape))
+        assert list(uninterrupted)[first * layout.accumulation_steps :] == list(later)
+    epochs, steps = divmod(total, steps_of(sequences, layout))
     seen = Counter(i for work in whole for micro in work for i in micro.sequences)
     for i, repeats in Counter(sequences.of_epoch().tolist()).items():
         assert epochs * repeats <= seen[i] <= (epochs + (steps > 0)) * repeats
-    of_last_epoch = min(steps * shape.global_batch_size, sequences.per_epoch)
+    of_last_epoch = min(steps * layout.global_batch_size, sequences.per_epoch)
     assert seen.total() == epochs * sequences.per_epoch + of_last_epoch
 
 
@@ -283,7 +285,7 @@ def test_without_packing_steps_are_shuffled():
     )
     assert not first_batches & second_batches
     first_batch_of = {i: batch for batch in first_batches for i in batch}
-    # Of the 15 other documents of its batch, a document meets few again in the next epoch.
+    # Few of the 15 other documents of a batch are with a document again in the next epoch.
     num_met_again = [
         len(first_batch_of[i] & batch) - 1
         for batch in second_batches

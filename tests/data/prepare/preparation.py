@@ -8,9 +8,9 @@ from pipeline.data.prepare.prepare import prepare_data
 
 
 class Run:
-    """A folder with a model and rows, the settings of a run on them, and its prepared data.
+    """A run on the model and the rows of a folder: its settings and its prepared data.
 
-    `data`: the folder of the prepared data; `audit` and `rejects` read its files.
+    `data`: the folder of the prepared data. `audit`, `rejects`: contents of the files of that name.
     """
 
     def __init__(self, folder):
@@ -27,7 +27,7 @@ class Run:
         return RunSettings.model_validate(keys | values)
 
     def prepare(self, limit=None, **values):
-        """Prepare the data; `values` override settings."""
+        """Prepare the data; `limit`: rows to use per split, `values`: settings that differ."""
         return prepare_data(self.settings(**values), self.data, limit)
 
     def audit(self, split="train"):

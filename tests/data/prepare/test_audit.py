@@ -210,7 +210,7 @@ def test_every_file_is_listed_with_its_number_of_rows(run):
 
 
 def test_a_reason_names_the_column_and_the_audit_its_first_row(run):
-    run.append(with_columns("a picture", images=["cat.png"]), with_columns("b", images=["dog.png"]))
+    run.append(with_columns("an image", images=["cat.png"]), with_columns("b", images=["dog.png"]))
     run.prepare(max_rejected=0.5)
     (source,) = run.audit()["sources"]
     ((reason, count),) = source["rejected"].items()

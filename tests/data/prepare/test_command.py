@@ -19,7 +19,7 @@ pytestmark = pytest.mark.tensor
 def prepare(*arguments):
     """Exit code, standard output and standard error of launch/prepare.py."""
     with Command("launch/prepare.py", *arguments) as command:
-        code, _ = command.end()
+        code, _ = command.wait_for_end()
         return code, *command.outputs[0]
 
 

@@ -103,7 +103,7 @@ def test_the_second_of_two_writers_replaces_a_damaged_split_of_the_first(run, mo
 def test_two_concurrent_preparations_both_succeed(run):
     settings = run.settings().model_dump_json()
     with commands.Command("-c", PREPARE, settings, run.data, variables=[{}, {}]) as both:
-        exit_code, output = both.end()
+        exit_code, output = both.wait_for_end()
         assert exit_code == 0, output
         assert [printed for printed, _ in both.outputs] == ["24 6\n"] * 2
     assert not [path for path in run.data.iterdir() if path.name.endswith(".tmp")]

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.tensor
 
 
 def fitted_and_whole(run, over_length):
-    """The same rows prepared with max_length 100 and this rule, and with a length that fits all."""
+    """The same rows with max_length 100 and this rule, and with a max_length that fits all rows."""
     write_lines(run.train, long_rows())
     index = run.prepare(max_length=100, over_length=over_length, max_rejected=0.9)
     whole = prepare_data(run.settings(max_length=10_000, max_rejected=0.9), run.folder / "whole")

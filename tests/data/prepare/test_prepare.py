@@ -168,21 +168,21 @@ def test_a_damaged_split_is_refused_by_readers_and_written_again(run):
         DataIndex.load(run.data)
 
 
-# Damage of a file -> function that does it.
-DAMAGES = {
+# Kind of damage -> function that damages a file in this way.
+KINDS_OF_DAMAGE = {
     "missing": lambda path: path.unlink(),
     "truncated": lambda path: path.write_text(path.read_text()[:-9]),
     "one line": lambda path: path.write_text(path.read_text().splitlines(keepends=True)[0]),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", KINDS_OF_DAMAGE)
 def test_a_split_with_damaged_rejects_is_written_again(run, damage):
     run.append("{", row(" "), row("long " * 99))
     values = {"max_rejected": 0.1, "over_length": "drop", "max_length": 200}
     first = run.prepare(**values)
     before = content(run.data)
     assert len(run.rejects()) == 3
-    DAMAGES[damage](first.train.folder / "rejects.jsonl")
+    KINDS_OF_DAMAGE[damage](first.train.folder / "rejects.jsonl")
     assert run.prepare(**values) == first
     assert content(run.data) == before

@@ -54,7 +54,7 @@ def test_more_bad_rows_than_allowed_are_refused_by_prepare(run):
 
 
 def test_max_rejected_applies_to_each_source(run):
-    """A small bad source is refused beside a large good one, and all bad sources are named."""
+    """A small bad source is refused although a large one is good, and all bad sources are named."""
     small, other = run.folder / "small.jsonl", run.folder / "other.jsonl"
     write_lines(small, [row("good"), *['{"sum": 3}'] * 2])
     write_lines(other, [row("good"), "["])

@@ -50,7 +50,7 @@ def test_run_files_are_never_data_and_a_fractional_epoch_resumes_bitwise(tiny_mo
             assert command.is_running(), command.output
             time.sleep(0.005)
         (stopped / "stop").touch()
-        code, output = command.end()
+        code, output = command.wait_for_end()
     assert code == 75, output  # exit code of a stopped run that can be resumed
     step = json.loads((stopped / "status.json").read_text())["step"]
     assert STEPS - 8 < step < STEPS  # within the last half epoch

@@ -1,6 +1,6 @@
-"""Windows: the parts of a document longer than max_length that are trained, for all masks.
+"""Documents longer than max_length: which windows of them are trained, with any loss mask.
 
-The rule is `over_length`: truncate has the first window, drop has none, split has all of them.
+The setting `over_length` decides: truncate keeps the first window, drop none, and split all.
 """
 
 import numpy as np
@@ -88,18 +88,18 @@ def test_the_length_that_keeps_all_tokens_is_the_smallest(rows, length, over_len
         return counts.supervised - sum(int(part.supervised.sum()) for part in parts)
 
     counts.trained = counts.supervised - num_lost(length)
-    loss = counts.loss()
-    assert loss.tokens == sum(int(mask.sum()) for _, mask in rows)
-    assert loss.lost == num_lost(length)
-    assert loss.longer == sum(len(ids) > length and mask.any() for ids, mask in rows)
-    assert num_lost(loss.keeps_all) == 0 < num_lost(loss.keeps_all - 1)
-    assert loss.keeps_99 <= loss.keeps_all
+    length_loss = counts.length_loss()
+    assert length_loss.tokens == sum(int(mask.sum()) for _, mask in rows)
+    assert length_loss.lost == num_lost(length)
+    assert length_loss.longer == sum(len(ids) > length and mask.any() for ids, mask in rows)
+    assert num_lost(length_loss.keeps_all) == 0 < num_lost(length_loss.keeps_all - 1)
+    assert length_loss.keeps_99 <= length_loss.keeps_all
 
 
 @pytest.mark.parametrize("over_length", ["truncate", "drop", "split"])
 def test_the_length_that_keeps_99_percent_is_exact_to_64_tokens(over_length):
     masks = [np.arange(size) > 3 for size in (*range(40, 3000, 7), 20_000)]
-    loss = count_lengths(masks, 1024, over_length).loss()
+    length_loss = count_lengths(masks, 1024, over_length).length_loss()
     rule = "truncate" if over_length == "truncate" else "drop"
 
     def kept_share(max_length):
@@ -108,10 +108,10 @@ def test_the_length_that_keeps_99_percent_is_exact_to_64_tokens(over_length):
             for mask in masks
             for window in windows(np.arange(len(mask)), mask, max_length, rule)
         ]
-        return sum(int(part.supervised.sum()) for part in parts) / loss.tokens
+        return sum(int(part.supervised.sum()) for part in parts) / length_loss.tokens
 
-    assert kept_share(loss.keeps_99 - 64) < 0.99 <= kept_share(loss.keeps_99)
-    assert loss.keeps_all == 20_000
+    assert kept_share(length_loss.keeps_99 - 64) < 0.99 <= kept_share(length_loss.keeps_99)
+    assert length_loss.keeps_all == 20_000
 
 
 def test_counts_of_chunks_add_up_to_the_counts_of_all_documents():

@@ -14,7 +14,7 @@ from pipeline.plan.length import longest_length
 from tests.bench.memory import BASE, FullSequences, make_folder
 from tests.ranks import run_ranks
 from tests.tiny import make_plan
-from tests.train_tiny import build_engine, work
+from tests.train_tiny import batches_of_step, build_engine
 
 pytestmark = pytest.mark.engine
 
@@ -31,7 +31,7 @@ COMMON = {
 }  # fmt: skip
 SAVED = {"gradient_checkpointing": False}
 TILES, OFFLOAD, SHARDED = {"mlp_tiles": 8}, {"offload_activations": True}, {"zero_stage": 3}
-# Number of ranks -> name of a run -> its settings besides COMMON.
+# Number of ranks -> name of a run -> its settings in addition to COMMON.
 CASES = {
     1: {
         "saved": SAVED,
@@ -69,7 +69,7 @@ def peak_of_a_step(session, folder, settings):
     with LiveBytes() as live:
         plan, engine = build_engine(session, folder, settings, 8)
         split = FullSequences(8, settings["max_length"], plan.shape.vocab_size)
-        engine.optimizer_step(*work(plan, split, 0, session.placement.rank), 1e-3)
+        engine.optimizer_step(*batches_of_step(plan, split, 0, session.placement.rank), 1e-3)
     return live.peak
 
 

@@ -69,8 +69,8 @@ BASICS = model(
 )  # fmt: skip
 GEMMA2_27B = decoder(
     hidden=4608, inner=36864, key_width=2048, query_width=4096, num_layers=46, vocab_size=256000,
-    num_kv_heads=16, num_norms=4, is_tied=True, model_type="gemma2", logit_softcap=True,
-    score_softcap=True,
+    num_kv_heads=16, num_norms=4, is_tied=True, model_type="gemma2", has_logit_softcap=True,
+    has_score_softcap=True,
 )  # fmt: skip
 SMALL = decoder(
     hidden=512, inner=1408, key_width=256, query_width=512, num_layers=4, vocab_size=8192,

@@ -7,13 +7,13 @@ import pytest
 from docs.scale_tables import (
     BASES,
     Case,
-    filled,
     gpus_worth_using,
     hardware,
     link_bytes,
+    link_seconds,
     settings_of,
     shape_of,
-    waiting,
+    with_tables,
 )
 from pipeline.plan.cost.per_token import cost_per_token
 from pipeline.plan.cost.speed import step_seconds
@@ -39,7 +39,7 @@ def test_a_step_on_slow_links_takes_as_long_as_sending_its_bytes(base, sharding,
     machine = replace(hardware(), network=slow, node_link=slow)
     speed = step_seconds(shape, settings, layout, machine, SequenceProfile(tokens=2048))
     sent = link_bytes(cost_per_token(shape, settings, layout.training_dtype), layout)
-    assert waiting(speed) == pytest.approx(sent / (0.7 * slow), rel=1e-3)
+    assert link_seconds(speed) == pytest.approx(sent / (0.7 * slow), rel=1e-3)
 
 
 def test_more_gpus_are_worthwhile_until_a_doubling_gains_little():
@@ -54,7 +54,7 @@ def test_tables_replace_the_text_between_their_markers():
         "growing-8b", "growing-70b", "growing-405b", "networks", "fixed", "hours", "break-even",
     )  # fmt: skip
     page = "\n".join(f"before\n<!-- {name} -->\nold\n<!-- end of {name} -->" for name in tables)
-    new_page = filled(page)
+    new_page = with_tables(page)
     assert "old" not in new_page
     assert new_page.count("before") == len(tables)
-    assert filled(new_page) == new_page
+    assert with_tables(new_page) == new_page

@@ -51,7 +51,7 @@ def llama(hidden=4096, inner=14336, layers=32, heads=32, kv_heads=8, head_dim=12
 
 
 LLAMA_8B = llama()
-CAPPED = replace(LLAMA_8B, score_softcap=True)
+CAPPED = replace(LLAMA_8B, has_score_softcap=True)
 LLAMA_70B = llama(hidden=8192, inner=28672, layers=80, heads=64)
 SMOLLM2 = replace(
     llama(hidden=576, inner=1536, layers=30, heads=9, kv_heads=3, head_dim=64, vocab=49152),

@@ -1,7 +1,7 @@
 """DeepSpeed accepts every config of ds_configs/ without changing its values, and trains with it.
 
-Goldens: the generated DeepSpeed configs in ds_configs/. A name has the base, ZeRO stage, and
--1x for one rank.
+These files are called goldens: a test compares them with the configs that the plan generates
+(ds_configs/generate.py). A name begins with lora or qlora, and has -1x if it is for one rank.
 """
 
 import json
@@ -19,7 +19,7 @@ from tests import ROOT
 from tests.model.test_families import make_family
 from tests.ranks import run_ranks
 from tests.tiny import Documents, make_plan
-from tests.train_tiny import work
+from tests.train_tiny import batches_of_step
 
 pytestmark = pytest.mark.engine
 
@@ -40,8 +40,8 @@ def without_defaults(parsed, requested):
 def train(session, folder, golden, settings):
     """Train two steps with a golden config.
 
-    Returns the losses, the ZeRO values that DeepSpeed parsed, and the set of answers to whether a
-    sharded parameter has a second copy in the node.
+    Returns the losses, the ZeRO values that DeepSpeed parsed, and a set of booleans: whether the
+    sharded parameters have a second copy within the node (empty without sharded parameters).
     """
     config = on_cpu(json.loads(golden.read_text(encoding="utf-8")))
     parsed_config = DeepSpeedConfig(dict(config))
@@ -57,7 +57,7 @@ def train(session, folder, golden, settings):
     engine = Engine(attach_adapter(load_base(plan, session.device), plan), plan)
     split, losses = Documents(100), []
     for step in range(2):
-        batches, supervised = work(plan, split, step, session.placement.rank)
+        batches, supervised = batches_of_step(plan, split, step, session.placement.rank)
         result = engine.optimizer_step(batches, supervised, 1e-2)
         assert result.was_applied
         assert result.grad_norm > 0

@@ -377,7 +377,7 @@ print(json.dumps({
 
 def test_the_lists_of_keys_equal_those_of_the_installed_deepspeed():
     with Command("-c", READ_BY_DEEPSPEED) as command:
-        code, output = command.end()
+        code, output = command.wait_for_end()
         ((standard_output, _),) = command.outputs
     assert code == 0, output
     keys = json.loads(standard_output.splitlines()[-1])

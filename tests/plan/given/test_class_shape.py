@@ -1,4 +1,4 @@
-"""Shapes that are counted on a model class, for model types without a table of formulas.
+"""Shapes that are derived from a model class, for model types without a table of formulas.
 
 For the types of the table of families (plan/given/families.py) the formulas and the count must be
 equal. A count builds the class without weights, in a separate process, and is cached in a file.
@@ -122,7 +122,7 @@ def test_the_count_on_the_class_equals_the_formulas_of_the_table(
 
 
 def saved_bytes(folder, remove_family, model_type, dtype):
-    """Bytes that a block saves for backward: by the formulas, and counted on the class."""
+    """Bytes that a block saves for backward: by the formulas, and derived from the class."""
     save_config(folder, model_type, WIDE)
     one_layer = read_shape(str(folder)).default_targets[:1]
     plan = make_plan(folder, lora_r=4, packing=False, lora_target_modules=one_layer)
@@ -149,7 +149,7 @@ OVERESTIMATED = ["mixtral", "phi3", "qwen2_moe", "qwen3_moe"]
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("model_type", sorted(FAMILIES.keys() - OVERESTIMATED))
-def test_saved_bytes_counted_on_the_class_equal_those_of_the_formulas(
+def test_saved_bytes_derived_from_the_class_equal_those_of_the_formulas(
     tmp_path, remove_family, model_type, dtype
 ):
     by_formulas, counted = saved_bytes(tmp_path, remove_family, model_type, dtype)
@@ -158,7 +158,7 @@ def test_saved_bytes_counted_on_the_class_equal_those_of_the_formulas(
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("model_type", OVERESTIMATED)
-def test_saved_bytes_counted_on_the_class_are_at_most_20_percent_below_the_formulas(
+def test_saved_bytes_derived_from_the_class_are_at_most_20_percent_below_the_formulas(
     tmp_path, remove_family, model_type, dtype
 ):
     by_formulas, counted = saved_bytes(tmp_path, remove_family, model_type, dtype)
@@ -253,7 +253,9 @@ def test_a_weight_that_blocks_share_counts_once_as_quantised(tmp_path):
     assert shape.quantised_parameters == sum(num_weights_by_tensor.values())
 
 
-def test_a_tensor_of_three_dimensions_without_the_name_or_class_of_experts_is_no_experts(tmp_path):
+def test_a_3d_tensor_without_the_name_or_class_of_experts_does_not_count_as_experts(
+    tmp_path,
+):
     shape = shape_of_kind(tmp_path, "recurrent_gemma")  # its gates are (heads, width, width)
     assert (shape.num_experts, shape.expert_parameters) == (0, 0)
 
@@ -302,7 +304,7 @@ def test_a_cached_reason_has_no_path(tmp_path):
     assert str(tmp_path) not in shape_cache.shape_file(first).read_text()
 
 
-def test_a_layer_that_peft_renames_when_it_loads_an_adapter_is_no_target(tmp_path):
+def test_a_layer_that_peft_renames_when_it_loads_an_adapter_is_not_a_target(tmp_path):
     """Laguna's conversion table also matches the names of its own class."""
     shape = shape_of_kind(tmp_path, "laguna")
     assert shape.default_targets == ["q_proj", "k_proj", "v_proj", "o_proj", "g_proj"]
@@ -342,20 +344,20 @@ def test_a_class_with_blocks_that_are_not_called_for_text_is_refused(tmp_path):
         read_shape(str(tmp_path))
 
 
-def test_layers_of_a_tower_inside_the_decoder_are_not_counted_as_blocks(tmp_path):
+def test_layers_of_a_tower_inside_the_decoder_do_not_count_as_blocks(tmp_path):
     next(small_copies(AutoConfig.for_model("phi4_multimodal"))).save_pretrained(tmp_path)
     shape = read_shape(str(tmp_path))
     assert shape.num_layers == shape.separate_blocks == 4
     assert not [name for name in shape.linears if "img" in name or "encoder" in name]
 
 
-def test_a_model_with_its_own_code_is_counted_only_if_its_code_is_trusted(tmp_path):
+def test_the_shape_of_a_model_with_its_own_code_is_derived_only_if_its_code_is_trusted(tmp_path):
     folder = make_own_code(tmp_path / "model")
     shape = read_shape(str(folder), trust_remote_code=True)
     assert shape.is_from_class
     assert (shape.num_layers, len(shape.linears)) == (4, 28)
     with pytest.raises(ValueError) as error:  # noqa: PT011 - of transformers
-        class_count.count_shape(folder)
+        class_count.derive_shape(folder)
     assert re.search(r"own_code|trust_remote_code", str(error.value))
 
 
@@ -369,7 +371,7 @@ def test_a_plan_of_an_unchecked_class_has_the_command_that_checks_it(tmp_path):
     assert plan_json(plan)["proof"] is None
 
 
-def test_a_cached_shape_is_not_counted_again(tmp_path, monkeypatch):
+def test_a_cached_shape_is_not_derived_again(tmp_path, monkeypatch):
     write(tmp_path, "olmo2", {})
     counted = read_shape(str(tmp_path))
     assert shape_cache.shape_file(tmp_path).is_file()
@@ -388,7 +390,7 @@ def test_the_cache_file_depends_on_config_json_and_package_versions(tmp_path, mo
     assert shape_cache.shape_file(tmp_path) != path
 
 
-def test_a_shape_is_counted_again_if_its_cache_file_is_damaged(tmp_path):
+def test_a_shape_is_derived_again_if_its_cache_file_is_damaged(tmp_path):
     write(tmp_path, "olmo2", {})
     counted = read_shape(str(tmp_path))
     shape_cache.shape_file(tmp_path).write_text("{")
@@ -450,7 +452,7 @@ def test_without_torch_the_message_has_the_command_that_counts_and_the_path_for_
 @pytest.mark.parametrize(
     ("model_type", "reason"), [("no_such_model", "no_such_model"), ("t5", "is_encoder_decoder")]
 )
-def test_a_class_that_cannot_be_counted_is_refused_with_the_reason(tmp_path, model_type, reason):
+def test_a_class_without_a_derivable_shape_is_refused_with_the_reason(tmp_path, model_type, reason):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with refused("config.json", reason):
         read_shape(str(tmp_path))
@@ -459,7 +461,7 @@ def test_a_class_that_cannot_be_counted_is_refused_with_the_reason(tmp_path, mod
 @pytest.mark.usefixtures("in_separate_process")
 def test_a_count_in_a_separate_process_equals_one_in_this_process(tmp_path):
     write(tmp_path, "olmo2", {})
-    assert shape_cache.class_shape(tmp_path) == class_count.count_shape(tmp_path)
+    assert shape_cache.class_shape(tmp_path) == class_count.derive_shape(tmp_path)
 
 
 def test_experts_per_token_are_read_from_the_key_of_the_class(tmp_path):

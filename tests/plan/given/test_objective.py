@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.plan.given.objective import bidirectional, other_head
+from pipeline.plan.given.objective import bidirectional_entry, other_head
 from pipeline.plan.given.shape import shape_of
 from tests.plans import LLAMA_8B
 
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.unit
 def test_the_reason_has_the_entry_of_config_json_that_makes_a_model_bidirectional(
     config_keys, entry
 ):
-    assert entry in bidirectional(config_keys)
-    assert entry in shape_of(LLAMA_8B | config_keys, "m").bidirectional
+    assert entry in bidirectional_entry(config_keys)
+    assert entry in shape_of(LLAMA_8B | config_keys, "m").bidirectional_entry
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Gemma2", "Xyz"])
@@ -63,5 +63,5 @@ def test_a_model_saved_without_its_head_is_accepted_only_if_the_embeddings_are_t
     ],
 )  # fmt: skip
 def test_a_causal_language_model_is_accepted(config_keys):
-    assert not bidirectional(config_keys)
+    assert not bidirectional_entry(config_keys)
     assert not other_head(config_keys, is_tied=False)

@@ -1,7 +1,7 @@
 """Models whose sizes ship with the project: published size, source, and a plan for each.
 
 Sizes come from the keys of config.json by the formulas of the model's family. For a type without a
-family (`needs_class`), they were counted on the class of transformers and are stored in a file.
+family (`needs_class`), they were derived from the class of transformers and are stored in a file.
 """
 
 import re
@@ -47,7 +47,7 @@ def test_each_name_has_one_shape():
     assert published_shape("Qwen/Qwen3-8B-Base").folder == "Qwen/Qwen3-8B-Base"
 
 
-def test_exactly_the_types_without_a_family_have_a_counted_shape():
+def test_exactly_the_types_without_a_family_have_a_stored_shape():
     names = {model.name for model in (*UNKNOWN_TYPES, *REFUSED)}
     assert names == read_json(SHAPES_FILE)["shapes"].keys()
     assert all(model.shape().is_from_class for model in UNKNOWN_TYPES)
@@ -130,7 +130,7 @@ def test_a_plan_by_name_with_packs_of_a_class_that_mixes_documents_has_the_refus
 
 
 @pytest.mark.parametrize("name", ["openai/gpt-oss-20b", "deepseek-ai/DeepSeek-V3"])
-def test_a_model_that_is_published_with_packed_weights_is_planned_in_16_bits(name):
+def test_a_model_that_is_published_with_quantised_weights_is_planned_in_16_bits(name):
     model = next(model for model in MODELS if model.name == name)
     very_large_gpu = gpu(4096)  # GiB
     plan = plan_on(very_large_gpu, model)

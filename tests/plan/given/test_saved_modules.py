@@ -1,4 +1,4 @@
-"""modules_to_save: embeddings and head that are trained in full, beside the adapter."""
+"""modules_to_save: embeddings and head that are trained in full, in addition to the adapter."""
 
 from dataclasses import replace
 

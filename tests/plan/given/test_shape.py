@@ -158,7 +158,7 @@ def test_linears_norms_experts_and_head_equal_those_of_the_real_model(
     assert sum(count * block.active_weights for block, count in shape.counts()) == num_active
     assert shape.has_head_bias == (getattr(head, "bias", None) is not None)
     assert shape.is_tied == config.tie_word_embeddings
-    assert shape.logit_softcap == (getattr(config, "final_logit_softcapping", None) is not None)
+    assert shape.has_logit_softcap == (getattr(config, "final_logit_softcapping", None) is not None)
     gates = [name for name in linears if "gate_proj" in name or "gate_up_proj" in name]
     assert shape.blocks[0].is_gated == bool(gates or fused_experts)
     assert shape.blocks[0].has_fused_gate == any("gate_up_proj" in name for name in linears)
@@ -225,7 +225,7 @@ def test_targets_that_a_model_type_does_not_have_are_refused_with_the_names_of_i
         make_plan(tmp_path, lora_target_modules=targets)
 
 
-def test_mlps_of_layers_without_experts_are_no_default_targets_and_are_refused(tmp_path):
+def test_mlps_of_layers_without_experts_are_not_default_targets_and_are_refused(tmp_path):
     """In a model with experts, peft applies the names of MLP layers to the fused experts."""
     save_config(tmp_path, "qwen3_moe", {"mlp_only_layers": [0]})
     assert make_plan(tmp_path).settings.lora_target_modules == ATTENTION
@@ -253,7 +253,7 @@ def test_auto_adapts_every_linear_layer_except_routers(tmp_path, model_type):
     adapted_layers = {key.split(".lora_")[0] for key in adapter_keys}
     routers = {name for name in linears if name.endswith("gate")}
     assert adapted_layers == linears - routers
-    assert bool(routers) == (model_type == "qwen2_moe")  # in other types it is no nn.Linear
+    assert bool(routers) == (model_type == "qwen2_moe")  # in other types it is not an nn.Linear
 
 
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
@@ -292,7 +292,7 @@ def test_the_method_of_a_quantised_checkpoint_is_read(tmp_path, value, method):
     assert read_shape(str(tmp_path)).quantization == method
 
 
-def test_a_quantisation_that_is_no_object_is_refused(tmp_path):
+def test_a_quantisation_that_is_not_an_object_is_refused(tmp_path):
     save_config(tmp_path, "llama", {})
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": "fp8"}))

@@ -1,7 +1,8 @@
-"""Packed checkpoints, read as if they were 16-bit checkpoints. No torch.
+"""Checkpoints in mxfp4 or fp8, read as if they were 16-bit checkpoints. No torch.
 
-A packed checkpoint stores some weights in 4 or 8 bits, each with a tensor of scales. Here such a
-weight is one entry in bf16, under its name in the model's class. packed.py computes its values.
+Such a checkpoint is called quantised here: it stores some weights in 4 or 8 bits, each with a
+tensor of scales. In this module a quantised weight is one entry in bf16, under its name in the
+model's class. quantised_checkpoint.py computes its values.
 """
 
 import json
@@ -19,16 +20,16 @@ from pipeline.plan.given.shape import DEQUANTISED, quantization_of
 # Quantisation method -> class of the config with which plain transformers dequantises a checkpoint.
 _CONFIG_CLASSES = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
 _BLOCKS, _SCALES = "_blocks", "_scales"  # ends of the names of an mxfp4 weight
-_MXFP4_BLOCK = 32  # values with a common scale
+_MXFP4_BLOCK = 32  # values that have one scale together
 _FP8 = ("F8_E4M3", "F8_E5M2")  # dtypes in safetensors files
 # Names of an fp8 weight's scales: the weight's name with the first text at its end replaced by the
 # second. For example, `q_proj.weight` may have `q_proj.weight_scale_inv` or `q_proj.scale`.
 _FP8_SCALES = (("", "_scale_inv"), ("", "_scale"), ("weight", "scale"), ("weight", "qscale_weight"))
 # Scales of activations, which a 16-bit model does not have.
 _ACTIVATION_SCALES = ("activation_scale", "input_scale", "qscale_act")
-# Ends of the names of tensors that belong to packed weights.
-_PACKED_ENDS = (_BLOCKS, _SCALES, "_scale_inv", ".weight_scale", ".qscale_weight")
-_FP8_BLOCK = (128, 128)  # rows and columns with a common scale, if config.json does not say
+# Ends of the names of tensors that belong to quantised weights.
+_QUANTISED_ENDS = (_BLOCKS, _SCALES, "_scale_inv", ".weight_scale", ".qscale_weight")
+_FP8_BLOCK = (128, 128)  # rows and columns of a block with one scale, by default
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,11 @@ class Part:
 
 
 @dataclass(frozen=True)
-class PackedEntry(Entry):
-    """A weight in bf16 that is stored as packed values with scales.
+class QuantisedEntry(Entry):
+    """A weight in bf16 that is stored as quantised values with scales.
 
-    `start`, `end`: 0 and the size in bytes of the weight in bf16. `block`: rows and columns of an
-    fp8 weight that have a common scale; None for mxfp4.
+    `start`, `end`: 0 and the size in bytes of the weight in bf16. `block`: rows and
+    columns of a block of an fp8 weight, which has one scale; None for mxfp4.
     """
 
     values: Part
@@ -53,13 +54,13 @@ class PackedEntry(Entry):
     block: tuple[int, int] | None = None
 
 
-def is_packed(folder: Path) -> bool:
+def is_dequantised(folder: Path) -> bool:
     """Whether the weights of a model folder are dequantised while they are loaded."""
     return _quantization(folder)[0] in DEQUANTISED
 
 
 def dequantising_config(folder: Path) -> str:
-    """Class of the config with which transformers dequantises a packed base; empty for others."""
+    """Class of the config with which transformers dequantises a base; empty if it has 16 bits."""
     return _CONFIG_CLASSES.get(_quantization(folder)[0] or "", "")
 
 
@@ -72,11 +73,11 @@ def _quantization(folder: Path) -> tuple[str | None, Mapping[str, Any]]:
 
 
 def checkpoint_files(folder: Path, setting: str = "model") -> tuple[TensorFile, ...]:
-    """The weight files of a model folder, with packed weights as entries in bf16.
+    """The weight files of a model folder, with quantised weights as entries in bf16.
 
-    Such an entry belongs to the file that has the weight's packed values. `setting`: the setting
-    that error messages name. Raises UserError if values or scales of a packed weight are missing or
-    do not fit.
+    Such an entry belongs to the file that has the weight's quantised values. `setting`: the
+    setting that error messages name. Raises UserError if values or scales of a quantised weight
+    are missing or do not fit.
     """
     files = tuple(read_header(path) for path in weight_files(folder, setting))
     method, options = _quantization(folder)
@@ -86,54 +87,55 @@ def checkpoint_files(folder: Path, setting: str = "model") -> tuple[TensorFile, 
         name: Part(file.path, name, entry) for file in files for name, entry in file.entries.items()
     }
     try:
-        packed = _mxfp4(parts) if method == "mxfp4" else _fp8(parts, options)
+        quantised = _mxfp4(parts) if method == "mxfp4" else _fp8(parts, options)
     except KeyError as error:
         raise UserError(
-            f"{setting}: {folder} is packed ({method}), and lacks the tensor {error} of a packed "
-            "weight; download the model again"
+            f"{setting}: {folder} is quantised ({method}), and lacks the tensor {error} of a "
+            "quantised weight; download the model again"
         ) from None
-    hidden = {part.name for entry in packed.values() for part in (entry.values, entry.scales)}
+    hidden = {part.name for entry in quantised.values() for part in (entry.values, entry.scales)}
     hidden |= {name for name in parts if name.endswith(_ACTIVATION_SCALES)}
-    if unused := [name for name in parts if name.endswith(_PACKED_ENDS) and name not in hidden]:
+    if unused := [name for name in parts if name.endswith(_QUANTISED_ENDS) and name not in hidden]:
         raise UserError(
-            f"{setting}: {folder} is packed ({method}), and {unused[0]} belongs to a weight in a "
-            "format that is not dequantised here; use the 16-bit model"
+            f"{setting}: {folder} is quantised ({method}), and {unused[0]} belongs to a weight in "
+            "a format that is not dequantised here; use the 16-bit model"
         )
-    return tuple(_unpacked(file, packed, hidden) for file in files)
+    return tuple(_in_16_bits(file, quantised, hidden) for file in files)
 
 
-def _mxfp4(parts: Mapping[str, Part]) -> dict[str, PackedEntry]:
+def _mxfp4(parts: Mapping[str, Part]) -> dict[str, QuantisedEntry]:
     """The mxfp4 weights by name: fused experts of gpt-oss.
 
-    A weight is (experts, inputs, outputs); its packed values are (experts, outputs, blocks, bytes).
+    A weight is (experts, inputs, outputs). Its quantised values are (experts, outputs, blocks,
+    bytes).
     """
-    packed = {}
+    quantised = {}
     for name, values in parts.items():
         if not name.endswith(_BLOCKS):
             continue
-        unpacked = name.removesuffix(_BLOCKS)
-        scales = parts[f"{unpacked}{_SCALES}"]
+        weight_name = name.removesuffix(_BLOCKS)
+        scales = parts[f"{weight_name}{_SCALES}"]
         stored = values.entry.shape
         if len(stored) != 4 or stored[3] != _MXFP4_BLOCK // 2 or scales.entry.shape != stored[:3]:
             raise _shape_error(
                 values, scales, f"experts x outputs x blocks x {_MXFP4_BLOCK // 2} bytes"
             )
         shape = (stored[0], stored[2] * _MXFP4_BLOCK, stored[1])
-        packed[unpacked] = _entry(shape, values, scales)
-    return packed
+        quantised[weight_name] = _entry(shape, values, scales)
+    return quantised
 
 
 def _shape_error(values: Part, scales: Part, expected: str) -> UserError:
-    """The error for a packed weight whose values or scales have unexpected shapes."""
+    """The error for a quantised weight whose values or scales have unexpected shapes."""
     return UserError(
         f"model: {values.path}: {values.name} has shape {values.entry.shape}, and its scales have "
         f"{scales.entry.shape}, which do not fit {expected}"
     )
 
 
-def _fp8(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> dict[str, PackedEntry]:
+def _fp8(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> dict[str, QuantisedEntry]:
     """The fp8 weights by name, whose scales belong to blocks, to rows or to the whole weight."""
-    packed = {}
+    quantised = {}
     for name, values in parts.items():
         if values.entry.dtype not in _FP8:
             continue
@@ -142,14 +144,14 @@ def _fp8(parts: Mapping[str, Part], quantization: Mapping[str, Any]) -> dict[str
         if scales is None:
             raise KeyError(names[0])
         block = _block(values, scales, quantization.get("weight_block_size") or _FP8_BLOCK)
-        packed[name] = _entry(values.entry.shape, values, scales, block)
-    return packed
+        quantised[name] = _entry(values.entry.shape, values, scales, block)
+    return quantised
 
 
 def _block(values: Part, scales: Part, size: Any) -> tuple[int, int]:
-    """Rows and columns of the weight with a common scale; the last blocks may be smaller.
+    """Rows and columns of a block with one scale; the last blocks may be smaller.
 
-    `size`: rows and columns of a block according to config.json, which may have other values.
+    `size`: rows and columns of a block according to config.json, or a value of another type.
     """
     is_pair = isinstance(size, list | tuple) and len(size) == 2
     if not is_pair or not all(isinstance(length, int) and length > 0 for length in size):
@@ -179,18 +181,20 @@ def _block(values: Part, scales: Part, size: Any) -> tuple[int, int]:
 
 def _entry(
     shape: tuple[int, ...], values: Part, scales: Part, block: tuple[int, int] | None = None
-) -> PackedEntry:
-    """The entry of a packed weight; `shape`: of the weight in bf16."""
-    return PackedEntry("BF16", shape, 0, 2 * math.prod(shape), values, scales, block)
+) -> QuantisedEntry:
+    """The entry of a quantised weight; `shape`: of the weight in bf16."""
+    return QuantisedEntry("BF16", shape, 0, 2 * math.prod(shape), values, scales, block)
 
 
-def _unpacked(file: TensorFile, packed: Mapping[str, PackedEntry], hidden: set[str]) -> TensorFile:
-    """The file as a 16-bit checkpoint would have it."""
-    unpacked_names = {entry.values.name: name for name, entry in packed.items()}
+def _in_16_bits(
+    file: TensorFile, quantised: Mapping[str, QuantisedEntry], hidden: set[str]
+) -> TensorFile:
+    """The file as a 16-bit checkpoint would have it, without the tensors `hidden`."""
+    weight_names = {entry.values.name: name for name, entry in quantised.items()}
     entries: dict[str, Entry] = {}
     for name, entry in file.entries.items():
-        if (unpacked := unpacked_names.get(name)) is not None:
-            entries[unpacked] = packed[unpacked]
+        if (weight_name := weight_names.get(name)) is not None:
+            entries[weight_name] = quantised[weight_name]
         elif name not in hidden:
             entries[name] = entry
     return TensorFile(file.path, _header(file, entries), entries)

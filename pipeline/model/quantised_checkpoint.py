@@ -1,8 +1,8 @@
-"""Dequantisation of packed checkpoints, tensor by tensor.
+"""Dequantisation of checkpoints in mxfp4 or fp8, tensor by tensor.
 
-A packed checkpoint stores some weights in 4 or 8 bits with scales (packed_files.py). A
-CheckpointTensor is read from its file, and dequantised if it is packed, whenever an operator uses
-it, so that the weights of a model are never all in memory.
+Such a checkpoint stores some weights in 4 or 8 bits with scales (quantised_files.py). A
+CheckpointTensor is read from its file, and dequantised if it is quantised, whenever an operator
+uses it, so that the weights of a model are never all in memory.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch.utils._pytree import tree_map
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from pipeline.model.packed_files import PackedEntry, Part, checkpoint_files
+from pipeline.model.quantised_files import Part, QuantisedEntry, checkpoint_files
 from pipeline.model.tensor_files import Entry
 
 _DTYPES = {  # names of dtypes in safetensors files
@@ -24,8 +24,8 @@ _DTYPES = {  # names of dtypes in safetensors files
 
 
 def read_tensor(path: Path, name: str, entry: Entry) -> torch.Tensor:
-    """A tensor of a checkpoint, dequantised to bf16 if it is packed."""
-    if not isinstance(entry, PackedEntry):
+    """A tensor of a checkpoint, dequantised to bf16 if it is quantised."""
+    if not isinstance(entry, QuantisedEntry):
         return _stored(Part(path, name, entry))
     values, scales = _stored(entry.values), _stored(entry.scales)
     if entry.block is None:

@@ -1,4 +1,4 @@
-"""Packed checkpoints (mxfp4, fp8) are loaded, sharded and merged as if they had 16 bits."""
+"""Checkpoints in mxfp4 or fp8 are loaded, sharded and merged as if they had 16 bits."""
 
 import json
 
@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 from pipeline.adapter.publish import model_card
 from pipeline.model.base import load_base, load_plain
 from pipeline.model.fingerprint import Fingerprint
-from pipeline.model.packed_files import checkpoint_files
+from pipeline.model.quantised_files import checkpoint_files
 from pipeline.plan.given.shape import read_shape
 from tests.adapter.merged import merge_adapter, tensors
 from tests.messages import refused
-from tests.model.kinds import PACKED_KINDS
+from tests.model.kinds import QUANTISED_CHECKPOINTS
 from tests.model.models import cache_shape
-from tests.model.packed import make_packed
+from tests.model.quantised_checkpoints import make_quantised_checkpoint
 from tests.ranks import run_ranks
 from tests.tiny import make_plan, make_tokenizer
 
@@ -26,10 +26,12 @@ pytestmark = pytest.mark.engine
 CONFIGS = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
 
 
-@pytest.fixture(scope="module", params=PACKED_KINDS)
-def packed(request, tmp_path_factory):
+@pytest.fixture(scope="module", params=QUANTISED_CHECKPOINTS)
+def quantised(request, tmp_path_factory):
     """The folder of a model in mxfp4 or fp8."""
-    folder = make_packed(request.param, tmp_path_factory.mktemp("packed") / "model")
+    folder = make_quantised_checkpoint(
+        request.param, tmp_path_factory.mktemp("quantised") / "model"
+    )
     make_tokenizer().save_pretrained(folder)
     cache_shape(folder)
     return folder
@@ -50,9 +52,9 @@ def assert_equal(ours, theirs):
     assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
 
 
-@pytest.mark.parametrize("name", PACKED_KINDS)
-def test_a_packed_model_is_loaded_as_transformers_dequantises_it(tmp_path, name):
-    folder = make_packed(name, tmp_path, block=(8, 16))  # transformers needs whole blocks
+@pytest.mark.parametrize("name", QUANTISED_CHECKPOINTS)
+def test_a_quantised_checkpoint_is_loaded_as_transformers_dequantises_it(tmp_path, name):
+    folder = make_quantised_checkpoint(name, tmp_path, block=(8, 16))  # only whole blocks
     model = load_plain(folder, dtype=torch.bfloat16)
     assert_equal(dict(model.named_parameters()), dequantised_by_transformers(folder))
     assert getattr(model.config, "quantization_config", None) is None
@@ -60,8 +62,8 @@ def test_a_packed_model_is_loaded_as_transformers_dequantises_it(tmp_path, name)
 
 @pytest.mark.parametrize("block", [(48, 32), (1, 10**6), (10**6, 10**6)])
 def test_fp8_values_are_multiplied_with_the_scales_of_their_blocks(tmp_path, block):
-    """Blocks of 48 rows are not whole in matrices of 64; one scale may hold for a whole row."""
-    folder = make_packed("deepseek_v3/fp8", tmp_path, block=block)
+    """A matrix of 64 rows has a smaller last block of 16; a block may also be a whole row."""
+    folder = make_quantised_checkpoint("deepseek_v3/fp8", tmp_path, block=block)
     stored = {}
     for path in folder.glob("*.safetensors"):
         stored |= load_file(path)
@@ -75,8 +77,8 @@ def test_fp8_values_are_multiplied_with_the_scales_of_their_blocks(tmp_path, blo
     assert torch.equal(loaded, expected)
 
 
-def test_the_card_of_an_adapter_loads_a_quantised_base_dequantised(packed):
-    plan = make_plan(packed, 1, 40)
+def test_the_card_of_an_adapter_loads_a_quantised_base_dequantised(quantised):
+    plan = make_plan(quantised, 1, 40)
     card = model_card(plan, 1, Fingerprint({}))
     name = CONFIGS[plan.shape.quantization].__name__
     assert f"AutoTokenizer, {name}\n" in card
@@ -89,25 +91,29 @@ def gathered_base(session, folder, changes):
         return {name: weight.detach().clone() for name, weight in base.named_parameters()}
 
 
-def test_a_packed_model_that_is_sharded_while_it_loads_is_the_same(packed, tmp_path):
-    expected = dict(load_plain(packed, dtype=torch.float32).named_parameters())
-    for loaded in run_ranks(gathered_base, packed, {"zero_stage": 3}, tmp_path=tmp_path):
+def test_a_quantised_checkpoint_that_is_sharded_while_it_loads_has_the_same_weights(
+    quantised, tmp_path
+):
+    expected = dict(load_plain(quantised, dtype=torch.float32).named_parameters())
+    for loaded in run_ranks(gathered_base, quantised, {"zero_stage": 3}, tmp_path=tmp_path):
         assert_equal(loaded, expected)
 
 
-def test_a_packed_model_can_be_quantised_to_4_bits(packed):
-    plan = make_plan(packed, 1, 40, load_in_4bit=True)
+def test_a_checkpoint_in_mxfp4_or_fp8_can_be_loaded_in_4_bits(quantised):
+    plan = make_plan(quantised, 1, 40, load_in_4bit=True)
     model = load_base(plan, torch.device("cpu"))
-    quantised = {n for n, p in model.named_parameters() if hasattr(p, "quant_state")}
+    in_4_bits = {n for n, p in model.named_parameters() if hasattr(p, "quant_state")}
     names = {f"{name}.weight" for name, x in plan.shape.linears.items() if x.is_quantised}
-    assert quantised == names
+    assert in_4_bits == names
 
 
-def test_a_merge_into_a_packed_base_equals_a_merge_into_its_dequantised_copy(packed, tmp_path):
-    model = load_plain(packed, dtype=torch.bfloat16)
+def test_a_merge_into_a_quantised_base_equals_a_merge_into_its_dequantised_copy(
+    quantised, tmp_path
+):
+    model = load_plain(quantised, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "plain")
     adapter = make_adapter(model, tmp_path / "adapter")
-    for base, out in ((packed, "merged"), (tmp_path / "plain", "expected")):
+    for base, out in ((quantised, "merged"), (tmp_path / "plain", "expected")):
         merge_adapter(base, adapter, tmp_path / out)
     assert_equal(tensors(tmp_path / "merged"), tensors(tmp_path / "expected"))
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
@@ -115,7 +121,7 @@ def test_a_merge_into_a_packed_base_equals_a_merge_into_its_dequantised_copy(pac
     assert config["dtype"] == "bfloat16"
     loaded = load_plain(tmp_path / "merged", dtype=torch.bfloat16)
     changed = dict(loaded.named_parameters())
-    before = dict(load_plain(packed, dtype=torch.bfloat16).named_parameters())
+    before = dict(load_plain(quantised, dtype=torch.bfloat16).named_parameters())
     assert [n for n in changed if not torch.equal(changed[n], before[n])]
 
 
@@ -131,9 +137,9 @@ def make_adapter(model, folder):
     return folder
 
 
-@pytest.mark.parametrize("name", PACKED_KINDS)
-def test_packed_values_without_scales_are_refused(tmp_path, name):
-    folder = make_packed(name, tmp_path)
+@pytest.mark.parametrize("name", QUANTISED_CHECKPOINTS)
+def test_quantised_values_without_scales_are_refused(tmp_path, name):
+    folder = make_quantised_checkpoint(name, tmp_path)
     path = min(folder.glob("*.safetensors"))
     stored = load_file(path)
     scales = next(key for key in stored if "_scale" in key)
@@ -144,7 +150,7 @@ def test_packed_values_without_scales_are_refused(tmp_path, name):
 
 
 def test_scales_that_do_not_fit_their_blocks_are_refused(tmp_path):
-    folder = make_packed("deepseek_v3/fp8", tmp_path)
+    folder = make_quantised_checkpoint("deepseek_v3/fp8", tmp_path)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["weight_block_size"] = [16, 16]
     (folder / "config.json").write_text(json.dumps(config))
@@ -154,7 +160,7 @@ def test_scales_that_do_not_fit_their_blocks_are_refused(tmp_path):
 
 @pytest.mark.parametrize("size", [128, [128], [0, 32], "12", [48, 32, 1]])
 def test_a_block_size_that_is_not_two_positive_integers_is_refused(tmp_path, size):
-    folder = make_packed("deepseek_v3/fp8", tmp_path)
+    folder = make_quantised_checkpoint("deepseek_v3/fp8", tmp_path)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["weight_block_size"] = size
     (folder / "config.json").write_text(json.dumps(config))
@@ -163,7 +169,7 @@ def test_a_block_size_that_is_not_two_positive_integers_is_refused(tmp_path, siz
 
 
 def test_scales_with_fewer_dimensions_than_their_weight_are_refused(tmp_path):
-    folder = make_packed("deepseek_v3/fp8", tmp_path)
+    folder = make_quantised_checkpoint("deepseek_v3/fp8", tmp_path)
     for path in folder.glob("*.safetensors"):
         flat = {k: t.flatten() if "_scale" in k else t for k, t in load_file(path).items()}
         save_file(flat, path, metadata={"format": "pt"})
@@ -171,9 +177,9 @@ def test_scales_with_fewer_dimensions_than_their_weight_are_refused(tmp_path):
         checkpoint_files(folder)
 
 
-def test_weights_in_another_packed_format_are_refused(tmp_path):
+def test_weights_in_another_quantised_format_are_refused(tmp_path):
     """For example two fp4 values in a byte: loaded as they are, they would be wrong weights."""
-    folder = make_packed("deepseek_v3/fp8", tmp_path)
+    folder = make_quantised_checkpoint("deepseek_v3/fp8", tmp_path)
     path = min(folder.glob("*.safetensors"))
     stored = load_file(path)
     fp8_key = next(key for key in stored if stored[key].dtype == torch.float8_e4m3fn)
@@ -183,12 +189,12 @@ def test_weights_in_another_packed_format_are_refused(tmp_path):
         checkpoint_files(folder)
 
 
-def test_packed_experts_of_another_shape_are_refused(tmp_path):
-    folder = make_packed("gpt_oss/mxfp4", tmp_path)
+def test_quantised_experts_of_another_shape_are_refused(tmp_path):
+    folder = make_quantised_checkpoint("gpt_oss/mxfp4", tmp_path)
     for path in folder.glob("*.safetensors"):
         stored = load_file(path)
-        packed = {k: t[..., :8].contiguous() if k.endswith("_blocks") else t
+        changed = {k: t[..., :8].contiguous() if k.endswith("_blocks") else t
                   for k, t in stored.items()}  # fmt: skip
-        save_file(packed, path, metadata={"format": "pt"})
+        save_file(changed, path, metadata={"format": "pt"})
     with refused("_blocks", "16 bytes"):
         checkpoint_files(folder)

@@ -1,63 +1,63 @@
-"""Checkpoints with random weights that are quantised to mxfp4 or fp8, as published models are.
-
-They are called packed: each quantised weight is stored with a tensor of scales.
-"""
+"""Checkpoints with random weights in mxfp4 or fp8, as some models are published."""
 
 import json
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.model.kinds import PACKED_KINDS
+from tests.model.kinds import QUANTISED_CHECKPOINTS
 from tests.model.models import build
 
-# Rows and columns with a common scale. Not every weight is a multiple of it, so some blocks at the
-# edges are smaller.
+# Rows and columns of a block, which has one scale. The shapes of some weights are not multiples of
+# it, so their last blocks are smaller.
 FP8_BLOCK = (48, 32)
 
 
-def make_packed(name, folder, *, block=FP8_BLOCK, scale_dtype=torch.float32):
-    """Save the model `name` of PACKED_KINDS as a quantised checkpoint with two files."""
-    build(PACKED_KINDS[name], torch.bfloat16).save_pretrained(folder)
+def make_quantised_checkpoint(name, folder, *, block=FP8_BLOCK, scale_dtype=torch.float32):
+    """Save the model `name` of QUANTISED_CHECKPOINTS as a quantised checkpoint with two files."""
+    build(QUANTISED_CHECKPOINTS[name], torch.bfloat16).save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
     if name.endswith("mxfp4"):
         quantization = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-        packed = _mxfp4(tensors, generator)
+        quantised = _mxfp4(tensors, generator)
     else:
         quantization = {"quant_method": "fp8", "weight_block_size": list(block)}
-        packed = _fp8(tensors, block, scale_dtype)
+        quantised = _fp8(tensors, block, scale_dtype)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
-    _save(packed, folder)
+    _save(quantised, folder)
     return folder
 
 
 def _mxfp4(tensors, generator):
-    packed = {}
+    quantised = {}
     for key, tensor in tensors.items():
         if not key.endswith(("gate_up_proj", "down_proj")):
-            packed[key] = tensor
+            quantised[key] = tensor
             continue
         experts, inputs, outputs = tensor.shape
         shape = (experts, outputs, inputs // 32)
         integers = {"generator": generator, "dtype": torch.uint8}
-        packed[f"{key}_blocks"] = torch.randint(0, 256, (*shape, 16), **integers)
-        packed[f"{key}_scales"] = torch.randint(121, 126, shape, **integers)
-    return packed
+        quantised[f"{key}_blocks"] = torch.randint(0, 256, (*shape, 16), **integers)
+        quantised[f"{key}_scales"] = torch.randint(121, 126, shape, **integers)
+    return quantised
 
 
 def _fp8(tensors, block, scale_dtype):
-    packed = {}
+    quantised = {}
     for key, tensor in tensors.items():
         if tensor.dim() != 2 or not key.endswith("_proj.weight"):
-            packed[key] = tensor
+            quantised[key] = tensor
             continue
-        rows, columns = (-(-n // part) for n, part in zip(tensor.shape, block, strict=True))
-        grid = 2.0 ** torch.arange(-3, rows * columns - 3).remainder(4).view(rows, columns)
-        packed[key] = (tensor * 8).to(torch.float8_e4m3fn)
-        packed[f"{key}_scale_inv"] = (grid / 16).to(scale_dtype)
-    return packed
+        block_rows, block_columns = (
+            -(-size // block_size) for size, block_size in zip(tensor.shape, block, strict=True)
+        )
+        exponents = torch.arange(-3, block_rows * block_columns - 3).remainder(4)
+        scales = 2.0 ** exponents.view(block_rows, block_columns)
+        quantised[key] = (tensor * 8).to(torch.float8_e4m3fn)
+        quantised[f"{key}_scale_inv"] = (scales / 16).to(scale_dtype)
+    return quantised
 
 
 def _save(tensors, folder):
