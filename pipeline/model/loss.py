@@ -141,7 +141,7 @@ def class_logits(causal: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     def logits_of(hidden: torch.Tensor) -> torch.Tensor:
         shallow._modules[name] = _FixedBody(body, decoder, hidden[None])
         logits = type(causal).forward(shallow, inputs_embeds=hidden[None], use_cache=False).logits
-        return logits[0]  # type: ignore[no-any-return]
+        return logits.squeeze(0)  # type: ignore[no-any-return]  # its backward copies nothing
 
     return logits_of
 

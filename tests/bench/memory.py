@@ -109,7 +109,13 @@ OTHERS = {
     "dora nf4 ckpt-on": Case(settings=ZERO2 | CKPT_ON | NF4 | DORA),
     "dora nf4 dropout": Case(settings=ZERO2 | NF4 | DORA | {"lora_dropout": 0.1}),
     "attention alone": Case(settings=ZERO2 | {"lora_target_modules": ["q_proj", "v_proj"]}),
-    "large vocabulary": Case(settings=ZERO2 | CKPT_ON, model={"vocab_size": 16384}),
+    "large vocabulary": Case(settings=ZERO2 | CKPT_ON, model=UNTIED_16K),
+    "large vocabulary fp32": Case(settings=CKPT_ON | {"zero_stage": 2}, model=UNTIED_16K),
+    "large vocabulary zero3": Case(settings=ZERO3 | CKPT_ON, model=UNTIED_16K),
+    "large vocabulary zero3 fp32": Case(settings=CKPT_ON | {"zero_stage": 3}, model=UNTIED_16K),
+    "large vocabulary gemma2 zero3": Case(
+        settings=ZERO3 | CKPT_ON, model={"model_type": "gemma2", "head_dim": 32} | UNTIED_16K
+    ),
     "qwen3": Case(settings=ZERO2, model={"model_type": "qwen3"} | HEADS),
     "gemma2": Case(settings=ZERO2, model={"model_type": "gemma2"} | HEADS),
     "gemma2 ckpt-on 1024": Case(

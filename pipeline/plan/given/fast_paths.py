@@ -65,8 +65,6 @@ def _without_loss_gradient(shape: ModelShape, settings: RunSettings, layout: Lay
         return "new_tokens: rows of the head are trained, and their gradient needs the plain loss"
     if layout.training_dtype == "float16":
         return "in fp16 the loss is scaled before its backward pass, so that no gradient underflows"
-    if layout.is_sharded:
-        return "at ZeRO-3 it was measured to need more memory than predicted"
     return ""
 
 

@@ -23,6 +23,8 @@ NAMES = [
     "nf4 zero3 ckpt-on 64",
     "int8",
     "dropout",
+    "large vocabulary fp32",
+    "large vocabulary zero3 fp32",
     "dora nf4 dropout",
     "gemma2",
     "gpt_neox",

@@ -47,7 +47,6 @@ def test_all_fast_paths_are_off_on_request(tiny_model):
 @pytest.mark.parametrize(
     ("settings", "layout_changes", "name", "reason"),
     [
-        ({}, {"zero_stage": 3}, LOSS_GRADIENT, "ZeRO-3"),
         ({"use_dora": True}, {}, JOINT_LORA, "use_dora"),
         ({}, {"accumulation_steps": 1}, ONE_REDUCTION, "one micro-batch"),
         ({}, {"training_dtype": "float32"}, FP32_KERNELS, "float32"),
