@@ -170,9 +170,9 @@ def activations(
         + 2 * num_tokens * max(block.head_dim for block in shape.blocks) * b,
         block_input=block_input,
         blocks=tuple(blocks),
-        # RMSNorm has five fp32 tensors of the hidden width at once, which are 20 bytes per value;
-        # LayerNorm is one kernel.
-        final_working=num_tokens * h * (b + (20 if is_rms else b)),
+        # RMSNorm has five fp32 tensors of the hidden width at once, and in 16 bits the gradient
+        # that is cast to fp32; LayerNorm is one kernel.
+        final_working=num_tokens * h * ((20 + b * (b < 4)) if is_rms else 2 * b),
         logits=loss_bytes(shape, settings, layout, supervised, hardware),
     )
 

@@ -420,7 +420,9 @@ def test_the_example_of_docs_speed_has_the_predicted_numbers():
 
 def test_a_deepspeed_json_at_zero3_is_predicted_without_joint_lora():
     """Joint LoRA: layers with the same input share one product with their A matrices."""
-    sharded, sequences = layout(zero_stage=3), SequenceProfile(tokens=2048)
+    # In fp16 the other fast path of one rank, the gradient of the loss, is always off.
+    sharded = layout(zero_stage=3, training_dtype="float16")
+    sequences = SequenceProfile(tokens=2048)
 
     def memory_and_time(run_settings):
         arguments = LLAMA_8B, run_settings, sharded, H100, sequences
