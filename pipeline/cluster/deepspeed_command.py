@@ -9,6 +9,7 @@ DeepSpeed 0.19.8 does not wait for them and ends with a traceback. This one wait
 import signal
 import sys
 from contextlib import suppress
+from types import FrameType
 from typing import NoReturn
 
 import psutil
@@ -16,11 +17,20 @@ import psutil
 
 def main() -> NoReturn:
     """Run DeepSpeed's command with the arguments of this process."""
+    interrupts: list[int] = []  # signals received
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, on_interrupt)
     try:
         from deepspeed.launcher.runner import main as deepspeed_command
 
         deepspeed_command()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
+        if not interrupts:
+            raise
         while children := psutil.Process().children():
             with suppress(KeyboardInterrupt):  # a second Ctrl-C ends the ranks at once
                 psutil.wait_procs(children)

@@ -152,7 +152,8 @@ def test_the_published_and_the_merged_adapter_have_the_trained_logits(family, tm
     adapter = publish(weights, plan, folder, tmp_path / "adapter")
     adapted = load(folder, adapter)
     assert sum("lora_" in name for name, _ in adapted.named_parameters()) == len(weights)
-    assert torch.equal(logits_of(adapted), logits)
+    # The run multiplies in another order, which rounds differently on some CPUs.
+    assert (logits_of(adapted) - logits).norm() < 1e-6 * logits.norm()
     untrained = logits_of(load(folder))
     assert (untrained - logits).norm() > 0.02 * logits.norm()
     merge_adapter(folder, adapter, tmp_path / "merged")
