@@ -155,7 +155,7 @@ def _files_to_publish(publication: Publication) -> list[Path]:
         (files if is_written and path.suffix not in _DATA_SUFFIXES else others).append(path)
     if others:
         names = first_few([str(path.relative_to(source)) for path in others])
-        logger.warning("not sent, because they are no files of the model: %s", names)
+        logger.warning("not sent, because they may not belong to the model: %s", names)
     return files
 
 

@@ -17,6 +17,7 @@ import psutil
 
 def main() -> NoReturn:
     """Run DeepSpeed's command with the arguments of this process."""
+    # An interrupt can be lost in a finaliser; then DeepSpeed's command ends with its child's code.
     interrupts: list[int] = []  # signals received
 
     def on_interrupt(number: int, frame: FrameType | None) -> None:

@@ -366,8 +366,8 @@ class RunKeys(BaseModel):
     # Monitoring, saving, stopping
     logging_steps: Positive = Field(
         default=10,
-        description="Steps between progress lines, where the output is no terminal. The first step "
-        "has a line too, and a step that ends after a minute without one.",
+        description="Steps between progress lines, where the output is not a terminal. The first "
+        "step has a line too, and a step that ends after a minute without one.",
         json_schema_extra=traits(change="run", peers="log_every_n_steps log_interval"),
     )
     evaluation_strategy: Strategy = Field(

@@ -31,8 +31,10 @@ def watch_run(run_folder: Path, on_first_page: Callable[[Path], None]) -> str:
             start = time.perf_counter()
             try:
                 path = write_report(run_folder, refresh_s=INTERVAL_S)
-            except UserError:  # a new run is replacing the earlier one
-                continue
+            except UserError:  # perhaps because a new run is replacing the earlier one
+                time.sleep(_START_POLL_S)
+                wait_for_run(run_folder)
+                path = write_report(run_folder, refresh_s=INTERVAL_S)
             if is_first:
                 on_first_page(path)
             is_first = False

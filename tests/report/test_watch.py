@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
+from pipeline.errors import UserError
 from pipeline.report import watch
+from pipeline.report.page import write_report
 from pipeline.report.watch import watch_run
 from tests.messages import assert_mentions
 from tests.report.folders import FILES, build_run
@@ -80,6 +82,23 @@ def test_a_run_is_followed_while_it_replaces_the_files_of_an_earlier_one(
     monkeypatch.setattr(watch.time, "sleep", change_state)
     assert watch_run(run, lambda path: None) == "done"
     assert states == []
+
+
+def test_a_page_that_cannot_be_written_ends_the_command(tmp_path, monkeypatch):
+    run = build_run(tmp_path)
+    write_state(run, state="running")
+    (run / "report.html").mkdir()
+    attempts = []
+
+    def write_at_most_5_times(*args, **options):
+        attempts.append(args)
+        assert len(attempts) <= 5, "the page is written without end"
+        return write_report(*args, **options)
+
+    monkeypatch.setattr(watch, "write_report", write_at_most_5_times)
+    with pytest.raises(UserError) as error:
+        watch_run(run, lambda path: None)
+    assert_mentions(error.value, "report.html", "cannot be written")
 
 
 def test_a_run_whose_process_has_ended_is_not_followed(tmp_path):
