@@ -194,8 +194,8 @@ ADVICE: tuple[Rule[PlanContext], ...] = (
         level="warn",  # so that the start of a run shows it
         applies=_has_few_steps,
         reason="the run has fewer than 30 steps, rarely enough to learn the data (rule of thumb)",
-        remedy="set packing: false if the documents are short, a smaller global_batch_size, or "
-        "more epochs",
+        remedy="set a smaller global_batch_size, more epochs, or packing: false if short documents "
+        "are packed",
         source="docs/lora.md",
     ),
     Rule(
