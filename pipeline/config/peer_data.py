@@ -31,7 +31,6 @@ _READ_KEYS = {
     "name", "config", "subset", "columns", "column_map", "message_property_mappings", "tags",
     "type", "ds_type", "formatting", "conversation_style",
 }  # fmt: skip
-_SLICE = re.compile(r"(\w+)\[(.*)\]")  # a part of a split, such as train[:20%]
 _IS_DETECTED = "the format of each row is detected"
 
 
@@ -76,20 +75,32 @@ def convert_data_sets(value: Any, config: PeerConfig, limit: Any = None) -> Conv
             description = registry.get(str(item).strip(), {})
         options: dict[str, Any] = {"weight": description.get("weight")}
         options["limit"] = int(num_rows) if num_rows.isdigit() else limit
-        for path in _paths(name.strip(), description, config, data):
-            if part := _SLICE.search(path):
-                data.has_slice = True
-                options |= _slice_options(part[2], data)
-            whole = _SLICE.sub(r"\1", path)
-            given = {key: number for key, number in options.items() if _is_number(number)}
-            data.sources.append({"path": whole, **given} if given else whole)
+        split, _, part = _split_of(description, config).rstrip("]").partition("[")
+        if part:
+            data.has_slice = True
+            options |= _slice_options(part, data)
+        given = {key: number for key, number in options.items() if _is_number(number)}
+        paths = _paths(name.strip(), split, description, config, data)
+        if len(paths) > 1 and "limit" in given:
+            data.notes.append("limit counts the rows of each file")
+        data.sources += [{"path": path, **given} if given else path for path in paths]
         data.columns |= _renamed_columns(description)
         _note_other_keys(description, data)
     return data
 
 
+def _split_of(description: Mapping[str, Any], config: PeerConfig) -> str:
+    """The split of a data set, perhaps with a slice, such as `train[:20%]`."""
+    split = description.get("split") or description.get("train_on_split")
+    return str(split or config.options.get("dataset_train_split") or "train")
+
+
 def _paths(
-    name: str, description: Mapping[str, Any], config: PeerConfig, data: ConvertedData
+    name: str,
+    split: str,
+    description: Mapping[str, Any],
+    config: PeerConfig,
+    data: ConvertedData,
 ) -> list[str]:
     """Paths of a data set, or its hub name with the split.
 
@@ -115,8 +126,7 @@ def _paths(
         return [str(file) for file in files] if isinstance(files, list) else [str(files)]
     if not is_hub_name(path):
         return [path]
-    split = description.get("split") or description.get("train_on_split")
-    return [f"{path}:{split or config.options.get('dataset_train_split') or 'train'}"]
+    return [f"{path}:{split}"]
 
 
 def _slice_options(text: str, data: ConvertedData) -> dict[str, float]:

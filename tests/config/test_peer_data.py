@@ -42,6 +42,13 @@ def test_a_part_of_a_split_becomes_limit_or_weight(
         assert_mentions((tmp_path / "RUN.yaml").read_text(), "[50%:]", "whole split")
 
 
+def test_a_part_of_data_files_becomes_a_limit_of_each_file(tmp_path: Path) -> None:
+    files = "[{path: json, data_files: ['a[1].jsonl', b.jsonl], split: 'train[:9]'}]"
+    paths = data_settings(tmp_path, f"{BASE}datasets: {files}\n")["train_data"]
+    assert [(data["path"], data["limit"]) for data in paths] == [("a[1].jsonl", 9), ("b.jsonl", 9)]
+    assert_mentions((tmp_path / "RUN.yaml").read_text(), "each file")
+
+
 def test_test_datasets_are_held_out_unless_they_are_a_part_of_a_split(tmp_path: Path) -> None:
     text = BASE + "datasets: [{path: org/a}]\ntest_datasets: [{path: e.jsonl, ds_type: json}]\n"
     assert data_settings(tmp_path, text)["eval_data"] == "e.jsonl"
