@@ -134,7 +134,7 @@ def _rule_line(rule: Rule[PlanContext]) -> str:
 
 
 def _summary_lines(plan: Plan) -> list[str]:
-    """The lines about model, hardware and layout."""
+    """The lines about the model, and about hardware and layout."""
     layout, shape = plan.layout, plan.shape
     share = 100 * plan.trainable / shape.parameters
     nodes = f"{layout.nodes} nodes of " if layout.nodes > 1 else ""
@@ -146,8 +146,8 @@ def _summary_lines(plan: Plan) -> list[str]:
     return [
         f"model      {shape.folder}: {shape.parameters / 1e6:,.1f} M parameters, "
         f"{plan.trainable / 1e6:,.2f} M trainable ({share:.2f} %)",
-        f"hardware   {nodes}{layout.ranks_per_node} x {plan.hardware.name}",
-        f"run        ZeRO-{layout.zero_stage}, {layout.training_dtype}, global batch "
+        f"run        {nodes}{layout.ranks_per_node} x {plan.hardware.name}, "
+        f"ZeRO-{layout.zero_stage}, {layout.training_dtype}, global batch "
         f"{layout.global_batch_size}{unit} = {layout.micro_batch_size} x "
         f"{layout.accumulation_steps} x {ranks}, {layout.savings_text(shape.num_layers)}",
     ]

@@ -161,7 +161,7 @@ def test_deepspeed_with_a_hostfile_gives_the_same_adapter(workspace, expected, t
     path = f"{tmp_path}:{BIN}:{os.environ['PATH']}"  # finds the pdsh above
     code, output = run(*command, TRAIN, workspace.run_file("hostfile"), PATH=path)
     assert code == 0, output
-    assert "2 nodes of 1 x" in output, output  # the hardware line of the plan
+    assert "2 nodes of 1 x" in output, output  # the plan's line about the run
     assert workspace.adapter("hostfile") == expected
 
 

@@ -15,7 +15,7 @@ from pipeline.config.load import load_settings
 from pipeline.config.settings import RunSettings
 from pipeline.plan.given.shape import read_shape
 from pipeline.plan.plan import make_plan
-from pipeline.plan.render import plan_json, plan_text
+from pipeline.plan.render import plan_json, plan_overview, plan_text
 from tests import ROOT
 from tests.messages import assert_mentions, refused
 from tests.plans import CPU, LLAMA_8B, SMOLLM2, gpu, sized
@@ -264,6 +264,12 @@ def test_the_plan_can_be_dumped_as_json_and_shown_as_text(plan):
     assert data["memory"]["peak_bytes"] == sum(data["memory"]["per_rank"].values())
     num_steps = "16 (16 an epoch)"  # 1000 documents in batches of 64
     assert_mentions(plan_text(new_plan), "ZeRO-2", "bfloat16", "global batch 64", num_steps)
+
+
+def test_a_start_says_in_four_lines_what_will_run(plan):  # the fifth is the data that were read
+    overview = plan_overview(plan(global_batch_size=64).with_data(sized(20_000)))
+    first_words = [line.split()[0] for line in overview.splitlines()]
+    assert first_words == ["model", "run", "steps", "memory"]
 
 
 RUN_FILES = planned_run_files()
