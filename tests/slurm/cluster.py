@@ -133,7 +133,7 @@ class Job:
     cluster: Cluster
     number: str
     folder: Path  # from which it was submitted
-    held_start: float = 0.0  # start time of the run in which `hold` last stopped a rank
+    last_started: float = 0.0  # `started` in status.json when `stop_rank` last stopped a rank
 
     def show(self, name: str) -> str:
         """A field of the job's record in Slurm."""
@@ -172,25 +172,26 @@ class Job:
                 ranks[int(environment["SLURM_PROCID"])] = process
         return ranks
 
-    def hold(self, run: Path, rank: int, step: int) -> psutil.Process:
-        """Stop a rank with SIGSTOP once a start of the run that is not yet held reaches a step.
+    def stop_rank(self, run: Path, rank: int, step: int) -> psutil.Process:
+        """Stop a rank with SIGSTOP when the run reaches a step; returns the process of the rank.
 
-        The other ranks then wait for the stopped one. Returns its process.
+        The other ranks then wait for this rank. A second call waits until the run was started
+        again.
         """
 
         def has_reached_step() -> bool:
             current = status(run)
-            is_new = current.get("state") == "running" and current["started"] > self.held_start
+            is_new = current.get("state") == "running" and current["started"] > self.last_started
             return is_new and current["step"] >= step
 
         wait_until(has_reached_step, f"step {step}", self.diagnosis, poll_s=0.01)
         process = self.ranks()[rank]
         process.send_signal(signal.SIGSTOP)
-        self.held_start = status(run)["started"]
+        self.last_started = status(run)["started"]
         return process
 
-    def limit(self, minutes: int) -> None:
-        """Change the job's time limit, which counts from its start."""
+    def set_time_limit(self, minutes: int) -> None:
+        """Change the time limit of the job, in minutes from its start."""
         update = ["scontrol", "update", f"JobId={self.number}", f"TimeLimit={minutes}"]
         self.cluster.run(*update)
 

@@ -1,4 +1,4 @@
-"""Fixtures: a real Slurm, the folder from which jobs are submitted, and a job on fakes."""
+"""Fixtures: a real Slurm, the folder from which jobs are submitted, and a job on a fake Slurm."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.slurm.cluster import ROOT, Cluster, reason_unavailable, wait_until
-from tests.slurm.fake_slurm import Job, make_job
+from tests.slurm.fake_slurm import FakeJob, make_job
 from tests.tiny import make_rows
 
 # 3 epochs of 6 steps, with one sequence on each of 4 ranks.
@@ -42,8 +42,8 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def submit(tmp_path_factory) -> Path:
-    """A submit folder with spaces in its path; a link next to it leads to the project."""
+def submit_folder(tmp_path_factory) -> Path:
+    """The folder from which jobs are submitted, next to a link to the project, both with spaces."""
     folder = tmp_path_factory.mktemp("home") / "my work"
     folder.mkdir()
     (folder.parent / "my checkout").symlink_to(ROOT)
@@ -52,7 +52,7 @@ def submit(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run_file(submit, tiny_model) -> Callable[..., Path]:
+def run_file(submit_folder, tiny_model) -> Callable[..., Path]:
     """Function: name of a run folder, and settings -> path of its run file, which is written."""
 
     def write(name: str, **settings) -> Path:
@@ -61,7 +61,7 @@ def run_file(submit, tiny_model) -> Callable[..., Path]:
             "train_data": "train.jsonl",
             "output_dir": f"runs/{name}",
         }
-        path = submit / f"{name} run.yaml"
+        path = submit_folder / f"{name} run.yaml"
         path.write_text(yaml.safe_dump(paths | SETTINGS | settings))
         return path
 
@@ -69,56 +69,56 @@ def run_file(submit, tiny_model) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def train(cluster, submit, run_file):
+def submit_training(cluster, submit_folder, run_file):
     """Function: name of a run, and options of sbatch -> its submitted job, and its run folder."""
 
-    def start(name: str, *flags: str):
-        return cluster.sbatch(submit, *flags, TRAIN, run_file(name).name), submit / "runs" / name
+    def submit(name: str, *options: str):
+        job = cluster.sbatch(submit_folder, *options, TRAIN, run_file(name).name)
+        return job, submit_folder / "runs" / name
 
-    return start
+    return submit
 
 
 @pytest.fixture(scope="session")
-def limited(train):
-    """Job and folder of a run that reaches its time limit.
+def time_limit_job(submit_training):
+    """Job and run folder of a run that reaches its time limit.
 
-    Its ranks wait for a stopped one until Slurm warns of the limit, and then continue.
-
-    The limit is set after the first steps, to one or two minutes from then, so that the test does
-    not depend on how long the start takes.
+    A rank is stopped after the first steps, and the limit is set to one or two minutes from then.
+    So the test does not depend on the duration of the start. When Slurm has sent its warning, the
+    stopped rank continues.
     """
-    job, run = train("limited", *TWO_BY_TWO, "--time=30", "--signal=B:USR1@60")
-    held = job.hold(run, rank=3, step=4)
+    job, run = submit_training("limited", *TWO_BY_TWO, "--time=30", "--signal=B:USR1@60")
+    stopped_rank = job.stop_rank(run, rank=3, step=4)
     hours, minutes, _ = (int(part) for part in job.show("RunTime").split(":"))
-    job.limit(60 * hours + minutes + 2)
+    job.set_time_limit(60 * hours + minutes + 2)
 
     def continue_rank() -> None:
         wait_until(lambda: "stop requested" in job.output, "warning", job.diagnosis)
-        held.send_signal(signal.SIGCONT)
+        stopped_rank.send_signal(signal.SIGCONT)
 
     threading.Thread(target=continue_rank, daemon=True).start()
     return job, run
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(limited, train) -> Path:
-    """The folder of an uninterrupted run, trained while the limited one waits."""
-    job, run = train("uninterrupted", *TWO_BY_TWO)
+def uninterrupted_run(time_limit_job, submit_training) -> Path:
+    """The folder of an uninterrupted run, which trains while `time_limit_job` waits."""
+    job, run = submit_training("uninterrupted", *TWO_BY_TWO)
     job.wait_for_end("COMPLETED")
     assert job.restarts == 0
     return run
 
 
 @pytest.fixture
-def job(tmp_path) -> Job:
-    """A job on fakes of srun and scontrol."""
+def job(tmp_path) -> FakeJob:
+    """A job with fake srun and scontrol."""
     return make_job(tmp_path)
 
 
 @pytest.fixture(scope="session")
-def lost(cluster, uninterrupted, train):
-    """Job and folder of a run whose second node has just lost its slurmd, during training."""
-    job, run = train("lost", *TWO_BY_TWO)
-    job.hold(run, rank=3, step=4)
+def lost_node_job(cluster, uninterrupted_run, submit_training):
+    """Job and run folder of a run on both nodes, after slurmd of node2 was killed in training."""
+    job, run = submit_training("lost", *TWO_BY_TWO)
+    job.stop_rank(run, rank=3, step=4)
     cluster.kill_slurmd("node2")
     return job, run

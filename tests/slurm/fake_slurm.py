@@ -51,7 +51,7 @@ exec "{python}" "$@"
 """
 
 # `apptainer exec [OPTIONS] IMAGE.sif COMMAND` runs COMMAND, with the container's python first in
-# PATH. Job.use_container creates this python.
+# PATH. FakeJob.use_container creates this python.
 APPTAINER = """\
 printf '%s\\t' apptainer "$@" >>"$FAKE/calls"; echo >>"$FAKE/calls"
 while [[ $1 != *.sif ]]; do shift; done
@@ -83,7 +83,7 @@ def ranks_script(text: str = "", code: int = 0, more: str = "") -> str:
 
 
 @dataclass
-class Job:
+class FakeJob:
     """A job: its copy of the batch script, its submit folder, and the fake programs."""
 
     folder: Path
@@ -105,7 +105,7 @@ class Job:
         shutil.copy(checkout / "slurm" / script, copied_script)
         return subprocess.Popen(
             ["bash", copied_script, *words],
-            cwd=cwd or self.submit, env=self.environment | more, text=True,
+            cwd=cwd or self.submit_folder, env=self.environment | more, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
@@ -120,7 +120,7 @@ class Job:
         return self.run("train.sbatch", "my run.yaml", *words, do=do, **more)
 
     @property
-    def submit(self) -> Path:
+    def submit_folder(self) -> Path:
         return self.folder / "submitted here"
 
     def calls(self, program: str) -> list[list[str]]:
@@ -154,13 +154,13 @@ class Job:
         return dict(line.split("=", 1) for line in lines if "=" in line).get(name)
 
 
-def make_job(tmp_path: Path) -> Job:
+def make_job(tmp_path: Path) -> FakeJob:
     """A job of two nodes of eight GPUs, in a checkout and a submit folder with spaces."""
-    fake, submit = tmp_path / "fake", tmp_path / "submitted here"
+    fake, submit_folder = tmp_path / "fake", tmp_path / "submitted here"
     (fake / "bin").mkdir(parents=True)
-    submit.mkdir()
+    submit_folder.mkdir()
     shutil.copytree(ROOT / "slurm", tmp_path / "my checkout/slurm")
-    (submit / "my run.yaml").write_text("model: m\ntrain_data: t\noutput_dir: run\n")
+    (submit_folder / "my run.yaml").write_text("model: m\ntrain_data: t\noutput_dir: run\n")
     (fake / "job_state").write_text("RUNNING Reason=None")
     python = PYTHON.format(python=sys.executable)
     programs = {
@@ -171,12 +171,12 @@ def make_job(tmp_path: Path) -> Job:
         path = fake / "bin" / name
         path.write_text(f"#!/bin/bash\n{text}")
         path.chmod(0o755)
-    return Job(
+    return FakeJob(
         tmp_path,
         {
             "PATH": f"{fake / 'bin'}:/usr/bin:/bin", "FAKE": str(fake), "PYTHONPATH": str(ROOT),
             "SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8",
             "SLURM_CPUS_ON_NODE": "64", "SLURMD_NODENAME": "node1",
-            "SLURM_SUBMIT_DIR": str(submit),
+            "SLURM_SUBMIT_DIR": str(submit_folder),
         },
     )  # fmt: skip

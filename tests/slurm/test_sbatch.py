@@ -60,7 +60,7 @@ def test_a_job_may_have_another_working_folder(job):
     """With --chdir, paths of the run file are relative to that folder."""
     elsewhere = job.folder / "elsewhere"
     elsewhere.mkdir()
-    (job.submit / "my run.yaml").rename(elsewhere / "my run.yaml")
+    (job.submit_folder / "my run.yaml").rename(elsewhere / "my run.yaml")
     process = job.start(
         "train.sbatch", "my run.yaml", do=ranks_script(status("done")), cwd=elsewhere
     )
@@ -185,8 +185,8 @@ def test_status_json_decides_the_exit_code_and_the_requeue(job, do, code, requeu
     ],
 )
 def test_the_status_of_an_earlier_start_does_not_requeue_the_job(job, do, code, part):
-    (job.submit / "run").mkdir()
-    (job.submit / "run/status.json").write_text(EARLIER_STATUS)
+    (job.submit_folder / "run").mkdir()
+    (job.submit_folder / "run/status.json").write_text(EARLIER_STATUS)
     exit_code, output = job.train(do)
     assert exit_code == code, output
     assert job.requeued() == [], output
@@ -228,7 +228,7 @@ def test_a_job_that_slurm_or_a_user_ends_is_not_requeued_by_the_script(job, stat
 
 def test_a_job_stopped_by_the_stop_file_is_not_requeued(job):
     """The reason in status.json is the text that a run writes."""
-    folder = job.submit / "run"
+    folder = job.submit_folder / "run"
     folder.mkdir()
     (folder / "stop").touch()
     stop_reason = StopRequests(folder, None, reads_stop_file=True).reason()
@@ -290,16 +290,16 @@ def test_a_step_in_status_json_that_is_not_a_number_counts_as_0(job, step):
     code, output = job.train(ranks_script(text, 75))
     assert (code, job.requeued()) == (75, ["7"]), output
     assert_mentions(output, "status.json: step is not a number", "stopped at step 0")
-    assert not (job.submit / "injected").exists()
+    assert not (job.submit_folder / "injected").exists()
 
 
 def test_a_count_of_requeues_that_is_not_a_number_is_ignored(job):
-    (job.submit / "run/logs/7").mkdir(parents=True)
-    (job.submit / "run/logs/7/requeues").write_text("x[$(touch injected)] 9\n")
+    (job.submit_folder / "run/logs/7").mkdir(parents=True)
+    (job.submit_folder / "run/logs/7/requeues").write_text("x[$(touch injected)] 9\n")
     code, output = job.train(ranks_script(status("stopped"), 75))
     assert (code, job.requeued()) == (75, ["7"]), output
-    assert not (job.submit / "injected").exists()
-    assert (job.submit / "run/logs/7/requeues").read_text() == "4 1\n"
+    assert not (job.submit_folder / "injected").exists()
+    assert (job.submit_folder / "run/logs/7/requeues").read_text() == "4 1\n"
 
 
 @pytest.mark.parametrize("script", ["train.sbatch", "debug.sbatch"])
@@ -326,16 +326,16 @@ def test_a_heterogeneous_job_is_refused(job):
 
 @pytest.mark.parametrize(("host", "waits"), [("a-lost-node", True), (os.uname().nodename, False)])
 def test_a_start_waits_only_for_a_status_written_on_another_node(job, host, waits):
-    (job.submit / "run").mkdir()
-    (job.submit / "run/status.json").write_text(status("running", host=host, started=1.5))
+    (job.submit_folder / "run").mkdir()
+    (job.submit_folder / "run/status.json").write_text(status("running", host=host, started=1.5))
     code, output = job.train(ranks_script(status("done")), SLURM_RESTART_COUNT="1")
     assert (code, "sleeps 61" in output) == (0, waits), output
-    assert (job.submit / "run/logs/7/start-1").is_dir()
+    assert (job.submit_folder / "run/logs/7/start-1").is_dir()
 
 
 def test_preflight_checks_and_is_not_requeued(job):
-    (job.submit / "run").mkdir()
-    (job.submit / "run/status.json").write_text(EARLIER_STATUS)
+    (job.submit_folder / "run").mkdir()
+    (job.submit_folder / "run/status.json").write_text(EARLIER_STATUS)
     write_log = 'echo "all well" >>"$LOGS/rank-0.log"'
     code, output = job.run(
         "train.sbatch", "--preflight", "my run.yaml", do=ranks_script("", 0, write_log)

@@ -18,7 +18,7 @@ output_dir='runs/a b' lr=$(touch_nothing)
 
 
 def test_a_task_of_an_array_uses_its_line_and_requeues_only_itself(job):
-    (job.submit / "my sweep.txt").write_text(SWEEP)
+    (job.submit_folder / "my sweep.txt").write_text(SWEEP)
     array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
     script = ranks_script(status("stopped"), 75).replace("run/", "run-1/")
     code, output = job.train(script, "@my sweep.txt", "epochs=2", **array)
@@ -32,12 +32,12 @@ def test_a_task_of_an_array_uses_its_line_and_requeues_only_itself(job):
 
 
 def test_a_line_may_set_output_dir_and_is_never_executed(job):
-    (job.submit / "s.txt").write_text(SWEEP.replace("lr=$(touch_nothing)", "seed=1"))
+    (job.submit_folder / "s.txt").write_text(SWEEP.replace("lr=$(touch_nothing)", "seed=1"))
     script = ranks_script(status("done")).replace("run/", "'runs/a b/'")
     code, output = job.train(script, "@s.txt", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="2")
     assert code == 0, output
     assert job.calls("srun")[-1][-2:] == ["output_dir=runs/a b", "seed=1"]
-    (job.submit / "s.txt").write_text(SWEEP)
+    (job.submit_folder / "s.txt").write_text(SWEEP)
     code, output = job.train(script, "@s.txt", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="2")
     assert (code, "found '$(touch_nothing)'" in output) == (2, True), output
 
@@ -59,8 +59,8 @@ def test_a_line_may_set_output_dir_and_is_never_executed(job):
     ],
 )
 def test_wrong_input_is_exit_2_before_a_rank_is_started(job, words, task, facts):
-    (job.submit / "s.txt").write_text(SWEEP)
-    (job.submit / "broken.txt").write_text("# rates\nlr=1\n\nlr=2 name='x y\n")
+    (job.submit_folder / "s.txt").write_text(SWEEP)
+    (job.submit_folder / "broken.txt").write_text("# rates\nlr=1\n\nlr=2 name='x y\n")
     array = {} if task is None else {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": task}
     code, output = job.run("train.sbatch", *words, **array)
     assert code == 2, output
@@ -68,4 +68,4 @@ def test_wrong_input_is_exit_2_before_a_rank_is_started(job, words, task, facts)
     # The only call creates folders on the nodes; no call starts ranks.
     assert len(job.calls("srun")) == 1
     assert job.requeued() == []
-    assert not (job.submit / "run").exists()
+    assert not (job.submit_folder / "run").exists()

@@ -26,7 +26,7 @@ def test_after_a_warning_before_their_start_no_ranks_are_started(job):
     """The signal arrives in the srun step that creates folders on the nodes, made slow here."""
     (job.folder / "fake/slow_disk").touch()
     process = job.start("train.sbatch", "my run.yaml")
-    wait_for(job.submit / "started")
+    wait_for(job.submit_folder / "started")
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=60)
     assert (process.returncode, job.requeued()) == (75, ["7"]), output
@@ -40,10 +40,10 @@ def test_a_warning_reaches_the_ranks_and_the_script_waits_for_their_checkpoint(j
     )
     do = f"on_signal() {{ {write} }}\ntrap on_signal USR1\n{WORK}"
     process = job.start("train.sbatch", "my run.yaml", do=do)
-    wait_for(job.submit / "started")
+    wait_for(job.submit_folder / "started")
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert (job.submit / "signalled").exists(), output
+    assert (job.submit_folder / "signalled").exists(), output
     assert "stopped at step 4; requeued" in output
     assert (process.returncode, job.requeued()) == (75, ["7"]), output
 
@@ -64,9 +64,9 @@ def test_a_warning_between_the_last_check_and_the_start_reaches_the_ranks(job):
 def test_a_warning_before_the_ranks_handle_signals_requeues_the_job(job):
     """The signal ends the ranks, and they write no status."""
     process = job.start("train.sbatch", "my run.yaml", do=WORK)
-    wait_for(job.submit / "started")
+    wait_for(job.submit_folder / "started")
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=60)
     assert (process.returncode, job.requeued()) == (75, ["7"]), output
     # highest step so far, and number of requeues since it was reached
-    assert (job.submit / "run/logs/7/requeues").read_text() == "0 1\n"
+    assert (job.submit_folder / "run/logs/7/requeues").read_text() == "0 1\n"
