@@ -1,4 +1,4 @@
-"""Tokenizers with published chat templates, and encoded documents shown as text."""
+"""Tokenizers with chat templates, conversations, and encoded documents shown as text."""
 
 import numpy as np
 
@@ -86,6 +86,43 @@ def chat(*contents, first="user", system=None):
     return Conversation(tuple(messages))
 
 
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "forecast",
+        "description": "The weather of a day",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "description": "Where"},
+                "unit": {"type": "string", "enum": ["celsius", "kelvin"]},
+                "days": {"type": "integer", "default": 1},
+            },
+            "required": ["city"],
+        },
+    },
+}
+
+
+def tool_call(name="forecast", **arguments):
+    """A tool call of an assistant message."""
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def conversation_with_calls(*calls, tools=(TOOL,), **others):
+    """A conversation with these tool calls in one turn, their results and an answer.
+
+    `others`: further keys of the message that has the calls.
+    """
+    messages = (
+        Message("user", "Weather?"),
+        Message("assistant", "", True, {"tool_calls": list(calls), **others}),
+        *(Message("tool", f"rain {i}") for i in range(len(calls))),
+        Message("assistant", "It rains."),
+    )
+    return Conversation(messages, tools)
+
+
 def user(text):
     """A question in ChatML, and the header of its answer."""
     return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
@@ -112,6 +149,11 @@ def marked_text(example, tokenizer, **settings):
     """The text of the only document of an example, with supervised spans in [[brackets]]."""
     (text,) = marked_texts(example, tokenizer, **settings)
     return text
+
+
+def supervised_spans(text):
+    """The supervised spans of a text with [[brackets]]."""
+    return [part.partition("]]")[0] for part in text.split("[[")[1:]]
 
 
 def bos_tokenizer():

@@ -13,10 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.rows.examples import Conversation, Message, RowError
-from tests.data.chat.documents import chat, encoder
+from tests.data.chat.documents import TOOL, chat, encoder, tool_call
 from tests.data.chat.kinds import KINDS, tokenizer_of
 from tests.data.chat.matrix import FAMILIES
-from tests.data.chat.test_omissions import TOOL, call
 
 pytestmark = pytest.mark.tensor
 
@@ -49,7 +48,9 @@ def assistants(draw):
     if draw(st.booleans()):
         named = st.dictionaries(keys, values, max_size=3)
         calls = draw(st.lists(named, min_size=1, max_size=2))
-        others["tool_calls"] = [call(f"f{n}", **arguments) for n, arguments in enumerate(calls)]
+        others["tool_calls"] = [
+            tool_call(f"f{n}", **arguments) for n, arguments in enumerate(calls)
+        ]
     if draw(st.integers(0, 2)) == 0:
         others[draw(st.sampled_from(["reasoning_content", "thinking", "reasoning"]))] = draw(
             non_blank

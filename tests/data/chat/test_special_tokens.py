@@ -1,10 +1,12 @@
 """Special tokens inside a row's texts never end a turn or open one, whatever the setting."""
 
+import json
+
 import pytest
 
 from pipeline.data.chat.tokenizer import special_ids, special_pattern
 from pipeline.rows.examples import Conversation, Message, RowError
-from tests.data.chat.documents import encoder
+from tests.data.chat.documents import encoder, published
 from tests.data.chat.kinds import tokenizer_of
 from tests.messages import refused
 
@@ -21,6 +23,7 @@ TOKENS = {
     "glm-4.6": ["<|user|>", "<|observation|>", "<|assistant|>"],
     "qwen3": ["<|im_end|>", "<|im_start|>"],
     "llama-3.1": ["<|eot_id|>", "<|start_header_id|>"],
+    "mistral-nemo": ["</s>", "[INST]"],
 }
 CASES = [(name, token) for name, tokens in TOKENS.items() for token in tokens]
 
@@ -111,6 +114,16 @@ def test_last_assistant_trains_the_last_answer_only_despite_special_tokens_in_te
 
 def test_of_two_special_tokens_with_the_same_beginning_the_longer_is_matched():
     assert special_pattern(["<|a|>", "<|a|>b"]).findall("<|a|>b <|a|>") == ["<|a|>b", "<|a|>"]
+
+
+def test_end_tokens_of_the_generation_config_end_turns(tmp_path):
+    """<|eom_id|> ends a call of a built-in tool; no template writes it."""
+    tokenizer = published("llama-3")
+    tokenizer.add_tokens(["<|eom_id|>"], special_tokens=True)
+    eom_id = tokenizer.convert_tokens_to_ids("<|eom_id|>")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [eom_id, 1]}))
+    assert eom_id in encoder(tokenizer, model=str(tmp_path)).end_ids
+    assert eom_id not in encoder(tokenizer, model="elsewhere").end_ids
 
 
 def test_a_generation_config_that_cannot_be_read_is_refused(tmp_path):

@@ -10,12 +10,15 @@ from pipeline.rows.examples import Conversation, Message, RowError
 from tests.data.chat.documents import (
     SPECIAL,
     chat,
+    conversation_with_calls,
     encoder,
     marked_text,
     marked_texts,
     published,
     record_renderings,
+    supervised_spans,
     tokenizer_with,
+    tool_call,
 )
 from tests.messages import refused
 
@@ -182,6 +185,22 @@ class TestReasoning:
         row = replace(row, messages=(row.messages[0], not_trained, *row.messages[2:]))
         assert "two" in marked_text(row, published(name), train_on=train_on)
 
+    @pytest.mark.parametrize(
+        "run_settings",
+        [{"train_on_reasoning": False}, {"chat_template_kwargs": {"enable_thinking": False}}],
+    )
+    @pytest.mark.parametrize("has_call", [False, True])
+    def test_the_empty_block_of_qwen3_is_supervised_only_if_reasoning_is(
+        self, has_call, run_settings
+    ):
+        row = chat("q", "a")
+        if has_call:
+            row = conversation_with_calls(tool_call(city="Oslo"), tools=())
+            row = replace(row, messages=row.messages[:2])
+        header, empty = "<|im_start|>assistant\n", "<think>\n\n</think>\n\n"
+        assert f"{header}[[{empty}" in marked_text(row, published("qwen3"))
+        assert f"{header}{empty}[[" in marked_text(row, published("qwen3"), **run_settings)
+
     def test_the_prompt_of_the_last_answer_equals_that_of_training(self):
         template_encoder = encoder(published("qwen3"))
         prompt, answer = template_encoder.last_answer(chat("q", "one"))
@@ -287,11 +306,6 @@ class TestTools:
         assert len(text.documents) == len(rendered) == 1
 
 
-def supervised_in(text):
-    """The supervised spans of a text with [[brackets]]."""
-    return [part.partition("]]")[0] for part in text.split("[[")[1:]]
-
-
 def test_the_header_of_a_second_consecutive_answer_is_not_supervised():
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
@@ -300,7 +314,7 @@ def test_the_header_of_a_second_consecutive_answer_is_not_supervised():
     )
     first, second = Message("assistant", "one"), Message("assistant", "two")
     row = Conversation((Message("user", "q"), first, second))
-    text = supervised_in(marked_text(row, tokenizer_with(template)))
+    text = supervised_spans(marked_text(row, tokenizer_with(template)))
     assert text == ["one<|im_end|>", "two<|im_end|>"]
 
 
@@ -320,5 +334,5 @@ def test_a_special_token_that_quotes_an_argument_does_not_end_the_turn():
     row = Conversation(
         (Message("user", "q"), calls, Message("tool", "light"), Message("assistant", "blue"))
     )
-    text = supervised_in(marked_text(row, tokenizer_with(template, special)))
+    text = supervised_spans(marked_text(row, tokenizer_with(template, special)))
     assert text == ["<call>look at=<q>sky<q></call>", "blue</turn>"]
