@@ -117,9 +117,9 @@ Generated from tests/models/results.jsonl by `make docs`; `make models` measures
 
 For each kind of model a folder is made in code: the class of transformers with random weights, 4
 blocks and a hidden width of 64, saved like a checkpoint of the hub. Then every part of a run is
-tried on it: the plan computes its shape and checks its class; 4 steps are trained on 2 CPU ranks at
-ZeRO-2 (packed if the class allows it), at ZeRO-3 with recomputed blocks, and with QLoRA at
-ZeRO-2; and the adapters are merged. No real weights and no GPU take part.
+tested with it: the plan computes its shape and checks its class; 4 steps are trained on 2 CPU
+ranks at ZeRO-2 (packed if the class allows it), at ZeRO-3 with checkpointed layers, and with QLoRA
+at ZeRO-2; and the adapters are merged. No real weights and no GPU are used.
 
 Of {folders} folders {passed} passed, {refused} were refused with a reason before training, and
 {failed} failed. Measured {dates} on 2 CPU cores that others used as well, {minutes} minutes of wall

@@ -1,4 +1,4 @@
-"""The commands of the quickstart: DeepSpeed's launcher on this machine, and how one is run."""
+"""Commands of the quickstart: the DeepSpeed launcher for this machine, and running a command."""
 
 import os
 import socket
@@ -11,14 +11,14 @@ from pipeline.plan.given.hardware import Hardware
 _DEFAULT_PORT = 29500  # of DeepSpeed's launcher
 
 
-def launcher(hardware: Hardware) -> str:
+def launcher_command(hardware: Hardware) -> str:
     """`deepspeed` with options for two ranks, or for one rank on a machine with a single GPU."""
     ranks = 2 if hardware.kind == "cpu" else min(2, hardware.devices_per_node)
     return f"deepspeed --quiet --num_accelerators {ranks}{_port_option()}"
 
 
 def _port_option() -> str:
-    """The option --master_port with a free port, if the default port is used; otherwise empty."""
+    """The option --master_port with a free port if the default port is in use; else empty."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -18,8 +18,8 @@ def make_data(
 ) -> None:
     """Write train.jsonl and heldout.jsonl, which have no pair of item and quantity in common.
 
-    `heldout_seed`: seed of the held-out rows; None to go on with the random numbers of the training
-    rows. The training rows are always the same.
+    `heldout_seed`: seed of the held-out rows. None: the random generator of the training rows
+    continues. The training rows are always the same.
     """
     rng = random.Random(SEED)
     train = list(islice(orders(rng, is_heldout=False), NUM_TRAIN))

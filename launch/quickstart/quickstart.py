@@ -9,7 +9,7 @@ import time
 import webbrowser
 from pathlib import Path
 
-from commands import launcher, run_if_outdated
+from commands import launcher_command, run_if_outdated
 from download_model import download_model
 from make_data import make_data
 from summary import print_summary
@@ -29,7 +29,7 @@ def main() -> None:
     download_model(FOLDER / "smollm2-135m-instruct")
     start = time.monotonic()
     make_data(FOLDER)
-    deepspeed = launcher(hardware)
+    deepspeed = launcher_command(hardware)
     # Each output shows by its time that its command has ended.
     data, adapter = FOLDER / "train.jsonl", RUN_FOLDER / "adapter/README.md"
     merged, scores = RUN_FOLDER / "merged/config.json", RUN_FOLDER / "score.json"

@@ -1,4 +1,4 @@
-"""Host memory that this process may use: the RAM of the node, or the limit of a control group."""
+"""Host memory that this process may use: the RAM of the node, or the limit of a cgroup."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ import psutil
 
 @dataclass(frozen=True)
 class _GroupVersion:
-    """Names of files in one version of Linux control groups (cgroups).
+    """Names of files in one version of Linux cgroups (control groups).
 
     `folder`: below /sys/fs/cgroup. `reclaimable_entry`: line of memory.stat with the page cache
     that the kernel can reclaim, in bytes.
@@ -31,8 +31,8 @@ _V1 = _GroupVersion(
 class HostMemory:
     """Host memory in bytes.
 
-    `limited_by`: folder of the control group that limits the memory; empty if no group has a limit
-    below the node's memory.
+    `limited_by`: folder of the cgroup that limits the memory; empty if no cgroup has a limit below
+    the node's memory.
     """
 
     total: int
@@ -41,15 +41,15 @@ class HostMemory:
 
 
 def host_memory(root: Path = Path("/")) -> HostMemory:
-    """The memory of the node, or the smallest limit of a control group of this process.
+    """The memory of the node, or the smallest limit of a cgroup of this process.
 
-    Control groups form a tree. All groups from that of this process up to the root are read,
-    because Slurm sets the limit of a job on a group below the root, and a container's limit is set
-    on the root.
+    Cgroups form a tree. All cgroups from the one of this process up to the root are read, because
+    Slurm sets the limit of a job on a cgroup below the root, and a container's limit is set on the
+    root.
     """
     node = psutil.virtual_memory()
     total, free, limited_by = int(node.total), int(node.available), ""
-    for folder, version in _control_groups(root):
+    for folder, version in _cgroups(root):
         limit = _limit(folder, version)
         if limit is None:
             continue
@@ -59,8 +59,8 @@ def host_memory(root: Path = Path("/")) -> HostMemory:
     return HostMemory(total=total, free=free, limited_by=limited_by)
 
 
-def _control_groups(root: Path) -> list[tuple[Path, _GroupVersion]]:
-    """Folder and version of each control group of this process, from its own up to the root."""
+def _cgroups(root: Path) -> list[tuple[Path, _GroupVersion]]:
+    """Folder and version of each cgroup of this process, from its own up to the root."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -226,7 +226,7 @@ def _render(draft: _Draft, config: PeerConfig) -> str:
         lines.append(f"# To be changed: {problem}")
     for title, has_reason in (
         ("Without a counterpart in RankZero:", False),
-        ("Not taken over:", True),
+        ("Not converted:", True),
     ):
         entries = [
             entry for entry in draft.left_out if (entry.reason != _NO_COUNTERPART) == has_reason

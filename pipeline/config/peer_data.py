@@ -188,7 +188,7 @@ def _note_other_keys(description: Mapping[str, Any], data: ConvertedData) -> Non
     keys = [*description, *(row_format if isinstance(row_format, dict) else ())]
     others = [str(key) for key in keys if key not in _READ_KEYS and key not in _FIELDS]
     if others:
-        data.notes.append(f"not taken over: {', '.join(others)}")
+        data.notes.append(f"not converted: {', '.join(others)}")
 
 
 def _registered_data_sets(config: PeerConfig) -> Mapping[str, Any]:

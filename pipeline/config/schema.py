@@ -11,7 +11,7 @@ _DIALECT = "https://json-schema.org/draft/2020-12/schema"  # pydantic generates 
 def run_file_schema() -> dict[str, Any]:
     """The JSON schema of a run file: type, bounds, default and description of every setting.
 
-    It covers each setting by itself; combinations of settings are checked when the file is loaded.
+    It covers each setting separately; combinations of settings are checked when the file is loaded.
     """
     schema = RunSettings.model_json_schema()
     # pydantic copies the traits of a setting (traits.py), which are not part of a JSON schema.

@@ -93,7 +93,7 @@ def unallocated_gpus(
 
     None if all used GPUs are allocated, or if this cannot be determined. `indices`: NVML indices of
     the used GPUs. `num_listed`: number of GPUs that NVML lists. If Slurm hides other jobs' GPUs
-    with a control group, NVML lists only the allocated GPUs and numbers them from 0. Their indices
+    with a cgroup, NVML lists only the allocated GPUs and numbers them from 0. Their indices
     then differ from Slurm's and cannot be compared.
     """
     name = next((name for name in _ALLOCATION_VARIABLES if env.get(name)), None)

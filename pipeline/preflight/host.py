@@ -243,7 +243,7 @@ def _is_visible(path: Path, token: str) -> bool:
 
 HOST_MEMORY = Check(
     "host memory", _probe_host_memory, _assess_host_memory,
-    "check /proc/meminfo and the limit of the control group", runs_on="node",
+    "check /proc/meminfo and the limit of the cgroup", runs_on="node",
 )  # fmt: skip
 SHARED_MEMORY = Check(
     "shared memory", _probe_shared_memory, _assess_shared_memory, "check `df /dev/shm`",

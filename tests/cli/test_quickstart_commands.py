@@ -27,11 +27,11 @@ def test_another_port_is_used_only_if_the_default_port_is_taken(commands, monkey
     with socket.create_server(("", 0)) as other_run:
         taken_port = other_run.getsockname()[1]
         monkeypatch.setattr(commands, "_DEFAULT_PORT", taken_port)
-        command_line = commands.launcher(machine)
+        command_line = commands.launcher_command(machine)
     without_port, _, port = command_line.partition(" --master_port ")
     assert port.isdigit()
     assert int(port) != taken_port
-    assert commands.launcher(machine) == without_port  # the default port is free again
+    assert commands.launcher_command(machine) == without_port  # the default port is free again
 
 
 def test_a_command_runs_only_if_its_output_is_missing_or_older_than_its_input(commands, tmp_path):

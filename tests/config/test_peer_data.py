@@ -59,7 +59,7 @@ def test_test_datasets_are_held_out_unless_they_are_a_part_of_a_split(tmp_path: 
     assert_mentions((tmp_path / "RUN.yaml").read_text(), "test_datasets", "eval_data")
 
 
-def test_names_of_columns_in_a_format_are_taken_over_and_other_keys_are_named(
+def test_names_of_columns_in_a_format_are_converted_and_other_keys_are_named(
     tmp_path: Path,
 ) -> None:
     text = BASE + (
@@ -68,7 +68,7 @@ def test_names_of_columns_in_a_format_are_taken_over_and_other_keys_are_named(
     )
     columns = {"tools": "functions_of_row", "instruction": "question", "output": "answer"}
     assert data_settings(tmp_path, text) == {"train_data": "a.jsonl", "columns": columns}
-    assert_mentions((tmp_path / "RUN.yaml").read_text(), "not taken over", "shards", "format")
+    assert_mentions((tmp_path / "RUN.yaml").read_text(), "not converted", "shards", "format")
 
 
 def test_a_mixture_of_trl_becomes_sources_with_weights(tmp_path: Path) -> None:
@@ -154,4 +154,4 @@ def test_the_number_of_rows_of_an_older_ms_swift_is_taken_over(tmp_path: Path) -
 
 def test_the_keys_of_a_data_set_that_are_read_are_not_named_as_left_out(tmp_path: Path) -> None:
     text = write_run_file(tmp_path, AXOLOTL).read_text()
-    assert "not taken over" not in text
+    assert "not converted" not in text

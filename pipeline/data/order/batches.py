@@ -194,7 +194,7 @@ def _prefetch_in_thread(batches: Iterator[_Item]) -> Iterator[_Item]:
 
 
 def _report_worker_death(batches: Iterator[_Item]) -> Iterator[_Item]:
-    """Raise SingleRankError if a worker was killed while it handed over a batch."""
+    """Raise SingleRankError if a worker was killed while it sent a batch."""
     while True:
         try:
             batch = next(batches)
