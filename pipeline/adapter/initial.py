@@ -203,7 +203,7 @@ def _r_settings(settings: RunSettings, adapter: Adapter) -> str:
 
 
 def record_initial_adapter(run_folder: Path, settings: RunSettings) -> None:
-    """Write RUN/init_adapter.json, the record of the initial adapter, if `init_adapter` is set."""
+    """Write init_adapter.json, the record of the initial adapter, if `init_adapter` is set."""
     record = _initial_record(settings)
     if record is not None:
         write_text(run_folder / RECORD, dump_json(record))

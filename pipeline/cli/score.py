@@ -1,13 +1,14 @@
 """Score models side by side on the same rows, with 95 % intervals.
 
-{command} RUN                    base, adapter and merged model on the held-out rows
-{command} RUN --data FILE        on other rows
-{command} RUN RUN MODEL ...      several runs and models on the rows of the first run
-deepspeed {script} RUN                 every GPU scores a part of the rows
-{command} RUN --tasks NAMES      hand over to lm-evaluation-harness
+{command} RUN_FOLDER                       base, adapter and merged model, held-out rows
+{command} RUN_FOLDER --data FILE           on other rows
+{command} RUN_FOLDER RUN_FOLDER MODEL ...  several runs and models, rows of the first run
+deepspeed {script} RUN_FOLDER                    every GPU scores a part of the rows
+{command} RUN_FOLDER --tasks NAMES         with lm-evaluation-harness
 
-Writes RUN/score.json, which the report shows; with several models or --data scores.json in this
-folder. After a stop, the same command continues. {docs}/scoring.md explains the scores.
+Writes RUN_FOLDER/score.json, which the report shows. With several models or with --data, it writes
+scores.json in the current folder. After a stop, the same command resumes. {docs}/scoring.md
+explains the scores.
 """
 
 import argparse
@@ -101,7 +102,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "run_folder",
         nargs="+",
-        metavar="RUN|MODEL",
+        metavar="RUN_FOLDER|MODEL",
         help="output_dir of a run, model folder, or cached hub model; key=value: a setting for "
         "this command only, such as load_in_4bit=true",
     )
@@ -124,7 +125,10 @@ def _parser() -> Parser:
         help="longest answer in tokens (default: the longest expected answer, plus 8)",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="JSON file to write (default: RUN/score.json)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="JSON file to write (default: RUN_FOLDER/score.json)",
     )
     parser.add_argument(
         "--tasks",
@@ -138,7 +142,7 @@ def _parser() -> Parser:
 def _output_file(args: argparse.Namespace, names: list[str]) -> Path:
     """The JSON file to write.
 
-    RUN/score.json has the scores of one run on its own held-out rows; all other scores go to
+    RUN_FOLDER/score.json has the scores of one run on its own held-out rows; all other scores go to
     scores.json in the current folder.
     """
     if args.out is not None:

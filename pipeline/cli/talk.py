@@ -1,7 +1,7 @@
 """Talk to the base and the adapter of a run: both answer each prompt.
 
-{command} RUN
-echo "two rye loaves, please" | {command} RUN
+{command} RUN_FOLDER
+echo "two rye loaves, please" | {command} RUN_FOLDER
 
 Ctrl-C stops an answer, and the end of input (Ctrl-D) ends the program. The chat template and the
 tokens that end an answer are those of training. Answers are greedy, as in the verb score.

@@ -64,7 +64,7 @@ def _send_during_training(folder: Path, name: str) -> None:
 
     The training process starts this command, and closes its standard input when training ends. Then
     FINAL_SEND_S seconds remain to send the rest. A failure is printed once on the terminal; all
-    other output, also that of the tracker's library, goes to RUN/tracking/NAME.log.
+    other output, also that of the tracker's library, goes to RUN_FOLDER/tracking/NAME.log.
     """
     terminal = os.fdopen(os.dup(2), "w", buffering=1)
     log = folder / "tracking" / f"{name}.log"

@@ -20,8 +20,8 @@ def run_harness(specs: Sequence[ModelSpec], tasks: str, out: Path) -> None:
     """Run tasks of lm-evaluation-harness for each model.
 
     `specs`: the models. `tasks`: names or YAML files, separated by commas. `out`: path of the score
-    file, such as RUN/score.json; the results are then in RUN/score-tasks. Raises UserError if the
-    package is missing.
+    file, such as RUN_FOLDER/score.json; the results are then in RUN_FOLDER/score-tasks. Raises
+    UserError if the package is missing.
     """
     if find_spec("lm_eval") is None:
         raise UserError(

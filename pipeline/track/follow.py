@@ -19,7 +19,7 @@ _POLL_S = 1.0  # interval at which metrics.jsonl is read during training
 
 @dataclass
 class SentRecord:
-    """RUN/tracking/NAME.json: which data of a run the tracker NAME has received.
+    """RUN_FOLDER/tracking/NAME.json: which data of a run the tracker NAME has received.
 
     `run_id`: the run's id in the tracker; None before its first start.
     """

@@ -100,7 +100,7 @@ class Wandb(Tracker):
 
 
 class TensorBoard(Tracker):
-    """TensorBoard's event files in RUN/tracking/tensorboard."""
+    """TensorBoard's event files in RUN_FOLDER/tracking/tensorboard."""
 
     def __init__(self, facts: RunFacts, run_id: str | None) -> None:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -143,7 +143,7 @@ class TensorBoard(Tracker):
 
 
 class Mlflow(Tracker):
-    """MLflow at MLFLOW_TRACKING_URI, else a SQLite file in RUN/tracking."""
+    """MLflow at MLFLOW_TRACKING_URI, else a SQLite file in RUN_FOLDER/tracking."""
 
     def __init__(self, facts: RunFacts, run_id: str | None) -> None:
         from mlflow.entities import Metric, Param, RunTag
@@ -195,7 +195,7 @@ class Mlflow(Tracker):
 
 
 class Trackio(Tracker):
-    """Trackio's local database (TRACKIO_DIR, else RUN/tracking/trackio), or a Space on the hub."""
+    """Trackio's database: local (TRACKIO_DIR, else RUN_FOLDER/tracking/trackio) or a hub Space."""
 
     def __init__(self, facts: RunFacts, run_id: str | None) -> None:
         os.environ.setdefault("TRACKIO_DIR", str(facts.local_folder / "trackio"))

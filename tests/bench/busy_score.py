@@ -1,10 +1,10 @@
 """Time of the command score with all cores idle, and with one core used by another program.
 
-    python -m tests.bench.busy_score RUN [--rows N] [--repeats N]
+    python -m tests.bench.busy_score RUN_FOLDER [--rows N] [--repeats N]
 
-RUN is a run folder with held-out rows, such as quickstart/run. Both cases alternate. Prints the
-seconds of the whole command, and the median with one busy core relative to the idle one. The
-result is about an idle machine: the load before each idle command is printed too.
+RUN_FOLDER needs held-out rows, such as quickstart/run. Both cases alternate. Prints the seconds of
+the whole command, and the median with one busy core relative to the idle one. The result is valid
+on an idle machine only: the load before each idle command is printed too.
 """
 
 import argparse

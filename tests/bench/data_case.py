@@ -1,6 +1,6 @@
 """One measurement of tests/bench/data.py in a separate process.
 
-python -m tests.bench.data_case MODEL DATA RUN prepare|start
+python -m tests.bench.data_case MODEL DATA RUN_FOLDER prepare|start
 """
 
 import sys

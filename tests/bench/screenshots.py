@@ -1,7 +1,7 @@
 """Screenshots for docs/images: a quickstart in a terminal of 80 columns, its report, and the site.
 
     make screenshots
-    python -m tests.bench.screenshots RUN    # only the report of this run, and the site
+    python -m tests.bench.screenshots RUN_FOLDER    # only the report of this run, and the site
 
 The quickstart runs in a pseudo-terminal, whose output a terminal emulator (pyte) turns into text
 with colours; headless Chromium draws it. The images are stored with at most 256 colours.

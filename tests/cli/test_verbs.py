@@ -13,7 +13,7 @@ from tests.messages import assert_mentions
 
 pytestmark = pytest.mark.unit
 
-WITH_RUN_FILE = ("train", "plan", "prepare")  # not preflight, which lists problems and goes on
+WITH_RUN_FILE = ("train", "plan", "prepare")  # not preflight, which lists all problems
 WITH_RUN_FOLDER = ("merge", "export", "publish", "score", "talk", "report", "track")
 
 
@@ -47,7 +47,7 @@ def test_missing_and_unknown_arguments_are_refused_by_name(refused_by, verb):
     # Name of the required argument, if it is not the usual one.
     names = {
         "plan": "RUN.yaml", "slurm": "folder", "convert": "config", "report": "run_folders",
-        "merge": "run folder", "score": "RUN",
+        "merge": "run folder", "score": "RUN_FOLDER",
     }  # fmt: skip
     usual_name = "run_folder" if verb in WITH_RUN_FOLDER else "run_file"
     assert_mentions(refused_by(verb), names.get(verb, usual_name), "--help")

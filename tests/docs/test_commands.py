@@ -48,8 +48,8 @@ ELSEWHERE = {
     "python launch/export.py RUN_FOLDER --gguf": "tests/adapter/test_export.py",
     "rankzero export RUN_FOLDER --gguf": "tests/adapter/test_export.py",
     "python launch/publish.py": "tests/adapter/test_hub.py",
-    "python launch/merge.py RUN --onto": "tests/adapter/test_merge_quantised.py",
-    "python launch/report.py RUN --watch": "tests/report/test_watch.py",
+    "python launch/merge.py RUN_FOLDER --onto": "tests/adapter/test_merge_quantised.py",
+    "python launch/report.py RUN_FOLDER --watch": "tests/report/test_watch.py",
     "rankzero track": "tests/track/test_trackers.py",
     "rankzero slurm": "tests/cli/test_rankzero.py",
     "touch": "tests/cluster/test_stop.py",
@@ -64,7 +64,7 @@ ELSEWHERE = {
 # Words of commands -> words in their place, such as files of the workspace.
 REPLACED_WORDS = {
     "RUN.yaml": "RUN.yaml", "SECOND.yaml": "SECOND.yaml", "CONFIG.yaml": "axolotl.yaml",
-    "RUN": "run", "RUN_FOLDER": "run", "my-run": "run", "$SCRATCH/first": "run", "MODEL": "base",
+    "RUN_FOLDER": "run", "my-run": "run", "$SCRATCH/first": "run", "MODEL": "base",
     "A": "run/adapter", "A:0.7": "run/adapter:0.7", "B:0.3": "run/adapter:0.3",
     "runs/lr-1e-4": "run", "runs/lr-2e-4": "run2", "runs/lr-4e-4": "run3", "DIR": "folder",
     "runs/lora-70b": "run",
@@ -94,7 +94,7 @@ def words_of(line: CommandLine) -> tuple[str, ...]:
     """The script and its arguments, with files of the workspace and settings of a tiny run."""
     match = _VERB.fullmatch(line.text)
     assert match, f"{line.page}: {line.text}: no test runs it, and the page names no need of it"
-    arguments = match[3].replace("RUN RUN", "RUN run2")
+    arguments = match[3].replace("RUN_FOLDER RUN_FOLDER", "RUN_FOLDER run2")
     arguments = arguments.replace("'#### (-?[\\d.,]+)'", ".")  # a regular expression with a space
     arguments = re.sub(r"\s>.*|\.\.\.|[\[\]]", "", arguments)
     words = []
