@@ -148,6 +148,9 @@ def prove_model(model: PreTrainedModel, targets: Sequence[str]) -> Proof:
     check("attention", refusals, lambda: _attention_error(model))
     check("packs", without_packs, lambda: _packs_error(model))
     check("other documents", without_packs, lambda: _leak_error(model))
+    was_compared = "packs" in errors
+    if was_compared and without_packs and (names := mixing_classes(model)):
+        without_packs[0] += f": {', '.join(names)} reads other documents of a packed sequence"
     check("adapter", refusals, lambda: _adapter_error(model, targets))
     check(
         "checkpointing", refusals, lambda: _checkpointing_error(model, targets, is_reentrant=False)
@@ -226,6 +229,55 @@ def _leak_error(model: PreTrainedModel) -> float:
             if other_row == row and other_span != span:
                 worst = max(worst, float(difference[other_row, other_span].max()))
     return worst
+
+
+@torch.no_grad()
+def mixing_classes(model: PreTrainedModel) -> list[str]:
+    """Classes of the modules through which a document reads other documents of its pack.
+
+    If the first document of a pack changes, the second one's output of such a module changes too,
+    although its input to the module does not. Of modules inside each other, the inner one is named.
+    """
+    (row, first), (_, second) = _spans()[:2]
+    ids = _ids(model)
+    changed = ids.clone()
+    changed[row, first] = _ids(model, seed=2)[row, first]
+    before, after = (_states_by_module(model, each, row, second) for each in (ids, changed))
+    mixing = {
+        module
+        for module, (module_input, output) in before.items()
+        if torch.equal(module_input, after[module][0])
+        and _relative_error(after[module][1], output) > LIMIT
+    }
+    inner = (module for module in mixing if not mixing & {*module.modules()} - {module})
+    return sorted({type(module).__name__ for module in inner})
+
+
+def _states_by_module(
+    model: Any, ids: torch.Tensor, row: int, span: slice
+) -> dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    """Input and output of the modules inside the blocks, at some tokens of packed rows.
+
+    Modules are left out whose first tensor and output do not have the shape (B, T, width).
+    """
+    states: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        pair = (*tensors[:1], out[0] if isinstance(out, tuple) else out)
+        if len(pair) == 2 and all(t.dim() == 3 and t.shape[:2] == ids.shape for t in pair):
+            states[module] = (pair[0][row, span].clone(), pair[1][row, span].clone())
+
+    modules = [inner for block in blocks(model) for inner in block.modules() if inner is not block]
+    handles = [module.register_forward_hook(keep, with_kwargs=True) for module in modules]
+    try:
+        _packed_states(model, ids)
+    except UserError:
+        pass  # blocks without a receiver; the states are complete
+    finally:
+        for handle in handles:
+            handle.remove()
+    return states
 
 
 def _packed_states(model: Any, ids: torch.Tensor) -> torch.Tensor:

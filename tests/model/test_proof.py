@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from pipeline.model import attention, proof
-from pipeline.model.proof import prove, prove_model, require_proof, small_model
+from pipeline.model.proof import mixing_classes, prove, prove_model, require_proof, small_model
 from pipeline.model.small_copy import small_copies
 from pipeline.model.structure import blocks
 from pipeline.plan.given.class_proof import LIMIT, Proof
@@ -49,6 +49,24 @@ def test_a_class_that_mixes_documents_is_trained_without_packs(kind):
     result = prove_model(build(kind), ("q_proj", "k_proj"))
     assert result.without_packs
     assert not result.refusals
+
+
+@pytest.mark.parametrize(
+    ("kind", "mixer"),
+    [("falcon_h1", "FalconH1Mixer"), ("stablelm", "StableLmAttention")],
+)
+def test_the_reason_names_the_module_that_reads_other_documents(kind, mixer):
+    """Blocks of Falcon-H1 also have an attention; StableLM's attention drops its arguments."""
+    assert mixing_classes(build(kind)) == [mixer]
+
+
+def test_a_proof_against_packs_names_the_mixer_of_blocks_with_attention():
+    result = prove_model(build("falcon_h1"), ("q_proj", "k_proj"))
+    assert_mentions(result.without_packs[0], "FalconH1Mixer")
+
+
+def test_no_module_is_named_if_documents_stay_separate(llama):
+    assert mixing_classes(llama) == []
 
 
 def test_shared_keys_and_values_exclude_re_entrant_checkpointing():
