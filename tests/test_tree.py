@@ -6,6 +6,8 @@ same name in launch/ and a module of the same name in pipeline/cli/.
 
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,9 @@ from tests.messages import assert_mentions
 
 pytestmark = pytest.mark.unit
 
-SCRIPTS = sorted(path.name for path in (ROOT / "launch").glob("*.py"))
+SCRIPTS = sorted(
+    path.name for path in (ROOT / "launch").glob("*.py") if path.stem != "not_installed"
+)
 
 
 @pytest.mark.parametrize("module", ["config.load", "plan.plan", "cluster.exits", "train.run"])
@@ -64,8 +68,26 @@ def test_a_script_only_calls_its_verb(script):
     lines = (ROOT / "launch" / script).read_text().splitlines()
     _docstring, *code = [line for line in lines if line]
     assert code == [
-        f"from pipeline.cli.{verb} import main", 'if __name__ == "__main__":', "    main()",
+        "try:", f"    from pipeline.cli.{verb} import main",
+        "except ModuleNotFoundError as error:", "    from not_installed import exit_with_advice",
+        "    exit_with_advice(error)",
+        'if __name__ == "__main__":', "    main()",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("has_package", [False, True])
+@pytest.mark.parametrize("script", [*SCRIPTS, "quickstart/quickstart.py"])
+def test_a_python_without_the_dependencies_gets_the_commands_that_install_them(script, has_package):
+    variables = {"PYTHONPATH": str(ROOT)} if has_package else {}
+    for local_rank, has_message in (("0", True), ("1", False)):
+        result = subprocess.run(
+            [sys.executable, "-S", ROOT / "launch" / script],  # -S: without site-packages
+            env=variables | {"LOCAL_RANK": local_rank}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert result.returncode == 2
+        assert len(result.stderr.splitlines()) == has_message
+        if has_message:
+            assert_mentions(result.stderr, script, sys.executable, "install", "activate")
 
 
 def test_every_verb_has_its_script():

@@ -1,22 +1,29 @@
 """`make quickstart`: download the model, generate the data, then run the documented commands.
 
-A command is skipped if its output is newer than its input, so a second `make quickstart` repeats
-nothing.
+Commands whose output is newer than their input are skipped, so a second start repeats nothing.
 """
 
 import os
+import sys
 import time
 import webbrowser
 from pathlib import Path
 
-from commands import launcher_command, run_if_outdated
-from download_model import download_model
-from make_data import make_data
-from summary import print_summary
+try:
+    import gguf  # noqa: F401 - transformers reads the downloaded model with it
+    from commands import launcher_command, run_if_outdated
+    from download_model import download_model
+    from make_data import make_data
+    from summary import print_summary
 
-from pipeline.cluster.devices import detect_hardware
-from pipeline.cluster.exits import run_main
-from pipeline.cluster.progress import duration
+    from pipeline.cluster.devices import detect_hardware
+    from pipeline.cluster.exits import run_main
+    from pipeline.cluster.progress import duration
+except ModuleNotFoundError as error:
+    sys.path.append(str(Path(__file__).parents[1]))
+    from not_installed import exit_with_advice
+
+    exit_with_advice(error)
 
 FOLDER, RUN_FILE = Path("quickstart"), "launch/runs/quickstart.yaml"
 RUN_FOLDER = FOLDER / "run"
