@@ -17,6 +17,11 @@ def launcher_command(hardware: Hardware) -> str:
     return f"deepspeed --quiet --num_accelerators {ranks}{_port_option()}"
 
 
+def fp32_option(hardware: Hardware) -> str:
+    """The option for fp32 on CPUs that multiply bf16 matrices slowly; otherwise empty."""
+    return " bf16=false" if hardware.is_slow_in_bf16 else ""
+
+
 def _port_option() -> str:
     """The option --master_port with a free port if the default port is in use; else empty."""
     with socket.socket() as probe:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 try:
     import gguf  # noqa: F401 - transformers reads the downloaded model with it
-    from commands import launcher_command, run_if_outdated
+    from commands import fp32_option, launcher_command, run_if_outdated
     from download_model import download_model
     from make_data import make_data
     from summary import print_summary
@@ -37,12 +37,12 @@ def main() -> None:
     start = time.monotonic()
     make_data(FOLDER)
     deepspeed = launcher_command(hardware)
+    train = f"{deepspeed} launch/train.py {RUN_FILE}{fp32_option(hardware)}"
     # Each output shows by its time that its command has ended.
-    data, adapter = FOLDER / "train.jsonl", RUN_FOLDER / "adapter/README.md"
-    merged, scores = RUN_FOLDER / "merged/config.json", RUN_FOLDER / "score.json"
-    report = RUN_FOLDER / "report.html"
+    adapter, merged = RUN_FOLDER / "adapter/README.md", RUN_FOLDER / "merged/config.json"
+    scores, report = RUN_FOLDER / "score.json", RUN_FOLDER / "report.html"
     has_run = [
-        run_if_outdated(f"{deepspeed} launch/train.py {RUN_FILE}", data, adapter),
+        run_if_outdated(train, FOLDER / "train.jsonl", adapter),
         run_if_outdated(f"python launch/merge.py {RUN_FOLDER}", adapter, merged),
         run_if_outdated(f"{deepspeed} launch/score.py {RUN_FOLDER}", merged, scores),
         run_if_outdated(f"python launch/report.py {RUN_FOLDER}", scores, report),

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,12 @@ def test_another_port_is_used_only_if_the_default_port_is_taken(commands, monkey
     assert port.isdigit()
     assert int(port) != taken_port
     assert commands.launcher_command(machine) == without_port  # the default port is free again
+
+
+@pytest.mark.parametrize(("is_slow", "override"), [(True, " bf16=false"), (False, "")])
+def test_only_a_cpu_that_is_slow_in_bf16_trains_in_fp32(commands, is_slow, override):
+    machine = replace(cpu_of(num_cores=2, memory_bytes=2**30), is_slow_in_bf16=is_slow)
+    assert commands.fp32_option(machine) == override
 
 
 def test_a_command_runs_only_if_its_output_is_missing_or_older_than_its_input(commands, tmp_path):
