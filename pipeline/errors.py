@@ -8,8 +8,12 @@
 Each message has the problem, its location (file, line, key) and an input or action that would work.
 """
 
+import re
 from collections.abc import Sequence
 
+# Control characters, except tab and newline: quoted from a user's file, they would change the
+# terminal.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _MAX_LINES, _MAX_LINE_LENGTH = 200, 1200
 # Numbers of characters that are kept at the start and at the end of a longer line: the start has
 # the location, and the end has the remedy.
@@ -19,13 +23,14 @@ _HEAD, _TAIL = 700, 400
 class RankZeroError(Exception):
     """A failure with a known cause; its message is shown without a traceback.
 
-    A long message is shortened, because messages quote values from the user's files.
+    Messages quote values from the user's files, so a long message is shortened and control
+    characters are escaped.
     """
 
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(shorten(message))
+        super().__init__(shorten(_CONTROL.sub(_escaped, message)))
 
 
 class UserError(RankZeroError):
@@ -45,6 +50,10 @@ class SingleRankError(RankZeroError):
 
     Every other RankZeroError is raised on all ranks.
     """
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return f"\\x{ord(match[0]):02x}"
 
 
 def first_few(items: Sequence[str], separator: str = ", ") -> str:

@@ -22,6 +22,12 @@ def test_lines_beyond_the_limit_are_counted():
     assert_mentions(message, "RUN.yaml:0", "9,800 more lines")
 
 
+def test_control_characters_of_a_quoted_value_do_not_reach_the_terminal():
+    assert str(UserError("RUN.yaml:4: \x1b[31mred\r: unknown")) == (
+        "RUN.yaml:4: \\x1b[31mred\\x0d: unknown"
+    )
+
+
 def test_a_short_message_is_unchanged():
     assert str(UserError("a: b\n  c; d\n")) == "a: b\n  c; d\n"
 

@@ -230,7 +230,10 @@ def _error_line(
 def _expected_values(details: Sequence[Mapping[str, Any]]) -> str:
     """The different messages of pydantic's errors about one key, joined by "or"."""
     messages = dict.fromkeys(
-        detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        detail["msg"]
+        .removeprefix("Value error, ")
+        .replace("Input should be", "must be")
+        .replace("a valid boolean", "true or false")
         for detail in details
     )
     return " or ".join(messages)

@@ -88,6 +88,8 @@ def _parse(text: str, name: str, kind: Literal["YAML", "JSON"]) -> tuple[yaml.No
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line, problem = mark.line + 1 if mark else 1, str(error.problem or error.context)
+        if problem.startswith("but "):  # the second half of a sentence
+            problem = f"{error.context}, {problem}"
     except json.JSONDecodeError as error:
         line, problem = error.lineno, error.msg
     raise UserError(f"{name}:{line}: not valid {kind}: {problem}")

@@ -172,3 +172,10 @@ def test_a_run_file_in_utf_16_is_refused_with_the_command_that_converts_it(tmp_p
     path.write_bytes("\ufefflr: 1e-4\n".encode(encoding))
     with refused("RUN.yaml", "UTF-16", "iconv -f UTF-16 -t UTF-8"):
         read_located(path, "YAML")
+
+
+def test_a_second_document_is_refused_in_a_whole_sentence(tmp_path):
+    path = tmp_path / "RUN.yaml"
+    path.write_text("a: 1\n---\nb: 2\n")
+    with refused("RUN.yaml:2", "expected a single document", "found another"):
+        read_located(path, "YAML")

@@ -262,3 +262,11 @@ def test_a_run_file_of_thousands_of_unknown_keys_gives_one_short_message(run_fil
     with refused("RUN.yaml:4", "k0", "more errors") as error:
         load_settings(run_file("".join(f"k{i}: 1\n" for i in range(2000))))
     assert len(str(error.value).splitlines()) < 100  # far below 2000
+
+
+@pytest.mark.parametrize("value", ["yes", "no", "on", "TRUE"])
+def test_a_word_for_a_boolean_is_refused_with_the_values_that_work(tmp_path, value):
+    path = tmp_path / "RUN.yaml"
+    path.write_text(f"model: m\ntrain_data: t\noutput_dir: o\nload_in_4bit: {value}\n")
+    with refused("RUN.yaml:4", "load_in_4bit", "true or false"):
+        load_settings(path)
