@@ -134,7 +134,26 @@ def _build_conversation(
             turns = [Message("system", system), *turns]
         elif turns[0].content != system:
             raise RowError(f"`{column}` and the first message are different system prompts")
+    _require_calls_before_results(turns)
     return Conversation(tuple(_results_in_call_order(turns)), _read_tools(row))
+
+
+def _require_calls_before_results(turns: Sequence[Message]) -> None:
+    """Raise RowError if a tool result stands before the first call that has its id.
+
+    The model would be trained to call a tool whose result it already has.
+    """
+    first_calls: dict[Any, int] = {}  # call id -> index of the first message with this call
+    for index, turn in enumerate(turns):
+        for call in turn.others.get("tool_calls", ()):
+            first_calls.setdefault(call.get("id"), index)
+    for index, turn in enumerate(turns):
+        call_id = turn.others.get("tool_call_id")
+        if turn.role == "tool" and call_id is not None and first_calls.get(call_id, -1) > index:
+            raise RowError(
+                f"messages[{index}] is the result of the call {call_id}, but this call comes only "
+                f"after it, in messages[{first_calls[call_id]}]; put the result after its call"
+            )
 
 
 def _results_in_call_order(turns: Sequence[Message]) -> Iterator[Message]:

@@ -386,6 +386,19 @@ def test_results_of_parallel_calls_are_in_the_order_of_the_calls():
     assert results_read(result(2), result(1), result(1)) == ["r2", "r1", "r1"]
 
 
+def test_a_result_before_its_call_refuses_the_row():
+    call = message_with([{"id": "c1", **CALL}])
+    result = {"role": "tool", "content": "rain", "tool_call_id": "c1"}
+    with refused("messages[1]", "c1", "call", "after", error=RowError):
+        read(USER, result, call, ANSWER)
+    with refused("messages[1]", "c1", error=RowError):
+        read(USER, result, call, result, ANSWER)
+    # Ids may be used again in later turns, as some exports number the calls of each turn anew.
+    assert len(messages_of(USER, call, result, call, result, ANSWER)) == 6
+    # The call of a result may be missing, for example in the rest of a longer conversation.
+    assert len(messages_of(USER, result, ANSWER)) == 3
+
+
 TAGS = ["<think>", "\n<thinking>\n", "<seed:think>", "[THINK]"]
 
 
