@@ -36,10 +36,15 @@ ON_FOUR_RANKS = {
     "zero 2, packs": (True, {"zero_stage": 2, "batch_size": 2}),
     "zero 3, documents, checkpointed": (False, {"zero_stage": 3, "batch_size": 2} | CHECKPOINTED),
 }
+IN_GROUP_OF_FOUR = ON_FOUR_RANKS | {
+    "zero 1, packs, checkpointed": (True, {"zero_stage": 1, "batch_size": 4} | CHECKPOINTED),
+    "zero 2, documents, tiles, offload": (False, {"zero_stage": 2, "batch_size": 8} | LONG),
+    "zero 3, packs, 4 bits": (True, {"zero_stage": 3, "batch_size": 8} | NF4 | CHECKPOINTED),
+}
 HELD_OUT = "held-out loss"  # a key of the results, in addition to the names of the runs
-# World size, and number of ranks that share a sequence. The tiny model has only 2 key heads, so
-# that 4 ranks which share a sequence replicate them.
-GROUPS = [(2, 2), (4, 2), (4, 4)]
+# World size, and number of ranks that share a sequence -> runs. The tiny model has only 2 key
+# heads, so that 4 ranks which share a sequence replicate them.
+GROUPS = {(2, 2): ON_TWO_RANKS, (4, 2): ON_FOUR_RANKS, (4, 4): IN_GROUP_OF_FOUR}
 
 
 class Packed(Documents):
@@ -98,7 +103,7 @@ def on_one_rank(tiny_model, tmp_path_factory):
 def test_ranks_that_share_sequences_have_the_losses_gradients_and_weights_of_one_rank(
     tiny_model, tmp_path, on_one_rank, world_size, group_size
 ):
-    runs = ON_TWO_RANKS if world_size == 2 else ON_FOUR_RANKS
+    runs = GROUPS[world_size, group_size]
     change = {"sequence_parallel_size": group_size}
     results = run_ranks(
         train_all, tiny_model, runs, change, tmp_path=tmp_path, world_size=world_size
