@@ -63,6 +63,7 @@ def _attend(
     """
     if documents is not None:
         documents.append(module)
+    module.counted_head_dims = (q.shape[-1], v.shape[-1])  # read by class_shape.py
     if others.get("s_aux") is not None:  # attention sinks, for which attention.py widens the heads
         q, k = F.pad(q, (0, SINK_COLUMNS)), F.pad(k, (0, SINK_COLUMNS))
     width = v.shape[-1]

@@ -210,6 +210,9 @@ def _has_other_towers(model: Any, decoder: Any, head: Any) -> bool:
 def _block_sizes(layer: nn.Module, config: Any) -> dict[str, Any]:
     """Sizes of the heads, norms and experts of a block, and its number of parameters."""
     experts = expert_tensors(layer)
+    key_dim, value_dim = next(
+        (m.counted_head_dims for m in layer.modules() if hasattr(m, "counted_head_dims")), (0, 0)
+    )
     heads = getattr(config, "num_attention_heads", None) or 1  # Mamba has none
     return {
         "hidden_size": config.hidden_size,
@@ -224,7 +227,7 @@ def _block_sizes(layer: nn.Module, config: Any) -> dict[str, Any]:
         "experts": [[name, *lora_sizes(*tensor)] for name, tensor in experts.items()],
         "experts_per_token": _experts_per_token(config) if experts else 0,
         "parameters": sum(p.numel() for p in layer.parameters()),
-    }
+    } | ({"key_dim": key_dim} if key_dim > value_dim else {})
 
 
 @dataclass

@@ -13,9 +13,13 @@ import torch
 from pipeline.cluster import sequence_group
 from pipeline.cluster.sequence_group import SequenceGroup
 from pipeline.model.attention import WITHIN_DOCUMENTS
+from pipeline.model.class_shape import shape_or_reason
 from pipeline.model.loss import IGNORED, SummedLoss
 from pipeline.model.structure import text_decoder
 from pipeline.model.ulysses import heads_of_whole_sequence, tokens_of_all_heads
+from pipeline.plan.cost.speed import exchanged_values
+from pipeline.plan.given import class_shape
+from pipeline.plan.given.shape import read_shape
 from tests.messages import refused
 from tests.model.models import build
 from tests.model.test_classes import MIX_DOCUMENTS, SEPARATE_DOCUMENTS
@@ -95,6 +99,29 @@ def test_a_split_sequence_has_the_loss_and_gradients_of_a_whole_one(kind, docume
     loss, split_gradient = losses_and_gradient(model, documents, size)
     assert loss == pytest.approx(expected, rel=1e-6)
     assert float((split_gradient - gradient).norm() / gradient.norm()) < 3e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("kind", ["llama", "deepseek_v3", "gemma4_text"])
+def test_the_plan_counts_the_values_that_a_group_exchanges(kind, size, tmp_path, monkeypatch):
+    """Query and key heads of DeepSeek are wider than value heads."""
+    monkeypatch.setenv("RANKZERO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(class_shape, "_count_in_subprocess", shape_or_reason)
+    model = build(kind, kinds=ALL)
+    model.config.save_pretrained(tmp_path)
+    model.set_attn_implementation(WITHIN_DOCUMENTS)
+    ids, labels = make_batch()
+    sent_values, exchange = [], sequence_group._exchange
+
+    def count(sent, group_and_place):
+        sent_values.append(sent.numel())
+        return exchange(sent, group_and_place)
+
+    monkeypatch.setattr(sequence_group, "_exchange", count)
+    ThreadGroup(size).run(lambda group: SummedLoss(model, group=group)(ids, labels, WHOLE).detach())
+    num_tokens = ids.shape[0] * size * -(-LENGTH // size)  # parts are padded to equal lengths
+    assert sum(sent_values) == num_tokens * exchanged_values(read_shape(str(tmp_path)), size)
 
 
 def test_ranks_whose_part_has_no_supervised_tokens_take_part_in_the_gradient_of_the_others():

@@ -267,7 +267,7 @@ def _saved_per_token(kind: _BlockKind) -> int:
         saved = _norm_bytes(block, b) + _attention_bytes(kind) + _mlp_bytes(kind)
     else:  # derived from the model's class, for a group of one rank
         values, other_bytes = block.saved
-        more_keys_and_values = 2 * (kind.key_copies - 1) * block.key_width
+        more_keys_and_values = (kind.key_copies - 1) * block.keys_and_values_width
         saved = (values + more_keys_and_values) * b + other_bytes
     if attends_by_document(settings) or kind.group_size > 1:
         saved += _concatenated_bytes(kind)
@@ -412,7 +412,8 @@ def _working_bytes(kind: _BlockKind, num_tokens: int, scored_tokens: int) -> int
     mlp_per_token = _saved_per_token(kind) - _saved_per_token(kind.without_mlp)
     exchanged = 0
     if kind.group_size > 1:  # gradients of q, k and v: by heads, sent, received and by tokens
-        exchanged = 4 * (block.query_width + 2 * block.key_width * kind.key_copies) * b
+        keys_and_values = block.keys_and_values_width * kind.key_copies
+        exchanged = 4 * (block.num_heads * block.key_dim + keys_and_values) * b
         # The tensors of attention and of the MLP are freed, the input of the norm before it and the
         # input of the output projection; gradients of the width of the residual are left.
         freed = (4 if block.norm_kind == "rms" else b) * block.hidden_size

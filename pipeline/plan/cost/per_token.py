@@ -207,7 +207,8 @@ def _compute_cost(key: _Identity, training_dtype: str, *, is_joint: bool) -> Cos
         # Scores, and their product with V: 2 FLOPs each (PaLM, arXiv 2204.02311 app. B).
         scores=heads if is_materialised else heads / 2,
         score_flops=(4 if is_materialised else 2)
-        * sum(count * block.query_width for block, count in counts),
+        # Values are padded to the width of keys (model/attention.py).
+        * sum(count * block.num_heads * block.key_dim for block, count in counts),
         head_flops=2 * shape.vocab_size * shape.hidden_size,
         token_values=token_values,
         backward_values=backward_values,

@@ -322,24 +322,35 @@ def gather_seconds(cost: CostPerToken, layout: Layout, rates: Rates) -> float:
     return seconds
 
 
+def exchanged_values(shape: ModelShape, size: int) -> int:
+    """Values per token that the ranks of a sequence-parallel group exchange in a forward pass.
+
+    A block exchanges query, key and value before its attention, and the output after it
+    (model/ulysses.py).
+    """
+    return sum(
+        count
+        * (
+            block.num_heads * (block.key_dim + block.head_dim)  # queries and the output
+            + block.keys_and_values_width * key_copies(block.num_kv_heads, size)
+        )
+        for block, count in shape.counts()
+    )
+
+
 def _exchange_seconds(
     shape: ModelShape, layout: Layout, rates: Rates, micro: float, recomputed: float
 ) -> float:
     """Seconds of the all-to-alls of a sequence-parallel group of P ranks in a micro-batch.
 
-    In each pass a block exchanges query, key and value before its attention, and the output after
-    it (model/ulysses.py). A rank keeps 1/P of the values and sends the others. Nothing overlaps
-    with the exchanges, because attention needs their results.
+    A rank keeps 1/P of the values and sends the others. Nothing overlaps with the exchanges,
+    because attention needs their results.
     """
     size, b = layout.sequence_parallel_size, layout.bytes_per_value
     if size == 1:
         return 0.0
-    values = sum(
-        count * 2 * (block.query_width + block.key_width * key_copies(block.num_kv_heads, size))
-        for block, count in shape.counts()
-    )
     passes = 2 + recomputed
-    sent = passes * micro * values * b * (size - 1) / size
+    sent = passes * micro * exchanged_values(shape, size) * b * (size - 1) / size
     return sent / rates.exchange + passes * 2 * shape.num_layers * _HOP_S
 
 

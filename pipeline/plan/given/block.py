@@ -41,6 +41,8 @@ class Block:
     from the model's class; None if cost/activations.py computes it. `saved_for_expert_adapters`:
     number of values per token that are also saved if the experts have an adapter. `counted_input`:
     values per token of the block's input, derived from the class; None if it is one hidden state.
+    `counted_key_dim`: width of a query or key head, derived from the class; None if it is that of a
+    value head, which `head_dim` has (it is larger in multi-head latent attention).
     """
 
     linears: tuple[Linear, ...]
@@ -60,6 +62,7 @@ class Block:
     saved: tuple[int, int] | None = None
     saved_for_expert_adapters: int | None = None
     counted_input: int | None = None
+    counted_key_dim: int | None = None
 
     @property
     def input_width(self) -> int:
@@ -93,13 +96,26 @@ class Block:
 
     @property
     def query_width(self) -> int:
-        """Width of all query heads together."""
+        """Width of the attention output of all heads, and of all query heads together.
+
+        Query heads are wider if there is a `counted_key_dim`.
+        """
         return self.num_heads * self.head_dim
 
     @property
     def key_width(self) -> int:
         """Width of all key heads together, which is also the width of all value heads."""
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def key_dim(self) -> int:
+        """Width of one query head or key head."""
+        return self.counted_key_dim or self.head_dim
+
+    @property
+    def keys_and_values_width(self) -> int:
+        """Width of all key heads and all value heads together."""
+        return self.num_kv_heads * (self.key_dim + self.head_dim)
 
     @property
     def has_fused_attention(self) -> bool:
@@ -195,6 +211,7 @@ def block_of_class(sizes: Mapping[str, Any], unadaptable: Sequence[str]) -> Bloc
         saved=(sizes["saved_values"], sizes["saved_bytes"]),
         saved_for_expert_adapters=sizes["saved_for_expert_adapters"],
         counted_input=sizes.get("input_values"),
+        counted_key_dim=sizes.get("key_dim"),
     )
     return replace(block, other_parameters=sizes["parameters"] - block.parameters)
 

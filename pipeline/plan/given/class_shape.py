@@ -18,7 +18,7 @@ from pipeline.plan.given.torch_process import (
 )
 
 _PACKAGES = ("torch", "transformers", "peft")  # their versions determine the shape of a class
-_FORMAT = "15"  # version of the cached file
+_FORMAT = "16"  # version of the cached file
 _TIMEOUT_S = 300
 
 
