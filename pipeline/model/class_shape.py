@@ -210,9 +210,10 @@ def _has_other_towers(model: Any, decoder: Any, head: Any) -> bool:
 def _block_sizes(layer: nn.Module, config: Any) -> dict[str, Any]:
     """Sizes of the heads, norms and experts of a block, and its number of parameters."""
     experts = expert_tensors(layer)
-    key_dim, value_dim = next(
-        (m.counted_head_dims for m in layer.modules() if hasattr(m, "counted_head_dims")), (0, 0)
-    )
+    dims: list[Any] = [
+        m.counted_head_dims for m in layer.modules() if hasattr(m, "counted_head_dims")
+    ]
+    key_dim, value_dim = dims[0] if dims else (0, 0)
     heads = getattr(config, "num_attention_heads", None) or 1  # Mamba has none
     return {
         "hidden_size": config.hidden_size,

@@ -47,9 +47,14 @@ def weight_files(folder: Path, setting: str = "model") -> list[Path]:
     if (folder / SINGLE).is_file():  # takes precedence over the index, as in transformers
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
-        raise UserError(
-            f"{setting}: {folder} has neither {SINGLE} nor {INDEX}; download the model again"
+        pickled = sorted(path.name for path in folder.glob("*.bin"))
+        remedy = (
+            f"{pickled[0]} is not read, because it may run code: load the model with "
+            "AutoModelForCausalLM.from_pretrained, and write it with save_pretrained"
+            if pickled
+            else "download the model again"
         )
+        raise UserError(f"{setting}: {folder} has neither {SINGLE} nor {INDEX}; {remedy}")
     names = sorted(set(read_weight_map(folder, setting).values()))
     if outside := [name for name in names if Path(name).name != name]:
         raise UserError(

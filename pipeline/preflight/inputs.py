@@ -1,6 +1,5 @@
 """Checks of a run's inputs: settings, plan, base model, tokenizer, rows and prepared data."""
 
-import json
 import tempfile
 from collections.abc import Iterable
 from glob import glob
@@ -14,7 +13,7 @@ from pipeline.data.prepare.prepare import check_rows, prepare_data
 from pipeline.errors import UserError
 from pipeline.model.complete import require_complete
 from pipeline.model.fingerprint import sampled_fingerprint
-from pipeline.model.tensor_files import read_header
+from pipeline.model.tensor_files import read_header, weight_files
 from pipeline.plan.given.shape import read_shape
 from pipeline.preflight.check import (
     Check,
@@ -70,38 +69,13 @@ def _assess_plan(results: ProbeResults) -> Iterable[Finding]:
 def _probe_model(context: RankContext) -> dict[str, Any]:
     """Number and bytes of the weight files. Raises UserError if the model folder is incomplete."""
     folder = context.model_folder
-    files = _weight_files(folder)
+    files = weight_files(folder)
+    for path in files:
+        read_header(path)  # raises UserError if the file is shorter than its header says
     require_tokenizer(folder)
     trust = context.known_settings.trust_remote_code
     require_complete(read_shape(str(folder), trust_remote_code=trust), trust_remote_code=trust)
     return {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model. Raises UserError if one is missing or incomplete."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(
-                f"model: {index}: cannot be read: {error!r}; download the model again"
-            ) from None
-        files = [folder / name for name in sorted(names)]
-        if missing := [path.name for path in files if not path.is_file()]:
-            raise UserError(
-                f"model: {folder}: {len(missing)} of {len(files)} weight files are missing, "
-                f"the first is {missing[0]}; download the model again"
-            )
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise UserError(
-                f"model: {folder} has no weights (*.safetensors); download the model again"
-            )
-    for path in files:
-        read_header(path)  # raises UserError if the file is shorter than its header says
-    return files
 
 
 def _assess_model(results: ProbeResults) -> Iterable[Finding]:

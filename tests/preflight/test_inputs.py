@@ -1,11 +1,13 @@
 """The probes of tokenizer and rows of preflight."""
 
 from dataclasses import replace
+from shutil import copytree
 
 import pytest
 
 from pipeline.cluster.placement import Placement
 from pipeline.cluster.session import Session
+from pipeline.model.tensor_files import weight_files
 from pipeline.preflight import inputs
 from pipeline.preflight.context import RankContext
 from tests.messages import refused
@@ -54,3 +56,20 @@ def test_bad_rows_at_the_end_of_the_data_are_refused(context, tmp_path):
         rows.write("{\n" * 9)
     with refused("train.jsonl:65"):
         inputs.ROWS.probe(context)
+
+
+def test_only_the_weight_files_that_transformers_loads_are_read(tiny_model, tmp_path):
+    """Hub folders may also have the weights in the format of another program."""
+    folder = copytree(tiny_model, tmp_path / "model")
+    (folder / "consolidated.safetensors").write_bytes(b"not a tensor file")
+    settings = make_plan(folder).settings
+    context = RankContext(
+        placement=Placement(), hardware=CPU, session=Session(Placement(), CPU), settings=settings
+    )
+    assert inputs.MODEL.probe(context)["files"] == 1
+
+
+def test_weights_in_pickled_files_are_refused_with_the_conversion(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with refused(tmp_path, "pytorch_model.bin", "save_pretrained"):
+        weight_files(tmp_path)

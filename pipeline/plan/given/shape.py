@@ -326,7 +326,7 @@ def read_shape(model: str, *, trust_remote_code: bool = False) -> ModelShape:
     path = folder / "config.json"
     require_model_folder(folder)
     if not path.is_file():
-        raise UserError(f"model: {folder} has no config.json, so it is not a model folder")
+        raise UserError(_message_without_config(folder))
     if (folder / "adapter_config.json").is_file():
         raise UserError(
             f"model: {folder} has a model and an adapter (adapter_config.json), and transformers "
@@ -338,7 +338,9 @@ def read_shape(model: str, *, trust_remote_code: bool = False) -> ModelShape:
         if trust_remote_code and _has_own_code(config):
             sizes = class_shape(folder, trust_remote_code=True)
             return _from_class(config, model, sizes)
-        return shape_of(config, model)
+        shape = shape_of(config, model)
+        _require_pad_token(config, shape.vocab_size)
+        return shape
     except KeyError as error:
         raise UserError(f"model: {path}: the key {error} is missing") from None
     except (UserError, TypeError, ValueError, ArithmeticError) as error:  # such as a wrong type
@@ -409,6 +411,32 @@ def _from_class(config: Config, model: str, sizes: Mapping[str, Any]) -> ModelSh
         **_common_fields({**config.get("text_config", {}), **config}, model),
     )
     return replace(shape, other_parameters=sizes["parameters"] - shape.parameters)
+
+
+def _message_without_config(folder: Path) -> str:
+    """Message about a folder without config.json, with what it has instead."""
+    message = f"model: {folder} has no config.json, so it is not a model folder"
+    if (folder / "adapter_config.json").is_file():
+        return (
+            f"{message} but an adapter (adapter_config.json); set model to the adapter's base, and "
+            "init_adapter to this folder to continue training the adapter"
+        )
+    if gguf := sorted(path.name for path in folder.glob("*.gguf")):
+        return (
+            f"{message}; {gguf[0]} is a model in GGUF, which cannot be trained here: use the "
+            "safetensors files of the model from which it was made"
+        )
+    return message
+
+
+def _require_pad_token(config: Config, vocab_size: int) -> None:
+    """Raise UserError if the padding token has no embedding, which no class can be built with."""
+    pad_token = config.get("pad_token_id")
+    if isinstance(pad_token, int) and not -vocab_size <= pad_token < vocab_size:
+        raise UserError(
+            f"pad_token_id: {pad_token}, but vocab_size is {vocab_size}; set pad_token_id to an id "
+            "below it, such as that of eos_token_id"
+        )
 
 
 def _has_own_code(config: Config) -> bool:

@@ -305,3 +305,19 @@ def test_a_model_with_an_adapter_in_its_folder_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with refused(tmp_path, "adapter_config.json", "another folder", "init_adapter"):
         read_shape(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [("adapter_config.json", ("adapter", "base", "init_adapter")), ("m.gguf", ("m.gguf", "GGUF"))],
+)
+def test_a_folder_without_a_config_is_refused_with_what_it_has(tmp_path, name, facts):
+    (tmp_path / name).write_text("{}")
+    with refused(tmp_path, "config.json", *facts):
+        read_shape(str(tmp_path))
+
+
+def test_a_padding_token_without_embedding_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SMOLLM2 | {"pad_token_id": 10**6}))
+    with refused("config.json", "pad_token_id", "1000000", SMOLLM2["vocab_size"]):
+        read_shape(str(tmp_path))
