@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Positive = Annotated[int, Field(ge=1, le=10**9)]
+ProperFraction = Annotated[float, Field(gt=0, lt=1)]
 # Largest batch size in sequences, and largest number of epochs. With larger values, the list of all
 # sequences of a step or an epoch does not fit in memory.
 MAX_SEQUENCES, MAX_EPOCHS = 10**6, 10**6

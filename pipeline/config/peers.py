@@ -343,8 +343,6 @@ VALUES: Mapping[str, Mapping[str, str]] = {
         "false": '"no"', "none": '"no"', "true": "steps or epoch",
         "best": "steps or epoch, with keep_best: true",
     },
-    "eval_steps": {"0.*": "a share of the run: evals_per_epoch is a number of evaluations"},
-    "save_steps": {"0.*": "a share of the run: saves_per_epoch is a number of checkpoints"},
     "max_steps": {"-1": f"no limit; {_LEAVE_OUT}", "0": f"no limit; {_LEAVE_OUT}"},
     "save_total_limit": {
         "-1": "for no limit, a number above that of all checkpoints", "0": "at least 1",

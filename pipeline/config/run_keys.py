@@ -14,7 +14,7 @@ from pydantic import (
 
 from pipeline.commands import DOCS
 from pipeline.config.data_keys import Auto, Share
-from pipeline.config.data_names import MAX_EPOCHS, MAX_SEQUENCES, Positive
+from pipeline.config.data_names import MAX_EPOCHS, MAX_SEQUENCES, Positive, ProperFraction
 from pipeline.config.frequency import Strategy
 from pipeline.config.presets import Preset
 from pipeline.config.traits import traits
@@ -377,9 +377,10 @@ class RunKeys(BaseModel):
         "default is `steps`.",
         json_schema_extra=traits(needs="eval_data", change="selection", peers="eval_strategy"),
     )
-    eval_steps: Positive | None = Field(
+    eval_steps: Positive | ProperFraction | None = Field(
         default=100,
-        description="Steps between evaluations with `evaluation_strategy: steps`.",
+        description="Steps between evaluations with `evaluation_strategy: steps`; below 1, a "
+        "fraction of the run.",
         json_schema_extra=traits(
             needs="eval_data evaluation_strategy=steps", change="selection", peers="eval_interval"
         ),
@@ -410,9 +411,10 @@ class RunKeys(BaseModel):
         "epoch, or never.",
         json_schema_extra=traits(change="run"),
     )
-    save_steps: Positive | None = Field(
+    save_steps: Positive | ProperFraction | None = Field(
         default=100,
-        description="Steps between checkpoints with `save_strategy: steps`.",
+        description="Steps between checkpoints with `save_strategy: steps`; below 1, a fraction of "
+        "the run.",
         json_schema_extra=traits(
             needs="save_strategy=steps", change="run", peers="save_interval save_every_n_steps"
         ),

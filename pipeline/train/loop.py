@@ -223,7 +223,8 @@ def _is_due(run: TrainingState, frequency: Frequency | None, *, is_last: bool) -
     """Whether an evaluation or a save is due after this step. `is_last`: it is the last step."""
     if frequency is None:  # the strategy is `no`
         return False
-    return is_last or frequency.is_due(run.progress.step, run.plan.steps.steps_per_epoch)
+    steps = run.plan.steps
+    return is_last or frequency.is_due(run.progress.step, steps.steps_per_epoch, steps.total_steps)
 
 
 def _evaluate(run: TrainingState) -> None:

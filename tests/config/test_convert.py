@@ -73,6 +73,9 @@ lr_scheduler_type: constant_with_warmup
 bf16: true
 quantization_bit: 4
 report_to: none
+eval_strategy: steps
+eval_steps: 0.25
+save_steps: 0.5
 """
 SWIFT = r"""#!/bin/bash
 MODEL=org/base-7b
@@ -172,7 +175,7 @@ def test_a_config_of_llama_factory_and_its_dataset_info_become_the_same_training
         ],
         max_length=512, train_on="last-assistant", global_batch_size=8, lr=1e-4, max_steps=50,
         epochs="auto", lr_scheduler_type="constant", warmup_ratio=0, weight_decay=0.0, bf16=True,
-        load_in_4bit=True, packing=False, trackers=[],
+        load_in_4bit=True, packing=False, trackers=[], eval_steps=0.25, save_steps=0.5,
     )  # fmt: skip
 
 

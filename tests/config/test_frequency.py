@@ -25,12 +25,29 @@ def load(tmp_path):
 
 
 def steps_due(frequency, *, steps_per_epoch, total_steps):
-    return [step for step in range(1, total_steps + 1) if frequency.is_due(step, steps_per_epoch)]
+    steps = range(1, total_steps + 1)
+    return [step for step in steps if frequency.is_due(step, steps_per_epoch, total_steps)]
 
 
 def test_an_interval_of_steps_continues_across_epochs():
     every_4_steps = Frequency(times=1, period=4)
     assert steps_due(every_4_steps, steps_per_epoch=6, total_steps=13) == [4, 8, 12]
+
+
+def test_an_interval_below_1_is_a_fraction_of_the_run_rounded_up(load):
+    settings = load(eval_steps=0.25, save_steps="0.5")
+    assert settings.saves == Frequency(times=1, period=0.5)
+    due = steps_due(settings.evaluations, steps_per_epoch=6, total_steps=13)
+    assert due == [4, 8, 12]
+    assert len(steps_due(Frequency(1, 0.07), steps_per_epoch=50, total_steps=100)) == 14
+    short = steps_due(settings.evaluations, steps_per_epoch=1, total_steps=2)
+    assert short == [1, 2]
+
+
+@pytest.mark.parametrize("value", ["0", "1.5", "0.0", "-0.5", "1.0"])
+def test_an_interval_that_is_neither_whole_nor_a_fraction_is_refused(load, value):
+    with refused("RUN.yaml:4", "eval_steps", value):
+        load(eval_steps=value)
 
 
 def test_an_evaluation_once_per_epoch_is_due_at_the_last_step_of_the_epoch():
@@ -97,6 +114,7 @@ def test_warmup_steps_that_are_neither_whole_nor_a_fraction_are_refused(load, va
         {"warmup_steps": 10},
         {"evals_per_epoch": 4, "saves_per_epoch": 3},
         {"eval_steps": 7},
+        {"eval_steps": 0.25},
         {"max_steps": 100},
         {"epochs": 2.5},
     ],

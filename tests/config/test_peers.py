@@ -126,8 +126,6 @@ VALUES_OF_PEERS = {
     "lora_target: all": ["lora_target_modules", "all-linear"],
     "lora_target_modules: all": ["all-linear"],
     "lora_target_linear: true": ["lora_target_modules: all-linear"],
-    "eval_steps: 0.05": ["evals_per_epoch"],
-    "save_steps: 0.25": ["saves_per_epoch"],
     "max_steps: -1": ["leave it out"],
     "save_strategy: best": ["keep_best"],
     "eval_strategy: false": ["evaluation_strategy", '"no"'],

@@ -173,6 +173,7 @@ def test_an_answer_has_the_mean_supervised_tokens_of_a_document_once_they_are_co
     [
         (Frequency(times=1, period=7), 30),
         (Frequency(times=1, period=10), 30),
+        (Frequency(times=1, period=0.3), 30),
         (Frequency(times=3), 29),
         (Frequency(times=1), 8),
     ],
@@ -183,7 +184,7 @@ def test_the_predicted_number_of_evaluations_equals_that_of_the_training_loop(
     """The loop evaluates at the steps that are due, and after the last step."""
     steps_per_epoch = 8
     is_evaluated = [
-        frequency.is_due(step, steps_per_epoch) or step == total_steps
+        frequency.is_due(step, steps_per_epoch, total_steps) or step == total_steps
         for step in range(1, total_steps + 1)
     ]
     assert frequency.count(total_steps, steps_per_epoch) == sum(is_evaluated)
