@@ -21,7 +21,7 @@ from pipeline.cluster.session import Session
 from pipeline.errors import UserError
 from pipeline.model.loss import IGNORED, SummedLoss
 from pipeline.model.structure import blocks
-from pipeline.plan.cost.decompositions import EVA_SEQUENCES, EVA_TOKENS
+from pipeline.plan.cost.decompositions import EVA_ROWS, EVA_SEQUENCES, EVA_TOKENS
 from pipeline.plan.given.adapter_counts import adapted_layers, input_of
 from pipeline.plan.plan import Plan
 
@@ -50,7 +50,7 @@ def set_input_directions(
 
 def _record_inputs(
     model: PeftModel, plan: Plan, session: Session, sequences: Iterable[Any]
-) -> "dict[str, _LayerInput]":
+) -> "dict[str, LayerInput]":
     """Run the base over sequences; returns the inputs by name, which are empty on other ranks.
 
     It stops as soon as the directions of all inputs on rank 0 have converged.
@@ -70,10 +70,12 @@ def _record_inputs(
             num_converged = sum(each.has_converged for each in inputs.values())
             if session.sum_over_ranks([num_converged])[0] == len(inputs):
                 break
+        for each in inputs.values():
+            each.add_rows()
     return inputs
 
 
-def _require_directions(inputs: "Iterable[_LayerInput]") -> None:
+def _require_directions(inputs: "Iterable[LayerInput]") -> None:
     """Raise UserError if there were too few tokens for the directions of an input."""
     for each in inputs:
         if each.is_empty:
@@ -124,14 +126,14 @@ def _gathered_blocks(model: PeftModel) -> Iterator[None]:
 @contextmanager
 def _recorded_inputs(
     model: PeftModel, plan: Plan, *, is_recording: bool
-) -> "Iterator[dict[str, _LayerInput]]":
+) -> "Iterator[dict[str, LayerInput]]":
     """In the body, forward passes are without dropout and record the inputs of adapted layers."""
-    inputs: dict[str, _LayerInput] = {}  # by the name of the input, which several layers may have
+    inputs: dict[str, LayerInput] = {}  # by the name of the input, which several layers may have
     handles, was_training = [], model.training
     for layer in adapted_layers(plan.shape, plan.settings):
         if (name := input_of(layer.name)) not in inputs:
             module: Any = model.get_submodule(f"base_model.model.{layer.name}")
-            inputs[name] = _LayerInput(layer.name)
+            inputs[name] = LayerInput(layer.name)
             base = module.get_base_layer()
             if is_recording:
                 handles.append(base.register_forward_pre_hook(inputs[name].record))
@@ -145,7 +147,7 @@ def _recorded_inputs(
             handle.remove()
 
 
-class _LayerInput:
+class LayerInput:
     """The input of a layer, and its principal directions so far.
 
     `layer`: name of the layer. `r`: number of directions. `is_supervised`: for each token of the
@@ -185,7 +187,12 @@ class _LayerInput:
             rows = rows[self.is_supervised]
         step = max(1, -(-len(rows) // EVA_TOKENS))  # at most EVA_TOKENS, evenly spaced
         self._rows.append(rows[::step].float())
-        if sum(map(len, self._rows)) < 2 * self.r:  # the fewest rows that the PCA accepts
+        if sum(map(len, self._rows)) >= max(EVA_ROWS, 2 * self.r):
+            self.add_rows()
+
+    def add_rows(self) -> None:
+        """Add the recorded rows to the PCA, unless they are fewer than it accepts."""
+        if sum(map(len, self._rows)) < 2 * self.r:
             return
         if self._pca is None:
             self._pca = SVDHook(
@@ -195,5 +202,5 @@ class _LayerInput:
                 prepare_layer_inputs_fn=lambda inputs, model_input, name: inputs,
                 gather_distributed_inputs=False,
             )
-        self._pca(module, torch.cat(self._rows), None)
+        self._pca(None, torch.cat(self._rows), None)
         self._rows.clear()

@@ -22,10 +22,16 @@ EVA_SEQUENCES = 128
 # Number of tokens of a sequence whose inputs EVA decomposes. All 128 K tokens of a sequence would
 # take tens of GB.
 EVA_TOKENS = 4096
+# Least number of rows (inputs at a token) that EVA decomposes at once, unless the data end. Each
+# decomposition includes the directions so far, so many small ones take longer than a few large ones.
+EVA_ROWS = 256
 # Fraction of the 16-bit matrix rate that a decomposition in fp32 reaches. GPU: an assumption, not
 # measured. CPU, one thread of a Xeon, 2026-11-30: SVD of 576 x 576 to 4096 x 1024 at 80 to 107
 # GFLOP/s of the 150 that catalogue.py has for a core, QR at 65 to 89, approximate SVD at 51 to 69.
 _RATE_SHARE = {"cuda": 0.001, "cpu": 0.5}
+# The same for EVA's PCA, whose matrices are small and whose means are in fp64. CPU: 3 to 10 GFLOP/s
+# of the 150 for a core, 2026-12-01, `python -m tests.bench.input_directions`.
+_PCA_RATE_SHARE = {"cuda": 0.001, "cpu": 0.035}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,15 +82,15 @@ def decomposition_bytes(shape: ModelShape, settings: RunSettings) -> int:
     two factors of an exact decomposition of an (m, n) matrix have m n and n^2 values. Those of an
     approximate decomposition have m r and n r values.
 
-    EVA decomposes the inputs of a layer in a sequence together with r earlier directions, with
-    factors of twice the r. It also keeps the directions of all inputs.
+    EVA decomposes at least EVA_ROWS inputs of a layer together with r earlier directions, with
+    factors of twice the r. It also keeps, for each input, the directions and up to EVA_ROWS rows.
     """
     if settings.initialises_from_inputs:
         layers = _layers_by_input(shape, settings)
-        num_tokens = min(settings.max_length, EVA_TOKENS)
-        matrices = [(num_tokens + x.r, x.linear.d_in, 2 * x.r) for x in layers]
+        num_rows = EVA_ROWS + min(settings.max_length, EVA_TOKENS)  # kept ones and a sequence
+        matrices = [(num_rows + x.r, x.linear.d_in, 2 * x.r) for x in layers]
         return _largest_bytes(matrices, is_approximate=True) + sum(
-            4 * layer.r * layer.linear.d_in for layer in layers
+            4 * (EVA_ROWS + layer.r) * layer.linear.d_in for layer in layers
         )
     layers = _decomposed_layers(shape, settings)
     matrices = [(layer.linear.d_out, layer.linear.d_in, layer.r) for layer in layers]
@@ -117,15 +123,19 @@ def _eva_seconds(
     rates, length = reachable_rates(layout, hardware), settings.max_length
     forward_flops = length * (cost.base_flops + cost.score_flops * length / 2)
     forward_s = forward_flops / rates.flops + gather_seconds(cost, layout, rates)
-    pca_flops = sum(
-        _approximate_flops(
-            min(length, EVA_TOKENS) + layer.r, layer.linear.d_in, 2 * layer.r, iterations=2
-        )
-        for layer in _layers_by_input(shape, settings)
+    tokens = min(length, EVA_TOKENS)  # of a sequence
+    flops = sum(
+        pca_flops(tokens, layer.linear.d_in, layer.r) for layer in _layers_by_input(shape, settings)
     )
     sharers = layout.ranks_per_node if hardware.kind == "cpu" else 1
-    pca_rate = _RATE_SHARE[hardware.kind] * hardware.flops / sharers
-    return EVA_SEQUENCES * (forward_s + pca_flops / pca_rate)
+    pca_rate = _PCA_RATE_SHARE[hardware.kind] * hardware.flops / sharers
+    return EVA_SEQUENCES * (forward_s + flops / pca_rate)
+
+
+def pca_flops(tokens: int, width: int, r: int) -> float:
+    """FLOPs of EVA's PCA for each sequence of `tokens` inputs of this width."""
+    rows = max(tokens, EVA_ROWS, 2 * r)  # of an update
+    return _approximate_flops(rows + r, width, 2 * r, iterations=2) * tokens / rows
 
 
 def _decomposed_layers(shape: ModelShape, settings: RunSettings) -> list[AdaptedLayer]:
