@@ -22,6 +22,7 @@ from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.files import dump_json, read_json_or_empty, write_text
 from pipeline.plan.given.adapter_counts import AdaptedLayer, adapted_layers
+from pipeline.plan.given.new_tokens import TOKENIZER, token_rows
 from pipeline.plan.given.saved_modules import saved_modules
 from pipeline.plan.plan import Plan
 
@@ -94,13 +95,14 @@ def _require_same_saved_modules(plan: Plan, adapter: Adapter) -> None:
     for module in modules:
         shapes |= {f"{module.name}.{name}": shape for name, shape in module.shapes.items()}
     tied = {f"{module.tied_name}.weight" for module in modules if module.tied_name}
-    names = adapter.value_updates.keys() - tied
+    token_weights = _require_same_token_rows(plan, adapter)
+    names = adapter.value_updates.keys() - tied - token_weights
     for name in sorted(names):
-        # `rows` is set for new tokens, `scaling` for the bias of a B matrix (see ValueUpdate).
-        if any(update.rows or update.scaling for update in adapter.value_updates[name]):
+        # `scaling` is set for the bias of a B matrix (see ValueUpdate).
+        if any(update.scaling is not None for update in adapter.value_updates[name]):
             raise UserError(
-                f"{location} has new tokens or a bias of lora_B: {name}; a run cannot start "
-                "from it; merge it, and start from the merged model"
+                f"{location} has a bias of lora_B: {name}; a run cannot start from it; merge it, "
+                "and start from the merged model"
             )
     module_names = sorted({name.rpartition(".")[0] for name in names})
     if others := {*module_names} - {plan.shape.embeddings_name, plan.shape.head_name}:
@@ -127,6 +129,44 @@ def _require_same_saved_modules(plan: Plan, adapter: Adapter) -> None:
                 f"{plan.settings.model}: it was trained on another model, or with a larger "
                 "vocabulary"
             )
+
+
+def _require_same_token_rows(plan: Plan, adapter: Adapter) -> set[str]:
+    """Raise UserError unless the adapter has rows for exactly the run's new tokens, in its order.
+
+    Returns the names of the weights with these rows.
+    """
+    location, settings = f"init_adapter: {adapter.folder}", plan.settings
+    trained = {
+        name: update
+        for name, updates in adapter.value_updates.items()
+        for update in updates
+        if update.rows is not None
+    }
+    rows = token_rows(plan.shape, settings)
+    ids = {} if rows is None else rows.ids
+    expected = set() if rows is None else {f"{name}.weight" for name in rows.modules}
+    stored = read_json_or_empty(adapter.folder / TOKENIZER).get("added_tokens") or []
+    texts = {token["id"]: token["content"] for token in stored}
+    indices = next((update.rows or () for update in trained.values()), ())
+    tokens = [texts.get(index) for index in indices]
+    is_same = all(update.rows == tuple(ids.values()) for update in trained.values())
+    if trained.keys() != expected or not is_same or (texts and tokens != list(ids)):
+        remedy = "set new_tokens to those of the run that trained it, in its order"
+        if None not in tokens:
+            remedy = f"set new_tokens: {json.dumps(tokens)}"
+        raise UserError(
+            f"{location} has trained rows for the token ids {list(indices)}, and this run for "
+            f"{ids}; {remedy}, or merge it and start from the merged model"
+        )
+    size = (len(ids), plan.shape.hidden_size)
+    for name, update in trained.items():
+        if update.values.shape != size:
+            raise UserError(
+                f"{location}: {name} has rows of shape {update.values.shape} in the adapter and "
+                f"{size} in {settings.model}: it was trained on another model"
+            )
+    return expected
 
 
 def _require_same_layers(

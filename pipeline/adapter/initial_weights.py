@@ -17,8 +17,8 @@ def initial_weights(
 
     `fresh`: the weights that the run would have without an initial adapter. If r is larger in the
     run, the additional rows of A are those of `fresh`, and the additional columns of B are zero. If
-    the scaling differs, B is rescaled. DoRA's magnitudes and modules that are trained in full get
-    the adapter's values.
+    the scaling differs, B is rescaled. DoRA's magnitudes, rows of new tokens, and modules
+    that are trained in full get the adapter's values.
     """
     loaded = load_file(adapter.file.path)
     weights: dict[str, torch.Tensor] = {}

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.adapter.adapter_file import read_adapter
@@ -300,3 +301,22 @@ def test_an_adapter_that_also_replaces_base_weights_is_refused(tiny_model, tmp_p
     plan = make_plan(tiny_model, init_adapter=str(tmp_path / "saved"))
     with refused("init_adapter", "input_layernorm.weight", "only embeddings and head", "merge"):
         require_startable(plan)
+
+
+def test_a_run_starts_from_an_adapter_with_the_same_new_tokens(tiny_model, tmp_path):
+    tokens = {"new_tokens": ["<a>", "<b>"]}
+    first = publish(make_plan(tiny_model, **tokens), tmp_path / "adapter")
+    plan = make_plan(tiny_model, **tokens, seed=5, init_adapter=str(first))
+    require_startable(plan)
+    fresh = {key: torch.zeros(shape) for key, shape in expected_shapes(plan).items()}
+    weights = initial_weights(read_adapter(first), plan, fresh)
+    stored = load_file(first / "adapter_model.safetensors")
+    for key, weight in weights.items():
+        torch.testing.assert_close(weight, stored[key])
+
+
+@pytest.mark.parametrize("tokens", [[], ["<b>", "<a>"], ["<a>"], ["<a>", "<c>"]])
+def test_an_adapter_with_other_new_tokens_is_refused_with_its_tokens(tiny_model, tmp_path, tokens):
+    first = publish(make_plan(tiny_model, new_tokens=["<a>", "<b>"]), tmp_path / "adapter")
+    with refused("init_adapter", 'new_tokens: ["<a>", "<b>"]'):
+        require_startable(make_plan(tiny_model, new_tokens=tokens, init_adapter=str(first)))

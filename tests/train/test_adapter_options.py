@@ -253,17 +253,18 @@ def start_at_each_stage(session, folder, settings):
 
 
 def test_a_run_starts_from_a_smaller_adapter_with_its_outputs_at_every_stage(tiny_model, tmp_path):
-    plan = make_plan(tiny_model)
+    plan = make_plan(tiny_model, new_tokens=["<a>", "<b>"])
     torch.manual_seed(1)
     tensors = {key: 0.1 * torch.randn(shape) for key, shape in expected_shapes(plan).items()}
     adapter = tmp_path / "adapter"
     publish_adapter(plan, tensors, adapter, step=4, base=base_fingerprint(tiny_model))
     settings = {
         "lora_r": 6, "lora_alpha": 3.0, "init_adapter": str(adapter), "init_adapter_resize": True,
-        "batch_size": 2,
+        "batch_size": 2, "new_tokens": ["<a>", "<b>"], "seed": 5,
     }  # fmt: skip
     runs = run_ranks(start_at_each_stage, tiny_model, settings, tmp_path=tmp_path)[0]
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    base.resize_token_embeddings(plan.shape.vocab_size)
     with torch.no_grad():
         expected = PeftModel.from_pretrained(base, adapter).eval()(input_ids=IDS).logits
     for stage in ("zero1", "zero2", "zero3"):

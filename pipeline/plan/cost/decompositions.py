@@ -23,7 +23,7 @@ EVA_SEQUENCES = 128
 # take tens of GB.
 EVA_TOKENS = 4096
 # Least number of rows (inputs at a token) that EVA decomposes at once, unless the data end. Each
-# decomposition includes the directions so far, so many small ones take longer than a few large ones.
+# decomposition includes the directions so far, so many small ones take longer than few large ones.
 EVA_ROWS = 256
 # Fraction of the 16-bit matrix rate that a decomposition in fp32 reaches. GPU: an assumption, not
 # measured. CPU, one thread of a Xeon, 2026-11-30: SVD of 576 x 576 to 4096 x 1024 at 80 to 107

@@ -53,8 +53,6 @@ def _unsupported_by_new_tokens(run: PlanInput) -> str:
         return ""
     if settings.modules_to_save:
         return "modules_to_save trains all rows of these modules; leave one of the two out"
-    if settings.init_adapter is not None:
-        return "init_adapter: merge that adapter first, and train on the merged model"
     if shape.has_head_bias:
         return "peft leaves out the bias of this model's head when rows of the head are trained"
     if shape.has_other_towers:

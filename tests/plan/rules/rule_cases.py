@@ -59,7 +59,7 @@ CASES = {
         {"config": SMOLLM2, "modules_to_save": ["lm_head"]},
     ),
     "new-tokens": (
-        {"shape": {"source": "a name"}, "new_tokens": ["<a>"], "init_adapter": "adapter"},
+        {"shape": {"source": "a name"}, "new_tokens": ["<a>"], "modules_to_save": ["lm_head"]},
         {"shape": {"source": "a name"}, "new_tokens": ["<a>"]},
     ),
     "split-base": (
