@@ -10,6 +10,7 @@ from pipeline.report.page import write_report
 
 INTERVAL_S = 5
 _START_POLL_S = 1
+_RESTART_POLLS = 60  # a stopped run that is started again imports and checks before it is running
 _MAX_WRITING_SHARE = 0.05  # share of the time; the machine that writes the page may also train
 
 
@@ -23,11 +24,12 @@ def watch_run(run_folder: Path, on_first_page: Callable[[Path], None]) -> str:
     """Write report.html every few seconds until the run ends, and return its last state.
 
     `on_first_page`: called once with the path of the page. The page reloads itself in the browser.
-    At the end, also after Ctrl-C, the page is written once more, and then does not reload itself.
+    A run that stopped or failed while it was followed may be started again within a minute. At the
+    end, also after Ctrl-C, the page is written once more, and then does not reload itself.
     """
     is_first = True
     try:
-        while _is_running(run_folder):
+        while _is_running(run_folder, may_restart=not is_first):
             start = time.perf_counter()
             try:
                 path = write_report(run_folder, refresh_s=INTERVAL_S)
@@ -47,14 +49,17 @@ def watch_run(run_folder: Path, on_first_page: Callable[[Path], None]) -> str:
     return read_state(run_folder)
 
 
-def _is_running(run_folder: Path) -> bool:
+def _is_running(run_folder: Path, *, may_restart: bool) -> bool:
     """Whether the run is running. Another state counts only if it lasts.
 
     When a run has passed its checks, it removes the files of an earlier run, its own status.json
-    too, and writes them again.
+    too, and writes them again. `may_restart`: wait for a restart of a run that is not done.
     """
-    if read_state(run_folder) == "running":
-        return True
-    time.sleep(_START_POLL_S)
-    wait_for_run(run_folder)
-    return read_state(run_folder) == "running"
+    for polls in range(_RESTART_POLLS):
+        if (state := read_state(run_folder)) == "running":
+            return True
+        if polls and (state == "done" or not may_restart):
+            return False
+        time.sleep(_START_POLL_S)
+        wait_for_run(run_folder)
+    return False

@@ -84,6 +84,28 @@ def test_a_run_is_followed_while_it_replaces_the_files_of_an_earlier_one(
     assert states == []
 
 
+@pytest.mark.parametrize(("seconds", "last"), [(20, "done"), (None, "stopped")])
+def test_a_stopped_run_is_followed_again_if_it_is_started_within_a_minute(
+    tmp_path, monkeypatch, seconds, last
+):
+    run = build_run(tmp_path)
+    write_state(run, state="running", step=10)
+    clock = {"stopped_s": 0.0, "is_restarted": False}
+
+    def pass_time(_seconds):
+        if clock["is_restarted"]:
+            write_state(run, state="done", step=30)
+            return
+        write_state(run, state="stopped", step=10)
+        clock["stopped_s"] += 1
+        if clock["stopped_s"] == seconds:
+            clock["is_restarted"] = True
+            write_state(run, state="running", step=20)
+
+    monkeypatch.setattr(watch.time, "sleep", pass_time)
+    assert watch_run(run, lambda path: None) == last
+
+
 def test_a_page_that_cannot_be_written_ends_the_command(tmp_path, monkeypatch):
     run = build_run(tmp_path)
     write_state(run, state="running")
