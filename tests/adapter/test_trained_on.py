@@ -142,9 +142,13 @@ def test_products_of_an_earlier_adapter_are_marked_as_outdated(pair, tmp_path):
     mark_outdated(run)
     mark_outdated(run)
     assert is_merged_from(run) is False
-    assert "earlier adapter" in read_json(run / "score.json")["outdated"]
-    assert "earlier adapter" in read_json(run / "merged" / MARKER)["outdated"]
-    assert (run / "report.html").read_text().count("Outdated") == 1
+    assert_mentions(read_json(run / "score.json")["outdated"], "earlier adapter", f"score {run}")
+    assert_mentions(
+        read_json(run / "merged" / MARKER)["outdated"], "earlier adapter", f"merge {run}"
+    )
+    page = (run / "report.html").read_text()
+    assert page.count("Outdated") == 1
+    assert_mentions(page, f"report {run}")
     merge_adapter(pair / "base", run / "adapter", run / "merged")
     assert "outdated" not in read_json(run / "merged" / MARKER)
 
