@@ -68,7 +68,10 @@ class Work:
             thread.join()
 
     def as_line(self) -> str:
-        """The log line: description of the work, and its progress."""
+        """The log line: description of the work, its progress and the elapsed time.
+
+        The elapsed time shows that the work goes on if the percentage stays the same.
+        """
         seconds = max(time.monotonic() - self._start, 1e-3)
         if not self._total or not self.done:
             count = f"{self.done:,}, " if self.done else ""
@@ -76,11 +79,11 @@ class Work:
         share = self.done / self._total
         line = f"{self._text}: {100 * share:.0f} %"
         if share < _MIN_SHARE_FOR_ESTIMATE:
-            return line
+            return f"{line}, {duration(seconds)} elapsed"
         # At the rate until the last `advance`, so that the remaining time falls until the next one.
         remaining_s = max(0.0, (self._last - self._start) / share - seconds)
         rate = f"{self.done / seconds / 1e6:,.0f} MB/s, " if self._in_bytes else ""
-        return f"{line}, {rate}{duration(remaining_s)} left"
+        return f"{line}, {rate}{duration(remaining_s)} left, {duration(seconds)} elapsed"
 
     def _log_lines(self, is_over: threading.Event) -> None:
         # Several kinds of short work may follow one another.
@@ -104,7 +107,14 @@ class _TerminalWork(Work):
         if total:
             percentage = TextColumn("{task.percentage:.0f} %")
             rate = (TransferSpeedColumn(),) if in_bytes else ()
-            columns = (description, BarColumn(), percentage, *rate, TimeRemainingColumn())
+            columns = (
+                SpinnerColumn(),
+                description,
+                BarColumn(),
+                percentage,
+                *rate,
+                TimeRemainingColumn(),
+            )
         self._bar = Progress(*columns, console=console, transient=True)
         self._task = self._bar.add_task(text, total=total)
 

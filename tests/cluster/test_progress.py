@@ -92,6 +92,19 @@ def test_the_remaining_time_falls_while_work_does_not_advance(
         wait_for_message(caplog, "50 %, 0:00:00 left")
 
 
+@pytest.mark.parametrize("percent", [0, 1, 50])
+def test_each_line_differs_from_the_one_before_while_the_percentage_stays_the_same(
+    clock: Clock, percent: int
+) -> None:
+    work = progress.Work("scoring", 100)
+    clock.now = 10.0
+    work.advance(percent)
+    lines = []
+    for clock.now in (20.0, 24.0, 28.0):
+        lines.append(work.as_line())
+    assert len(set(lines)) == 3
+
+
 def test_work_of_unknown_length_shows_its_time_even_if_it_does_not_advance(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
