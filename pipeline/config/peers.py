@@ -126,7 +126,7 @@ ADVICE: Mapping[str, str] = {
     "dataset_split": "train_data: org/name:train, a hub data set and its split",
     "dataset_text_field": "columns: {text: NAME}",
     "dataset_dir": "train_data takes paths; there is no folder of registered data sets",
-    "interleave_probs": "train_data: a list of {path: ..., weight: W}",
+    "interleave_probs": "{path, weight} in train_data; weight = share x all rows / its own rows",
     "mix_strategy": "sources are always interleaved; train_data: a list of {path: ..., weight: W}",
     "streaming": "not needed: prepared data is memory-mapped; remove it",
     "shuffle*": "data is shuffled by seed in each epoch; remove it",
