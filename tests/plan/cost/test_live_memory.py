@@ -42,7 +42,7 @@ NAMES = [
     "bf16 zero2 inputs-on-host",
     "tiles packed",
 ]
-# One model for each kind of block. Their configs list the kinds of 8 blocks, so 8 blocks are kept.
+# One model for each kind of block.
 KINDS_OF_BLOCKS = [
     "class cohere zero2 ckpt-off",  # parallel attention and MLP
     "class gpt_oss zero2 ckpt-off",  # sinks, sliding windows, experts
@@ -52,15 +52,27 @@ KINDS_OF_BLOCKS = [
     "class gemma3 zero2 ckpt-off",  # a wrapper with a vision tower
     "class gemma4_text zero2 ckpt-off",  # heads of two widths
 ]
+
+
+def with_four_blocks(case):
+    """The case with 4 of its 8 blocks: in each model, they have all kinds of blocks."""
+    changes = {"num_hidden_layers": 4}
+    if "layer_types" in case.model:
+        changes["layer_types"] = case.model["layer_types"][:4]
+        assert set(changes["layer_types"]) == set(case.model["layer_types"])
+    return replace(case, model=case.model | changes)
+
+
+# Three of 8 blocks are checkpointed. In Gemma 3, one block in six has full attention.
 ALL_BLOCKS = {
     name: memory.CASES[name]
     for name in (*NAMES, *KINDS_OF_BLOCKS)
-    if name.endswith("of-8") or name in KINDS_OF_BLOCKS
+    if name.endswith("of-8") or name.startswith("class gemma3 ")
 }
 FEWER_BLOCKS = {
-    name: replace(case, model=case.model | {"num_hidden_layers": 4})
-    for name, case in memory.CASES.items()
-    if name in NAMES and name not in ALL_BLOCKS and name not in memory.LONGER
+    name: with_four_blocks(memory.CASES[name])
+    for name in (*NAMES, *KINDS_OF_BLOCKS)
+    if name not in ALL_BLOCKS and name not in memory.LONGER
 }
 LONGER = {name: memory.LONGER[name] for name in NAMES if name in memory.LONGER}
 CASES = FEWER_BLOCKS | ALL_BLOCKS | LONGER
