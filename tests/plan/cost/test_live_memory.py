@@ -63,11 +63,12 @@ def with_four_blocks(case):
     return replace(case, model=case.model | changes)
 
 
-# Three of 8 blocks are checkpointed. In Gemma 3, one block in six has full attention.
+# Three of 8 blocks are checkpointed. In Gemma 3, one block in six has full attention. With 4 blocks
+# of Cohere, fp32 values missing in the prediction are below the tolerance; with 8 they are above.
 ALL_BLOCKS = {
     name: memory.CASES[name]
     for name in (*NAMES, *KINDS_OF_BLOCKS)
-    if name.endswith("of-8") or name.startswith("class gemma3 ")
+    if name.endswith("of-8") or name.startswith(("class cohere ", "class gemma3 "))
 }
 FEWER_BLOCKS = {
     name: with_four_blocks(memory.CASES[name])
