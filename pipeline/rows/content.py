@@ -29,18 +29,31 @@ _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _BUFFER_BYTES = 2**17
 SUFFIXES = f"{', '.join(_KINDS)}, each also with {', '.join(_COMPRESSED)}"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# First bytes of files that hold no rows, with what they are and what to do.
+_NO_DATA = {
+    b"version https://git-lfs": "a pointer of Git LFS, not the data; run `git lfs pull`",
+    b"<!DOCTYPE": "an HTML page, perhaps of a failed download; download the file again",
+    b"<!doctype": "an HTML page, perhaps of a failed download; download the file again",
+    b"<html": "an HTML page, perhaps of a failed download; download the file again",
+    b"PK\x03\x04": "a ZIP archive or an Excel workbook; unpack it, or save it as CSV or Parquet",
+    b"SQLite format 3": "an SQLite database; export a table as CSV or Parquet",
+    b"%PDF-": "a PDF document; extract its text",
+    b"\x1f\x8b\x08": "compressed twice; decompress it once",
+}
 
 
 def detect_kind(file: Path) -> Kind:
     """The file format, from the first bytes or, if these are of no known format, from the name.
 
-    "json" if the name has no known suffix either.
+    "json" if the name has no known suffix either. Raises UserError for a file that holds no rows.
     """
     with open_data(file) as stream:
-        first = stream.read(6)
+        first = stream.read(max(map(len, _NO_DATA)))
+    if reason := next((_NO_DATA[start] for start in _NO_DATA if first.startswith(start)), None):
+        raise UserError(f"{file}: this is {reason}")
     if first[:4] == b"PAR1":
         return "parquet"
-    if first == b"ARROW1":
+    if first[:6] == b"ARROW1":
         return "arrow"
     return kind_from_name(file) or "json"
 

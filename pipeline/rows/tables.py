@@ -107,11 +107,7 @@ def _converter(arrow_type: Any) -> _Convert | None:
             return _unless_null(_parse_json_text)
         return _converter(arrow_type.storage_type)
     if types.is_struct(arrow_type):
-        converters: dict[str, _Convert] = {}
-        for field in arrow_type:
-            if (convert := _converter(field.type)) is not None:
-                converters[field.name] = convert
-        return _unless_null(lambda row: _convert_fields(row, converters)) if converters else None
+        return _struct_converter(arrow_type)
     if types.is_map(arrow_type):
         convert_value = _converter(arrow_type.item_type) or _identity
         return _unless_null(lambda pairs: {key: convert_value(value) for key, value in pairs})
@@ -122,6 +118,21 @@ def _converter(arrow_type: Any) -> _Convert | None:
         if convert_item is not None:
             return _unless_null(lambda items: [convert_item(item) for item in items])
     return None
+
+
+def _struct_converter(struct_type: Any) -> _Convert | None:
+    """The function of `_converter` for a struct.
+
+    Raises ValueError for two fields of one name: a dict would keep only one of them.
+    """
+    names = [field.name for field in struct_type]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two columns or fields have the name {', '.join(twice[:5])}")
+    converters: dict[str, _Convert] = {}
+    for field in struct_type:
+        if (convert := _converter(field.type)) is not None:
+            converters[field.name] = convert
+    return _unless_null(lambda row: _convert_fields(row, converters)) if converters else None
 
 
 def _unless_null(convert: _Convert) -> _Convert:

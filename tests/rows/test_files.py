@@ -3,6 +3,7 @@
 Caches, run folders and files of other splits are left out, and a note names each of them.
 """
 
+import gzip
 import json
 import subprocess
 
@@ -248,6 +249,27 @@ def test_text_in_windows_1252_is_refused_with_the_command_that_converts_it(tmp_p
     path.write_bytes(text.encode("cp1252"))
     (bad,) = read_file(path)
     assert_mentions(bad.reason, "UTF-8", "iconv", "WINDOWS-1252")
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "remedy"),
+    [
+        (LFS_POINTER, "Git LFS", "git lfs pull"),
+        (b"<!DOCTYPE html><html></html>", "HTML", "download"),
+        (b"PK\x03\x04" + bytes(40), "ZIP", "unpack"),
+        (gzip.compress(gzip.compress(b'{"text": "t"}')), "twice", "decompress"),
+    ],
+)
+@pytest.mark.parametrize("name", ["t.jsonl", "t.parquet", "t.csv"])
+def test_a_file_that_holds_no_rows_is_refused_with_what_it_is(
+    tmp_path, name, content, kind, remedy
+):
+    (tmp_path / name).write_bytes(content)
+    with refused(tmp_path / name, kind, remedy):
+        read_file(tmp_path / name)
 
 
 def test_a_note_has_the_folders_of_left_out_files_with_the_same_name(tmp_path):

@@ -96,6 +96,17 @@ def test_a_damaged_table_is_refused_with_its_name(tmp_path):
             read_file(tmp_path / name)
 
 
+def test_two_columns_or_fields_of_one_name_are_refused(tmp_path):
+    texts = pyarrow.array(["a", "b"])
+    fields = pyarrow.StructArray.from_arrays([texts, texts], names=["role", "role"])
+    columns = ([texts, texts, texts], ["prompt", "completion", "completion"])
+    pyarrow.parquet.write_table(pyarrow.table(*columns), tmp_path / "columns.parquet")
+    pyarrow.parquet.write_table(pyarrow.table([fields], ["m"]), tmp_path / "fields.parquet")
+    for file, name in (("columns.parquet", "completion"), ("fields.parquet", "role")):
+        with refused(tmp_path / file, name, "two columns"):
+            read_file(tmp_path / file)
+
+
 @pytest.mark.parametrize("name", ["t.parquet", "stream.arrow"])
 @pytest.mark.parametrize("encode", [lambda column: column, pyarrow.Array.dictionary_encode])
 def test_long_rows_and_rows_with_invalid_utf8_are_bad_rows(tmp_path, name, encode, monkeypatch):
