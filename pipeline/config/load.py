@@ -30,6 +30,20 @@ from pipeline.errors import UserError
 _MAX_PROBLEMS = 60  # lines of a message; enough for every key of another program's file
 _SHORT_REPR = reprlib.Repr()
 _SHORT_REPR.maxstring = _SHORT_REPR.maxother = 200  # characters
+# Words of pydantic's messages, and those that replace them.
+_PLAIN_WORDS = {
+    "Value error, ": "",
+    "Input should be": "must be",
+    "a valid boolean": "true or false",
+    "a valid list": "a list in brackets, such as [a, b]",
+    "a valid string": "text",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "greater than": "above",
+    "less than": "below",
+}
 
 
 def load_settings(path: Path, overrides: Sequence[str] = ()) -> RunSettings:
@@ -229,11 +243,13 @@ def _error_line(
 
 def _expected_values(details: Sequence[Mapping[str, Any]]) -> str:
     """The different messages of pydantic's errors about one key, joined by "or"."""
-    messages = dict.fromkeys(
-        detail["msg"]
-        .removeprefix("Value error, ")
-        .replace("Input should be", "must be")
-        .replace("a valid boolean", "true or false")
-        for detail in details
-    )
-    return " or ".join(messages)
+    messages = dict.fromkeys(_in_plain_words(detail["msg"]) for detail in details)
+    first, *others = messages
+    return " or ".join([first, *(message.removeprefix("must be ") for message in others)])
+
+
+def _in_plain_words(message: str) -> str:
+    """A message of pydantic in the words of this project."""
+    for words, plain in _PLAIN_WORDS.items():
+        message = message.replace(words, plain)
+    return message

@@ -30,7 +30,7 @@ _BUFFER_BYTES = 2**17
 SUFFIXES = f"{', '.join(_KINDS)}, each also with {', '.join(_COMPRESSED)}"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # First bytes of files that hold no rows, with what they are and what to do.
-_NO_DATA = {
+WITHOUT_ROWS = {
     b"version https://git-lfs": "a pointer of Git LFS, not the data; run `git lfs pull`",
     b"<!DOCTYPE": "an HTML page, perhaps of a failed download; download the file again",
     b"<!doctype": "an HTML page, perhaps of a failed download; download the file again",
@@ -48,8 +48,9 @@ def detect_kind(file: Path) -> Kind:
     "json" if the name has no known suffix either. Raises UserError for a file that holds no rows.
     """
     with open_data(file) as stream:
-        first = stream.read(max(map(len, _NO_DATA)))
-    if reason := next((_NO_DATA[start] for start in _NO_DATA if first.startswith(start)), None):
+        first = stream.read(max(map(len, WITHOUT_ROWS)))
+    reasons = (reason for start, reason in WITHOUT_ROWS.items() if first.startswith(start))
+    if reason := next(reasons, None):
         raise UserError(f"{file}: this is {reason}")
     if first[:4] == b"PAR1":
         return "parquet"

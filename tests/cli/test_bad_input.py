@@ -130,7 +130,9 @@ def test_a_model_folder_with_a_missing_file_is_refused(case, missing, fact):
 
 def test_a_model_folder_with_a_missing_shard_is_refused(case):
     folder, start = case
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    # Beside model.safetensors the index would be ignored, as in transformers.
+    (folder / "model/model.safetensors").rename(folder / "model/model-1.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (folder / "model/model.safetensors.index.json").write_text(json.dumps(index))
     assert_refused(start(), 1, 2, "model-2.safetensors")  # 1 of 2 shards is missing
 

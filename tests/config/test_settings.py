@@ -132,11 +132,25 @@ def test_wrong_input_is_refused_with_place_and_remedy(run_file, text, facts):
     "override", ["train_data={path: x, wieght: 2}", "eval_data=1.0", "eval_data=5%"]
 )
 def test_a_wrong_data_source_gets_a_message_of_our_own(run_file, override):
-    """Pydantic lists each type of the union, as in "must be a valid string or must be ..."."""
+    """Pydantic lists each type of the union, as in "must be text or a list in brackets ..."."""
     with pytest.raises(UserError) as error:
         load_settings(run_file(""), [override])
-    assert " or must be" not in str(error.value)
+    assert "must be text" not in str(error.value)
     assert "valid" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trackers=wandb", "list in brackets"),
+        ("lr=fast", "a number"),
+        ("lora_target_modules=3", "must be text or a list in brackets"),
+        ("save_steps=0", "at least 1"),
+    ],
+)
+def test_a_wrong_type_is_refused_in_plain_words(run_file, override, words):
+    with refused(override.partition("=")[0], words):
+        load_settings(run_file(""), [override])
 
 
 def test_a_number_as_train_data_is_refused_with_the_kinds_of_sources(run_file):
