@@ -29,8 +29,8 @@ class Placement:
     """Rank, world size and rendezvous address of this process.
 
     `local_rank` and `local_size`: rank among, and number of, the ranks on this node. `master_addr`
-    and `master_port`: address of rank 0's node, where all ranks meet; empty and 0 under mpirun
-    until the rendezvous (session.py). `rendezvous_id`: set if the port was computed from the number
+    and `master_port`: rendezvous address on rank 0's node; empty and 0 under mpirun until rank 0
+    has broadcast it (rendezvous.py). `rendezvous_id`: set if the port was computed from the number
     of the Slurm job. Such a port may be in use. Rank 0 then uses another one, and the other ranks
     recognise rank 0 by this id (rendezvous.py).
     """

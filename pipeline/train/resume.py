@@ -28,7 +28,8 @@ def checkpoints_of(
     turn them into documents. `index`: index of the prepared data; None before it is prepared.
     Raises UserError if the run was started with another base.
     """
-    settings, base = plan.settings, None
+    settings = plan.settings
+    base = None
     is_path = is_checkpoint_path(settings.resume)
     if start == "resume" and "base" not in settings.accept_changes:
         base = require_base_of_run(folder, settings.model_folder)
@@ -58,31 +59,32 @@ def checkpoints_of(
 
 
 def _digests(index: DataIndex) -> dict[str, str]:
-    """Key of each split -> digest of its tokens. Splits of earlier versions have none."""
+    """Key of each split -> digest of its tokens. Splits prepared by old versions have no digest."""
     return {split.key: split.content for split in index.splits.values() if split.content}
 
 
 def checkpoint_to_resume(
     checkpoints: Checkpoints, resume: str, start: Start
 ) -> tuple[Path | None, list[str]]:
-    """The newest intact checkpoint or None, and a log line for each skipped one.
+    """The checkpoint to start from, None for step 0; and a log line for each skipped checkpoint.
 
-    A new run starts from the checkpoint of `resume: PATH`, or from step 0. It never starts from the
-    checkpoints in its folder, which belong to the run that it replaces. Raises UserError if this
-    run cannot resume from the checkpoint. `resume`: the setting. `start`: the result of
-    `decide_start`.
+    A resume starts from the newest intact checkpoint of the folder, or like a new run if the folder
+    has no checkpoint. A new run starts from the checkpoint of `resume: PATH`, or from step 0. It
+    never starts from the checkpoints in its folder, which belong to the run that it replaces.
+    Raises UserError if this run cannot resume from the checkpoint. `resume`: the setting. `start`:
+    the result of `decide_start`.
     """
     path, notes = checkpoints.newest() if start == "resume" else (checkpoints.intact_origin(), [])
     if path is not None:
         checkpoints.require_resumable(path)
-    elif resume == "must" and not notes:
-        raise UserError(
-            "resume: must, but there is no checkpoint; set resume: auto to start from step 0"
-        )
     elif notes:
         raise UserError(
             f"resume: {resume}, but no checkpoint is intact: {'; '.join(notes)}; restore one from "
             "a backup, or set resume: never to start from step 0"
+        )
+    elif resume == "must":
+        raise UserError(
+            "resume: must, but there is no checkpoint; set resume: auto to start from step 0"
         )
     return path, notes
 

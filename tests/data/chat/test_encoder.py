@@ -46,7 +46,7 @@ class TestPromptAndCompletion:
         text = marked_text(Completion("q:", " a"), make_tokenizer(), train_on="all")
         assert text == "q[[: a<|im_end|>]]"
 
-    def test_an_end_in_the_text_is_not_doubled(self):
+    def test_an_end_token_in_the_completion_is_not_doubled(self):
         text = marked_text(Completion("q", "a<|im_end|>"), make_tokenizer())
         assert text == "q[[a<|im_end|>]]"
 
@@ -123,11 +123,9 @@ class TestSpecialTokensInPlainText:
     def test_they_are_counted_or_the_row_is_rejected(self, row):
         (encoded,) = encoder(make_tokenizer()).encode_many([row])
         assert encoded.token_counts["special_tokens_in_text"] in (1, 2)
-        text = row.text if isinstance(row, Text) else row.prompt
         with refused("special token", "<|im_end|>", error=RowError) as error:
             encoder(make_tokenizer(), special_tokens_in_text="reject").encode(row)
         assert ("`text`" in str(error.value)) == (isinstance(row, Text))
-        assert "<|im_end|>" in text
 
     @pytest.mark.parametrize("row", ROWS)
     def test_as_text_tokenises_them_as_text(self, row):
@@ -147,7 +145,7 @@ class TestSpecialTokensInPlainText:
     def test_as_text_no_token_spans_prompt_and_completion(self):
         tokenizer = sentence_piece()
         (document,) = encoder(tokenizer, special_tokens_in_text="as-text").encode(
-            Completion("yes</s> n", "o</s> yes")  # `no` is a token, too
+            Completion("yes</s> n", "o</s> yes")  # `no` is also a token
         )
         trained = tokenizer.convert_ids_to_tokens(document.ids[document.supervised])
         assert trained[0] == "o"
@@ -161,12 +159,12 @@ class TestSpecialTokensInPlainText:
 
 
 def test_a_batch_of_examples_gives_the_documents_of_each_alone():
-    half = "\ud800"
+    lone_surrogate = "\ud800"
     examples = [
         chat("q", "one", "r", "two"),
         Completion("q", "a"),
         Tokens((5, 10**6), (True, True)),
-        chat("q", half),
+        chat("q", lone_surrogate),
         Text("text"),
         Tokens((5, 6), (True, True)),
         chat("q", "a"),
@@ -190,15 +188,16 @@ def test_a_batch_of_examples_gives_the_documents_of_each_alone():
 
 @pytest.mark.parametrize("make", [make_tokenizer, bos_tokenizer, sentence_piece])
 def test_texts_give_the_same_tokens_with_and_without_offsets(make):
-    """A batch of texts only is tokenised without offsets, by another function of the tokenizer."""
+    """A batch with only texts is tokenised by another tokenizer function, without offsets."""
     samples = ("a", " a b  c ", "\n\nab", "é 🙂\u0301", "<|im_end|>a", "<s>a")
     texts = [Text(text) for text in samples]
     own_encoder = encoder(make())
     with_offsets = own_encoder.encode_many([*texts, Completion("q", "a")])[:-1]
-    for alone, among in zip(own_encoder.encode_many(texts), with_offsets, strict=True):
-        (one,), (other,) = alone.documents, among.documents
-        assert one.ids.tolist() == other.ids.tolist()
-        assert one.supervised.tolist() == other.supervised.tolist()
+    without_offsets = own_encoder.encode_many(texts)
+    for result, expected in zip(without_offsets, with_offsets, strict=True):
+        (document,), (expected_document,) = result.documents, expected.documents
+        assert document.ids.tolist() == expected_document.ids.tolist()
+        assert document.supervised.tolist() == expected_document.supervised.tolist()
 
 
 def test_truncation_and_padding_of_the_tokenizer_file_are_ignored():
@@ -264,7 +263,7 @@ class TestLoading:
 
 
 class TestSentencePiece:
-    """A token includes the space before its word, so it may begin before the content."""
+    """A token includes the space before its word, so an answer's first token has this space."""
 
     TEMPLATE = (  # as Llama 2's
         "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + "
@@ -288,4 +287,4 @@ class TestSentencePiece:
     def test_a_completion_keeps_its_leading_space(self):
         tokenizer = sentence_piece()
         assert marked_text(Completion("q", " yes"), tokenizer) == "q[[ yes</s>]]"
-        assert marked_text(Completion("q ", "yes"), tokenizer) == "q [[yes</s>]]"  # one space
+        assert marked_text(Completion("q ", "yes"), tokenizer) == "q [[yes</s>]]"  # not two spaces
