@@ -1,6 +1,6 @@
 """Message of a script whose Python lacks RankZero or one of its dependencies.
 
-The scripts import this module only then, so it imports nothing but the standard library.
+The scripts import this module only in that case, so it imports nothing but the standard library.
 """
 
 import os
