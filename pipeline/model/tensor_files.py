@@ -54,7 +54,9 @@ def weight_files(folder: Path, setting: str = "model") -> list[Path]:
             if pickled
             else "download the model again"
         )
-        raise UserError(f"{setting}: {folder} has no weights: neither {SINGLE} nor {INDEX}; {remedy}")
+        raise UserError(
+            f"{setting}: {folder} has no weights: neither {SINGLE} nor {INDEX}; {remedy}"
+        )
     names = sorted(set(read_weight_map(folder, setting).values()))
     if outside := [name for name in names if Path(name).name != name]:
         raise UserError(
