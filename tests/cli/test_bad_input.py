@@ -69,7 +69,7 @@ def assert_refused(result: Result, *facts: object) -> None:
     ("change", "facts"),
     [
         ({"lora_rnk": 8}, ["RUN.yaml:2", "lora_rnk", "lora_r"]),
-        ({"lora_r": "many"}, ["lora_r", "integer", "many"]),
+        ({"lora_r": "many"}, ["lora_r", "whole number", "many"]),
         ({"model": "no/such/folder"}, ["model", "no/such/folder"]),
         ({"train_data": "no/such.jsonl"}, ["train_data", "no/such.jsonl"]),
         ({"eval_data": "no/such.jsonl"}, ["eval_data", "no/such.jsonl"]),
