@@ -39,10 +39,10 @@ _PLAIN_WORDS = {
     "a valid string": "text",
     "a valid integer": "a whole number",
     "a valid number": "a number",
-    "greater than or equal to": "at least",
-    "less than or equal to": "at most",
-    "greater than": "above",
-    "less than": "below",
+    "must be greater than or equal to": "must be at least",
+    "must be less than or equal to": "must be at most",
+    "must be greater than": "must be above",
+    "must be less than": "must be below",
 }
 
 

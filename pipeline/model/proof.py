@@ -246,7 +246,8 @@ def mixing_classes(model: PreTrainedModel) -> list[str]:
     mixing = {
         module
         for module, (module_input, output) in before.items()
-        if torch.equal(module_input, after[module][0])
+        if module in after
+        and torch.equal(module_input, after[module][0])
         and _relative_error(after[module][1], output) > LIMIT
     }
     inner = (module for module in mixing if not mixing & {*module.modules()} - {module})

@@ -27,19 +27,28 @@ _KINDS: dict[str, Kind] = {
 }
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _BUFFER_BYTES = 2**17
+_BYTES_OF_KIND = 64  # from which the kind of a file is detected
 SUFFIXES = f"{', '.join(_KINDS)}, each also with {', '.join(_COMPRESSED)}"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# First bytes of files that hold no rows, with what they are and what to do.
-WITHOUT_ROWS = {
+_HTML = "an HTML page, perhaps of a failed download; download the file again"
+# First bytes of files that hold no rows, without space and in lower case, with what the files are
+# and what to do.
+_WITHOUT_ROWS = {
     b"version https://git-lfs": "a pointer of Git LFS, not the data; run `git lfs pull`",
-    b"<!DOCTYPE": "an HTML page, perhaps of a failed download; download the file again",
-    b"<!doctype": "an HTML page, perhaps of a failed download; download the file again",
-    b"<html": "an HTML page, perhaps of a failed download; download the file again",
-    b"PK\x03\x04": "a ZIP archive or an Excel workbook; unpack it, or save it as CSV or Parquet",
-    b"SQLite format 3": "an SQLite database; export a table as CSV or Parquet",
-    b"%PDF-": "a PDF document; extract its text",
+    b"<!doctype html": _HTML,
+    b"<html": _HTML,
+    b"<?xml": "an XML document, perhaps of a failed download; download the file again",
+    b"pk\x03\x04": "a ZIP archive or an Excel workbook; unpack it, or save it as CSV or Parquet",
+    b"sqlite format 3": "an SQLite database; export a table as CSV or Parquet",
+    b"%pdf-": "a PDF document; extract its text",
     b"\x1f\x8b\x08": "compressed twice; decompress it once",
 }
+
+
+def reason_without_rows(first: bytes) -> str:
+    """What a file is that holds no rows, from its first bytes; empty if it may hold rows."""
+    first = first.lstrip().lower()
+    return next((why for start, why in _WITHOUT_ROWS.items() if first.startswith(start)), "")
 
 
 def detect_kind(file: Path) -> Kind:
@@ -48,9 +57,8 @@ def detect_kind(file: Path) -> Kind:
     "json" if the name has no known suffix either. Raises UserError for a file that holds no rows.
     """
     with open_data(file) as stream:
-        first = stream.read(max(map(len, WITHOUT_ROWS)))
-    reasons = (reason for start, reason in WITHOUT_ROWS.items() if first.startswith(start))
-    if reason := next(reasons, None):
+        first = stream.read(_BYTES_OF_KIND)
+    if reason := reason_without_rows(first):
         raise UserError(f"{file}: this is {reason}")
     if first[:4] == b"PAR1":
         return "parquet"

@@ -259,6 +259,8 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\
     [
         (LFS_POINTER, "Git LFS", "git lfs pull"),
         (b"<!DOCTYPE html><html></html>", "HTML", "download"),
+        (b"\n  <HTML><body>", "HTML", "download"),
+        (b'<?xml version="1.0"?><Error>', "XML", "download"),
         (b"PK\x03\x04" + bytes(40), "ZIP", "unpack"),
         (gzip.compress(gzip.compress(b'{"text": "t"}')), "twice", "decompress"),
     ],

@@ -393,7 +393,7 @@ def test_a_result_before_its_call_refuses_the_row():
         read(USER, result, call, ANSWER)
     with refused("messages[1]", "c1", error=RowError):
         read(USER, result, call, result, ANSWER)
-    # Ids may be used again in later turns, as some exports number the calls of each turn anew.
+    # A later turn may use the same id, because some programs restart their numbers in each turn.
     assert len(messages_of(USER, call, result, call, result, ANSWER)) == 6
     # The call of a result may be missing, for example in the rest of a longer conversation.
     assert len(messages_of(USER, result, ANSWER)) == 3
