@@ -135,14 +135,17 @@ def require_recorded_base(recorded: Any, folder: Path, remedy: str) -> None:
 
 
 def require_base_of_run(run_folder: Path, model_folder: Path) -> str:
-    """Digest of the base of a run. Raises UserError if the run was started with another base."""
-    record = run_folder / RECORD
-    if record.is_file():
+    """Digest of the base of a run. Raises UserError if the run was started with another base.
+
+    If base.json is missing or damaged, only the digest in the checkpoint can be compared, and the
+    caller does this.
+    """
+    if recorded := read_json_or_empty(run_folder / RECORD):
         remedy = (
             "restore the base, or accept the new one with accept_changes: [base], or set resume: "
             "never"
         )
-        require_recorded_base(require_json(record), model_folder, remedy)
+        require_recorded_base(recorded, model_folder, remedy)
     return base_fingerprint(model_folder).digest
 
 

@@ -6,6 +6,7 @@ writes checkpoints, every rank reads them. Only functions that write or read ten
 so that a checkpoint that cannot be used is refused before this slow import.
 """
 
+import os
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -179,7 +180,7 @@ class Checkpoints:
             for old in self.folder.glob(".*.old"):
                 recover_folder(old.with_name(old.name.removeprefix(".").removesuffix(".old")))
             for path in reversed(checkpoints_in(self.folder)):
-                if str(path.resolve()) == self.origin:
+                if os.path.realpath(path) == self.origin:  # `resolve` fails at a loop of links
                     break
                 if damage := _damage(path):
                     skipped.append(f"{path} is skipped: {damage}")
@@ -259,7 +260,8 @@ class Checkpoints:
         if version != __version__:
             remedy = f"finish it with RankZero {version}, which wrote it, {remedy}"
         if acceptable := [name for name in differences if name != "adapter"]:
-            remedy += f", or set accept_changes: [{', '.join(acceptable)}] to accept it"
+            words = [*self.accepted, *acceptable]
+            remedy += f", or set accept_changes: [{', '.join(words)}] to accept it"
         raise UserError(f"{text}; {remedy}")
 
     def _require_same_tokens(self, path: Path, state: Mapping[str, Any]) -> None:

@@ -121,9 +121,11 @@ class Ownership:
         text = self._path.read_text(encoding="utf-8")
         heartbeat = self._path.stat().st_mtime
         try:
-            owner: dict[str, Any] = json.loads(text)
+            owner = json.loads(text)
         except ValueError:  # the file is being written, or was damaged by a power cut
-            owner = {"host": "another machine", "machine": "?", "pids": ["?"]}
+            owner = None
+        if not isinstance(owner, dict) or not describes_process(owner):
+            owner = {"host": "another machine", "machine": "?", "pids": []}
         return owner | {"heartbeat": heartbeat}
 
     def _keep_alive(self) -> None:
@@ -157,6 +159,20 @@ def identity() -> dict[str, Any]:
     return {"host": socket.gethostname(), "machine": machine, "pids": [os.getpid()]}
 
 
+def describes_process(fields: dict[str, Any]) -> bool:
+    """Whether the fields of an owner or status file that describe a process have valid types.
+
+    Each may be missing. A file that a user or a damaged disk has changed may have other types.
+    """
+    pids = fields.get("pids", [])
+    times = [fields.get(name, 0) for name in ("started", "heartbeat")]
+    return (
+        isinstance(pids, list)
+        and all(type(pid) is int and pid >= 0 for pid in pids)
+        and all(type(value) in (int, float) for value in times)
+    )
+
+
 def is_running(owner: dict[str, Any], now: float | None = None) -> bool:
     """Whether the process described by an owner file or a status file still runs.
 
@@ -165,17 +181,18 @@ def is_running(owner: dict[str, Any], now: float | None = None) -> bool:
     """
     if owner.get("machine") != identity()["machine"]:
         now = time.time() if now is None else now
-        return now - float(owner.get("heartbeat") or 0) < _SILENCE_S
-    return any(_is_owner_process(pid, owner) for pid in owner.get("pids") or [])
+        return now - float(owner.get("heartbeat", 0)) < _SILENCE_S
+    return any(_is_owner_process(pid, owner) for pid in owner.get("pids", ()))
 
 
 def in_use_message(folder: Path, owner: dict[str, Any]) -> str:
     """Message about a folder whose owner is running."""
     purpose = owner.get("doing", TRAINING)
+    process, host = (*owner.get("pids", ()), "?")[0], owner.get("host", "another machine")
     stop = f", or stop it with `touch {folder / 'stop'}`" if purpose == TRAINING else ""
     return (
-        f"output_dir: {folder} is in use by {purpose} (process {owner['pids'][0]} on "
-        f"{owner['host']}); wait until it has ended{stop}"
+        f"output_dir: {folder} is in use by {purpose} (process {process} on {host}); wait until it "
+        f"has ended{stop}"
     )
 
 
@@ -189,6 +206,6 @@ def _is_owner_process(pid: int, owner: dict[str, Any]) -> bool:
     try:
         process = psutil.Process(pid)
         is_zombie = process.status() == psutil.STATUS_ZOMBIE
-        return not is_zombie and process.create_time() <= float(owner.get("started") or 0)
+        return not is_zombie and process.create_time() <= owner.get("started", 0)
     except psutil.Error:
         return False

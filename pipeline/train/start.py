@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from pipeline import __version__
+from pipeline.adapter.trained_on import WEIGHTS
 from pipeline.config.hub import settings_of_snapshot
 from pipeline.config.settings import RunSettings, settings_with_change
 from pipeline.data.dataset.reader import DataIndex
@@ -19,6 +20,7 @@ from pipeline.data.prepare.prepare import data_keys, train_key
 from pipeline.errors import UserError
 from pipeline.files import dump_json, read_json, read_json_or_empty
 from pipeline.model.fingerprint import RECORD, require_base_of_run
+from pipeline.model.tensor_files import read_header
 from pipeline.plan.plan import Plan
 from pipeline.train.names import BEFORE_A_RUN, checkpoints_in, require_usable_entries
 from pipeline.train.owner import in_use_message
@@ -26,7 +28,11 @@ from pipeline.train.status import is_alive, read_status
 
 Start = Literal["new", "resume", "done"]
 # State of the run folder. "no progress": it has a run without a checkpoint and without an adapter.
-FolderState = Literal["no run", "no progress", "unfinished", "done", "done, adapter missing"]
+# "checkpoints missing": the same, but its status records a checkpoint. An adapter with a damaged
+# file counts as missing.
+FolderState = Literal[
+    "no run", "no progress", "checkpoints missing", "unfinished", "done", "done, adapter missing"
+]
 # Difference of the settings and data from those of the run in the folder: none, only differences
 # that `accept_changes` accepts, or others.
 Change = Literal["none", "accepted", "other"]
@@ -35,10 +41,11 @@ Change = Literal["none", "accepted", "other"]
 # change an entry:
 # - `overwrite: true` turns a refusal into "new".
 # - `resume: never` turns "resume" into "new" if the run is unfinished or `overwrite` is set, and
-#   otherwise into a refusal.
+#   otherwise into a refusal. If the checkpoints are missing, `never` and a path start a new run.
 STARTS: Mapping[FolderState, Mapping[Change, Start | None]] = {
     "no run": {"none": "new", "accepted": "new", "other": "new"},
     "no progress": {"none": "new", "accepted": "new", "other": "new"},
+    "checkpoints missing": {"none": None, "accepted": None, "other": None},
     "unfinished": {"none": "resume", "accepted": "resume", "other": None},
     "done": {"none": "done", "accepted": "resume", "other": None},
     "done, adapter missing": {"none": "resume", "accepted": "resume", "other": None},
@@ -71,7 +78,8 @@ def decide_start(folder: Path, plan: Plan, *, is_debug: bool) -> Start:
         if has_progress:
             _require_debug_run(folder)
         return "new"
-    differences = _differences(folder, plan, state) if has_progress else {}
+    is_compared = has_progress and state != "checkpoints missing"
+    differences = _differences(folder, plan, state) if is_compared else {}
     accepted = frozenset[str]().union(*(_ACCEPTED_BY[word] for word in settings.accept_changes))
     change: Change = "none"
     if differences:
@@ -90,6 +98,8 @@ def decide_start(folder: Path, plan: Plan, *, is_debug: bool) -> Start:
 
 def _start_for(state: FolderState, change: Change, settings: RunSettings) -> Start | None:
     """The entry of STARTS, changed by `overwrite` and `resume: never`."""
+    if state == "checkpoints missing" and settings.resume not in ("auto", "must"):
+        return "new"
     start = STARTS[state][change]
     if start == "resume" and settings.resume == "never":
         start = "new" if state == "unfinished" else None
@@ -135,10 +145,21 @@ def _state_of(folder: Path, status: Mapping[str, Any] | None) -> FolderState:
     if not is_run:
         _refuse_other_files(folder)
         return "no run"
-    has_adapter = (folder / "adapter").exists()
     if status is not None and status.get("state") == "done":
-        return "done" if has_adapter else "done, adapter missing"
-    return "unfinished" if has_adapter or _checkpoints(folder) else "no progress"
+        return "done" if _has_intact_adapter(folder) else "done, adapter missing"
+    if (folder / "adapter").exists() or _checkpoints(folder):
+        return "unfinished"
+    has_saved = status is not None and bool(status.get("saved_step"))
+    return "checkpoints missing" if has_saved else "no progress"
+
+
+def _has_intact_adapter(folder: Path) -> bool:
+    """Whether the adapter's file of weights is as long as its header says."""
+    try:
+        read_header(folder / "adapter" / WEIGHTS)
+    except UserError:
+        return False
+    return True
 
 
 def _require_resume_exists(folder: Path, settings: RunSettings) -> None:
@@ -191,7 +212,7 @@ def _require_checkpoint(folder: Path, state: FolderState) -> None:
         return
     descriptions = {
         "done": "a finished run",
-        "done, adapter missing": "a finished run without its adapter",
+        "done, adapter missing": "a finished run whose adapter is missing or damaged",
     }
     run = descriptions.get(state, "an unfinished run")
     raise UserError(
@@ -214,6 +235,12 @@ def _checkpoints(folder: Path) -> list[Path]:
 def _refusal_message(
     folder: Path, state: FolderState, differences: Mapping[str, str], accepted: frozenset[str]
 ) -> str:
+    if state == "checkpoints missing":
+        return (
+            f"output_dir: {folder} has an unfinished run whose status.json records a checkpoint, "
+            f"but {folder / 'checkpoints'} has none; restore it, set another output_dir, or set "
+            "resume: never or overwrite: true to start from step 0"
+        )
     run = "an unfinished run" if state == "unfinished" else "a finished run"
     if not differences:
         return (
@@ -240,14 +267,16 @@ def _differences(folder: Path, plan: Plan, state: FolderState) -> dict[str, str]
 
     The text is, for example, `lr: 0.0002 -> 0.0001`.
     """
-    try:
-        before: dict[str, Any] = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        return {"run.yaml": "its run.yaml cannot be read"}
+    before = _earlier_settings(folder)
+    if before is None:
+        return {
+            "run.yaml": "its run.yaml is missing or damaged, so settings cannot be compared; "
+            "restore it from a backup"
+        }
     if "model_revision" not in before:  # an older version: `model` is the snapshot's path
         before |= settings_of_snapshot(str(before.get("model")))
     changed = {
-        key: f"{key}: {_earlier_value(before, key)} -> {value}"
+        key: f"{key}: {_shown(_earlier_value(before, key))} -> {_shown(value)}"
         for key, value in _result_settings(plan).items()
         if _earlier_value(before, key) != value
     }
@@ -274,6 +303,15 @@ def _differences(folder: Path, plan: Plan, state: FolderState) -> dict[str, str]
     return changed | _changed_adam(folder, plan)
 
 
+def _earlier_settings(folder: Path) -> dict[str, Any] | None:
+    """The content of run.yaml in a run folder; None if the file is missing or damaged."""
+    try:
+        settings = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return settings if isinstance(settings, dict) and settings else None
+
+
 def _earlier_value(before: Mapping[str, Any], key: str) -> Any:
     """Value of a setting in an earlier run.yaml; the default if that version had no such setting.
 
@@ -282,6 +320,11 @@ def _earlier_value(before: Mapping[str, Any], key: str) -> Any:
     if key in before:
         return before[key]
     return RunSettings.model_fields[key].get_default(call_default_factory=True)
+
+
+def _shown(value: Any) -> str:
+    """A value as in a run file: `true`, not `True`."""
+    return value if isinstance(value, str) else dump_json(value, indent=None).strip()
 
 
 def _result_settings(plan: Plan) -> dict[str, Any]:
@@ -350,6 +393,8 @@ def _changed_adam(folder: Path, plan: Plan) -> dict[str, str]:
         config = read_json(folder / "ds_config.json")
         before, now = config["optimizer"]["params"], plan.deepspeed["optimizer"]["params"]
     except (OSError, ValueError, KeyError, TypeError):
+        before = None
+    if not isinstance(before, dict):
         return {}  # ds_config.json is lost or damaged; run.yaml has been compared already
     return {
         f"deepspeed_json {key}": f"deepspeed_json: optimizer.params.{key}: {before.get(key)} -> "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import atomic_file, dump_json, read_json_or_empty, write_text
-from pipeline.train.owner import OWNER, TRAINING, Ownership, identity, is_running
+from pipeline.train.owner import OWNER, TRAINING, Ownership, describes_process, identity, is_running
 
 _ONE_HEARTBEAT_S = 12.0  # longer than the 10 s between two heartbeats (owner.py)
 # Fields that status.json keeps of each earlier start, in the list `earlier_starts`. `first_step`:
@@ -128,7 +128,10 @@ def end_for_dead_owner(path: Path, reason: str) -> None:
 
 def read_status(path: Path) -> dict[str, Any] | None:
     """The fields of a status file; None if the file is missing or damaged."""
-    return read_json_or_empty(path) or None
+    fields = read_json_or_empty(path)
+    starts = fields.get("earlier_starts", [])
+    has_starts = isinstance(starts, list) and all(isinstance(start, dict) for start in starts)
+    return fields if fields and has_starts and describes_process(fields) else None
 
 
 def is_done(folder: Path) -> bool:

@@ -174,6 +174,12 @@ def test_a_run_resumes_only_with_its_base(base, tmp_path):
     assert base_of_run(run, base).digest == digest  # of the base on which the adapter was trained
 
 
+def test_a_damaged_record_of_the_base_is_not_compared(base, tmp_path):
+    """The digest in the checkpoint is compared."""
+    (tmp_path / "base.json").write_text('{"a')
+    assert require_base_of_run(tmp_path, base) == base_fingerprint(base).digest
+
+
 def test_a_fingerprint_survives_json(base):
     before = base_fingerprint(base)
     assert Fingerprint.from_json(json.loads(json.dumps(before.as_json()))) == before

@@ -12,7 +12,7 @@ OTHER = {"lr": 0.5}
 def leave_files(folder: Path, state: str, *, adapter: bool = True, checkpoint: bool = True) -> None:
     """Write the status and results of a run that has ended, in addition to the files of `open_run`.
 
-    The checkpoint and the adapter are empty folders.
+    The checkpoint is an empty folder, the adapter a file of weights without tensors.
     """
     # Without a recent heartbeat, a process on another host counts as dead.
     status = {"state": state, "host": "elsewhere", "heartbeat": 0, "pids": [1]}
@@ -21,6 +21,7 @@ def leave_files(folder: Path, state: str, *, adapter: bool = True, checkpoint: b
         (folder / "checkpoints/step-00000009").mkdir(parents=True, exist_ok=True)
     if adapter:
         (folder / "adapter").mkdir(exist_ok=True)
+        (folder / "adapter/adapter_model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
 
 
 def has_results(folder: Path) -> bool:

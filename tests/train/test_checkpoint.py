@@ -89,6 +89,7 @@ DAMAGES = {
     "short manifest": lambda path: (path / "manifest.json").write_text('{"files": {}}'),
     "manifest is a list": lambda path: (path / "manifest.json").write_text("[]"),
     "file not in manifest": lambda path: (path / "planted.pkl").write_bytes(b"cos\nsystem\n"),
+    "a link to itself": lambda path: (shutil.rmtree(path), path.symlink_to(path.name)),
     "empty": lambda path: [file.unlink() for file in path.iterdir()],
     **{f"flipped {name}": flip(name) for name in NAMES},
     **{f"truncated {name}": truncate(name) for name in NAMES},
@@ -141,6 +142,15 @@ def test_an_unreadable_checkpoint_is_an_error_and_not_skipped(
     monkeypatch.setattr(namespace, function, fail)
     with refused("somewhere", "Input/output error"):
         checkpoints.newest()
+
+
+def test_a_change_is_accepted_in_addition_to_those_of_accept_changes(checkpoints, tmp_path):
+    write(checkpoints, 3)
+    changed = replace(IDENTITY, data="e", total_steps=5)
+    with refused("accept_changes: [data, total_steps]"):
+        Checkpoints(checkpoints.folder, changed, 2, accepted=["data"]).require_resumable(
+            tmp_path / "checkpoints/step-00000003"
+        )
 
 
 def test_the_checkpoint_just_written_is_never_pruned(tmp_path):

@@ -64,6 +64,15 @@ def test_exactly_one_of_several_concurrent_starts_replaces_a_dead_owner(tmp_path
     assert_one_of_six_owns(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"pids": 3}', '{"started": "x", "pids": [1]}'])
+def test_a_damaged_owner_file_counts_until_its_heartbeat_is_old(tmp_path, text):
+    (tmp_path / OWNER).write_text(text)
+    with refused("output_dir", tmp_path, "in use"):
+        Ownership(tmp_path, "a run").take()
+    os.utime(tmp_path / OWNER, (1, 1))
+    Ownership(tmp_path, "a run").take()
+
+
 def test_a_living_owner_is_named_and_its_release_frees_the_folder(tmp_path):
     living = {"host": "node7", "pids": [41], "started": 0}
     (tmp_path / OWNER).write_text(json.dumps(living))

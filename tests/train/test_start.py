@@ -27,12 +27,23 @@ pytestmark = pytest.mark.unit
 
 REFUSED = None  # in place of a decision
 
+
+def change_status(folder: Path, **fields) -> None:
+    path = folder / "status.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
 # State of the folder -> function that brings it into this state.
 STATES = {
     "no run": lambda folder, start: None,
     "no progress": lambda folder, start: (
         start(),
         leave_files(folder, "failed", adapter=False, checkpoint=False),
+    ),
+    "checkpoints missing": lambda folder, start: (
+        start(),
+        leave_files(folder, "stopped", adapter=False, checkpoint=False),
+        change_status(folder, saved_step=9),
     ),
     "unfinished": lambda folder, start: (start(), leave_files(folder, "stopped", adapter=False)),
     "done": lambda folder, start: (start(), leave_files(folder, "done")),
@@ -46,6 +57,8 @@ ROWS = [
     # state of the folder, changed settings, start
     *(("no run", change, "new") for change in ({}, ACCEPTED, OTHER, OVERWRITE, NEVER)),
     *(("no progress", change, "new") for change in ({}, ACCEPTED, OTHER, OVERWRITE, NEVER)),
+    *(("checkpoints missing", change, REFUSED) for change in ({}, ACCEPTED, OTHER)),
+    *(("checkpoints missing", change, "new") for change in (NEVER, OTHER | NEVER, OVERWRITE)),
     ("unfinished", {}, "resume"),
     ("unfinished", ACCEPTED, "resume"),
     ("unfinished", OTHER, REFUSED),
@@ -314,7 +327,61 @@ DAMAGES = {
     "empty": lambda path: path.write_text(""),
     "incomplete": lambda path: path.write_text("{"),
     "missing": lambda path: path.unlink(),
+    "a list": lambda path: path.write_text("[1]"),
+    "not UTF-8": lambda path: path.write_bytes(b"state: \xff"),
 }
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"earlier_starts": 3}, {"earlier_starts": [3]}, {"heartbeat": "x"}, {"started": None},
+     {"pids": 7}, {"pids": ["x"]}, {"pids": [-1]}, {"state": 5, "saved_step": "x"}],
+)  # fmt: skip
+@pytest.mark.parametrize("machine", ["elsewhere", identity()["machine"]])
+def test_a_status_with_values_of_other_types_is_damaged(begin, fields, machine):
+    folder, start = begin
+    start()
+    leave_files(folder, "running")
+    change_status(folder, machine=machine, **fields)
+    assert start() == "resume"
+    assert read_status(folder / "status.json") is None or "state" in fields
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_without_readable_settings_is_not_replaced(begin, damage):
+    folder, start = begin
+    start()
+    leave_files(folder, "stopped")
+    DAMAGES[damage](folder / "run.yaml")
+    with refused("output_dir", folder, "run.yaml", "restore", "overwrite: true"):
+        start()
+    assert has_results(folder)
+
+
+def test_a_ds_config_of_another_form_is_not_compared(begin):
+    folder, start = begin
+    start()
+    leave_files(folder, "stopped")
+    (folder / "ds_config.json").write_text('{"optimizer": {"params": []}}')
+    assert start() == "resume"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\2\0\0"])
+def test_a_finished_run_whose_adapter_is_damaged_is_published_again(begin, content):
+    folder, start = begin
+    start()
+    leave_files(folder, "done")
+    path = folder / "adapter/adapter_model.safetensors"
+    path.unlink() if content is None else path.write_bytes(content)
+    assert start() == "resume"
+
+
+def test_missing_checkpoints_are_named_with_their_folder(begin):
+    folder, start = begin
+    STATES["checkpoints missing"](folder, start)
+    for resume in ("auto", "must"):
+        with refused(folder / "checkpoints", "resume: never"):
+            start(resume=resume)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
