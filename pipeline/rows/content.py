@@ -28,8 +28,13 @@ _KINDS: dict[str, Kind] = {
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _BUFFER_BYTES = 2**17
 _BYTES_OF_KIND = 64  # from which the kind of a file is detected
+_BYTES_OF_LINES = 2**16  # from which the line ends of a file are detected
 SUFFIXES = f"{', '.join(_KINDS)}, each also with {', '.join(_COMPRESSED)}"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_NOT_ONLY_GZIP = (
+    "its gzip data is followed by other bytes; if these hold no rows, remove them: "
+    "gzip -dc FILE > NEW_FILE"
+)
 _HTML = "an HTML page, perhaps of a failed download; download the file again"
 # First bytes of files that hold no rows, without space and in lower case, with what the files are
 # and what to do.
@@ -38,7 +43,10 @@ _WITHOUT_ROWS = {
     b"<!doctype html": _HTML,
     b"<html": _HTML,
     b"<?xml": "an XML document, perhaps of a failed download; download the file again",
-    b"pk\x03\x04": "a ZIP archive or an Excel workbook; unpack it, or save it as CSV or Parquet",
+    b"pk\x03\x04": "a ZIP archive (.zip, .xlsx, .docx); unpack it, or save a workbook as CSV",
+    b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive; unpack it",
+    b"rar!\x1a\x07": "a RAR archive; unpack it",
+    b"\xd0\xcf\x11\xe0": "an Excel or Word document (.xls, .doc); save its table as CSV",
     b"sqlite format 3": "an SQLite database; export a table as CSV or Parquet",
     b"%pdf-": "a PDF document; extract its text",
     b"\x1f\x8b\x08": "compressed twice; decompress it once",
@@ -118,6 +126,11 @@ class _Decompressed(io.RawIOBase):
     def readinto(self, buffer: "WriteableBuffer") -> int:
         try:
             size: int = self._stream.readinto(buffer)
+        except gzip.BadGzipFile as error:
+            # After its data GzipFile looks for more gzip data; the first bytes of a file are gzip.
+            if str(error).startswith("Not a gzipped file"):
+                raise OSError(_NOT_ONLY_GZIP) from None
+            raise
         except (zlib.error, lzma.LZMAError) as error:
             raise OSError(str(error)) from None
         self.num_bytes += size
@@ -158,17 +171,41 @@ def strip_byte_order_marks(line: bytes) -> bytes:
 
 
 def require_utf8(file: Path) -> None:
-    """Raise a UserError with a conversion command if the file is text in UTF-16 or UTF-32."""
+    """Raise a UserError if the file is binary, or text in UTF-16 or UTF-32.
+
+    For text, the message has a conversion command.
+    """
     with open_data(file) as stream:
-        first = stream.read(4)
-    if (encoding := _detect_utf16_or_32(first)) is None:
-        return
+        first = stream.read(_BYTES_OF_KIND)
+    if encoding := _detect_utf16_or_32(first[:4]):
+        raise UserError(
+            f"{file}: {encoding} text (Windows PowerShell's > writes it), expected UTF-8; "
+            f"{_conversion(file, f'iconv -f {encoding} -t UTF-8')}"
+        )
+    if b"\0" in first:
+        raise UserError(
+            f"{file}: binary data of no known format ({SUFFIXES}); if it is an archive, unpack it; "
+            "else export its rows as JSONL, CSV or Parquet"
+        )
+
+
+def require_line_feeds(file: Path) -> None:
+    """Raise a UserError with a conversion command if the lines of a text file end with CR."""
+    with open_data(file) as stream:
+        first = stream.read(_BYTES_OF_LINES)
+    if b"\r" in first.strip() and b"\n" not in first:
+        command = _conversion(file, r"tr '\r' '\n' <")
+        raise UserError(
+            f"{file}: its lines end with CR (old Mac programs write it), expected LF or CR LF; "
+            f"{command}"
+        )
+
+
+def _conversion(file: Path, command: str) -> str:
+    """The advice to replace a file by the output of a command, whose last argument is the file."""
     first_step = "decompress it, then " if detect_compression(file) else ""
     source, target = shlex.quote(str(file)), shlex.quote(f"{file}.utf8")
-    raise UserError(
-        f"{file}: {encoding} text (Windows PowerShell's > writes it), expected UTF-8; {first_step}"
-        f"convert it: iconv -f {encoding} -t UTF-8 {source} > {target} && mv {target} {source}"
-    )
+    return f"{first_step}convert it: {command} {source} > {target} && mv {target} {source}"
 
 
 def _detect_utf16_or_32(first: bytes) -> str | None:

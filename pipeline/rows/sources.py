@@ -22,6 +22,7 @@ from pipeline.rows.content import (
     detect_compression,
     detect_kind,
     open_data,
+    require_line_feeds,
     require_utf8,
     strip_byte_order_marks,
 )
@@ -232,6 +233,8 @@ def _text_lines(file: Path, stream: BinaryIO) -> Iterator[Line]:
     """
     require_utf8(file)
     kind = detect_kind(file)
+    if kind != "json":  # a JSON file is not read by lines
+        require_line_feeds(file)
     if kind == "csv":
         return csv_rows(file, stream)
     with open_data(file) as beginning:
@@ -251,8 +254,9 @@ def _require_json(file: Path, beginning: bytes) -> None:
     """Raise UserError if a file with an unknown suffix does not begin like JSON."""
     if strip_byte_order_marks(beginning).lstrip()[:1] not in (b"{", b"[", b""):
         raise UserError(
-            f"{file}: unknown format: the name has no known suffix, and the content does not begin "
-            f"with {{ or [, as JSON does; rename the file to one of the suffixes {SUFFIXES}"
+            f"{file}: unknown format: the name has no known suffix ({SUFFIXES}), and the content "
+            "does not begin with { or [, as JSON does; if it is a table of text with a header, "
+            "rename it to *.csv; else convert it to JSONL, CSV or Parquet"
         )
 
 
@@ -272,6 +276,8 @@ def _object_or_fault(content: bytes) -> dict[str, Any] | str:
     except UnicodeDecodeError:
         return NOT_UTF8
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            return "not valid JSON: a line with more than one value; write one row per line"
         return f"not valid JSON: {error.msg.removesuffix(' at').removesuffix(' starting')}"
     except DuplicateKeyError:
         return "not valid JSON: duplicate key"

@@ -262,6 +262,9 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\
         (b"\n  <HTML><body>", "HTML", "download"),
         (b'<?xml version="1.0"?><Error>', "XML", "download"),
         (b"PK\x03\x04" + bytes(40), "ZIP", "unpack"),
+        (b"7z\xbc\xaf\x27\x1c\x00\x04" + bytes(range(99)), "7-Zip", "unpack"),
+        (b"Rar!\x1a\x07\x01\x00" + bytes(40), "RAR", "unpack"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(40), ".xls", "CSV"),
         (gzip.compress(gzip.compress(b'{"text": "t"}')), "twice", "decompress"),
     ],
 )
@@ -272,6 +275,54 @@ def test_a_file_that_holds_no_rows_is_refused_with_what_it_is(
     (tmp_path / name).write_bytes(content)
     with refused(tmp_path / name, kind, remedy):
         read_file(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json", "t.csv", "t.tar", "t"])
+@pytest.mark.parametrize("content", [b"rows.jsonl" + bytes(500), b"\x93NUMPY\x01\x00v\x00 "])
+def test_binary_data_of_an_unknown_format_is_refused_as_binary(tmp_path, name, content):
+    """The text of such a file would be rejected with advice about its encoding or its name."""
+    for compress in (bytes, gzip.compress):
+        (tmp_path / name).write_bytes(compress(content))
+        with refused(tmp_path / name, "binary", "unpack", ".parquet"):
+            read_file(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["t.zip", "t.xlsx", "t.txt", "t"])
+def test_text_of_an_unknown_format_is_refused_with_advice_that_can_help(tmp_path, name):
+    (tmp_path / name).write_text("a\tb\nc\td\n")
+    with refused(tmp_path / name, "unknown format", "*.csv", "convert it to JSONL"):
+        read_file(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("t.jsonl", ['{"text": "a"}', '{"text": "b"}']),
+        ("t.csv", ["text", "a", "b"]),
+    ],
+)
+def test_lines_that_end_with_cr_alone_are_refused_with_the_command_that_converts_them(
+    tmp_path, name, lines
+):
+    path = tmp_path / name
+    path.write_bytes("".join(f"{line}\r" for line in lines).encode())
+    with refused(path, "CR", "tr '\\r' '\\n'") as error:
+        read_file(path)
+    command = str(error.value).partition("convert it: ")[2]
+    subprocess.run(command, shell=True, check=True)
+    assert [row.value for row in read_file(path)] == [{"text": "a"}, {"text": "b"}]
+
+
+def test_a_row_that_ends_with_cr_and_has_no_other_line_is_read(tmp_path):
+    (tmp_path / "t.jsonl").write_bytes(b'{"text": "a"}\r')
+    assert [row.value for row in read_file(tmp_path / "t.jsonl")] == [{"text": "a"}]
+
+
+@pytest.mark.parametrize("rest", [b"{}", b'{"text": "b"}\n' * 9])
+def test_other_bytes_after_gzip_data_are_refused(tmp_path, rest):
+    (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n') + rest)
+    with refused(tmp_path / "t.jsonl.gz", "followed by other bytes", "gzip -dc"):
+        read_file(tmp_path / "t.jsonl.gz")
 
 
 def test_a_note_has_the_folders_of_left_out_files_with_the_same_name(tmp_path):
