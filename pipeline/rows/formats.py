@@ -85,6 +85,12 @@ _PREFERENCE = re.compile(
 )
 # Columns that say which tokens or turns count in the loss.
 _LOSS_MASK = re.compile(r"(loss|assistant|completion|answer|response|train(ing)?)_masks?")
+# Columns with the weight of a row in the loss, or with the weights of its messages.
+_WEIGHT = re.compile(
+    r"((sample|example|instance|row|data|loss|train(ing)?)_)?weights?", re.IGNORECASE
+)
+# Columns with the lengths or starts of the documents that a pre-tokenised row consists of.
+_PACKED = re.compile(r"(seq|sequence|doc|document)s?_?(len|length|start)s?(_ids?)?|cu_?seq_?lens?")
 # Columns that mark the answer of a row as desirable or undesirable, as in data for KTO.
 _DESIRABILITY = re.compile(r"label|kto_tag|(is_)?(un)?desirable", re.IGNORECASE)
 
@@ -112,11 +118,7 @@ def read_example(
         _refuse_undesirable(value)
     for column in value.keys() - _KNOWN_COLUMNS[name]:
         if has_value(value[column]):
-            if _LOSS_MASK.fullmatch(column):
-                raise RowError(
-                    f"`{column}` has a value and is not read; use `weight: 0` in the messages that "
-                    "do not count in the loss, or `input_ids` and `labels`"
-                )
+            _refuse_loss_column(column, value[column])
             if media := _media_name(value[column], column):
                 raise RowError(_no_media(media))
             unread.add(columns.get(column, column) if columns else column)
@@ -182,6 +184,38 @@ def _refuse_media_and_preferences(value: Mapping[str, Any], columns: Mapping[str
                 f"`{column}` has a value, but preference pairs are not supported; to train on one "
                 "of the answers, select it, for example with `columns: {completion: chosen}`"
             )
+
+
+def _refuse_loss_column(column: str, value: Any) -> None:
+    """Raise RowError if an unread column says which tokens count in the loss, or how much."""
+    if _LOSS_MASK.fullmatch(column):
+        raise RowError(
+            f"`{column}` has a value and is not read; use `weight: 0` in the messages that "
+            "do not count in the loss, or `input_ids` and `labels`"
+        )
+    if _WEIGHT.fullmatch(column) and any(map(_is_other_weight, _items(value))):
+        raise RowError(
+            f"`{column}` is not 1, and only messages and sources have a weight: leave out rows of "
+            "weight 0, set `weight` in messages or in train_data, or remove the column if it means "
+            "something else"
+        )
+    if _PACKED.fullmatch(column) and len(_items(value)) > 1:
+        raise RowError(
+            f"`{column}` says that the row consists of several documents; each row must be one"
+        )
+
+
+def _items(value: Any) -> list[Any]:
+    """The items of a list; a list with the value itself if it is none."""
+    return value if isinstance(value, list) else [value]
+
+
+def _is_other_weight(value: Any) -> bool:
+    """Whether a value is a number other than 1; in a CSV file numbers are text."""
+    try:
+        return float(value) != 1
+    except (TypeError, ValueError):
+        return False
 
 
 def _no_media(column: str) -> str:

@@ -51,6 +51,10 @@ _TURN_KEYS = ("from", "value", *_COMMON_KEYS)
 _PLAIN_KEYS = {"role", "content"}  # the keys of most messages
 # Keys that are not part of the conversation; the audit counts them as unread.
 _METADATA_KEYS = ("id", "uuid", "timestamp", "created_at", "date", "model", "is_error", "status")
+# Keys by which other programs exclude a message from the loss.
+_TRAINING_MARK = re.compile(
+    r"(is_)?train(able|ed|ing|_detail)?|(loss_?|train_?)?mask(ed)?|loss(_weight)?"
+)
 _ARGUMENT_KEYS = ("arguments", "args", "parameters", "input")
 _CALL_ID_KEYS = ("id", "call_id", "tool_call_id", "tool_use_id")
 # Keys of a call or a part that hold no text.
@@ -130,7 +134,10 @@ def _check_keys(
     refused = [key for key in unknown if key not in _METADATA_KEYS]
     if refused:
         names = ", ".join(f"`{key}`" for key in sorted(refused)[:5])
-        raise RowError(f"a {owner} has unknown keys: {names}; known: {', '.join(known)}")
+        hint = ""
+        if any(map(_TRAINING_MARK.fullmatch, refused)):
+            hint = "; to exclude a message from the loss, give it `weight: 0`"
+        raise RowError(f"a {owner} has unknown keys: {names}; known: {', '.join(known)}{hint}")
     unread.update(f"{owner}.{key}" for key in unknown if value[key] is not False)
 
 
@@ -171,6 +178,8 @@ def _is_trained(role: Role, weight: Any) -> bool:
     """Whether a message counts in the loss. Raises RowError if the weight is invalid."""
     if weight is None:
         return True
+    if not isinstance(weight, int | float):
+        raise RowError(f"the weight of a message is {json_type(weight)}; expected 0 or 1")
     if weight not in (0, 1):
         raise RowError("the weight of a message is neither 0 nor 1")
     if weight == 1 and role != "assistant":
@@ -420,6 +429,11 @@ def _arguments(value: Any) -> dict[str, Any]:
         value = parse_json(value, "arguments of a tool call") if value.strip() else None
     else:
         value = drop_nulls(value)
+    if isinstance(value, list):
+        raise RowError(
+            'arguments of a tool call: a list; expected an object such as {"city": "Paris"}; make '
+            "one from a list of keys and values, such as a map of Arrow or Spark"
+        )
     if not isinstance(value, dict | None):
         raise RowError(f"arguments of a tool call: {json_type(value)}; expected an object")
     return value or {}

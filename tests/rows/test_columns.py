@@ -200,6 +200,30 @@ def test_a_loss_mask_that_is_not_read_refuses_the_row(name, column):
     assert read_example(row_of(FORMATS[name] | {column: []})).unread == ()
 
 
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("column", ["weight", "weights", "sample_weight", "loss_weight", "Weight"])
+def test_a_weight_of_the_row_that_is_not_read_refuses_the_row(name, column):
+    """With it, a row of weight 0 would be trained as if it had weight 1."""
+    for value in (0, 0.5, 2.0, "0", " 0.5", False, [1, 0], ["1", "0"]):
+        with refused(f"`{column}`", "weight 0", "train_data", error=RowError):
+            read_example(row_of(FORMATS[name] | {column: value}))
+    for value in (1, 1.0, "1", True, [1, 1], "70 kg", {"kg": 70}):
+        assert read_example(row_of(FORMATS[name] | {column: value})).unread == (column,)
+    for empty in EMPTY_TEXTS:
+        assert read_example(row_of(FORMATS[name] | {column: empty})).unread == ()
+
+
+@pytest.mark.parametrize(
+    "column", ["seq_lengths", "seq_lens", "sequence_lengths", "cu_seqlens", "seq_start_id"]
+)
+def test_a_pre_tokenised_row_of_several_documents_is_refused(column):
+    row = {"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}
+    with refused(f"`{column}`", "several documents", error=RowError):
+        read_example(row_of(row | {column: [2, 2]}))
+    for value in ([4], 4):
+        assert read_example(row_of(row | {column: value})).unread == (column,)
+
+
 def test_a_system_prompt_in_text_parts_is_joined():
     parts = [{"type": "text", "text": "be "}, {"type": "text", "text": "brief"}]
     result = read_example(row_of(FORMATS["messages"] | {"system": parts}))

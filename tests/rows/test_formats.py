@@ -234,6 +234,11 @@ def test_the_format_is_detected_by_the_columns_even_if_they_are_empty(row, expec
             ["a tool call", "JSON"],
         ),
         ({"messages": [USER, ANSWER | {"weight": 0.5}]}, ["neither 0 nor 1"]),
+        ({"messages": [USER, ANSWER | {"weight": "0"}]}, ["weight", "is text", "0 or 1"]),
+        *(
+            ({"messages": [USER, ANSWER | {key: False}]}, [f"`{key}`", "weight: 0"])
+            for key in ("train", "trainable", "training", "loss", "loss_mask", "masked")
+        ),
         ({"messages": [USER | {"weight": 1}, ANSWER]}, ["role user has weight 1"]),
         ({"messages": [USER, ANSWER | {"refusal": "r"}]}, ["unknown", "refusal"]),
         ({"messages": [USER | {"thinking": "r"}, ANSWER]}, ["role user has thinking"]),

@@ -83,6 +83,7 @@ def test_ids_of_calls_and_results_are_kept():
         ({"name": "f", "arguments": {"a": 1}, "args": {"b": 1}}, ["arguments", "args"]),
         ({"name": "f", "function": {"name": "g"}}, ["name", "different values"]),
         ({"name": "f", "arguments": [1]}, ["arguments", "a list"]),
+        ({"name": "f", "arguments": [["city", "B"]]}, ["arguments", "a list", "map", "an object"]),
         ({"name": "f", "arguments": '{"a": 1, "a": 2}'}, ["arguments", "key", "twice"]),
         ({"name": "f", "arguments": "{"}, ["arguments", "not valid JSON"]),
         ({"name": "f", "arguments": "{'a': 1}"}, ["arguments", "Python", "json.dumps"]),

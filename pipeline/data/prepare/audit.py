@@ -26,7 +26,7 @@ _SHOWN_REASONS = 3
 # `messages[1]`; a number of further paths, ` and 3 more`; and two or more paths whose indexes have
 # been removed, `messages[].content, messages[].name`.
 _INDEX, _MORE = re.compile(r"\[\d+\]"), re.compile(r" and \d+ more\b")
-_PATHS = re.compile(r"\w+\[\][^\s,]*(?:, \w+\[\][^\s,]*)+")
+_PATHS = re.compile(r"\w+\[\][^\s,;]*(?:, \w+\[\][^\s,;]*)+")
 _BARS = 16  # of the histogram of document lengths
 _ROWS = ("rows_read", "rows_used", "rows_rejected", "rows_dropped")
 

@@ -378,3 +378,10 @@ def test_settings_without_effect_on_the_formats_of_all_rows_are_named(run, caplo
     run.append(row("a"))
     run.prepare(eval_data=None, split_turns=True, max_length=64)
     assert not [each for each in caplog.messages if "split_turns" in each]
+
+
+def test_a_part_that_is_missing_in_several_messages_is_counted_once_in_the_reason(run):
+    write_lines(run.train, [row("plain"), row_with_reasoning("a"), row_with_reasoning("b")])
+    run.prepare(max_rejected=0.9)  # the template writes no reasoning
+    ((reason, count),) = run.audit()["rejected"].items()
+    assert (reason.count("messages[].reasoning_content"), count) == (1, 2)
