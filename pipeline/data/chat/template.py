@@ -7,7 +7,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.data.chat.leaves import REASONING_KEYS, Kind, Leaf, Style, placeholder, trace
+from pipeline.data.chat.leaves import (
+    PLACEHOLDER_TOOL,
+    REASONING_KEYS,
+    Kind,
+    Leaf,
+    Style,
+    placeholder,
+    trace,
+)
 from pipeline.data.chat.traced import GENERATED, TracedSpan, make_environment, spans_of
 from pipeline.errors import UserError
 from pipeline.rows.examples import Conversation, RowError
@@ -51,14 +59,17 @@ class Rendering:
 class ChatTemplate:
     """A chat template in Jinja.
 
-    `variables`: values for the template's variables other than messages and tools. `marks_turns`:
-    the template has {% generation %} blocks, which enclose what the model generates.
+    `variables`: values for the template's variables other than messages and tools. `needs_tools`:
+    the template is only for conversations with tools, so placeholder conversations get one.
+    `marks_turns`: the template has {% generation %} blocks, which enclose what the model generates.
     """
 
-    def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
+    def __init__(
+        self, source: str, variables: Mapping[str, Any], *, needs_tools: bool = False
+    ) -> None:
         from jinja2 import TemplateSyntaxError
 
-        self._variables = variables
+        self._variables, self._needs_tools = variables, needs_tools
         environment = make_environment()
         try:
             self._template = environment.from_string(source)
@@ -171,6 +182,8 @@ class ChatTemplate:
         """Render a conversation in this style. Raises RowError if the template raises an error."""
         from jinja2 import TemplateError
 
+        if self._needs_tools and not conversation.tools:
+            conversation = replace(conversation, tools=(PLACEHOLDER_TOOL,))
         traced = trace(conversation, style)
         self._undefined.path_of = staticmethod(traced.path_of)
         try:
@@ -221,7 +234,8 @@ def load_template(
             "FILE.jinja or chat_template: chatml, or give rows of `prompt` and `completion`"
         ) from None
     _require_read(source, kwargs, tokenizer.special_tokens_map)
-    return ChatTemplate(source, {**tokenizer.special_tokens_map, **kwargs})
+    variables = {**tokenizer.special_tokens_map, **kwargs}
+    return ChatTemplate(source, variables, needs_tools=has_tools)
 
 
 def _require_read(source: str, kwargs: Mapping[str, Any], special_tokens: Collection[str]) -> None:

@@ -231,6 +231,8 @@ class TurnFinder:
         if prompt != self._text_after(*roles):  # the template reads add_generation_prompt
             return [prompt, shared, *(gap for gap in gaps if prompt.startswith(gap))]
         # The template always writes the generation prompt.
+        if prompt and gaps[0].startswith(prompt) and gaps[0][len(prompt) :].isspace():
+            return [prompt]  # the model has to write the space between it and the answer (Mistral)
         return [shared] if shared and not gaps[0].startswith(prompt) else gaps[:1]
 
     def _shared_header(self, opening: str, gap: str) -> str:

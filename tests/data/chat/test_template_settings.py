@@ -31,6 +31,16 @@ def test_the_tool_use_template_is_used_for_rows_with_tools():
     assert marked_text(row, tokenizer).startswith("TOOLS")
 
 
+def test_a_tool_use_template_may_need_tools_in_every_conversation():
+    """The template of Hermes 2 Pro lists the tools without asking whether there are any."""
+    tokenizer = published("qwen2.5")
+    listed = "{% for tool in tools %}{{ tools[0].function.name }}{{ tool | tojson }}{% endfor %}\n"
+    tokenizer.chat_template = {"default": CHATML, "tool_use": listed + tokenizer.chat_template}
+    text = marked_text(conversation_with_calls(tool_call(city="Oslo")), tokenizer)
+    assert text.startswith("forecast{")
+    assert text.endswith("[[It rains.<|im_end|>]]\n")
+
+
 def test_a_template_file_replaces_the_template_of_the_model(tmp_path):
     path = tmp_path / "mine.jinja"
     path.write_text(CHATML.replace("<|im_start|>", "<|im_start|>my "))

@@ -336,3 +336,20 @@ def test_a_special_token_that_quotes_an_argument_does_not_end_the_turn():
     )
     text = supervised_spans(marked_text(row, tokenizer_with(template, special)))
     assert text == ["<call>look at=<q>sky<q></call>", "blue</turn>"]
+
+
+@pytest.mark.parametrize("add_generation_prompt", ["", "{% if add_generation_prompt %}{% endif %}"])
+def test_the_space_after_a_generation_prompt_that_is_always_written_is_supervised(
+    add_generation_prompt,
+):
+    """A token of the space alone, as before a digit, is the first that the model generates."""
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}"
+        "[/INST]{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+    )
+    tokenizer = tokenizer_with(
+        template + add_generation_prompt, ["[INST]", "[/INST]"], bos_token="<s>", eos_token="</s>"
+    )
+    assert marked_text(chat("q", "5", "r", "7"), tokenizer) == (
+        "<s>[INST] q[/INST][[ 5</s>]][INST] r[/INST][[ 7</s>]]"
+    )
