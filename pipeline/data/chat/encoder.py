@@ -26,6 +26,7 @@ from pipeline.data.chat.template import (
 from pipeline.data.chat.text_tokens import TextTokenizer, TextTokens
 from pipeline.data.chat.tokenizer import (
     end_tokens,
+    num_embeddings,
     run_tokenizer,
     special_ids,
     special_pattern,
@@ -129,6 +130,7 @@ class Encoder:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", settings: RunSettings) -> None:
         apply_chat_template_setting(tokenizer, settings.chat_template)
         self._tokenizer, self._settings = tokenizer, settings
+        self._num_embeddings = num_embeddings(settings) or len(tokenizer)
         backend: Any = tokenizer.backend_tokenizer
         self._special = special_ids(tokenizer)
         self._special_pattern = special_pattern(self._special)
@@ -384,6 +386,12 @@ class Encoder:
         """The document of a draft. Raises RowError if no token is supervised."""
         encode = self._chat_document if draft.is_chat else self._text_document
         document = encode(draft, tokens)
+        if len(document.ids) and (largest := int(document.ids.max())) >= self._num_embeddings:
+            raise RowError(
+                f"the row has the token {self._tokenizer.decode([largest])!r} ({largest}), but the "
+                f"model has embeddings for {self._num_embeddings} tokens only; use the tokenizer "
+                "of this model, or name the token in new_tokens"
+            )
         document.supervised[:1] = False  # no token precedes the first one and predicts it
         if not document.supervised.any():
             raise RowError(_NO_SUPERVISED_TOKEN)
@@ -425,7 +433,8 @@ class Encoder:
 
     def _pretokenised_document(self, tokens: Tokens) -> Document:
         """The document of a row of token ids. Raises RowError if an id is out of range."""
-        ids, size = np.array(tokens.ids, dtype=np.int64), len(self._tokenizer)
+        ids = np.array(tokens.ids, dtype=np.int64)
+        size = min(len(self._tokenizer), self._num_embeddings)
         if ids.size and (ids.min() < 0 or ids.max() >= size):
             raise RowError(f"`input_ids` has an id outside of the model's {size} tokens")
         supervised = np.array(tokens.supervised, dtype=np.bool_)

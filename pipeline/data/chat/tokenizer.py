@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
-from pipeline.files import read_json
+from pipeline.files import read_json, read_json_or_empty
 from pipeline.plan.given.new_tokens import TOKENIZER, token_rows
 from pipeline.plan.given.shape import read_shape, require_model_folder
 
@@ -66,6 +66,16 @@ def run_tokenizer(settings: RunSettings) -> "PreTrainedTokenizerBase":
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     return tokenizer
+
+
+def num_embeddings(settings: RunSettings) -> int | None:
+    """Number of tokens for which the base has an embedding; None if it is not known.
+
+    With `new_tokens` it is not needed: `run_tokenizer` gives every token an embedding or fails.
+    """
+    config = read_json_or_empty(settings.model_folder / "config.json")
+    size = (config.get("text_config") or config).get("vocab_size")
+    return None if settings.new_tokens else size
 
 
 def require_tokenizer(folder: Path) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 
 from pipeline.config.settings import RunSettings, settings_with_change
 from pipeline.data.chat.template import read_template
+from pipeline.data.chat.tokenizer import num_embeddings
 from pipeline.errors import UserError
 from pipeline.files import dump_json, file_sha256, read_json_or_empty, write_text
 from pipeline.rows.content import detect_kind
 from pipeline.rows.sources import Source
 
 FINGERPRINTS = "fingerprints.json"
-_FORMAT = 10  # version; raise it if the used rows, documents, files or their order change
+_FORMAT = 11  # version; raise it if the used rows, documents, files or their order change
 _TOKENIZER_FILES = (
     "tokenizer*",
     "*chat_template*",
@@ -109,6 +110,7 @@ def split_keys(
             str(path.relative_to(model)): fingerprints.sha256(path) for path in sorted(tokenizer)
         },
         "settings": values,
+        "embeddings": num_embeddings(settings),
         **({"new_tokens": settings.new_tokens} if settings.new_tokens else {}),
         "held_out": held_out,
         "limit": limit,

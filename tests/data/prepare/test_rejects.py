@@ -3,6 +3,7 @@
 `max_rejected` is the largest allowed share of bad rows in a source.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pipeline.data.dataset.reader import DataIndex
 from pipeline.data.prepare import prepare as module
 from pipeline.data.prepare.prepare import check_first_rows, check_rows, eval_examples, prepare_data
 from tests import ROOT
-from tests.data.prepare.preparation import content, row, write_lines
+from tests.data.prepare.preparation import content, documents_of, row, write_lines
 from tests.messages import assert_mentions, refused
 from tests.tiny import CHATML
 
@@ -286,3 +287,17 @@ def test_rows_held_out_of_a_folder_are_rows_of_its_training_files(run):
     examples = list(eval_examples(settings, index.eval))
     assert len(examples) == index.eval.documents > 0
     assert all(example.messages[1].content.startswith("train") for example in examples)
+
+
+def test_a_token_without_embedding_refuses_the_row_before_it_is_trained(run):
+    """An id beyond the embeddings is an IndexError on a CPU and an assertion on a GPU."""
+    config = run.folder / "model" / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"vocab_size": values["vocab_size"] - 1}))
+    last = values["vocab_size"] - 1  # the byte of this token is the second of "í"
+    lines = [row("í"), *(json.dumps({"input_ids": [5, i], "labels": [5, i]}) for i in (last, 6))]
+    write_lines(run.train, lines)
+    assert len(documents_of(run.prepare(max_rejected=0.7).train)) == 1
+    text, ids = (reject["reason"] for reject in run.rejects())
+    assert_mentions(text, last, "embeddings", "new_tokens")
+    assert_mentions(ids, "`input_ids`", f"the model's {last} tokens")
