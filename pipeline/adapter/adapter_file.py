@@ -5,8 +5,9 @@ that a wrong folder is refused quickly.
 """
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ WITH_PEFT = (
     "merge it with peft: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "
     "ADAPTER).merge_and_unload().save_pretrained(FOLDER)"
 )
+# End of a message about a key.
+_RENAME = "rename it, or save the adapter with save_pretrained of the PeftModel"
 CONFIG = "adapter_config.json"
 _PICKLE = "adapter_model.bin"
 _PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8}  # if the config lacks the key (LoraConfig, peft 0.21.2)
@@ -39,8 +42,9 @@ _LORA_TENSORS = {
     ".lora_embedding_B": "embedding_B",
 }
 _LORA_BIAS = ".lora_B.bias"
-# Values of init_lora_weights that do not change the base before training.
-_PLAIN_INITIAL_VALUES = (True, False, "gaussian", "orthogonal", "eva")
+_COMPILED = "_orig_mod."  # part of a key that was saved from a model in torch.compile
+# Values of init_lora_weights that do not change the base before training; null is false in peft.
+_PLAIN_INITIAL_VALUES = (True, False, None, "gaussian", "orthogonal", "eva")
 # Keys of adapter_config.json without influence on the merged weights. Options of initial values are
 # among them, because `init_lora_weights` alone tells whether the base was changed.
 _KEYS_WITHOUT_EFFECT = {
@@ -64,8 +68,10 @@ class LayerUpdate:
 
     `tensors`: "A", "B" and, for DoRA, "magnitude" -> its entry in the header of the adapter file.
     `is_transposed`: whether the base stores the weight as (d_in, d_out), as in GPT-2 (peft's
-    `fan_in_fan_out`). `experts`: if this is a LoRA layer of fused experts (one 3-D parameter with
-    the weights of all experts), the part of that parameter which the tensor of the base has.
+    `fan_in_fan_out`). `is_parameter`: whether peft adapts the parameter instead of its layer
+    (`target_parameters`), and rounds the product to the dtype of the base. `experts`: if this is a
+    LoRA layer of fused experts (one 3-D parameter with the weights of all experts), the part of
+    that parameter which the tensor of the base has.
     """
 
     tensors: Mapping[str, Entry]
@@ -74,6 +80,7 @@ class LayerUpdate:
     use_rslora: bool
     is_embedding: bool = False
     is_transposed: bool = False
+    is_parameter: bool = False
     experts: "ExpertSlice | None" = None
 
     @property
@@ -141,12 +148,16 @@ def read_adapter(folder: Path) -> Adapter:
         raise UserError(
             f"adapter: {folder} is not a folder; give a PEFT folder, with {CONFIG} in it"
         )
+    if not (folder / CONFIG).exists() and (folder / "adapter" / CONFIG).is_file():
+        raise UserError(
+            f"adapter: {folder} is a run folder; give its adapter: {folder / 'adapter'}"
+        )
     config = _PEFT_DEFAULTS | read_config(folder / CONFIG, "adapter")
-    _require_mergeable(folder, config)
     path = folder / WEIGHTS
-    if not path.is_file():
-        raise UserError(f"adapter: {folder} has no {WEIGHTS}; {_convert_text(folder)}")
     try:
+        _require_mergeable(folder, config)
+        if not path.is_file():
+            raise UserError(f"adapter: {folder} has no {WEIGHTS}; {_convert_text(folder)}")
         return _adapter_of(read_header(path), config)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise UserError(
@@ -160,14 +171,9 @@ def _adapter_of(file: TensorFile, config: Mapping[str, Any]) -> Adapter:
     layers: dict[str, dict[str, Entry]] = {}  # name of a LoRA layer -> its tensors
     value_updates: dict[str, tuple[ValueUpdate, ...]] = {}
     for key, entry in file.entries.items():
-        if not key.startswith(_PREFIX):
-            raise UserError(f"adapter: {path}: {key} does not begin with {_PREFIX}")
-        if entry.dtype not in VALUE_BYTES:
-            raise UserError(
-                f"adapter: {path}: {key} has dtype {entry.dtype}; expected {', '.join(VALUE_BYTES)}"
-            )
+        _require_supported(path, key, entry)
         name = key.removeprefix(_PREFIX)
-        if suffix := next((suffix for suffix in _LORA_TENSORS if name.endswith(suffix)), ""):
+        if suffix := _lora_suffix(name):
             layer = name.removesuffix(suffix)
             layers.setdefault(layer, {})[_LORA_TENSORS[suffix]] = entry
         else:
@@ -175,17 +181,50 @@ def _adapter_of(file: TensorFile, config: Mapping[str, Any]) -> Adapter:
             value_updates[base_name] = (*value_updates.get(base_name, ()), update)
     if not layers and not value_updates:
         raise UserError(f"adapter: {path} is empty")
-    fused_experts = {}
-    if config.get("target_parameters"):
-        fused_experts = {
-            name: tensors for name, tensors in layers.items() if _is_fused(name, tensors, config)
-        }
-    layer_updates = {
-        f"{name}.weight": layer_update(path, name, tensors, config)
-        for name, tensors in layers.items()
-        if name not in fused_experts
-    }
+    layer_updates: dict[str, LayerUpdate] = {}
+    fused_experts: dict[str, dict[str, Entry]] = {}
+    for name, tensors in layers.items():
+        weight = f"{name}.weight"
+        is_parameter = _is_target_parameter(weight, config)
+        name_in_patterns = weight if is_parameter else name
+        if config.get("target_parameters") and _is_fused(name_in_patterns, tensors, config):
+            fused_experts[name] = tensors
+        else:
+            lora_layer = layer_update(path, name_in_patterns, tensors, config)
+            layer_updates[weight] = replace(lora_layer, is_parameter=is_parameter)
     return Adapter(file, config, layer_updates, fused_experts, value_updates)
+
+
+def _require_supported(path: Path, key: str, entry: Entry) -> None:
+    """Raise UserError unless a tensor of the adapter file has a key of peft and a known dtype.
+
+    peft ignores other keys when it loads the adapter.
+    """
+    is_lora = ".lora_" in key
+    problem = ""
+    if not key.startswith(_PREFIX):
+        problem = f"does not begin with {_PREFIX}; {_RENAME}"
+    elif _COMPILED in key or (is_lora and not key.endswith((*_LORA_TENSORS, _LORA_BIAS))):
+        problem = f"is not a key of peft; {_RENAME}"
+    elif entry.dtype not in VALUE_BYTES:
+        problem = f"has dtype {entry.dtype}; expected {', '.join(VALUE_BYTES)}"
+    if problem:
+        raise UserError(f"adapter: {path}: {key} {problem}")
+
+
+def _lora_suffix(name: str) -> str:
+    """The end of a key that tells which tensor of a LoRA layer it is; empty for other tensors."""
+    return next((suffix for suffix in _LORA_TENSORS if name.endswith(suffix)), "")
+
+
+def current_key(key: str) -> str:
+    """The key of peft 0.21.2 for a tensor that an older version stored under another key.
+
+    Older versions stored DoRA's magnitudes as weights of a module. A trained bias of an adapted
+    layer may have the name of the wrapped layer.
+    """
+    key = key.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
+    return key if ".lora_" in key else key.replace(".base_layer.", ".")
 
 
 def _convert_text(folder: Path) -> str:
@@ -197,6 +236,12 @@ def _convert_text(folder: Path) -> str:
         "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), ADAPTER)"
         ".save_pretrained(FOLDER)"
     )
+
+
+def _is_target_parameter(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether peft adapts the parameter with this name itself, not as the weight of its layer."""
+    targets = config.get("target_parameters") or ()
+    return any(is_or_ends_with(name, target) for target in targets)
 
 
 def _is_fused(name: str, tensors: Mapping[str, Entry], config: Mapping[str, Any]) -> bool:
@@ -240,6 +285,12 @@ def layer_update(
             f"adapter: {path}: {name} has A {a.shape} and B {b.shape}, but r is {r} in "
             f"adapter_config.json{note}"
         )
+    magnitude = tensors.get("magnitude")
+    lengths = {b.shape[0], a.shape[1]} if is_embedding else {b.shape[0]}
+    if magnitude is not None and magnitude.shape not in {(length,) for length in lengths}:
+        raise UserError(
+            f"adapter: {path}: {name} has a magnitude of shape {magnitude.shape}, but B {b.shape}"
+        )
     return LayerUpdate(
         tensors=tensors,
         r=r,
@@ -271,7 +322,7 @@ def _value_update(
                 f"names {len(rows)} tokens"
             )
         return f"{module}.weight", ValueUpdate(values=entry, rows=rows)
-    return name.replace(".base_layer.", "."), ValueUpdate(values=entry)
+    return current_key(name), ValueUpdate(values=entry)
 
 
 def _token_rows(module: str, indices: Any) -> tuple[int, ...]:
@@ -290,14 +341,7 @@ def _require_mergeable(folder: Path, config: Mapping[str, Any]) -> None:
     location = f"adapter: {folder}"
     if (peft_type := config.get("peft_type")) and peft_type != "LORA":
         raise UserError(f"{location}: peft_type is {peft_type!r}, which is not LoRA; {WITH_PEFT}")
-    r, alpha = config["r"], config["lora_alpha"]
-    problem = ""
-    if not peft_type:
-        problem = "peft_type is missing"
-    elif isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        problem = f"r is {json.dumps(r)}, not a positive integer"
-    elif isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        problem = f"lora_alpha is {json.dumps(alpha)}, not a number"
+    problem = _problem_of_sizes(config) if peft_type else "peft_type is missing"
     if problem:
         raise UserError(
             f"{folder / CONFIG}: {problem}; write the value that the adapter was trained with"
@@ -312,6 +356,34 @@ def _require_mergeable(folder: Path, config: Mapping[str, Any]) -> None:
             raise UserError(
                 f"{location}: merging does not support {key}: {config[key]!r}; {WITH_PEFT}"
             )
+
+
+def _problem_of_sizes(config: Mapping[str, Any]) -> str:
+    """The first r or alpha, for all layers or in a pattern, that peft cannot use; empty if none.
+
+    Raises AttributeError if a pattern is not a mapping.
+    """
+    for key, pattern, is_valid, expected in (
+        ("r", "rank_pattern", _is_positive_integer, "a positive integer"),
+        ("lora_alpha", "alpha_pattern", _is_finite_number, "a finite number"),
+    ):
+        values = {key: config[key]}
+        values |= {f"{pattern}: {name}": v for name, v in (config.get(pattern) or {}).items()}
+        for name, value in values.items():
+            if not is_valid(value):
+                return f"{name} is {json.dumps(value)[:40]}, not {expected}"
+    return ""
+
+
+def _is_positive_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_finite_number(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool) and math.isfinite(value)
+    except (TypeError, OverflowError):  # an integer beyond the range of float overflows
+        return False
 
 
 def read_config(path: Path, setting: str) -> dict[str, Any]:

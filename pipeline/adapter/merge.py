@@ -126,7 +126,8 @@ def _resumable_folder(plan: MergePlan, out: Path) -> Iterator[Path]:
     except OSError as error:
         raise RankZeroError(
             f"{out}: the merged model cannot be written: {error}. Finished shards are kept; free "
-            "some space and run the same command again, which writes the other shards"
+            "some space, or make the folder writable, and run the same command again, which writes "
+            "the other shards"
         ) from error
 
 

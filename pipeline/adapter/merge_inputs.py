@@ -180,9 +180,11 @@ def _is_transposed(name: str, adapter: Adapter, meta: MetaModel) -> bool:
         module = meta.model.get_submodule(name)
     except AttributeError:
         return False  # no such layer, which `require_compatible` reports
-    is_embedding = adapter.layer_updates[f"{name}.weight"].is_embedding
+    update = adapter.layer_updates[f"{name}.weight"]
+    if update.is_parameter:
+        return False
     is_unsupported = isinstance(module, (nn.MultiheadAttention, nn.modules.conv._ConvNd))
-    if is_unsupported or isinstance(module, nn.Embedding) != is_embedding:
+    if is_unsupported or isinstance(module, nn.Embedding) != update.is_embedding:
         raise UserError(
             f"adapter: {adapter.folder}: {name} is a {type(module).__name__}, whose LoRA layer "
             f"cannot be merged tensor by tensor; {WITH_PEFT}"
@@ -323,11 +325,14 @@ def _require_consecutive_rows(mismatch: str, name: str, entry: Entry, rows: Sequ
 
 def added_rows(entry: Entry, changes: Sequence[Change]) -> int:
     """Number of rows of new tokens that the merged tensor has after the rows of the base."""
-    num_rows = entry.shape[0]
-    for change in changes:
-        if isinstance(change.update, ValueUpdate) and change.update.rows:
-            num_rows = max(num_rows, max(change.update.rows) + 1)
-    return num_rows - entry.shape[0] if num_rows > entry.shape[0] else 0
+    rows = [
+        row
+        for change in changes
+        if isinstance(change.update, ValueUpdate)
+        for row in change.update.rows or ()
+    ]
+    # A tensor without axes has no number of rows, and no adapter changes it.
+    return max(0, max(rows) + 1 - entry.shape[0]) if rows else 0
 
 
 def _require_shape(mismatch: str, name: str, entry: Entry, shape: tuple[int, ...]) -> None:

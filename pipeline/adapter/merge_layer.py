@@ -90,11 +90,11 @@ class Arithmetic:
 def require_finite(name: str, weight: torch.Tensor) -> None:
     """Raise RankZeroError if a tensor of the merged model has values that are not finite."""
     if not weight.isfinite().all():
-        raise RankZeroError(
-            f"{name}: the merged weight is not finite in {str(weight.dtype).removeprefix('torch.')}"
-            ": the base or the adapter is damaged, or the values are too large for it; try --dtype "
-            "bf16"
-        )
+        cause = "the base or the adapter is damaged, or the weight of the adapter is too large"
+        if weight.dtype == torch.float16:
+            cause += ", or the values are too large for float16; try --dtype bf16"
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise RankZeroError(f"{name}: the merged weight is not finite in {dtype}: {cause}")
 
 
 def _to_device(loaded: LoadedChange, device: torch.device) -> LoadedChange:
@@ -172,23 +172,27 @@ def _merge_block(
         if isinstance(update, ValueUpdate):
             if update.scaling is not None:
                 block += sign * (loaded.tensors["values"] * (loaded.change.weight * update.scaling))
-        elif update.experts is not None:
-            _add_experts(block, loaded, sign)
+        elif update.experts is not None or update.is_parameter:
+            _add_to_parameter(block, loaded, sign)
         else:
             layers.append(loaded)
     if layers:
         _merge_layers(block, layers, is_undone=arithmetic.is_undone)
 
 
-def _add_experts(block: torch.Tensor, loaded: LoadedChange, sign: int) -> None:
-    """Add the product B A of each expert in a block, rounded as peft rounds it.
+def _add_to_parameter(block: torch.Tensor, loaded: LoadedChange, sign: int) -> None:
+    """Add the product B A, or that of each expert in a block, rounded as by peft's ParamWrapper.
 
-    The block is the matrix of one expert, or has a matrix (rows, columns) for several experts.
+    The block of experts is the matrix of one expert, or has a matrix (rows, columns) for each.
     """
     update = loaded.change.update
     assert isinstance(update, LayerUpdate)
-    assert update.experts is not None
-    scaling, expert = loaded.change.weight * update.scaling, update.experts.expert
+    scaling = loaded.change.weight * update.scaling
+    if update.experts is None:
+        product = loaded.tensors["B"] @ loaded.tensors["A"]
+        block.add_(sign * (product * scaling).to(block.dtype))
+        return
+    expert = update.experts.expert
     matrices = [block] if expert is not None else list(block)
     first = expert if expert is not None else int(loaded.tensors["first"])
     for index, matrix in enumerate(matrices, first):

@@ -207,6 +207,10 @@ def require_replaceable(out: Path, inputs: Sequence[Path]) -> None:
 
     `inputs`: the folders of the base and the adapters.
     """
+    try:
+        out.exists()
+    except OSError as error:  # for example, a name that is too long
+        raise UserError(f"{out}: {error.strerror}; set another --out") from None
     for folder in inputs:
         if folder.resolve().is_relative_to(out.resolve()):
             raise UserError(f"{out}: writing there would replace {folder}; set another --out")

@@ -16,6 +16,7 @@ from pipeline.files import read_json
 # A model folder has one weight file, SINGLE, or an INDEX of several.
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 VALUE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+_GIT_LFS = b"version "  # the first 8 bytes of the pointer to a file that Git LFS has not fetched
 _MAX_HEADER_BYTES = 100_000_000  # as in the reference implementation
 
 
@@ -89,6 +90,8 @@ def read_header(path: Path) -> TensorFile:
     try:
         with path.open("rb") as file:
             prefix = file.read(8)
+            if prefix == _GIT_LFS:
+                raise ValueError("it is a pointer of Git LFS; run `git lfs pull` in its folder")
             length = int.from_bytes(prefix, "little")
             text = file.read(length) if length <= _MAX_HEADER_BYTES else b""
         header = json.loads(text)

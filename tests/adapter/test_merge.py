@@ -1,11 +1,13 @@
 """Merged weights equal those of peft's merge_and_unload; all other files are those of the base."""
 
+import json
 import shutil
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.adapter import merge_stream
@@ -55,6 +57,25 @@ def test_the_merge_equals_peft(case_folder, case):
         assert torch.equal(tensor, by_peft[key].to(tensor.dtype)), key
         is_adapted = key.split(".")[-2] in SEVEN_PROJECTIONS
         assert torch.equal(tensor, base[key]) != is_adapted, key
+
+
+def test_other_tensors_of_any_shape_and_dtype_are_copied(pair):
+    path = next((pair / "base").glob("*00001*.safetensors"))
+    others = {
+        "scalar": torch.tensor(1.5),
+        "empty": torch.empty(0, 4),
+        "flag": torch.tensor([True]),
+        "codes": torch.ones(4).to(torch.float8_e4m3fn),
+    }
+    save_file(load_file(path) | others, path, metadata={"format": "pt"})
+    index = pair / "base" / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    edit_json(index, weight_map=weight_map | dict.fromkeys(others, path.name))
+    merge_adapter(pair / "base", pair / "adapter", pair / "merged")
+    merged = tensors(pair / "merged")
+    for name, tensor in others.items():
+        assert merged[name].dtype == tensor.dtype
+        assert torch.equal(merged[name].float(), tensor.float())
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -85,6 +85,28 @@ def test_experts_in_bf16_are_merged_bitwise_as_by_peft(folders, tmp_path, kind):
     assert all(torch.equal(merged[key], by_peft[key]) for key in merged)
 
 
+def test_all_linear_layers_with_router_and_experts_are_merged_bitwise_as_by_peft(tmp_path):
+    """With `all-linear` peft 0.21.2 adapts the router of Qwen3-MoE as a parameter."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    build("qwen3_moe").to(torch.bfloat16).save_pretrained(base)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = get_peft_model(load_plain(base, dtype=torch.float32), config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.2)
+    adapted.save_pretrained(adapter)
+    merge_adapter(base, adapter, tmp_path / "merged")
+    model = PeftModel.from_pretrained(load_plain(base, dtype=torch.bfloat16), adapter)
+    model.merge_and_unload().save_pretrained(tmp_path / "by_peft")
+    merged, by_peft, before = (
+        tensors(folder) for folder in (tmp_path / "merged", tmp_path / "by_peft", base)
+    )
+    assert all(torch.equal(merged[key], by_peft[key]) for key in by_peft)
+    router = "model.layers.0.mlp.gate.weight"
+    assert not torch.equal(merged[router], before[router])
+
+
 def test_the_change_of_experts_is_multiplied_by_the_weight_of_the_adapter(folders, tmp_path):
     base, adapter = folders("qwen3_moe")
     before, changes = tensors(base), []

@@ -40,12 +40,20 @@ LLAMA = {
     "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
     "embedding-dora": {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
     "head": {"target_modules": ["q_proj", "lm_head"]},
+    "no-initial-values": {"init_lora_weights": None},
+    "parameters": {
+        "target_modules": ["o_proj"],
+        "target_parameters": ["self_attn.q_proj.weight", "embed_tokens.weight"],
+        "rank_pattern": {"self_attn.q_proj.weight": 2},
+        "alpha_pattern": {"q_proj.weight": 3},
+    },
     "orthogonal": {"init_lora_weights": "orthogonal"},
     "unused-config": {"loftq_config": {"loftq_bits": 4}},  # init_lora_weights is not loftq
 }
 GPT2 = {
     "transposed": {"target_modules": ["c_attn", "c_proj"]},
     "transposed-dora": {"target_modules": ["c_attn", "c_proj"], "use_dora": True},
+    "parameters": {"target_modules": [], "target_parameters": ["c_attn.weight"]},
     "all-biases": {"target_modules": ["c_attn", "c_proj"], "bias": "all"},
     "lora-biases": {"target_modules": ["c_attn"], "bias": "lora_only"},
     "bias-of-b": {"target_modules": ["c_attn", "c_fc"], "lora_bias": True, "use_rslora": True},

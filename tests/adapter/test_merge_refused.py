@@ -99,6 +99,28 @@ def option(**changes):
     return lambda pair: edit_json(pair / "adapter" / "adapter_config.json", **changes)
 
 
+def renamed_keys(old, new):
+    """A function that replaces a part of each key in the adapter."""
+
+    def rename(pair):
+        path = pair / "adapter" / "adapter_model.safetensors"
+        save_file({key.replace(old, new): t for key, t in load_file(path).items()}, path)
+
+    return rename
+
+
+def git_lfs_pointer(pair):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (pair / "adapter" / "adapter_model.safetensors").write_text(pointer)
+
+
+def magnitude_of_two_axes(pair):
+    shutil.rmtree(pair / "adapter")
+    make_adapter(pair / "base", pair / "adapter", use_dora=True)
+    path = pair / "adapter" / "adapter_model.safetensors"
+    save_file({k: t[None] if "magnitude" in k else t for k, t in load_file(path).items()}, path)
+
+
 def full_disk(pair):
     """Create a file that makes the test report a full disk."""
     (pair / "full").touch()
@@ -123,6 +145,15 @@ REFUSED = {
     "pattern": (option(alpha_pattern={"q_(proj": 8}), ["q_(proj"]),
     "no-mapping": (option(rank_pattern=["q_proj"]), ["adapter_config.json", "type"]),
     "no-number": (option(rank_pattern={"q_proj": "x"}), ["adapter_config.json", "x"]),
+    "nan": (option(lora_alpha=float("nan")), ["adapter_config.json", "lora_alpha", "finite"]),
+    "overflow": (option(lora_alpha=10**400), ["adapter_config.json", "lora_alpha", "finite"]),
+    "text": (option(alpha_pattern={"q_proj": "8"}), ["adapter_config.json", "alpha_pattern"]),
+    "zero": (option(rank_pattern={"q_proj": 0}), ["adapter_config.json", "rank_pattern", "0"]),
+    "prefix": (renamed_keys("base_model.model.", ""), ["base_model.model.", "save_pretrained"]),
+    "compiled": (renamed_keys("model.layers", "_orig_mod.model.layers"), ["_orig_mod", "peft"]),
+    "named": (renamed_keys("lora_A", "lora_A.default"), ["lora_A.default", "save_pretrained"]),
+    "pointer": (git_lfs_pointer, ["adapter_model.safetensors", "git lfs pull"]),
+    "magnitude": (magnitude_of_two_axes, ["down_proj", "magnitude", (1, 32)]),
     "pissa": (option(init_lora_weights="pissa"), ["init_lora_weights", "merge_and_unload"]),
     "kind": (option(peft_type="LOHA"), ["peft_type", "LOHA", "merge_and_unload"]),
     "unknown": (option(new_option_of_peft=1), ["new_option_of_peft", "merge_and_unload"]),
