@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapter.adapter_file import Adapter, read_adapter
+from pipeline.adapter.adapter_file import Adapter, LayerUpdate, layer_update, read_adapter
 from pipeline.adapter.trained_on import (
     QUANTISED,
     TRAINED_ON,
@@ -21,9 +21,10 @@ from pipeline.adapter.trained_on import (
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from pipeline.files import dump_json, read_json_or_empty, write_text
-from pipeline.plan.given.adapter_counts import AdaptedLayer, adapted_layers
+from pipeline.plan.given.adapter_counts import AdaptedLayer, adapted_experts, adapted_layers
 from pipeline.plan.given.new_tokens import TOKENIZER, token_rows
 from pipeline.plan.given.saved_modules import saved_modules
+from pipeline.plan.given.shape import EXPERTS
 from pipeline.plan.plan import Plan
 
 RECORD = "init_adapter.json"  # file in a run folder
@@ -80,11 +81,30 @@ def read_initial_adapter(plan: Plan) -> Adapter:
     except UserError as error:
         raise UserError(f"init_adapter: {error}") from None
     _require_same_saved_modules(plan, adapter)
-    layers = {f"{layer.name}.weight": layer for layer in adapted_layers(plan.shape, settings)}
+    layers = initial_layers(plan)
     _require_same_layers(folder, adapter, layers)
     for key, layer in layers.items():
-        _require_same_sizes(settings, adapter, key, layer)
+        _require_same_sizes(settings, adapter, initial_update(adapter, key, layer), layer)
     return adapter
+
+
+def initial_layers(plan: Plan) -> dict[str, AdaptedLayer]:
+    """Name of peft's LoRA layer -> the linear layer or the fused experts of the run."""
+    layers = {layer.name: layer for layer in adapted_layers(plan.shape, plan.settings)}
+    return layers | adapted_experts(plan.shape, plan.settings)
+
+
+def initial_update(adapter: Adapter, key: str, layer: AdaptedLayer) -> LayerUpdate:
+    """The adapter's LoRA layer with this name. Raises UserError if its A and B do not match r."""
+    if layer.num_experts == 1:
+        return adapter.layer_updates[f"{key}.weight"]
+    tensors = adapter.fused_experts[key]
+    try:
+        return layer_update(
+            adapter.file.path, layer.name, tensors, adapter.config, layer.num_experts
+        )
+    except UserError as error:
+        raise UserError(f"init_adapter: {error}") from None
 
 
 def _require_same_saved_modules(plan: Plan, adapter: Adapter) -> None:
@@ -173,31 +193,35 @@ def _require_same_layers(
     folder: Path, adapter: Adapter, layers: Mapping[str, AdaptedLayer]
 ) -> None:
     """Raise UserError unless the adapter has a LoRA layer for exactly the layers of the run."""
-    differences = []
+    # A fused tensor with a single expert is stored like the weight of a linear layer.
+    linears = {name.removesuffix(".weight") for name in adapter.layer_updates}
+    names, differences = linears | adapter.fused_experts.keys(), []
     for where, keys in (
-        ("only in the adapter", adapter.layer_updates.keys() - layers.keys()),
-        ("only in this run", layers.keys() - adapter.layer_updates.keys()),
+        ("only in the adapter", names - layers.keys()),
+        ("only in this run", layers.keys() - names),
     ):
         if keys:
-            differences.append(f"{len(keys)} {where}, such as {min(keys).removesuffix('.weight')}")
+            differences.append(f"{len(keys)} {where}, such as {min(keys)}")
     if differences:
-        # From "model.layers.0.self_attn.q_proj.weight" the name q_proj.
-        layer_names = sorted({key.split(".")[-2] for key in adapter.layer_updates})
+        # From "model.layers.0.self_attn.q_proj" the name q_proj.
+        layer_names = sorted({name.rpartition(".")[2] for name in linears})
+        if adapter.fused_experts:
+            layer_names.append(EXPERTS)
         raise UserError(
             f"init_adapter: {folder} adapts other layers than this run: {'; '.join(differences)}; "
             f"the adapter has {', '.join(layer_names)}: set lora_target_modules, "
-            "layers_to_transform and exclude_modules to select its layers, or set model to its base"
+            "layers_to_transform and exclude_modules to select its layers, or set model to its "
+            "base; if a run cannot adapt one of them, merge it, and start from the merged model"
         )
 
 
 def _require_same_sizes(
-    settings: RunSettings, adapter: Adapter, key: str, layer: AdaptedLayer
+    settings: RunSettings, adapter: Adapter, update: LayerUpdate, layer: AdaptedLayer
 ) -> None:
     """Raise UserError unless a layer has the shape, the r and the scaling of the run's layer.
 
     With `init_adapter_resize` a smaller r and another scaling are allowed.
     """
-    update = adapter.layer_updates[key]
     location = f"init_adapter: {settings.init_adapter}: {layer.name}"
     shape = (layer.linear.d_out, layer.linear.d_in)
     if update.shape != shape:

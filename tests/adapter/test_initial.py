@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.adapter.adapter_file import read_adapter
@@ -112,6 +112,43 @@ def test_missing_r_and_alpha_have_the_defaults_of_peft(tiny_model, tmp_path):
         del config[key]
     (first / "adapter_config.json").write_text(json.dumps(config))
     require_startable(make_plan(tiny_model, init_adapter=str(first), **settings))
+
+
+def test_magnitudes_are_read_under_the_key_of_older_versions_of_peft(tiny_model, tmp_path):
+    first = publish(make_plan(tiny_model, use_dora=True), tmp_path / "adapter")
+    stored = load_file(first / "adapter_model.safetensors")
+    magnitude = "lora_magnitude_vector"
+    save_file(
+        {key.replace(magnitude, f"{magnitude}.weight"): value for key, value in stored.items()},
+        first / "adapter_model.safetensors",
+    )
+    plan = make_plan(tiny_model, use_dora=True, init_adapter=str(first))
+    require_startable(plan)
+    weights = initial_weights(read_adapter(first), plan, stored)
+    for key, value in stored.items():
+        assert torch.equal(weights[key], value), key
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_with_values_that_are_not_finite_is_refused(tiny_model, copied, value):
+    path = copied / "adapter_model.safetensors"
+    stored = load_file(path)
+    key = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+    stored[key][0, 0] = value
+    save_file(stored, path)
+    plan = make_plan(tiny_model, init_adapter=str(copied))
+    with refused("init_adapter", path, key, "not finite"):
+        initial_weights(read_adapter(copied), plan, stored)
+
+
+@pytest.mark.parametrize("alpha", ["NaN", "Infinity", f"1{400 * '0'}"])
+def test_an_alpha_that_is_not_finite_is_refused(tiny_model, copied, alpha):
+    config = copied / "adapter_config.json"
+    text = json.dumps(json.loads(config.read_text()) | {"lora_alpha": "@"})
+    config.write_text(text.replace('"@"', alpha))
+    plan = make_plan(tiny_model, init_adapter=str(copied), init_adapter_resize=True)
+    with refused("init_adapter", config, "lora_alpha"):
+        require_startable(plan)
 
 
 # Settings of a run that starts from the adapter `first`, and facts of the message. That adapter has

@@ -11,8 +11,10 @@ from peft import PeftModel
 
 from pipeline.adapter.gather import OptimizerState, gather_moments, gather_weights, restore
 from pipeline.adapter.publish import publish_adapter
+from pipeline.model.adapter import expected_shapes
 from pipeline.model.base import load_plain
 from pipeline.model.fingerprint import base_fingerprint
+from pipeline.train.assemble import load_initial_adapter
 from tests.ranks import run_ranks
 from tests.tiny import Documents, make_plan
 from tests.train_tiny import batches_of_step, build_engine, distance, train_tiny
@@ -144,3 +146,35 @@ def test_a_run_with_experts_is_resumed_at_another_stage(folder_of, tmp_path):
     assert distance(at_same_stage["weights"], before["weights"]) > 1e-3
     assert distance(at_other_stage["weights"], at_same_stage["weights"]) < 1e-5
     assert at_other_stage["losses"] == pytest.approx(at_same_stage["losses"], rel=1e-6)
+
+
+def start_at_stages(session, folder, settings):
+    """Logits at step 0 of runs that start from an adapter, at ZeRO-2 and ZeRO-3."""
+    logits = []
+    for stage in (2, 3):
+        plan, engine = build_engine(session, folder, settings | {"zero_stage": stage})
+        load_initial_adapter(engine, plan)
+        engine.deepspeed.eval()
+        with torch.no_grad():
+            logits.append(engine.deepspeed.module.model(input_ids=IDS, use_cache=False).logits)
+    return logits
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_a_run_starts_from_a_smaller_adapter_of_experts_with_its_outputs(folder_of, tmp_path, kind):
+    folder, adapter = folder_of(kind), tmp_path / "adapter"
+    plan = make_plan(folder, **EXPERTS)
+    torch.manual_seed(1)
+    tensors = {key: 0.1 * torch.randn(shape) for key, shape in expected_shapes(plan).items()}
+    publish_adapter(plan, tensors, adapter, step=4, base=base_fingerprint(folder))
+    settings = EXPERTS | {
+        "lora_r": 6, "lora_alpha": 3.0, "init_adapter": str(adapter), "init_adapter_resize": True,
+    }  # fmt: skip
+    plain = load_plain(folder, dtype=torch.float32, attention="eager")
+    with torch.no_grad():
+        untrained = plain(input_ids=IDS, use_cache=False).logits
+        model = PeftModel.from_pretrained(plain, adapter).eval()
+        expected = model(input_ids=IDS, use_cache=False).logits
+    assert (untrained - expected).norm() > 0.1 * expected.norm()
+    for logits in run_ranks(start_at_stages, folder, settings, tmp_path=tmp_path)[0]:
+        assert (logits - expected).norm() < 1e-5 * expected.norm()

@@ -28,11 +28,12 @@ _MLP_INPUT = {"gate_proj", "up_proj", "gate_up_proj", "fc1", "dense_h_to_4h"}
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptedLayer:
-    """A linear layer that gets an adapter.
+    """A linear layer, or a fused tensor of experts, that gets an adapter.
 
-    `name`: its name in `named_modules()` of the base. `r`: the r of this layer's adapter.
-    `scaling`: factor of the product of B and A. `has_magnitude`: whether it has the magnitude
-    vector of DoRA.
+    `name`: of a linear layer in `named_modules()` of the base, of a fused tensor in its
+    `named_parameters()`. `linear`: sizes of the layer, or of one expert. `r`: the r of this
+    layer's adapter, or of each expert. `scaling`: factor of the product of B and A.
+    `has_magnitude`: whether it has the magnitude vector of DoRA.
     """
 
     name: str
@@ -40,12 +41,14 @@ class AdaptedLayer:
     r: int
     scaling: float
     has_magnitude: bool
+    num_experts: int = 1
 
     @property
     def parameters(self) -> int:
         """Trainable parameters: A is (r, d_in), B is (d_out, r), a magnitude has d_out values."""
         d_in, d_out = self.linear.d_in, self.linear.d_out
-        return self.r * (d_in + d_out) + (d_out if self.has_magnitude else 0)
+        matrices = self.r * self.num_experts * (d_in + d_out)
+        return matrices + (d_out if self.has_magnitude else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +145,31 @@ def input_of(name: str) -> str:
 def adapted_layers(shape: ModelShape, settings: RunSettings) -> tuple[AdaptedLayer, ...]:
     """The layers that get an adapter. Raises UserError if a setting selects or matches no layer."""
     return _select_layers(shape, _Selection.of(settings))
+
+
+def adapted_experts(shape: ModelShape, settings: RunSettings) -> dict[str, AdaptedLayer]:
+    """Name of peft's LoRA layer for each adapted tensor of fused experts -> this tensor.
+
+    peft wraps the module of the experts once for each of its tensors, in their order in the module
+    (peft 0.21.2 tuners/tuners_utils.py _inject_parameters). So the last tensor has the name of the
+    module, and the tensors before it have the names of its nested `base_layer`.
+    """
+    modules: dict[str, list[AdaptedLayer]] = {}
+    for name, tensor in shape.targeted_experts(settings.lora_target_modules):
+        layer = AdaptedLayer(
+            name=name,
+            linear=Linear(tensor.name, tensor.d_in, tensor.d_out),
+            r=settings.lora_r,
+            scaling=lora_scaling(settings.lora_r, settings.alpha, use_rslora=settings.use_rslora),
+            has_magnitude=False,
+            num_experts=tensor.count,
+        )
+        modules.setdefault(name.rpartition(".")[0], []).append(layer)
+    return {
+        module + ".base_layer" * depth: layer
+        for module, layers in modules.items()
+        for depth, layer in enumerate(reversed(layers))
+    }
 
 
 def adapter_shapes(shape: ModelShape, settings: RunSettings) -> dict[str, tuple[int, ...]]:

@@ -26,10 +26,7 @@ def _options_unsupported_by_experts(run: PlanInput) -> str:
     """The settings of the run that adapters on experts do not support, as text; empty if none."""
     if not run.shape.targeted_experts(run.settings.lora_target_modules):
         return ""
-    names = (
-        "layers_to_transform", "exclude_modules", "rank_pattern", "alpha_pattern", "use_dora",
-        "init_adapter",
-    )  # fmt: skip
+    names = ("layers_to_transform", "exclude_modules", "rank_pattern", "alpha_pattern", "use_dora")
     return ", ".join(name for name in names if getattr(run.settings, name))
 
 
