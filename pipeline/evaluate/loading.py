@@ -2,8 +2,10 @@
 
 import dataclasses
 import gc
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from peft import PeftModel
 from pipeline.cluster.devices import detect_hardware
 from pipeline.cluster.progress import show_progress
 from pipeline.config.settings import RunSettings
-from pipeline.errors import SingleRankError
+from pipeline.errors import SingleRankError, UserError
 from pipeline.evaluate.model_specs import ModelSpec
 from pipeline.model.base import DTYPES, load_base, load_plain
 from pipeline.plan.given.shape import read_shape
@@ -62,7 +64,23 @@ class ModelLoader:
         base = load_base(plan, self._device)
         if spec.adapter is None:
             return base
-        return PeftModel.from_pretrained(base, spec.adapter, autocast_adapter_dtype=False)
+        return _with_adapter(base, spec.adapter)
+
+
+def _with_adapter(base: Any, adapter: Path) -> PeftModel:
+    """The base with an adapter. Raises UserError if the adapter's file lacks one of its weights.
+
+    peft itself only warns, and leaves the weight at its initial value, which changes nothing.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=False)
+        except UserWarning as warning:
+            raise UserError(
+                f"{adapter}: its weights do not have the names of the layers that its "
+                f"adapter_config.json and the base have; restore the adapter ({str(warning)[:300]})"
+            ) from None
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapter.adapter_file import require_adapter
+from pipeline.adapter.adapter_file import read_adapter, require_adapter
 from pipeline.adapter.products import is_merged_from
 from pipeline.adapter.trained_on import adapter_sha256, require_same_base
 from pipeline.config.hub import snapshot_folder
@@ -135,6 +135,7 @@ def _specs_of_run(
     """Base, adapter and merged model of a run; their names begin with `prefix`."""
     adapter, base = folder / "adapter", settings.model_folder
     require_adapter(folder)
+    read_adapter(adapter)  # raises UserError if its configuration or the header is damaged
     require_same_base(base, adapter, "restore the model that was used in training")
     specs = [
         ModelSpec(

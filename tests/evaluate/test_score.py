@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipeline.adapter.trained_on import TRAINED_ON
 from pipeline.cluster.devices import detect_hardware
@@ -334,6 +335,24 @@ def test_a_base_that_differs_in_one_byte_is_refused_before_it_is_loaded(run, tmp
     shard.write_bytes(content)
     with refused(base, "1 of", "model."):
         model_specs([str(copy)], (), None)
+
+
+def test_a_truncated_adapter_is_refused_before_a_model_is_loaded(run, tmp_path):
+    copy = copy_run(run, tmp_path / "copy")
+    path = copy / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with refused(path, "bytes", "header"):
+        model_specs([str(copy)], (), None)
+
+
+def test_an_adapter_whose_weights_have_other_names_is_not_scored_as_if_it_had_none(run, tmp_path):
+    """peft leaves the weights that it does not find at their initial values, and only warns."""
+    copy = copy_run(run, tmp_path / "copy")
+    path = copy / "adapter" / "adapter_model.safetensors"
+    renamed = {k.replace("q_proj", "qx_proj"): t for k, t in load_file(path).items()}
+    save_file(renamed, path)
+    with refused(copy / "adapter", "q_proj.lora_A"):
+        compute_scores(single_process(), tmp_path / "answers", [copy])
 
 
 def test_batches_have_prompts_of_similar_length_and_a_limited_number_of_tokens():
