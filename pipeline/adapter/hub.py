@@ -40,7 +40,7 @@ _PUBLISHED_FILES = (
     *(f"{name}/*" if "." not in name else name for name in TOKENIZER_FILES),
 )  # fmt: skip
 _DATA_SUFFIXES = {".jsonl", ".parquet", ".arrow", ".csv", ".tsv"}  # may have rows of the training
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 # Forms of access tokens and private keys: name for the message -> pattern.
 _SECRETS = {
     "Hugging Face": re.compile(rb"\b(?:hf_|api_org_)[A-Za-z0-9]{30,}"),
@@ -104,8 +104,16 @@ def require_hub_name(option: str, name: str) -> str:
 
     `option`: command-line option with the name, for the message.
     """
-    if not _HUB_NAME.fullmatch(name):
-        raise UserError(f"{option}: {name!r} is not a name on the hub; expected ORG/NAME")
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    reason = "" if _HUB_NAME.fullmatch(name) else "expected ORG/NAME"
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        reason = reason or str(error)
+    if reason:
+        raise UserError(f"{option}: {name!r} is not a name on the hub; {reason}")
     return name
 
 
@@ -221,13 +229,15 @@ def model_card(publication: Publication, scores: Mapping[str, Any]) -> str:
 def base_license(base: Path) -> str | None:
     """The license in the model card of the base; None if the folder has no card or no license."""
     from huggingface_hub import ModelCard
+    from yaml import YAMLError
 
     path = base / _CARD
     if not path.is_file():
         return None
     try:
-        name = ModelCard.load(path).data.to_dict().get("license")
-    except (OSError, ValueError):
+        card = ModelCard.load(path, ignore_metadata_errors=True)
+        name = card.data.to_dict().get("license")
+    except (OSError, ValueError, TypeError, YAMLError):  # TypeError: a key that is not a text
         return None
     return name if isinstance(name, str) else None
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.adapter.hub import require_no_secrets
+from pipeline.adapter.hub import base_license, require_no_secrets
 from tests import ROOT
 from tests.adapter.hub_server import local_hub
 from tests.commands import run_without_torch
@@ -106,6 +106,23 @@ def test_the_card_has_metadata_that_huggingface_hub_reads(publish):
     assert data.datasets == ["org/rows"]
     assert hub.validated  # the card was sent to the endpoint that checks metadata
     assert_mentions(hub.files["README.md"].decode(), 'from_pretrained("org/name")', "rejects DoRA")
+
+
+@pytest.mark.parametrize(("metadata", "expected"), [
+    ("license: mit", "mit"),
+    ("license: mit\nmodel-index: [{name: 1}]", "mit"),  # scores that huggingface_hub refuses
+    ("license: [mit, gpl]", None),
+    ("license: [mit", None),
+    ("license: @mit", None),
+    ("- mit", None),
+    ("1: mit", None),
+    ("", None),
+])  # fmt: skip
+def test_the_license_is_that_of_the_card_of_the_base_however_damaged_it_is(
+    tmp_path, metadata, expected
+):
+    (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n# Base\n")
+    assert base_license(tmp_path) == expected
 
 
 def test_a_second_publication_replaces_the_files_of_the_first_and_no_others(publish):
@@ -226,6 +243,10 @@ def test_a_secret_in_the_header_of_the_weights_stops_publishing(run, publish):
     ("arguments", "removed_file", "facts"),
     [
         (("--to", "name", "--base-model", "org/base"), None, ("--to", "ORG/NAME")),
+        (("--to", "org/a..b", "--base-model", "org/base"), None, ("--to", "org/a..b", "..")),
+        (("--to", f"org/{97 * 'a'}", "--base-model", "org/base"), None, ("--to", "96")),
+        (("--to", "org/na\u00efve", "--base-model", "org/base"), None, ("--to", "ORG/NAME")),
+        (("--to", "org/name", "--base-model", "org/base.git"), None, ("--base-model", ".git")),
         (("--to", "org/name"), None, ("--base-model",)),
         (TO, "adapter/adapter_model.safetensors", ("no adapter",)),
         ((*TO, "--merged"), "merged/config.json", ("no merged model", "launch/merge.py")),
