@@ -58,7 +58,7 @@ def _record_inputs(
     summed_loss, device = SummedLoss(model), session.device
     with (
         _recorded_inputs(model, plan, is_recording=session.is_rank_zero) as inputs,
-        _gathered_blocks(model),
+        _gathered_modules(model),
         show_progress("principal directions of inputs", total=EVA_SEQUENCES) as work,
     ):
         for batch in islice(sequences, EVA_SEQUENCES):
@@ -87,40 +87,43 @@ def _require_directions(inputs: "Iterable[LayerInput]") -> None:
 
 
 @contextmanager
-def _gathered_blocks(model: PeftModel) -> Iterator[None]:
-    """In the body, a block of a base that ZeRO-3 has sharded is gathered for its forward pass.
+def _gathered_modules(model: PeftModel) -> Iterator[None]:
+    """In the body, a base that ZeRO-3 has sharded can run: each module is gathered when it runs.
 
-    The other parameters, such as the embeddings, are gathered for the whole body.
+    These modules are the blocks, and the embeddings, final norm and head outside them.
     """
     causal: Any = model.get_base_model()
-    sharded = {id(p): p for p in causal.parameters() if hasattr(p, "ds_id")}
-    if not sharded:
+    if not any(hasattr(p, "ds_id") for p in causal.parameters()):
         yield
         return
     from deepspeed.runtime.zero import GatheredParameters
 
-    handles, gathers = [], []
-    outside = dict(sharded)
-    for block in blocks(causal):
-        parameters = [p for p in block.parameters() if id(p) in sharded]
-        for parameter in parameters:
-            outside.pop(id(parameter), None)
+    gathers, handles = [], []
+    for module in _modules_to_gather(causal, set(blocks(causal))):
 
-        def gather(module: nn.Module, arguments: Any, parameters: Any = parameters) -> None:
-            gathers.append(GatheredParameters(parameters))
+        def gather(module: nn.Module, arguments: Any) -> None:
+            gathers.append(GatheredParameters([*module.parameters()]))
             gathers[-1].__enter__()
 
         def release(module: nn.Module, arguments: Any, output: Any) -> None:
             gathers.pop().__exit__(None, None, None)
 
-        handles.append(block.register_forward_pre_hook(gather))
-        handles.append(block.register_forward_hook(release))
+        handles.append(module.register_forward_pre_hook(gather))
+        handles.append(module.register_forward_hook(release))
     try:
-        with GatheredParameters([*outside.values()]):
-            yield
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _modules_to_gather(module: nn.Module, all_blocks: set[nn.Module]) -> Iterator[nn.Module]:
+    """The blocks inside a module, and the largest modules in it that contain no block."""
+    if module in all_blocks or all_blocks.isdisjoint(module.modules()):
+        yield module
+        return
+    for child in module.children():
+        yield from _modules_to_gather(child, all_blocks)
 
 
 @contextmanager

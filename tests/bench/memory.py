@@ -62,6 +62,7 @@ GRID = {
 }
 ZERO2, ZERO3 = BF16 | CKPT_OFF | {"zero_stage": 2}, BF16 | CKPT_OFF | {"zero_stage": 3}
 DORA = {"use_dora": True}
+EVA = {"init_lora_weights": "eva", "max_length": 64, "batch_size": 1, "global_batch_size": 4}
 SAVED = BF16 | CKPT_OFF | {
     "modules_to_save": ["embed_tokens", "lm_head"],
     "max_length": 48, "batch_size": 1, "global_batch_size": 4,
@@ -108,6 +109,13 @@ OTHERS = {
     "dora dropout": Case(settings=ZERO2 | DORA | {"lora_dropout": 0.1}),
     "dora nf4 ckpt-on": Case(settings=ZERO2 | CKPT_ON | NF4 | DORA),
     "dora nf4 dropout": Case(settings=ZERO2 | NF4 | DORA | {"lora_dropout": 0.1}),
+    "eva zero2": Case(settings=ZERO2 | EVA, model=UNTIED_16K),
+    "eva zero2 fp32": Case(settings=CKPT_ON | EVA | {"zero_stage": 2}, model=UNTIED_16K),
+    "eva zero3": Case(settings=ZERO3 | CKPT_ON | EVA, model=UNTIED_16K),
+    "eva zero3 fp32": Case(settings=CKPT_ON | EVA | {"zero_stage": 3}, model=UNTIED_16K),
+    "eva zero3 tied": Case(settings=ZERO3 | CKPT_ON | EVA, model=TIED_16K),
+    "eva zero3 256": Case(settings=ZERO3 | CKPT_ON | EVA | {"max_length": 256}, model=UNTIED_16K),
+    "eva zero3 nf4": Case(settings=NF4 | CKPT_ON | EVA | {"zero_stage": 3}, model=UNTIED_16K),
     "attention alone": Case(settings=ZERO2 | {"lora_target_modules": ["q_proj", "v_proj"]}),
     "large vocabulary": Case(settings=ZERO2 | CKPT_ON, model=UNTIED_16K),
     "large vocabulary fp32": Case(settings=CKPT_ON | {"zero_stage": 2}, model=UNTIED_16K),
@@ -337,13 +345,19 @@ def two_steps(session, plan, base, documents=1):
 
     Returns the largest batch of these steps.
     """
+    from pipeline.data.order.batches import build_batch
     from pipeline.model.adapter import attach_adapter
+    from pipeline.model.input_directions import set_input_directions
     from pipeline.train.engine import Engine
     from tests.train_tiny import batches_of_step
 
     split = FullSequences(64, plan.settings.max_length, plan.shape.vocab_size, documents)
     group = session.sequence_group(plan.layout.sequence_parallel_size)
-    engine = Engine(attach_adapter(base, plan), plan, group=group)
+    model = attach_adapter(base, plan)
+    if plan.settings.initialises_from_inputs:
+        batches_of_one = (build_batch(split, [i]) for i in range(8))  # two updates of the PCA
+        set_input_directions(model, plan, session, batches_of_one)
+    engine = Engine(model, plan, group=group)
     for step in range(2):
         batches, supervised = batches_of_step(plan, split, step, session.placement.rank)
         engine.optimizer_step(batches, supervised, 1e-3)

@@ -6,14 +6,21 @@ over training data. A resumed run makes no decompositions.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.config.settings import RunSettings
+from pipeline.plan.cost.activations import activations
+from pipeline.plan.cost.gathers import gathered_bytes
 from pipeline.plan.cost.per_token import cost_per_token
 from pipeline.plan.cost.speed import gather_seconds, reachable_rates
-from pipeline.plan.given.adapter_counts import AdaptedLayer, adapted_layers, input_of
+from pipeline.plan.given.adapter_counts import (
+    AdaptedLayer,
+    adapted_layers,
+    input_of,
+    trainable_parameters,
+)
 from pipeline.plan.given.hardware import Hardware
-from pipeline.plan.given.layout import Layout
+from pipeline.plan.given.layout import Layout, SequenceProfile
 from pipeline.plan.given.shape import ModelShape
 
 # Number of training sequences over which EVA runs the base, one after another. It stops earlier if
@@ -83,18 +90,50 @@ def decomposition_bytes(shape: ModelShape, settings: RunSettings) -> int:
     approximate decomposition have m r and n r values.
 
     EVA decomposes at least EVA_ROWS inputs of a layer together with r earlier directions, with
-    factors of twice the r. It also keeps, for each input, the directions and up to EVA_ROWS rows.
+    factors of twice the r.
     """
     if settings.initialises_from_inputs:
-        layers = _layers_by_input(shape, settings)
         num_rows = EVA_ROWS + min(settings.max_length, EVA_TOKENS)  # kept ones and a sequence
-        matrices = [(num_rows + x.r, x.linear.d_in, 2 * x.r) for x in layers]
-        return _largest_bytes(matrices, is_approximate=True) + sum(
-            4 * (EVA_ROWS + layer.r) * layer.linear.d_in for layer in layers
-        )
+        matrices = [
+            (num_rows + layer.r, layer.linear.d_in, 2 * layer.r)
+            for layer in _layers_by_input(shape, settings)
+        ]
+        return _largest_bytes(matrices, is_approximate=True)
     layers = _decomposed_layers(shape, settings)
     matrices = [(layer.linear.d_out, layer.linear.d_in, layer.r) for layer in layers]
     return _largest_bytes(matrices, is_approximate="niter" in str(settings.init_lora_weights))
+
+
+def initial_values_bytes(
+    shape: ModelShape,
+    settings: RunSettings,
+    layout: Layout,
+    hardware: Hardware,
+    sequences: SequenceProfile,
+) -> int:
+    """Peak bytes of rank 0 beside its base while initial values are computed; 0 without any.
+
+    `sequences`: profile of the longest sequences. At ZeRO-3 the weight that is decomposed is
+    gathered. EVA decomposes inputs during a forward pass over one sequence.
+    """
+    b = layout.bytes_per_value
+    largest_linear = b * shape.largest_linear
+    if not settings.initialises_from_inputs:
+        decomposed = decomposition_bytes(shape, settings)
+        return decomposed + largest_linear if decomposed and layout.is_sharded else decomposed
+    one_sequence = replace(layout, micro_batch_size=1)
+    acts = activations(shape, settings, one_sequence, hardware, sequences)
+    head, block, _ = gathered_bytes(shape, settings, layout)
+    # Without gradients a block has at most the tensors that it saves with them.
+    in_block = block + max(block.saved for block in acts.blocks)
+    in_block += largest_linear if settings.is_quantised else 0  # dequantised
+    in_block += decomposition_bytes(shape, settings)
+    adapter = b * trainable_parameters(shape, settings)
+    # For each input of layers, EVA keeps the directions and up to EVA_ROWS rows.
+    kept = sum(
+        4 * (EVA_ROWS + layer.r) * layer.linear.d_in for layer in _layers_by_input(shape, settings)
+    )
+    return adapter + kept + acts.of_tokens + acts.block_input + max(head + acts.logits, in_block)
 
 
 def _largest_bytes(matrices: Sequence[tuple[int, int, int]], *, is_approximate: bool) -> int:

@@ -32,6 +32,7 @@ from math import ceil
 from pipeline.config.settings import RunSettings
 from pipeline.plan.given.adapter_counts import adapter_counts, adapter_counts_by_kind
 from pipeline.plan.given.block import Block
+from pipeline.plan.given.layout import Layout
 from pipeline.plan.given.shape import ModelShape
 
 
@@ -99,3 +100,42 @@ def _frozen_parameters(block: Block, settings: RunSettings) -> list[int]:
     if block.experts:  # fused tensors and the router, never quantised
         sizes += [*(tensor.parameters for tensor in block.experts), block.router_parameters]
     return [*sizes, block.norm_parameters]
+
+
+def gathered_bytes(
+    shape: ModelShape, settings: RunSettings, layout: Layout
+) -> tuple[int, int, int]:
+    """Bytes that ZeRO-3 gathers: the head, the largest block, and experts that stay gathered.
+
+    At other stages, and if gathered parameters need no memory, the three numbers are 0.
+
+    DeepSpeed prefetches only while less than a block is gathered (`stage3_max_live_parameters`). In
+    the backward pass of a block's MLP the block is gathered, so no other block is (measured).
+
+    If a block is not checkpointed, its experts stay gathered until its backward pass (measured:
+    only linear layers release their weights and gather them again in the backward pass). If experts
+    have an adapter, only the adapter stays gathered. Then the backward pass does not need the
+    experts' weights, because autograd saves the sums of weight and adapter (activations.py).
+    """
+    if not layout.is_gathered:
+        return 0, 0, 0
+    b = layout.bytes_per_value
+    head = shape.vocab_size * shape.hidden_size * b
+    experts, largest = 0, 0
+    not_checkpointed = [count for _, count in shape.counts(start=layout.checkpointed_layers)]
+    adapters = adapter_counts_by_kind(shape, settings)
+    for (block, count), num_not_checkpointed, adapter in zip(
+        shape.counts(), not_checkpointed, adapters, strict=True
+    ):
+        expert_adapter = b * adapter.expert_parameters // max(1, count)  # of one block
+        experts += num_not_checkpointed * (expert_adapter or b * block.expert_parameters)
+        largest = max(largest, _block_bytes(block, settings, b) + expert_adapter)
+    return head, largest, experts
+
+
+def _block_bytes(block: Block, settings: RunSettings, b: int) -> int:
+    """Bytes of one block as ZeRO-3 gathers it: quantised weights without their constants."""
+    if not settings.is_quantised:
+        return block.parameters * b
+    quantised = block.linear_weights // 2 if settings.load_in_4bit else block.linear_weights
+    return quantised + (block.parameters - block.linear_weights) * b

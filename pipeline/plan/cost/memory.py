@@ -14,15 +14,13 @@ from dataclasses import dataclass
 
 from pipeline.config.settings import RunSettings
 from pipeline.plan.cost.activations import Activations, activations, kept_activations
-from pipeline.plan.cost.decompositions import decomposition_bytes
-from pipeline.plan.cost.gathers import gathers
+from pipeline.plan.cost.decompositions import initial_values_bytes
+from pipeline.plan.cost.gathers import gathered_bytes, gathers
 from pipeline.plan.cost.saved_gradients import saved_module_gradients
 from pipeline.plan.given.adapter_counts import (
     adapter_counts,
-    adapter_counts_by_kind,
     trainable_parameters,
 )
-from pipeline.plan.given.block import Block
 from pipeline.plan.given.fast_paths import has_one_reduction
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import DTYPE_BYTES, Layout, SequenceProfile
@@ -94,7 +92,8 @@ def memory(
     moments = _moments(shape, settings, layout, of_activations, is_cuda=is_cuda)
     worst = max(moments, key=lambda moment: sum(moments[moment].values()))
     terms = _resident(shape, settings, layout) | moments[worst]
-    load = loading_tensor_bytes = _load_peak(shape, settings, layout, is_cuda=is_cuda)
+    initial = initial_values_bytes(shape, settings, layout, hardware, sequences)
+    load = loading_tensor_bytes = _load_peak(shape, settings, layout, initial, is_cuda=is_cuda)
     if is_cuda:
         terms["allocator_slack"] = int(_ALLOCATOR_SLACK * sum(terms.values()))
         terms["cuda_context"] = _CUDA_CONTEXT
@@ -239,7 +238,7 @@ def _moments(
         accumulated = earlier_gradients
     saved_gradients = saved_module_gradients(shape, settings, layout)
     accumulated = accumulated | {"head_gradient": saved_gradients.until_embeddings}
-    head, largest_block, kept_experts = _gathered_bytes(shape, settings, layout)
+    head, largest_block, kept_experts = gathered_bytes(shape, settings, layout)
     # peft copies a whole embedding matrix to replace rows, in each forward pass, and autograd
     # computes the gradient of the copy (peft 0.21.2 tuners/trainable_tokens/layer.py, forward).
     embedding_bytes = layout.bytes_per_value * shape.vocab_size * shape.hidden_size
@@ -363,47 +362,13 @@ def _gradients(
     return {"adapter_gradients": partition}, {"adapter_gradients": partition} | reduction
 
 
-def _gathered_bytes(
-    shape: ModelShape, settings: RunSettings, layout: Layout
-) -> tuple[int, int, int]:
-    """Bytes that ZeRO-3 gathers: the head, the largest block, and experts that stay gathered.
+def _load_peak(
+    shape: ModelShape, settings: RunSettings, layout: Layout, initial: int, *, is_cuda: bool
+) -> int:
+    """Peak bytes on a rank's device until DeepSpeed has its parameters.
 
-    At other stages, and if gathered parameters need no memory, the three numbers are 0.
-
-    DeepSpeed prefetches only while less than a block is gathered (`stage3_max_live_parameters`). In
-    the backward pass of a block's MLP the block is gathered, so no other block is (measured).
-
-    If a block is not checkpointed, its experts stay gathered until its backward pass (measured:
-    only linear layers release their weights and gather them again in the backward pass). If experts
-    have an adapter, only the adapter stays gathered. Then the backward pass does not need the
-    experts' weights, because autograd saves the sums of weight and adapter (activations.py).
-    """
-    if not layout.is_gathered:
-        return 0, 0, 0
-    b = layout.bytes_per_value
-    head = shape.vocab_size * shape.hidden_size * b
-    experts, largest = 0, 0
-    not_checkpointed = [count for _, count in shape.counts(start=layout.checkpointed_layers)]
-    adapters = adapter_counts_by_kind(shape, settings)
-    for (block, count), num_not_checkpointed, adapter in zip(
-        shape.counts(), not_checkpointed, adapters, strict=True
-    ):
-        expert_adapter = b * adapter.expert_parameters // max(1, count)  # of one block
-        experts += num_not_checkpointed * (expert_adapter or b * block.expert_parameters)
-        largest = max(largest, _block_bytes(block, settings, b) + expert_adapter)
-    return head, largest, experts
-
-
-def _block_bytes(block: Block, settings: RunSettings, b: int) -> int:
-    """Bytes of one block as ZeRO-3 gathers it: quantised weights without their constants."""
-    if not settings.is_quantised:
-        return block.parameters * b
-    quantised = block.linear_weights // 2 if settings.load_in_4bit else block.linear_weights
-    return quantised + (block.parameters - block.linear_weights) * b
-
-
-def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_cuda: bool) -> int:
-    """Peak bytes on a rank's device while the base is loaded.
+    `initial`: bytes beside the base while the initial values of the adapter are computed, after the
+    base has been loaded.
 
     At ZeRO-3 the base is sharded while it is loaded (model/sharded_loading.py): each rank holds its
     shard and up to two parameters: one that it has read and perhaps quantised, and one that it
@@ -418,7 +383,6 @@ def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_c
     constants = quantisation_constants(shape, settings)
     # Trained copies of modules in `modules_to_save`, before DeepSpeed shards them.
     copies = b * saved_parameters(shape, settings)
-    copies += decomposition_bytes(shape, settings)
     if (rows := token_rows(shape, settings)) is not None:
         # Embeddings and head with new rows are whole on each rank until DeepSpeed shards them.
         copies += b * shape.vocab_size * shape.hidden_size * len(rows.modules)
@@ -428,13 +392,13 @@ def _load_peak(shape: ModelShape, settings: RunSettings, layout: Layout, *, is_c
         sizes += [t.parameters * b for block in shape.blocks for t in block.experts] * 2
         # A quantised layer is received in 4 bits.
         sizes += [largest, shape.largest_linear // 2 if settings.is_quantised else largest]
-        held = sum(sorted(sizes)[-2:])
+        held = max(sum(sorted(sizes)[-2:]), initial)
         sharded, hpz_size = base - constants, layout.hpz_partition_size
         shard = 0 if layout.offload_param == "cpu" else sharded // layout.world_size
         shard += sharded // hpz_size if hpz_size > 1 else 0
         return shard + constants + held + copies
-    num_unquantised = 4 if is_cuda else 1
-    return base + copies + (num_unquantised * largest if settings.is_quantised else 0)
+    unquantised = (4 if is_cuda else 1) * largest if settings.is_quantised else 0
+    return base + copies + max(unquantised, initial)
 
 
 def _offloaded_activations(layout: Layout, block_input: int) -> int:

@@ -26,6 +26,8 @@ NAMES = [
     "large vocabulary fp32",
     "large vocabulary zero3 fp32",
     "dora nf4 dropout",
+    "eva zero2 fp32",
+    "eva zero3",
     "gemma2",
     "gpt_neox",
     "mixtral zero3",
