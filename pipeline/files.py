@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import socket
 import time
@@ -21,6 +22,7 @@ from typing import Any
 from pipeline.errors import UserError
 
 _TEMPORARY = re.compile(r"\..+\..+-(?P<pid>\d+)\.tmp")  # names made by `temporary_sibling`
+_BYTE_ORDER_MARK = "\ufeff"
 _ABANDONED_AFTER_S = 24 * 3600
 
 
@@ -48,8 +50,12 @@ def _with_null_for_nan(data: Any) -> Any:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object. Raises OSError, or ValueError for other content."""
+    text = path.read_text(encoding="utf-8")
+    if text.startswith(_BYTE_ORDER_MARK):  # transformers does not read such a file either
+        remedy = f"sed -i '1s/^\\xEF\\xBB\\xBF//' {shlex.quote(str(path))}"
+        raise ValueError(f"it begins with a byte order mark; remove it: {remedy}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(text)
     except RecursionError:
         raise ValueError(f"{path}: nested too deeply") from None
     if not isinstance(value, dict):

@@ -8,6 +8,9 @@ import os
 import sys
 from importlib import import_module
 
+from pipeline.cluster.exits import run_main
+from pipeline.errors import UserError
+
 VERBS = {
     "plan": "memory, time and layout of a run; which models fit a GPU",
     "prepare": "tokenise the data, and report on every row",
@@ -31,13 +34,8 @@ _SINGLE_PROCESS_OPTIONS = {"-h", "--help", "--debug", "--tasks"}
 def main() -> None:
     """Run the verb that the first argument names; only its module is imported."""
     verb = " ".join(sys.argv[1:2])
-    if verb in ("-h", "--help"):
-        print(_usage())
-        return
     if verb not in VERBS:
-        problem = f"{verb!r} is not a verb" if verb else "the verb is missing"
-        print(f"rankzero: {problem}\n{_usage()}", file=sys.stderr)
-        sys.exit(2)
+        run_main(lambda: _show_usage(verb))
     options = {word.partition("=")[0] for word in sys.argv[2:]}
     is_single_process = bool(_SINGLE_PROCESS_OPTIONS & options)
     if verb in _VERBS_ON_ALL_GPUS and not is_single_process and _has_unused_gpus():
@@ -48,6 +46,14 @@ def main() -> None:
         os.execv(command[0], command)
     sys.argv[:2] = [f"rankzero {verb}"]  # the name that usage messages show
     import_module(f"pipeline.cli.{verb}").main()
+
+
+def _show_usage(verb: str) -> None:
+    """Print the usage if it was asked for; else raise UserError, because `verb` is not a verb."""
+    if verb not in ("-h", "--help"):
+        problem = f"{verb!r} is not a verb" if verb else "the verb is missing"
+        raise UserError(f"rankzero: {problem}\n{_usage()}")
+    print(_usage())
 
 
 def _usage() -> str:
@@ -66,7 +72,6 @@ def _has_unused_gpus() -> bool:
     """Whether this machine has several GPUs, and no launcher has started a process for each."""
     from pipeline.cluster.devices import detect_hardware
     from pipeline.cluster.placement import from_environment
-    from pipeline.errors import UserError
 
     try:
         is_alone = from_environment(os.environ).launcher == "one process"

@@ -136,12 +136,15 @@ def _guard_output() -> _GuardedStream:
 
 def _file_error(error: Exception) -> str | None:
     """Message for an error of the file system; None for any other error."""
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
+        return shorten(f"{error}: remove the link")  # of Path.resolve, before Python 3.13
     if not isinstance(error, OSError) or error.strerror is None:
         return None
     if error.filename is not None:
         return shorten(f"{os.fsdecode(error.filename)}: {error.strerror}")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"a file could not be written: {error.strerror} (TMPDIR is {gettempdir()})"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        limit = "; ulimit -f is the limit" if error.errno == errno.EFBIG else ""
+        return f"a file could not be written: {error.strerror} (TMPDIR is {gettempdir()}){limit}"
     return None
 
 

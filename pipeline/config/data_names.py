@@ -94,6 +94,8 @@ def _parse_sources(value: Any, expected: str) -> Any:
 
     `expected`: the message for a value that is neither text nor a mapping nor a list.
     """
+    if value == []:
+        raise ValueError(f"the list is empty; {expected}")
     if isinstance(value, list):
         message = "expected a list of names or {path, weight, limit}"
         return [_parse_source(item, message) for item in value]

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from pipeline.commands import DOCS
+from pipeline.commands import DOCS, command
 from pipeline.config.data_names import DataNames, DataSource
 from pipeline.config.hub import HubSplit
 from pipeline.config.located import parse_value, read_located
@@ -39,6 +39,7 @@ _PLAIN_WORDS = {
     "a valid string": "text",
     "a valid integer": "a whole number",
     "a valid number": "a number",
+    "String should have at least 1 character": "must not be empty",
     "must be greater than or equal to": "must be at least",
     "must be less than or equal to": "must be at most",
     "must be greater than": "must be above",
@@ -128,7 +129,7 @@ def _validate(values: Mapping[str, Any], locations: Mapping[str, str], source: s
     """
     unknown = [key for key in values if key not in RunSettings.model_fields]
     problems = [
-        f"{locations[key]}: {key}: unknown setting; {_key_advice(key, values[key])}"
+        f"{locations[key]}: {key or repr(key)}: unknown setting; {_key_advice(key, values[key])}"
         for key in unknown
     ]
     # Settings that the file has under the key of another training program, such as
@@ -205,6 +206,12 @@ def _key_advice(key: str, value: Any) -> str:
         return f"{text}; {problem}" if problem else text
     names = {name: name for name in RunSettings.model_fields} | settings_by_trait("peers")
     near = difflib.get_close_matches(normalised(key), names, n=1, cutoff=0.6)
+    if isinstance(value, dict) and (not near or value_problem(names[near[0]], value)):
+        return (
+            f"keys are not nested: write {', '.join(map(str, value)) or 'its keys'} without "
+            f"indentation, each in a line of its own; {command('convert')} FILE converts the "
+            "configuration of another program"
+        )
     return f"did you mean {names[near[0]]!r}?" if near else f"all settings: {DOCS}/configuration.md"
 
 
@@ -236,14 +243,18 @@ def _error_line(
     value = details[0]["input"]
     if hint := value_advice(key, value):
         expected = hint
-    elif value is None:
+    elif value is None and not RunSettings.model_fields[key].is_required():
         expected += ", or leave it out for the default"
+    elif [d["type"] for d in details] == ["list_type"] and not value_problem(key, [value]):
+        expected = f"must be a list in brackets: [{value}]"
     return f"{locations.get(key, source)}: {key}: {expected}; found {_SHORT_REPR.repr(value)}"
 
 
 def _expected_values(details: Sequence[Mapping[str, Any]]) -> str:
     """The different messages of pydantic's errors about one key, joined by "or"."""
     messages = dict.fromkeys(_in_plain_words(detail["msg"]) for detail in details)
+    if "must be above 0" in messages:  # a number of steps or a fraction
+        messages.pop("must be at least 1", None)
     first, *others = messages
     return " or ".join([first, *(message.removeprefix("must be ") for message in others)])
 

@@ -88,6 +88,8 @@ def _parse(text: str, name: str, kind: Literal["YAML", "JSON"]) -> tuple[yaml.No
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line, problem = mark.line + 1 if mark else 1, str(error.problem or error.context)
+        if r"'\t'" in problem:
+            problem = "a tab, where YAML allows only spaces; replace it with spaces"
         if problem.startswith("but "):  # the second half of a sentence
             problem = f"{error.context}, {problem}"
     except json.JSONDecodeError as error:

@@ -159,7 +159,7 @@ ADVICE: Mapping[str, str] = {
     "pissa_convert": "not needed: the saved adapter belongs to the unchanged base; remove it",
     "loraplus_*": _UNSUPPORTED,
     "lorap_*": _UNSUPPORTED,
-    "peft": _LOFTQ,
+    "peft": "keys are not nested: lora_r, lora_alpha and so on; LoftQ is init_lora_weights: loftq",
     "loftq_*": _LOFTQ,
     "peft_layer_replication": _UNSUPPORTED,
     "peft_layers_pattern": "not needed: layers_to_transform counts the transformer blocks; "
@@ -347,6 +347,7 @@ VALUES: Mapping[str, Mapping[str, str]] = {
     "save_total_limit": {
         "-1": "for no limit, a number above that of all checkpoints", "0": "at least 1",
     },
+    "trackers": {"none": f"no tracker; {_LEAVE_OUT}", "all": _TRACKER.removeprefix("trackers: ")},
     "resume": {"true": "auto", "false": "never", "last": "auto", "latest": "auto"},
     "zero_stage": {
         "0": "1: the adapter's optimizer state is sharded", "*zero*1*": "1", "*zero*2*": "2",

@@ -63,6 +63,13 @@ class RunSettings(AdapterKeys, RunKeys, DataKeys):
             raise ValueError("expected a whole number of steps, or a share below 1")
         return value
 
+    @field_validator("trackers", "tracker_uploads", "accept_changes", "preset")
+    @classmethod
+    def _check_unique(cls, value: str | list[str]) -> str | list[str]:
+        if isinstance(value, list) and (twice := {x for x in value if value.count(x) > 1}):
+            raise ValueError(f"{min(twice)} is given twice")
+        return value
+
     @model_validator(mode="before")
     @classmethod
     def _apply_dependent_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:

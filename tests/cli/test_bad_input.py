@@ -128,6 +128,13 @@ def test_a_model_folder_with_a_missing_file_is_refused(case, missing, fact):
     assert_refused(start(), fact)
 
 
+def test_a_config_with_a_byte_order_mark_is_refused_with_the_remedy(case):
+    folder, start = case
+    path = folder / "model/config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert_refused(start(), path, "byte order mark", "sed -i")
+
+
 def test_a_model_folder_with_a_missing_shard_is_refused(case):
     folder, start = case
     # Beside model.safetensors the index would be ignored, as in transformers.

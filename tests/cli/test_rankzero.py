@@ -1,6 +1,7 @@
 """`rankzero` starts deepspeed on several GPUs, and writes the batch scripts of the package."""
 
 import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -120,3 +121,16 @@ def test_a_folder_that_cannot_be_created_is_refused(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     with refused("file", "slurm"):
         write_scripts(monkeypatch, tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [(["--help"], 0), ([], 2), (["trian"], 2), (["--help", "train"], 0)]
+)
+def test_the_usage_is_shown_without_a_traceback_if_its_reader_has_ended(words, code):
+    command = [sys.executable, "-m", "pipeline.cli.rankzero", *words]
+    readable, writable = os.pipe()
+    os.close(readable)
+    result = subprocess.run(command, cwd=ROOT, stdout=writable, stderr=subprocess.PIPE, check=False)
+    os.close(writable)
+    assert (result.returncode, b"Traceback" in result.stderr) == (code, False)
+    assert (b"usage: rankzero VERB" in result.stderr) == (code == 2)

@@ -121,11 +121,40 @@ def test_every_usual_form_of_a_number_is_read_as_a_number(run_file, text, value)
             for value in ("1.0", "5%", "0.0", "-0.5", "5 %", ".nan", ".inf")
         ),
         ("eval_data: 0", ["eval_data", "rows", 1]),
+        ("eval_data: []", ["RUN.yaml:4", "eval_data", "empty"]),
+        ("trackers: none", ["RUN.yaml:4", "trackers", "leave it out"]),
+        ("trackers: wandb", ["RUN.yaml:4", "trackers", "in brackets: [wandb]"]),
+        ("accept_changes: data", ["RUN.yaml:4", "in brackets: [data]"]),
+        ("trackers: [wandb, wandb]", ["RUN.yaml:4", "trackers", "wandb", "twice"]),
+        ("preset: [small, small]", ["RUN.yaml:4", "preset", "small", "twice"]),
+        ("lora_r:\t8", ["RUN.yaml:4", "YAML", "tab", "spaces"]),
+        ("columns:\n\ttext: a", ["RUN.yaml:5", "YAML", "tab", "spaces"]),
+        ("training: {lr: 1, epochs: 2}", ["training", "nested", "lr, epochs", "convert"]),
+        ("lora: {r: 8}", ["lora", "nested", "r", "convert"]),
+        ("colums: {text: a}", ["colums", "did you mean 'columns'"]),
+        ("run_name: ''", ["run_name", "empty"]),
+        ("'': 5", ["RUN.yaml:4", "'': unknown setting"]),
     ],
 )
 def test_wrong_input_is_refused_with_place_and_remedy(run_file, text, facts):
     with refused(*facts):
         load_settings(run_file(text + "\n"))
+
+
+@pytest.mark.parametrize("text", ["eval_steps: 0", "save_steps: 0", "epochs: 0"])
+def test_a_number_or_fraction_has_one_lower_bound(run_file, text):
+    with pytest.raises(UserError) as error:
+        load_settings(run_file(text + "\n"))
+    assert_mentions(str(error.value), "must be above 0")
+    assert "at least" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["train_data", "output_dir", "model"])
+def test_a_required_setting_without_a_value_has_no_default(run_file, key):
+    with pytest.raises(UserError) as error:
+        load_settings(run_file(""), [f"{key}="])
+    assert_mentions(str(error.value), key)
+    assert "leave it out" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +174,7 @@ def test_a_wrong_data_source_gets_a_message_of_our_own(run_file, override):
         ("trackers=wandb", "list in brackets"),
         ("lr=fast", "a number"),
         ("lora_target_modules=3", "must be text or a list in brackets"),
-        ("save_steps=0", "at least 1"),
+        ("lora_r=0", "at least 1"),
     ],
 )
 def test_a_wrong_type_is_refused_in_plain_words(run_file, override, words):
