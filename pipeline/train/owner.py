@@ -181,7 +181,8 @@ def is_running(owner: dict[str, Any], now: float | None = None) -> bool:
     """
     if owner.get("machine") != identity()["machine"]:
         now = time.time() if now is None else now
-        return now - float(owner.get("heartbeat", 0)) < _SILENCE_S
+        # A heartbeat far in the future is from before a clock was set back.
+        return abs(now - float(owner.get("heartbeat", 0))) < _SILENCE_S
     return any(_is_owner_process(pid, owner) for pid in owner.get("pids", ()))
 
 

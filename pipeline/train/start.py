@@ -147,7 +147,7 @@ def _state_of(folder: Path, status: Mapping[str, Any] | None) -> FolderState:
         return "no run"
     if status is not None and status.get("state") == "done":
         return "done" if _has_intact_adapter(folder) else "done, adapter missing"
-    if (folder / "adapter").exists() or _checkpoints(folder):
+    if (folder / "adapter").exists() or _checkpoints(folder / "checkpoints"):
         return "unfinished"
     has_saved = status is not None and bool(status.get("saved_step"))
     return "checkpoints missing" if has_saved else "no progress"
@@ -163,11 +163,16 @@ def _has_intact_adapter(folder: Path) -> bool:
 
 
 def _require_resume_exists(folder: Path, settings: RunSettings) -> None:
-    if is_checkpoint_path(settings.resume) and not Path(settings.resume).is_dir():
+    if not is_checkpoint_path(settings.resume):
+        return
+    path = Path(settings.resume)
+    if not path.is_dir():
         raise UserError(
-            f"resume: {settings.resume} is neither auto, must or never, nor the folder of a "
-            f"checkpoint such as {folder / 'checkpoints/step-00000100'}"
+            f"resume: {path} is neither auto, must or never, nor the folder of a checkpoint such "
+            f"as {folder / 'checkpoints/step-00000100'}"
         )
+    if inner := [*_checkpoints(path / "checkpoints"), *_checkpoints(path)]:
+        raise UserError(f"resume: {path} holds checkpoints; give one of them, such as {inner[-1]}")
 
 
 def _refuse_other_files(folder: Path) -> None:
@@ -208,7 +213,7 @@ def _require_new_is_possible(folder: Path, settings: RunSettings) -> None:
 
 def _require_checkpoint(folder: Path, state: FolderState) -> None:
     """Raise UserError without a checkpoint, because a run from step 0 would replace the result."""
-    if _checkpoints(folder):
+    if _checkpoints(folder / "checkpoints"):
         return
     descriptions = {
         "done": "a finished run",
@@ -223,8 +228,9 @@ def _require_checkpoint(folder: Path, state: FolderState) -> None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder `checkpoints`. Raises UserError if it cannot be read."""
     try:
-        return checkpoints_in(folder / "checkpoints")
+        return checkpoints_in(folder)
     except OSError as error:
         raise UserError(
             f"output_dir: {error.filename} cannot be read ({error.strerror}), but it may have a "
@@ -381,7 +387,7 @@ def _key_in_checkpoint(folder: Path) -> str | None:
     A damaged checkpoint is reported later, by `Checkpoints.newest`.
     """
     try:
-        state = read_json(_checkpoints(folder)[-1] / "state.json")
+        state = read_json(_checkpoints(folder / "checkpoints")[-1] / "state.json")
         return str(state["identity"]["data"])
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None

@@ -257,6 +257,17 @@ def test_resume_is_a_keyword_or_the_path_of_an_existing_checkpoint(begin, tmp_pa
     assert start(resume=str(tmp_path / "other/checkpoints/step-00000004")) == "new"
 
 
+@pytest.mark.parametrize("name", ["other", "other/checkpoints"])
+def test_a_folder_of_checkpoints_given_to_resume_gets_the_newest_one_as_advice(
+    begin, tmp_path, name
+):
+    _, start = begin
+    for step in (3, 6):
+        (tmp_path / f"other/checkpoints/step-0000000{step}").mkdir(parents=True)
+    with refused("resume", tmp_path / name, "other/checkpoints/step-00000006"):
+        start(resume=str(tmp_path / name))
+
+
 def test_resume_must_without_a_checkpoint_is_refused(begin):
     folder, start = begin
     with refused("resume: must", folder, "resume: auto"):
@@ -472,6 +483,8 @@ def test_a_run_is_alive_if_its_process_lives_or_its_heartbeat_is_recent():
     # A run writes a heartbeat every 10 s.
     assert is_alive(running | {"heartbeat": now - 5})
     assert not is_alive(running | {"heartbeat": now - 500})
+    assert not is_alive(running | {"heartbeat": now + 500})  # written before a clock was set back
+    assert is_alive(running | {"heartbeat": now + 5})  # clocks of two machines differ a little
     assert not is_alive(running | {"heartbeat": now, "state": "stopped"})
     # A process that started after the run and has its process id is another one.
     with_reused_pid = identity() | {"pids": [os.getppid()], "started": 1.0, "heartbeat": now}
