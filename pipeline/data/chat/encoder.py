@@ -46,6 +46,7 @@ _NO_END_OF_SEQUENCE = (
 # Prefixes of names in Encoded.token_counts, which documents them.
 END_WITHOUT_STOP, INNER_END_WITHOUT_STOP = "end_without_stop ", "inner_end_without_stop "
 _NO_SUPERVISED_TOKEN = "no supervised token"
+_ALL_EXCLUDED = f"{_NO_SUPERVISED_TOKEN}: every turn that train_on selects has `weight: 0`"
 _REASONING_WITHOUT_TEMPLATE = (
     "`completion` has reasoning, which train_on_reasoning: false excludes only in conversations; "
     "give `prompt` and `completion` as lists of messages"
@@ -316,6 +317,8 @@ class Encoder:
     def _chat_drafts(self, conversation: Conversation, token_counts: Counter[str]) -> list[_Draft]:
         finder = self._finder_for(bool(conversation.tools))
         trained = self._trained_turns(conversation)
+        if not trained and self._settings.train_on != "all":
+            raise RowError(_ALL_EXCLUDED)
         omitted: list[str] = []
         if self._settings.split_turns:
             drafts = []
@@ -324,8 +327,6 @@ class Encoder:
                 rendered = finder.render(until_turn, {i})
                 drafts.append(self._chat_draft(until_turn, rendered, [i], token_counts))
                 omitted += rendered.omitted.get(i, ())
-            if not drafts:
-                raise RowError(_NO_SUPERVISED_TOKEN)
         else:
             rendered = finder.render(conversation, set(trained))
             drafts = [self._chat_draft(conversation, rendered, trained, token_counts)]

@@ -262,7 +262,8 @@ def require_generation_prompt(template: ChatTemplate) -> None:
     """Raise UserError for a file whose template writes an answer's header only with the answer.
 
     Servers end a prompt with the text that the template adds for add_generation_prompt. A header
-    that is missing there, such as `<|assistant|>`, is neither in the prompt nor trained.
+    that is missing or different there, such as `<|assistant|>`, is neither in the prompt nor
+    trained.
     """
     question, answer = placeholder("user"), placeholder("user", "assistant")
     try:
@@ -272,6 +273,16 @@ def require_generation_prompt(template: ChatTemplate) -> None:
     except RowError:
         return  # for example, it needs a system message
     before_answer = text[: max(text.find(answer.messages[1].content), 0)]
+    length = common_prefix_length(prompt, before_answer)
+    is_in_tag = prompt.rfind("<", 0, length) > prompt.rfind(">", 0, length)  # <|START_THINKING|>
+    continue_with_words = prompt[length:][:1].isalpha() and before_answer[length:][:1].isalpha()
+    if is_prompt_added and continue_with_words and not is_in_tag:
+        raise UserError(
+            f"chat_template: before an answer the template writes "
+            f"{before_answer.splitlines()[-1]!r}, but if add_generation_prompt is true, it writes "
+            f"{prompt.splitlines()[-1]!r}; a server would write the second, which the model never "
+            "sees in training; write the same header in both places"
+        )
     header = before_answer.removeprefix(prompt).strip()
     is_refused = before_answer.startswith(prompt) and header and not is_prompt_added
     if is_refused and not template.marks_turns:
@@ -324,3 +335,11 @@ def read_template(path: str) -> str:
             f"chat_template: {path}: cannot be read as UTF-8 text ({error}); give `model`, "
             "`chatml` or a Jinja file"
         ) from None
+
+
+def common_prefix_length(text: str, other_text: str) -> int:
+    """Number of characters with which both texts begin."""
+    for i, (char, other_char) in enumerate(zip(text, other_text, strict=False)):
+        if char != other_char:
+            return i
+    return min(len(text), len(other_text))

@@ -25,7 +25,7 @@ from pipeline.data.chat.extents import (
 from pipeline.data.chat.leaves import Kind, placeholder, reasoning_blocks
 from pipeline.data.chat.omissions import OmissionCheck
 from pipeline.data.chat.tags import closing_tags, require_no_doubled_tag
-from pipeline.data.chat.template import ChatTemplate, Rendering, Span
+from pipeline.data.chat.template import ChatTemplate, Rendering, Span, common_prefix_length
 from pipeline.data.chat.tokenizer import special_pattern
 from pipeline.data.chat.traced import TracedSpan
 from pipeline.errors import UserError
@@ -242,7 +242,7 @@ class TurnFinder:
         token. Also empty if `opening` continues with a word after the prefix: then the two texts
         are headers of different roles.
         """
-        common = opening[: _common_prefix_length(opening, gap)]
+        common = opening[: common_prefix_length(opening, gap)]
         token_ends = [
             match.end()
             for match in self._special.finditer(opening)
@@ -262,7 +262,7 @@ class TurnFinder:
             # But a template that always writes the generation prompt (Command R) writes the whole
             # opening there; it writes the end of the turn alone between two user messages.
             end_of_turn = between_users if after_user.startswith(opening) else after_user
-            header_start = _common_prefix_length(opening, end_of_turn)
+            header_start = common_prefix_length(opening, end_of_turn)
             for match in self._special.finditer(opening):
                 if match.start() < header_start < match.end():  # inside of a special token
                     header_start = match.start()
@@ -307,7 +307,7 @@ class TurnFinder:
         before_result = self._text_before("user", "call", "tool", index=2)
         if before_result is None or after_call is None:
             return before_result
-        shared = before_result[: _common_prefix_length(before_result, after_call)]
+        shared = before_result[: common_prefix_length(before_result, after_call)]
         starts = [match.start() for match in self._special.finditer(shared)]
         return before_result[starts[-1] if starts else 0 :]
 
@@ -484,10 +484,3 @@ def _marked_spans(blocks: list[Span], end: int | None, is_trained: bool) -> list
             "turn"
         )
     return [(start, stop if end is None else min(stop, end)) for start, stop in blocks]
-
-
-def _common_prefix_length(text: str, other_text: str) -> int:
-    for i, (char, other_char) in enumerate(zip(text, other_text, strict=False)):
-        if char != other_char:
-            return i
-    return min(len(text), len(other_text))

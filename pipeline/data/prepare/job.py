@@ -100,7 +100,8 @@ class JobRun:
         if len(documents) == 2 and not all(documents):
             raise UserError(
                 f"eval_data: {self._settings.held_out} leaves {documents[0]} documents to train on "
-                f"and holds out {documents[1]}; give another share or number, or more rows"
+                f"and holds out {documents[1]}; give another share or number, or more rows "
+                "(equal rows are held out together)"
             )
         return {name: split.finish() for name, split in self._splits.items()}
 

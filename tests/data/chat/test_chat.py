@@ -94,7 +94,7 @@ class TestTurns:
         assert text == f"<|im_start|>[[{before}]]one<|im_end|>[[\n{after}]]"
         without_trained_turn = Conversation((question, untrained))
         for settings in ({}, {"split_turns": True}, {"train_on": "last-assistant"}):
-            with refused("no supervised token", error=RowError):
+            with refused("no supervised token", "weight: 0", error=RowError):
                 marked_text(without_trained_turn, tokenizer_with(template), **settings)
 
     def test_split_turns_makes_a_document_of_each_turn(self, template):

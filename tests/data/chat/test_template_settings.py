@@ -67,6 +67,13 @@ def test_the_documented_template_is_refused_without_its_generation_prompt(tmp_pa
         marked_text(chat("q", "a"), published("qwen3"), chat_template=str(path))
 
 
+def test_a_template_file_with_another_header_in_the_generation_prompt_is_refused(tmp_path):
+    path = tmp_path / "mine.jinja"
+    path.write_text(CHATML.replace("<|im_start|>assistant", "<|im_start|>bot"))
+    with refused("chat_template", "<|im_start|>assistant", "<|im_start|>bot", "same header"):
+        marked_text(chat("q", "a"), published("qwen3"), chat_template=str(path))
+
+
 @pytest.mark.parametrize("family", sorted(SPECIAL))
 def test_each_published_template_is_accepted_as_a_file(family, tmp_path):
     path = tmp_path / "published.jinja"
