@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils.error import NoMatchingPeftModuleError
 
+from pipeline.adapter.adapter_file import current_key, read_adapter
 from pipeline.cluster.devices import detect_hardware
 from pipeline.cluster.progress import show_progress
 from pipeline.config.settings import RunSettings
@@ -68,19 +70,32 @@ class ModelLoader:
 
 
 def _with_adapter(base: Any, adapter: Path) -> PeftModel:
-    """The base with an adapter. Raises UserError if the adapter's file lacks one of its weights.
+    """The base with an adapter. Raises UserError unless peft loads each LoRA weight of its file.
 
-    peft itself only warns, and leaves the weight at its initial value, which changes nothing.
+    peft itself only warns about a weight that it does not find, which then changes nothing, and
+    ignores a weight of another layer.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Found missing adapter keys")
-        try:
-            return PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=False)
-        except UserWarning as warning:
-            raise UserError(
-                f"{adapter}: its weights do not have the names of the layers that its "
-                f"adapter_config.json and the base have; restore the adapter ({str(warning)[:300]})"
-            ) from None
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=False)
+    except NoMatchingPeftModuleError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{adapter}: its layers are not in the base: {reason}") from None
+    assert isinstance(model, PeftModel)
+    # Blocks that share their weights (Zamba) have several keys in the model, and one in the file.
+    named = dict(model.named_parameters(remove_duplicate=False))
+    in_model = get_peft_model_state_dict(model, state_dict=named, save_embedding_layers=False)
+    in_file = {current_key(key) for key in read_adapter(adapter).file.entries}
+    loaded_ids = {id(in_model[key]) for key in in_file & in_model.keys()}
+    missing = {key for key, parameter in in_model.items() if id(parameter) not in loaded_ids}
+    differing = sorted(key for key in missing | (in_file - in_model.keys()) if ".lora_" in key)
+    if differing:
+        raise UserError(
+            f"{adapter}: {len(differing)} weights are either not in its file, or not of the layers "
+            f"that its adapter_config.json names, such as {differing[0]}; restore the adapter"
+        )
+    return model
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapter.adapter_file import read_adapter, require_adapter
+from pipeline.adapter.adapter_file import Adapter, read_adapter, require_adapter
 from pipeline.adapter.products import is_merged_from
 from pipeline.adapter.trained_on import adapter_sha256, require_same_base
 from pipeline.config.hub import snapshot_folder
@@ -135,7 +135,7 @@ def _specs_of_run(
     """Base, adapter and merged model of a run; their names begin with `prefix`."""
     adapter, base = folder / "adapter", settings.model_folder
     require_adapter(folder)
-    read_adapter(adapter)  # raises UserError if its configuration or the header is damaged
+    _require_sizes_of_base(read_adapter(adapter), settings)
     require_same_base(base, adapter, "restore the model that was used in training")
     specs = [
         ModelSpec(
@@ -149,6 +149,19 @@ def _specs_of_run(
         name = f"{prefix}merged"
         specs.append(ModelSpec(name=name, settings=settings, folder=merged, is_merged=True))
     return specs
+
+
+def _require_sizes_of_base(adapter: Adapter, settings: RunSettings) -> None:
+    """Raise UserError if a LoRA layer has another size than the linear layer of the base."""
+    shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
+    for name, linear in shape.linears.items():
+        update = adapter.layer_updates.get(f"{name}.weight")
+        expected = (linear.d_out, linear.d_in)
+        if update is not None and update.shape != expected:
+            raise UserError(
+                f"{adapter.folder}: {name} is {update.shape} in its base and {expected} in "
+                f"{settings.model}: it was trained on another model; restore model or adapter"
+            )
 
 
 def _has_scorable_merged_model(run_folder: Path) -> bool:

@@ -27,6 +27,7 @@ from pipeline.evaluate.rows import examples_of_file, held_out_examples
 from pipeline.evaluate.score import ScoreOptions, score_models
 from pipeline.model.fingerprint import base_fingerprint
 from pipeline.plan.cost import answers as cost_of_answers
+from tests.adapter.merged import edit_json
 from tests.evaluate.runs import make_run
 from tests.messages import assert_mentions, refused
 from tests.plans import gpu
@@ -345,13 +346,38 @@ def test_a_truncated_adapter_is_refused_before_a_model_is_loaded(run, tmp_path):
         model_specs([str(copy)], (), None)
 
 
-def test_an_adapter_whose_weights_have_other_names_is_not_scored_as_if_it_had_none(run, tmp_path):
-    """peft leaves the weights that it does not find at their initial values, and only warns."""
-    copy = copy_run(run, tmp_path / "copy")
-    path = copy / "adapter" / "adapter_model.safetensors"
-    renamed = {k.replace("q_proj", "qx_proj"): t for k, t in load_file(path).items()}
+def rename_weights(adapter):
+    path = adapter / "adapter_model.safetensors"
+    renamed = {key.replace("q_proj", "qx_proj"): t for key, t in load_file(path).items()}
     save_file(renamed, path)
-    with refused(copy / "adapter", "q_proj.lora_A"):
+    return ["q_proj.lora_A"]
+
+
+def target_fewer_layers(adapter):
+    edit_json(adapter / "adapter_config.json", target_modules=["q_proj"])
+    return ["v_proj.lora_A"]
+
+
+def target_other_layers(adapter):
+    edit_json(adapter / "adapter_config.json", target_modules=["nothing"])
+    return ["nothing"]
+
+
+def change_sizes(adapter):
+    path = adapter / "adapter_model.safetensors"
+    weights = {k: t[:, :8] if "lora_A" in k else t for k, t in load_file(path).items()}
+    save_file({key: t.contiguous() for key, t in weights.items()}, path)
+    return ["q_proj", (32, 8), (32, 32)]
+
+
+@pytest.mark.parametrize(
+    "damage", [rename_weights, target_fewer_layers, target_other_layers, change_sizes]
+)
+def test_an_adapter_of_which_peft_does_not_load_each_weight_is_refused(run, tmp_path, damage):
+    """peft leaves weights that it does not find at their initial values, and only warns."""
+    copy = copy_run(run, tmp_path / "copy")
+    facts = damage(copy / "adapter")
+    with refused(copy / "adapter", *facts):
         compute_scores(single_process(), tmp_path / "answers", [copy])
 
 
