@@ -44,7 +44,8 @@ def _section(program: str, options: list[str]) -> str:
     lines = [
         f"### {program}",
         "",
-        f"Same name and meaning here: {_named(same)}.",
+        "Same name here; the meaning may differ in details ([configuration.md](configuration.md)): "
+        f"{_named(same)}.",
         "",
         "| option | here |",
         "|---|---|",

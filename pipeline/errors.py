@@ -1,7 +1,7 @@
 """Exceptions with a message for the user, and the exit code of each.
 
     RankZeroError            exit 1: the run failed
-    +-- UserError            exit 2: the input is wrong; one clear message, no traceback
+    +-- UserError            exit 2: the input is wrong
     +-- Stopped              exit 75: the run stopped with a checkpoint; start it again to resume
     +-- SingleRankError      exit 1: the run failed on one rank only
 
@@ -23,6 +23,7 @@ _HEAD, _TAIL = 700, 400
 class RankZeroError(Exception):
     """A failure with a known cause; its message is shown without a traceback.
 
+    The name is that of the project; it does not mean rank 0.
     Messages quote values from the user's files, so a long message is shortened and control
     characters are escaped.
     """

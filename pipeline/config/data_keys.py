@@ -120,9 +120,7 @@ class DataKeys(BaseModel):
         "without attention between documents. `batch_size` and `global_batch_size` then count "
         "packs. For a model class that cannot keep packed documents separate, the default is "
         "false, and the plan says so.",
-        json_schema_extra=traits(
-            change="documents", peers="sample_packing neat_packing padding_free"
-        ),
+        json_schema_extra=traits(change="documents", peers="sample_packing neat_packing"),
     )
     train_on: Literal["assistant", "last-assistant", "all"] = Field(
         default="assistant",

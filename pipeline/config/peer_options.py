@@ -202,13 +202,6 @@ def _attention(value: Any, _config: PeerConfig) -> Outcome:
     return Outcome(note="PyTorch's own kernels are the default")
 
 
-def _padding_free(_value: Any, _config: PeerConfig) -> Outcome:
-    """It joins the documents of a micro-batch; unlike packing, it does not change the batches."""
-    return Outcome(
-        note="micro-batches are padded to their longest row; packing: true has no padding"
-    )
-
-
 def _scheduler_options(value: Any, config: PeerConfig) -> Outcome:
     """`lr_scheduler_kwargs` of transformers: the last learning rate of a cosine schedule."""
     options = value if isinstance(value, dict) else {}
@@ -327,7 +320,6 @@ OPTIONS: Mapping[str, Callable[[Any, PeerConfig], Outcome]] = {
         _attention,
     ),
     **dict.fromkeys(("deepspeed", "deepspeed_config"), _deepspeed),
-    "padding_free": _padding_free,
     "lr_scheduler_kwargs": _scheduler_options,
     "max_steps_per_epoch": _steps_of_an_epoch,
     **dict.fromkeys(

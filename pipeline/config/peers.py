@@ -64,6 +64,8 @@ ADVICE: Mapping[str, str] = {
     "do_train": f"{command('train')} always trains; remove it",
     "do_eval": "the held-out loss is measured if eval_data is set; remove it",
     "do_predict": f"{command('score')} generates answers after training; remove it",
+    "padding_free": "packing: true has no padding; without it there is little, because rows of about "
+    "equal length share a micro-batch",
     "quantization_bit": "load_in_4bit: true or load_in_8bit: true",
     "quant_bits": "load_in_4bit: true or load_in_8bit: true",
     "quantization_method": "load_in_4bit: true or load_in_8bit: true; both are bitsandbytes",
@@ -343,7 +345,7 @@ VALUES: Mapping[str, Mapping[str, str]] = {
         "false": '"no"', "none": '"no"', "true": "steps or epoch",
         "best": "steps or epoch, with keep_best: true",
     },
-    "max_steps": {"-1": f"no limit; {_LEAVE_OUT}", "0": f"no limit; {_LEAVE_OUT}"},
+    "max_steps": {"-1": _LEAVE_OUT, "0": _LEAVE_OUT},
     "save_total_limit": {
         "-1": "for no limit, a number above that of all checkpoints", "0": "at least 1",
     },

@@ -1,8 +1,8 @@
 """Check that a checkpoint has every tensor of its model's class, from file headers. No torch.
 
-First the names in the checkpoint are compared with those of the ModelShape (plan/given/shape.py).
-If they are the same, the checkpoint is complete. Otherwise a subprocess with torch applies
-transformers' conversion table to the names (checkpoint_names.py), and the result is cached.
+First names, sizes and number of values in the checkpoint are compared with the ModelShape
+(plan/given/shape.py). If they fit, the checkpoint is complete. Otherwise a subprocess with torch
+applies transformers' conversion table to the names (checkpoint_names.py), and the result is cached.
 """
 
 import json
@@ -34,9 +34,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 class Difference:
     """Differences between a checkpoint and the class of its model.
 
-    `missing`: parameters for which the checkpoint has no tensor. `unused`: tensors of the
-    checkpoint that belong to no parameter. `reshaped`: for each tensor whose shape differs from
-    that of its parameter, its name, its shape and the expected shape.
+    `missing`: parameters for which the checkpoint lacks a tensor, or one of several. `unused`:
+    tensors of the checkpoint that belong to no parameter. `reshaped`: for each tensor whose shape
+    differs from that of its parameter, its name, its shape and the expected shape.
     """
 
     missing: Sequence[str] = ()
@@ -47,8 +47,8 @@ class Difference:
 def require_complete(shape: ModelShape, *, trust_remote_code: bool = False) -> None:
     """Raise UserError if the checkpoint lacks tensors that the model's class needs.
 
-    Nothing is checked in a folder without weights. On a machine without torch, a checkpoint whose
-    names differ from those of the shape is not checked either.
+    Nothing is checked in a folder without safetensors files. On a machine without torch, a
+    checkpoint that does not fit the ModelShape is not checked either.
     """
     folder = Path(shape.folder)
     if not any(folder.glob("*.safetensors")):
@@ -58,7 +58,7 @@ def require_complete(shape: ModelShape, *, trust_remote_code: bool = False) -> N
         for file in checkpoint_files(folder)
         for name, entry in file.entries.items()
     }
-    if _has_names_of_shape(shape, shapes) or package_version("torch") is None:
+    if _fits_model_shape(shape, shapes) or package_version("torch") is None:
         return
     require_no_difference(folder, _difference(folder, shapes, trust_remote_code))
 
@@ -76,7 +76,7 @@ def require_no_difference(folder: Path, difference: Difference) -> None:
         raise UserError(
             f"model: {folder}: the tensor {name} of the checkpoint has the shape "
             f"{_shape_text(stored)}, but according to config.json it is {_shape_text(expected)}; "
-            "download both again"
+            "download config.json and the weights again"
         )
 
 
@@ -84,12 +84,12 @@ def _shape_text(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _has_names_of_shape(shape: ModelShape, stored: Shapes) -> bool:
-    """Whether a checkpoint is complete and has the names of the model's shape.
+def _fits_model_shape(shape: ModelShape, stored: Shapes) -> bool:
+    """Whether the ModelShape alone shows that a checkpoint is complete.
 
     It must have all linear layers, embeddings and head, and at least as many values as the model
     has parameters. All blocks of a kind must have the same tensors. Outside the blocks there must
-    be one more tensor, for the final norm.
+    be a tensor besides embeddings and head, because every model has a final norm.
     """
     tied_head = f"{shape.head_name}.weight" if shape.is_tied else ""
     num_values = sum(math.prod(sizes) for name, sizes in stored.items() if name != tied_head)

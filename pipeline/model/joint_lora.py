@@ -8,7 +8,8 @@ output of the base layer.
 The modules, their parameters and their names stay those of peft; only `forward` is replaced. The
 weights of A and B are read without calling their modules, so at ZeRO-3 they must not be sharded.
 Dropout is applied without calling its module too: at ZeRO-3 all ranks must call the same modules in
-the same order, and whether an input is shared depends on the shapes of a rank's batch.
+the same order. Dropout runs once for a shared input, else once for each layer; and an input is not
+shared if `reshape` has to copy it, which depends on the shape of a rank's batch.
 """
 
 from collections import defaultdict
@@ -78,7 +79,7 @@ class _Group:
     def _has_output(self, layer: Any, x: torch.Tensor) -> bool:
         """Whether the output of a layer's A for this input has been computed.
 
-        At ZeRO-3 each layer gets another view of the input, so memory is compared, not objects.
+        Each layer gets its own view of the input, so memory is compared, not objects.
         `_input` keeps the memory from being reused until all layers have been called.
         """
         last, output = self._input, self._outputs.get(layer)

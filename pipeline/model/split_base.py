@@ -3,7 +3,8 @@
 This part is subtracted from the base, so that training starts at the outputs of the unchanged base.
 peft computes the initial matrices A0 and B0 of each layer, once, on rank 0. Checkpoints contain
 them, so that a resumed run subtracts the same products. The published adapter is B A - B0 A0, which
-is a LoRA of twice the r, and belongs to the unchanged base.
+is a LoRA of twice the r, and belongs to the unchanged base. All these products include the scaling
+of the layer.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,11 +28,11 @@ Tensors = dict[str, torch.Tensor]  # by key in the adapter file
 def split_base(
     model: PeftModel, plan: Plan, session: Session, stored: Mapping[str, torch.Tensor] | None
 ) -> Tensors:
-    """Set A and B of each layer to A0 and B0, and subtract their product from the base.
+    """Set A and B of each layer to A0 and B0, and subtract scaling * B0 A0 from the base.
 
-    `stored`: A0 and B0 of a checkpoint, on every rank; None to compute them. The result on rank 0
-    are A0 and B0 in fp32 on the CPU, by their keys in the adapter file; it is empty on other ranks.
-    All ranks must call this function.
+    `stored`: A0 and B0 of a checkpoint, on every rank; None to compute them. Returns A0 and
+    B0 on rank 0, in fp32 on the CPU, by their keys in the adapter file, and an empty dict on other
+    ranks. All ranks must call this function.
     """
     initial: Tensors = {}
     layers = adapted_layers(plan.shape, plan.settings)

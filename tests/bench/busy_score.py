@@ -3,8 +3,9 @@
     python -m tests.bench.busy_score RUN_FOLDER [--rows N] [--repeats N]
 
 RUN_FOLDER needs held-out rows, such as quickstart/run. Both cases alternate. Prints the seconds of
-the whole command, and the median with one busy core relative to the idle one. The result is valid
-on an idle machine only: the load before each idle command is printed too.
+each command, and the median time with one busy core divided by that with all cores idle. The result
+is valid on an idle machine only: the load before each command is printed too, which after the first
+one includes the commands of this script.
 """
 
 import argparse

@@ -13,8 +13,8 @@ from tests import ROOT
 
 pytestmark = pytest.mark.unit
 
-# For each line of standard input, calls the console script `rankzero`, as pip installs it, with the
-# words of the line in a forked process. Prints the exit code and the line.
+# For each line of standard input, forks a process that calls `main` with the words of the line, as
+# the console script `rankzero` of an installed package does. Prints the exit code and the line.
 CONSOLE_SCRIPT = """
 import importlib, os, sys
 sys.argv = ["/usr/bin/rankzero"]
@@ -55,7 +55,9 @@ def test_a_verb_is_named_as_the_program_was_started(
     ("program", "one_process"),
     [("train.py", "python plan.py"), ("./train.py", "python plan.py"), ("-c", "rankzero plan")],
 )
-def test_a_script_that_was_started_in_its_folder_is_named(monkeypatch, program, one_process):
+def test_in_the_folder_of_the_scripts_a_script_is_named_only_if_one_was_started(
+    monkeypatch, program, one_process
+):
     monkeypatch.chdir(ROOT / "launch")
     monkeypatch.setattr(sys, "argv", [program, "RUN.yaml"])
     assert command("plan") == one_process
@@ -82,22 +84,24 @@ def test_no_message_of_an_installed_package_names_a_clone(tmp_path):
     (run / "run.yaml").write_text(required.format("rows.jsonl"))
     (tmp_path / "hub.yaml").write_text(required.format("nobody/nothing"))
     (tmp_path / "keys.yaml").write_text(required.format("rows.jsonl") + PEER_KEYS)
-    # Commands that end with a help text or a message; each prints one at least.
-    starts = [f"{verb} --help" for verb in VERBS] + [f"{verb} --nonsense" for verb in VERBS]
-    starts += [f"{verb} run" for verb in ("merge", "score", "export", "talk", "publish", "report")]
-    starts += ["train keys.yaml", "prepare hub.yaml", "train hub.yaml", "preflight hub.yaml"]
-    starts += ["convert peer.yaml", "plan --model nobody/nothing"]
-    starts += ["plan --model Qwen/Qwen3-8B --gpu h100-80gb --nodes 2"]
+    # Arguments of `rankzero`. Each command ends with a help text or an error message.
+    command_lines = [f"{verb} --help" for verb in VERBS] + [f"{verb} --nonsense" for verb in VERBS]
+    command_lines += [
+        f"{verb} run" for verb in ("merge", "score", "export", "talk", "publish", "report")
+    ]
+    command_lines += ["train keys.yaml", "prepare hub.yaml", "train hub.yaml", "preflight hub.yaml"]
+    command_lines += ["convert peer.yaml", "plan --model nobody/nothing"]
+    command_lines += ["plan --model Qwen/Qwen3-8B --gpu h100-80gb --nodes 2"]
     result = subprocess.run(
-        [sys.executable, "-c", CONSOLE_SCRIPT], input="\n".join(starts) + "\n",
+        [sys.executable, "-c", CONSOLE_SCRIPT], input="\n".join(command_lines) + "\n",
         capture_output=True, text=True, cwd=tmp_path, check=True,
         env=os.environ | {"HF_HOME": str(tmp_path / "hub"), "DS_ACCELERATOR": "cpu"},
     )  # fmt: skip
     output = result.stdout + result.stderr
-    assert all(f"{start}\n" in result.stdout for start in starts)
+    assert all(f"{line}\n" in result.stdout for line in command_lines)
     assert "Traceback" not in output
     assert "launch/" not in output
-    assert output.count("rankzero") > len(starts)
+    assert output.count("rankzero") > len(command_lines)
 
 
 def test_a_script_of_the_clone_names_scripts_of_the_clone(tmp_path):

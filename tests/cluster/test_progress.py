@@ -1,4 +1,4 @@
-"""Progress of long work: log lines outside a terminal, on rank 0 only."""
+"""Progress of long work, on rank 0 only: bars in a terminal, else log lines."""
 
 import logging
 import threading
@@ -59,7 +59,7 @@ def test_short_work_is_silent(caplog: pytest.LogCaptureFixture) -> None:
 def test_short_work_after_a_silence_of_four_seconds_is_announced_at_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Otherwise several kinds of short work would be silent for longer than five seconds."""
+    """Otherwise several short pieces of work in a row could print nothing for over five seconds."""
     caplog.set_level(logging.INFO, logger="pipeline")
     monkeypatch.setattr(progress, "_FIRST_LINE_S", 60.0)
     monkeypatch.setattr(progress, "seconds_without_output", lambda: 4.0)
@@ -158,13 +158,13 @@ def test_a_bar_shows_a_path_with_brackets() -> None:
 
 
 @pytest.fixture
-def displays_can_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `stop_displays` end with the test; otherwise it lasts until the process ends."""
+def undo_stop_displays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limit the effect of `stop_displays` to the test; otherwise it lasts for the process."""
     monkeypatch.setattr(progress, "_is_over", threading.Event())
 
 
-def test_no_line_of_progress_follows_the_last_message(
-    clock: Clock, caplog: pytest.LogCaptureFixture, displays_can_stop: None
+def test_no_line_of_progress_follows_stop_displays(
+    clock: Clock, caplog: pytest.LogCaptureFixture, undo_stop_displays: None
 ) -> None:
     with show_progress("loading"):
         wait_for_message(caplog, "elapsed")
@@ -175,7 +175,7 @@ def test_no_line_of_progress_follows_the_last_message(
     assert len(caplog.messages) == count
 
 
-def test_no_bar_is_drawn_after_the_last_message(displays_can_stop: None) -> None:
+def test_no_bar_is_drawn_after_stop_displays(undo_stop_displays: None) -> None:
     output = StringIO()
     console = partial(Console, file=output, force_terminal=True, _environ={"TERM": "xterm"})
     outer, inner = (progress._TerminalWork(text, None, console()) for text in ("outer", "inner"))

@@ -234,7 +234,7 @@ def test_fp16_false_does_not_replace_bf16(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("program", [LLAMA_FACTORY, TRL])
 def test_a_constant_schedule_has_no_warmup(tmp_path: Path, program: str) -> None:
-    """In transformers only `constant_with_warmup` has one."""
+    """Of the constant schedules of transformers only `constant_with_warmup` has one."""
     config = program.replace("lr_scheduler_type: constant_with_warmup\n", "")
     config += "lr_scheduler_type: constant\nwarmup_steps: 20\n"
     settings = converted(tmp_path, config)
@@ -272,7 +272,7 @@ def test_padding_free_does_not_turn_packing_on(tmp_path: Path) -> None:
     assert_settings(converted(tmp_path, TRL + "padding_free: true\n"), packing=False)
 
 
-def test_a_chat_template_within_the_configuration_is_to_be_written_to_a_file(
+def test_the_run_file_tells_the_user_to_write_an_inline_chat_template_to_a_file(
     tmp_path: Path,
 ) -> None:
     config = AXOLOTL + "chat_template_jinja: '{% for m in messages %}{{ m }}{% endfor %}'\n"
@@ -281,14 +281,14 @@ def test_a_chat_template_within_the_configuration_is_to_be_written_to_a_file(
     assert_mentions(text, "chat_template_jinja", "FILE.jinja")
 
 
-def test_the_script_after_an_option_of_its_launcher_is_not_a_value(tmp_path: Path) -> None:
+def test_a_script_path_is_not_a_value_of_the_launcher_option_before_it(tmp_path: Path) -> None:
     script = SWIFT.replace("swift sft", "torchrun --nproc_per_node 2 swift/cli/sft.py")
     text = write_run_file(tmp_path, script, name="train.sh").read_text()
     assert "nproc_per_node: 2 " in text
     assert "sft.py" not in text
 
 
-def test_no_limit_of_the_length_in_trl_is_named(tmp_path: Path) -> None:
+def test_max_length_null_of_trl_is_explained_in_the_run_file(tmp_path: Path) -> None:
     text = write_run_file(tmp_path, TRL + "max_length: null\n").read_text()
     assert_mentions(text, "max_length: null", "longest document")
 
@@ -298,7 +298,9 @@ def test_steps_per_epoch_of_torchtune_count_for_each_epoch(tmp_path: Path) -> No
     assert_settings(converted(tmp_path, config), max_steps=600)
 
 
-def test_lora_on_the_head_is_named_and_the_run_file_can_be_planned(tmp_path: Path) -> None:
+def test_lora_on_the_head_is_left_out_and_the_run_file_names_the_alternative(
+    tmp_path: Path,
+) -> None:
     config = TORCHTUNE.replace("lora_rank: 8", "lora_rank: 8\n  apply_lora_to_output: true")
     text = write_run_file(tmp_path, config).read_text()
     assert "lm_head" not in load_settings(tmp_path / "RUN.yaml").lora_target_modules
@@ -322,7 +324,7 @@ def test_pissa_options_of_llama_factory_become_init_lora_weights(
     assert_settings(converted(tmp_path, config), init_lora_weights=expected)
 
 
-def test_gpus_of_a_context_parallel_group_count_once_in_the_global_batch(tmp_path: Path) -> None:
+def test_a_context_parallel_group_counts_as_one_gpu_in_the_global_batch(tmp_path: Path) -> None:
     config = AXOLOTL + "context_parallel_size: 4\n"
     micro_batch, accumulation_steps, groups = 2, 4, 8 // 4
     assert_settings(

@@ -53,7 +53,7 @@ def test_precedence_is_preset_run_file_command_line(run_file):
     ],
 )
 def test_a_user_s_value_replaces_a_contradicting_preset_value(run_file, preset, given, key, value):
-    """This includes values of the preset under another key; the plan names the replaced value."""
+    """The user's key may be another one than the preset's, such as `max_steps` for `epochs`."""
     settings = load_settings(run_file(f"preset: {preset}\n{given}\n"))
     assert getattr(settings, key) == value
     reasons = replaced_preset_values(settings)
@@ -161,7 +161,7 @@ def test_a_required_setting_without_a_value_has_no_default(run_file, key):
     "override", ["train_data={path: x, wieght: 2}", "eval_data=1.0", "eval_data=5%"]
 )
 def test_a_wrong_data_source_gets_a_message_of_our_own(run_file, override):
-    """Pydantic lists each type of the union, as in "must be text or a list in brackets ..."."""
+    """Without it, the error would name each type of the union: "must be text or a list ..."."""
     with pytest.raises(UserError) as error:
         load_settings(run_file(""), [override])
     assert "must be text" not in str(error.value)
@@ -277,7 +277,7 @@ def test_a_hub_model_keeps_its_name_and_gets_the_commit_of_the_local_cache(tmp_p
         "dataloader_prefetch_factor: 1000000000", "output_dir: ''", "deepspeed_json: ''",
     ],
 )  # fmt: skip
-def test_values_that_no_machine_can_run_are_refused_with_their_line(tmp_path, text):
+def test_absurd_numbers_and_empty_paths_are_refused_with_their_line(tmp_path, text):
     key = text.partition(":")[0]
     other_lines = [line for line in REQUIRED.splitlines() if not line.startswith(key)]
     path = tmp_path / "RUN.yaml"

@@ -28,7 +28,8 @@ _PROGRAM = re.compile(
 # Ends a command, outside of quotes.
 _SEPARATOR = re.compile(r"""\s*(?:&&|\|\||[;|])\s*(?=(?:[^'"]|'[^']*'|"[^"]*")*$)""")
 _SHELL = ("console", "bash")  # languages of code blocks whose commands a test runs
-_NOT_SEARCHED = (*_SHELL, "dockerfile")  # RUN lines, which tests/docs does not run
+# Languages whose blocks `commands_outside_shell_blocks` skips. No test runs the lines of Dockerfiles.
+_NOT_SEARCHED = (*_SHELL, "dockerfile")
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,13 @@ def blocks(text: str, language: str) -> list[str]:
     return [dedent(body) for name, body in _FENCE.findall(text) if name == language]
 
 
-def commands(text: str) -> list[tuple[str, list[str]]]:
-    """(verb, arguments) of each `launch/VERB.py ...` and `rankzero VERB ...` of a page.
+def project_commands(text: str) -> list[tuple[str, list[str]]]:
+    """(verb, arguments) of each command of this project in a page.
 
-    A verb is a command of this project, such as train or merge.
+    A command is `launch/VERB.py ...`, `rankzero VERB ...` or `pipeline.cli.VERB ...`.
     """
-    shell = ("console", "bash", "yaml", "dockerfile")  # yaml: comments with commands
-    code = [body for language, body in _FENCE.findall(text) if language in shell]
+    languages = ("console", "bash", "yaml", "dockerfile")  # yaml: comments with commands
+    code = [body for language, body in _FENCE.findall(text) if language in languages]
     code += re.findall(r"`([^`\n]+)`", _FENCE.sub("", text))
     code += re.findall(r"^ {4}(python .*)$", text, re.MULTILINE)
     return [

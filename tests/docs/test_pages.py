@@ -12,12 +12,14 @@ from pipeline.cli.rankzero import VERBS
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
 from tests import ROOT
-from tests.docs.pages import NAMES, PAGES, anchors, blocks, commands, links
+from tests.docs.pages import NAMES, PAGES, anchors, blocks, links, project_commands
 
 pytestmark = pytest.mark.unit
 
 TEXTS = {name: page.read_text(encoding="utf-8") for name, page in zip(NAMES, PAGES, strict=True)}
-COMMANDS = [(name, verb, words) for name, text in TEXTS.items() for verb, words in commands(text)]
+COMMANDS = [
+    (name, verb, words) for name, text in TEXTS.items() for verb, words in project_commands(text)
+]
 
 
 class CapturedParser(Exception):

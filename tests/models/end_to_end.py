@@ -1,7 +1,7 @@
 """End-to-end check of one model class: class checks, training on 2 ranks, plain peft, merge.
 
-matrix.py calls these functions in forks of an interpreter that has imported torch and the other
-slow modules (tests/ranks.py).
+matrix.py calls `check_class` and `verify` in forks of an interpreter that has imported torch and
+the other slow modules (tests/ranks.py); `train` starts its two ranks in such forks.
 """
 
 import json
@@ -55,7 +55,10 @@ ROWS = [
 
 
 def make_folder(kind, kinds, folder):
-    """Save random weights of a kind, a tokenizer, and rows for training and evaluation."""
+    """Save random weights of a kind, a tokenizer, and rows for training and evaluation.
+
+    `kinds`: for each kind its model_type and keys of its config (tests/model/kinds.py).
+    """
     if kind in QUANTISED_CHECKPOINTS:
         make_quantised_checkpoint(kind, folder)
     else:
@@ -93,7 +96,8 @@ def run_settings(folder, mode, changes=()):
 def check_class(kind, kinds, folder):
     """Write the model folder, compute its shape, and run the class checks of the plan on it.
 
-    Returns the results of the checks; with "refused", the reason, if the model is refused.
+    Returns the results of the checks. If the model is refused, "refused" has the reason; without a
+    plan it is the only key.
     """
     make_folder(kind, kinds, folder)
     settings = run_settings(folder, "zero2")
@@ -132,7 +136,10 @@ def train(folder, mode, changes=()):
 def _train_on_rank(rank, port, folder, mode, changes):
     placement = Placement(rank=rank, local_rank=rank, world_size=2, local_size=2, master_port=port)
     variables = placement.variables()
-    del variables["CROSS_RANK"], variables["CROSS_SIZE"]  # no launcher to watch
+    del (
+        variables["CROSS_RANK"],
+        variables["CROSS_SIZE"],
+    )  # else a rank looks for its launcher, and stops
     os.environ.update(variables)
     run_training(run_settings(Path(folder), mode, changes))
 
@@ -167,14 +174,14 @@ def _quantisation(mode, folder):
         return {}
     shape = read_shape(str(folder))
     outside = rf"(?!{re.escape(shape.layers_name)}\.).*"
-    read_directly = [name for name, x in shape.linears.items() if not x.is_quantised]
+    not_quantised = [name for name, x in shape.linears.items() if not x.is_quantised]
     return {
         "quantization_config": BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.float32,
-            llm_int8_skip_modules=[outside, *read_directly],
+            llm_int8_skip_modules=[outside, *not_quantised],
         )
     }
 
@@ -200,7 +207,7 @@ def _held_out_loss(model, run):
 
 
 def _merge_error(folder, run, model):
-    """Largest relative difference between our merged weights and peft's, or why there is none."""
+    """Largest relative difference between our merged weights and peft's, or why there was no merge."""
     try:
         # as peft's model here, which is loaded in fp32
         dtype = "F32" if is_dequantised(folder) else None

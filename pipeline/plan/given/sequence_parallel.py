@@ -1,7 +1,8 @@
 """Values of `sequence_parallel_size` that a model and its ranks allow.
 
-This is the number of ranks in a group that shares each sequence: every rank has a part of the
-tokens, and within attention all tokens of a part of the heads (model/ulysses.py).
+The setting is the number of ranks that work on a sequence together. Outside attention each of them
+has a part of the tokens. Within attention it has all tokens, but only a part of the heads
+(model/ulysses.py).
 """
 
 from math import gcd
@@ -29,18 +30,24 @@ def sizes_by_ranks(nodes: int, ranks_per_node: int) -> list[int]:
 
 
 def key_copies(num_kv_heads: int, size: int) -> int:
-    """Number of copies of each key head in a group, so that all its ranks have equally many."""
+    """Number of copies of each key head, so that all ranks of a group have equally many key heads.
+
+    1 if `size` divides `num_kv_heads`.
+    """
     return size // gcd(size, num_kv_heads)
 
 
 def require_groups(size: int, nodes: int, ranks_per_node: int) -> None:
-    """Raise UserError if the ranks cannot be divided into groups of this size."""
+    """Raise UserError if the ranks cannot be divided into groups as in `sizes_by_ranks`."""
     possible = sizes_by_ranks(nodes, ranks_per_node)
     if size not in possible:
-        of_nodes = f" of {nodes} nodes" if nodes > 1 else ""
+        machine = f"{nodes} nodes with {ranks_per_node} ranks each"
+        if nodes == 1:
+            machine = f"a node with {ranks_per_node} ranks"
         raise UserError(
-            f"sequence_parallel_size: {size}: groups of this size do not fill a node{of_nodes} "
-            f"with {ranks_per_node} ranks; possible: {', '.join(map(str, possible))}"
+            f"sequence_parallel_size: {size}: {machine} cannot be divided into groups of this size "
+            "that lie within a node or consist of whole nodes; possible: "
+            f"{', '.join(map(str, possible))}"
         )
 
 

@@ -114,10 +114,13 @@ def test_a_gpu_without_flops_is_refused():
 
 
 def test_ranks_of_a_node_share_a_cpu_and_have_a_gpu_each():
-    cpu, gpu = cpu_of(4, 64 * GIB), GPUS["h100-80gb"]
+    cpu, gpu = cpu_of(num_cores=4, memory_bytes=64 * GIB), GPUS["h100-80gb"]
     assert cpu.usable_bytes(4) == cpu.usable_bytes(1) // 4
     assert gpu.usable_bytes(8) == gpu.usable_bytes(1) < gpu.device_bytes
-    assert cpu_of(8, 64 * GIB).flops == 2 * cpu.flops
+
+
+def test_the_flops_of_a_cpu_grow_with_its_cores():
+    assert cpu_of(8, 64 * GIB).flops == 2 * cpu_of(4, 64 * GIB).flops
 
 
 def test_docs_speed_has_every_gpu_of_the_catalogue():

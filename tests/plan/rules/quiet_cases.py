@@ -10,9 +10,9 @@ from tests.plan.rules.rule_cases import (
     CHECKPOINTED,
     FP16,
     FP32,
+    IN_4BIT,
     LONGROPE,
     MOE,
-    NF4,
     SHORT,
     WITHOUT_REENTRANT,
     Z1,
@@ -42,8 +42,8 @@ ORDINARY_RUNS = {
     "fp32": (with_layout(FP32), set()),
     "fp32 on an old GPU": (with_layout(FP32, hardware=OLD_GPU), set()),
     "fp16": (with_layout(FP16, config=LLAMA_8B | {"dtype": "float16"}), set()),
-    "4 bits": (NF4, set()),
-    "4 bits zero3 checkpointed": (with_layout(Z3, CHECKPOINTED, **NF4), set()),
+    "4 bits": (IN_4BIT, set()),
+    "4 bits zero3 checkpointed": (with_layout(Z3, CHECKPOINTED, **IN_4BIT), set()),
     "8 bits": ({"load_in_8bit": True}, set()),
     "experts": ({"shape": MOE}, set()),
     "experts zero3": (with_layout(Z3, shape=MOE), set()),
@@ -72,7 +72,7 @@ QUIET_CASES = [
         "zero1-fp32-accumulation",
         with_layout(Z1, FP32, own={"data_types": {"grad_accum_dtype": "fp32"}}),
     ),
-    ("flops-profiler-4bit", {"own": {"flops_profiler": {"enabled": False}}, **NF4}),
+    ("flops-profiler-4bit", {"own": {"flops_profiler": {"enabled": False}}, **IN_4BIT}),
     ("vllm-max-lora-rank", {"rank_pattern": {"q_proj": 513}}),
     ("checkpointing", {"hardware": gpu(18)}),
     ("compute-dtype", {"bnb_4bit_compute_dtype": "float16"}),
@@ -105,7 +105,7 @@ QUIET_CASES = [
     ("deepspeed-zero3-frozen", {"packages": {"deepspeed": "0.19.2"}}),
     ("transformers-zero3-rotary", {"packages": {"transformers": "5.22.0"}}),
     ("transformers-zero3-rotary", with_layout(Z3, FP32, packages={"transformers": "5.22.0"})),
-    ("transformers-zero3-rotary", with_layout(Z3, packages={"transformers": "5.22.0"}, **NF4)),
+    ("transformers-zero3-rotary", with_layout(Z3, packages={"transformers": "5.22.0"}, **IN_4BIT)),
     ("transformers-zero3-rotary", with_layout(Z3, packages={"transformers": None})),
     # Keys of the DeepSpeed JSON that are without effect at this stage or in this dtype.
     ("persistence-too-low", {"own": zero(stage3_param_persistence_threshold=100_000)}),
@@ -114,7 +114,7 @@ QUIET_CASES = [
     ("moe-without-leaf-modules", {"shape": MOE, "own": zero(leaf_module={"classes": []})}),
     ("overlap-comm", with_layout(Z3, own=zero(overlap_comm=True))),
     ("module-granularity", {"own": zero(stage3_module_granularity_threshold=1000)}),
-    ("quantized-communication", {"own": zero(zero_quantized_weights=True), **NF4}),
+    ("quantized-communication", {"own": zero(zero_quantized_weights=True), **IN_4BIT}),
 ]
 
 # Rule, and another case in which it applies: by another one of its conditions.

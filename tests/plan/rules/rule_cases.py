@@ -19,7 +19,7 @@ SLOW_IN_BF16 = replace(CPU, is_slow_in_bf16=True)
 Z1, Z2, Z3 = ({"zero_stage": stage} for stage in (1, 2, 3))
 FP16, FP32 = {"training_dtype": "float16"}, {"training_dtype": "float32"}
 MOE = {"experts": Experts(count=8, per_token=2, size=64).tensors(4096)}
-NF4 = {"load_in_4bit": True}
+IN_4BIT = {"load_in_4bit": True}
 CHECKPOINTED = {"checkpointed_layers": 32}
 SHORT = LLAMA_8B | {"max_position_embeddings": 4096}
 YARN = {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}
@@ -161,10 +161,10 @@ CASES = {
         with_layout(Z2, load_in_8bit=True),
     ),
     "4bit-storage": (
-        {"bnb_4bit_quant_storage": "float16", **NF4},
-        {"bnb_4bit_quant_storage": "bfloat16", **NF4},
+        {"bnb_4bit_quant_storage": "float16", **IN_4BIT},
+        {"bnb_4bit_quant_storage": "bfloat16", **IN_4BIT},
     ),
-    "4bit-moe": ({"shape": MOE, **NF4}, {"shape": MOE}),
+    "4bit-moe": ({"shape": MOE, **IN_4BIT}, {"shape": MOE}),
     "experts-plain": (
         {"shape": MOE, "lora_target_modules": ["q_proj", "experts"], "use_dora": True},
         {"shape": MOE, "lora_target_modules": ["q_proj", "experts"], "use_rslora": True},
@@ -223,7 +223,7 @@ CASES = {
         with_layout({"micro_batch_size": 64}, max_length=8192),
         with_layout({"micro_batch_size": 1}, max_length=8192),
     ),
-    "4bit-zero3-unchecked": (with_layout(Z3, **NF4), with_layout(Z3, CHECKPOINTED, **NF4)),
+    "4bit-zero3-unchecked": (with_layout(Z3, **IN_4BIT), with_layout(Z3, CHECKPOINTED, **IN_4BIT)),
     "persistence-too-low": (
         with_layout(Z3, own=zero(stage3_param_persistence_threshold=100_000)),
         with_layout(Z3, own=zero(stage3_param_persistence_threshold="auto")),
@@ -262,7 +262,7 @@ CASES = {
     ),
     "zenflow": ({"own": zero(zenflow={})}, {"own": zero(zenflow=None)}),
     "4bit-quantized-weights": (
-        {"own": zero(zero_quantized_weights=True), **NF4},
+        {"own": zero(zero_quantized_weights=True), **IN_4BIT},
         {"own": zero(zero_quantized_weights=True)},
     ),
     "quantized-communication": (
@@ -274,7 +274,7 @@ CASES = {
         {"own": zero(zero_quantized_nontrainable_weights=False)},
     ),
     "4bit-all-reduce-fetch": (
-        {"own": zero(stage3_use_all_reduce_for_fetch_params=True), **NF4},
+        {"own": zero(stage3_use_all_reduce_for_fetch_params=True), **IN_4BIT},
         {"own": zero(stage3_use_all_reduce_for_fetch_params=True)},
     ),
     "round-robin-gradients": (
@@ -367,7 +367,7 @@ CASES = {
         {"own": {"checkpoint": {"load_universal": True}}},
     ),
     "flops-profiler-4bit": (
-        {"own": {"flops_profiler": {"enabled": True}}, **NF4},
+        {"own": {"flops_profiler": {"enabled": True}}, **IN_4BIT},
         {"own": {"flops_profiler": {"enabled": True}}},
     ),
     "alpha": ({"lora_r": 8, "lora_alpha": 64}, {"lora_r": 8, "lora_alpha": 8}),
@@ -385,14 +385,14 @@ CASES = {
         {"config": SMOLLM2, "hardware": SLOW_IN_BF16, "layout": FP32},
     ),
     "compute-dtype": (
-        {"bnb_4bit_compute_dtype": "float16", **NF4},
-        {"bnb_4bit_compute_dtype": "bfloat16", **NF4},
+        {"bnb_4bit_compute_dtype": "float16", **IN_4BIT},
+        {"bnb_4bit_compute_dtype": "bfloat16", **IN_4BIT},
     ),
     "double-quantisation": (
-        {"bnb_4bit_use_double_quant": False, **NF4},
+        {"bnb_4bit_use_double_quant": False, **IN_4BIT},
         {"bnb_4bit_use_double_quant": False},
     ),
-    "nf4": ({"bnb_4bit_quant_type": "fp4", **NF4}, {"bnb_4bit_quant_type": "fp4"}),
+    "nf4": ({"bnb_4bit_quant_type": "fp4", **IN_4BIT}, {"bnb_4bit_quant_type": "fp4"}),
     "evaluation-matches-saving": (
         {"eval_data": "e", "evaluation_strategy": "epoch", "save_strategy": "steps"},
         {"eval_data": "e", "evaluation_strategy": "epoch"},
@@ -416,7 +416,7 @@ CASES = {
     },
 }  # fmt: skip
 
-# Rule, and another case in which it applies: by another key, or beyond another limit.
+# A rule and one more case in which it applies: another key, another limit, or more settings.
 OTHER_CASES = [
     ("embeddings-or-head-not-yet", {"lora_target_modules": r"lm_head|.*q_proj"}),
     ("gathered-too-much", with_layout(Z3, own=zero(stage3_max_reuse_distance=1e9))),
@@ -434,8 +434,8 @@ OTHER_CASES = [
     ("json-no-effect", {"own": zero(stage3_gather_fp16_weights_on_model_save=True)}),
     ("json-no-effect", {"own": {"zero_allow_untested_optimizer": True}}),
     ("json-no-effect", {"own": {"checkpoint": {"load_universal": True}}}),
-    ("compile-not-yet", {"own": {"compile": {"deepcompile": True}}, **NF4}),
-    ("nvme-not-yet", with_layout(Z3, own=zero(offload_param={"device": "nvme"}), **NF4)),
+    ("compile-not-yet", {"own": {"compile": {"deepcompile": True}}, **IN_4BIT}),
+    ("nvme-not-yet", with_layout(Z3, own=zero(offload_param={"device": "nvme"}), **IN_4BIT)),
     (
         "rope-original-length",
         {
