@@ -64,8 +64,8 @@ ADVICE: Mapping[str, str] = {
     "do_train": f"{command('train')} always trains; remove it",
     "do_eval": "the held-out loss is measured if eval_data is set; remove it",
     "do_predict": f"{command('score')} generates answers after training; remove it",
-    "padding_free": "packing: true has no padding; without it there is little, because rows of about "
-    "equal length share a micro-batch",
+    "padding_free": "packing: true has no padding; without it there is little, because rows of "
+    "about equal length share a micro-batch",
     "quantization_bit": "load_in_4bit: true or load_in_8bit: true",
     "quant_bits": "load_in_4bit: true or load_in_8bit: true",
     "quantization_method": "load_in_4bit: true or load_in_8bit: true; both are bitsandbytes",

@@ -28,7 +28,7 @@ _PROGRAM = re.compile(
 # Ends a command, outside of quotes.
 _SEPARATOR = re.compile(r"""\s*(?:&&|\|\||[;|])\s*(?=(?:[^'"]|'[^']*'|"[^"]*")*$)""")
 _SHELL = ("console", "bash")  # languages of code blocks whose commands a test runs
-# Languages whose blocks `commands_outside_shell_blocks` skips. No test runs the lines of Dockerfiles.
+# Languages whose blocks `commands_outside_shell_blocks` skips. No test runs lines of Dockerfiles.
 _NOT_SEARCHED = (*_SHELL, "dockerfile")
 
 

@@ -207,7 +207,7 @@ def _held_out_loss(model, run):
 
 
 def _merge_error(folder, run, model):
-    """Largest relative difference between our merged weights and peft's, or why there was no merge."""
+    """Largest relative difference of our merged weights to peft's, or why there was no merge."""
     try:
         # as peft's model here, which is loaded in fp32
         dtype = "F32" if is_dequantised(folder) else None

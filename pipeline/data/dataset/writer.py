@@ -48,8 +48,8 @@ _CONTENT, _DIGITS = ("ids", "supervised", "offsets"), 16
 # same.
 _MAX_RENAMES = 10
 # With weight 2.3 an epoch has each document of a source twice, and 30 % of them a third time. These
-# are selected by a hash of the row's digest and this salt. Without a salt the selection would depend
-# on which rows are held out, because held-out rows are selected by the digest too.
+# are selected by a hash of the row's digest and this salt. Without a salt the selection would
+# depend on which rows are held out, because held-out rows are selected by the digest too.
 _SALT = int.from_bytes(b"weights")
 
 
