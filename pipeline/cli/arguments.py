@@ -1,6 +1,9 @@
 """The argument parser of all commands, with the arguments that several commands share."""
 
 import argparse
+import re
+import shutil
+import textwrap
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,8 +27,9 @@ class Parser(argparse.ArgumentParser):
         program = command(verb)
         super().__init__(
             prog=program,
-            description=(help_template or "").format(
-                command=program, script=script(verb), docs=DOCS
+            description=_fitted(
+                (help_template or "").format(command=program, script=script(verb), docs=DOCS),
+                width=shutil.get_terminal_size().columns,
             ),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -67,6 +71,42 @@ class Parser(argparse.ArgumentParser):
     def add_local_rank(self) -> None:
         """Accept --local_rank, which DeepSpeed's launcher passes; its value is not used."""
         self.add_argument("--local_rank", help=argparse.SUPPRESS)
+
+
+def _fitted(text: str, width: int) -> str:
+    """A help text in lines of at most `width` characters. Blank lines separate its blocks.
+
+    A block is prose, or one of commands. There, spaces separate a command from its description.
+    """
+    blocks = []
+    for block in text.strip().split("\n\n"):
+        lines = block.splitlines()
+        if max(map(len, lines)) <= width:
+            blocks.append(block)
+        elif not any(re.search(r" {2}|\[|^ ", line) for line in lines):
+            blocks.append(textwrap.fill(" ".join(lines), width, break_on_hyphens=False))
+        else:
+            blocks.append("\n".join(_fitted_command(line, width) for line in lines))
+    return "\n\n".join(blocks)
+
+
+def _fitted_command(line: str, width: int) -> str:
+    """A command, and its description in a line below it."""
+    command_line, *descriptions = re.split(" {2,}", line.strip(), maxsplit=1)
+    description = "".join(descriptions)
+    if line.startswith(" " * 8):  # the description of a command above is continued
+        command_line, description = "", line
+    lines = [
+        *textwrap.wrap(
+            command_line, width, subsequent_indent="  ", break_on_hyphens=False,
+            break_long_words=False,
+        ),
+        *textwrap.wrap(
+            description.strip(), width, initial_indent="    ", subsequent_indent="    ",
+            break_on_hyphens=False, break_long_words=False,
+        ),
+    ]  # fmt: skip
+    return "\n".join(lines)
 
 
 def require_folder(run_folder: Path) -> None:
