@@ -458,7 +458,10 @@ def _size_and_digest(path: Path) -> dict[str, Any]:
 
 
 def _damage(path: Path) -> str | None:
-    """Why a checkpoint is not intact; None if it is. Raises OSError if it cannot be read."""
+    """Why a checkpoint is not intact; None if it is. Raises OSError if it cannot be read.
+
+    Files that the manifest does not list, such as .DS_Store, are never read, and are allowed.
+    """
     if not path.is_dir():
         return "the folder is missing"
     try:
@@ -470,8 +473,6 @@ def _damage(path: Path) -> str | None:
                 return f"{name} is missing"
             if _size_and_digest(path / name) != size_and_digest:
                 return f"{name} differs from its size or SHA-256 in the manifest"
-        if others := {file.name for file in path.iterdir()} - files.keys() - {_MANIFEST}:
-            return f"it has a file that is not in its manifest, {min(others)}"
     except FileNotFoundError:
         return f"{_MANIFEST} is missing"
     except (ValueError, KeyError, TypeError, AttributeError) as error:

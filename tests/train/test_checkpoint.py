@@ -88,7 +88,6 @@ DAMAGES = {
     "no manifest": lambda path: (path / "manifest.json").unlink(),
     "short manifest": lambda path: (path / "manifest.json").write_text('{"files": {}}'),
     "manifest is a list": lambda path: (path / "manifest.json").write_text("[]"),
-    "file not in manifest": lambda path: (path / "planted.pkl").write_bytes(b"cos\nsystem\n"),
     "a link to itself": lambda path: (shutil.rmtree(path), path.symlink_to(path.name)),
     "empty": lambda path: [file.unlink() for file in path.iterdir()],
     **{f"flipped {name}": flip(name) for name in NAMES},
@@ -105,6 +104,14 @@ def test_a_damaged_checkpoint_is_named_and_skipped(checkpoints, damage):
     assert path == older
     assert len(notes) == 1
     assert str(newer) in notes[0]
+
+
+def test_a_file_that_is_not_in_the_manifest_does_not_damage_a_checkpoint(checkpoints):
+    write(checkpoints, 3)
+    newer = write(checkpoints, 6)
+    for name in (".DS_Store", ".nfs0001", "notes.txt"):
+        (newer / name).write_bytes(b"x")
+    assert checkpoints.newest() == (newer, [])
 
 
 def test_without_an_intact_checkpoint_a_start_is_refused(checkpoints):
