@@ -68,10 +68,10 @@ class LayerUpdate:
 
     `tensors`: "A", "B" and, for DoRA, "magnitude" -> its entry in the header of the adapter file.
     `is_transposed`: whether the base stores the weight as (d_in, d_out), as in GPT-2 (peft's
-    `fan_in_fan_out`). `is_parameter`: whether peft adapts the parameter instead of its layer
-    (`target_parameters`), and rounds the product to the dtype of the base. `experts`: if this is a
+    `fan_in_fan_out`). `is_parameter`: whether peft adapts the parameter itself, not its layer
+    (`target_parameters`); peft then rounds the product to the dtype of the base. `experts`: for a
     LoRA layer of fused experts (one 3-D parameter with the weights of all experts), the part of
-    that parameter which the tensor of the base has.
+    that parameter that is stored in this tensor of the base; else None.
     """
 
     tensors: Mapping[str, Entry]
@@ -140,7 +140,7 @@ class Adapter:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Read the headers of an adapter.
+    """Read adapter_config.json and the header of the weights of an adapter.
 
     Raises UserError unless the folder has a LoRA adapter that can be merged tensor by tensor.
     """
@@ -220,8 +220,8 @@ def _lora_suffix(name: str) -> str:
 def current_key(key: str) -> str:
     """The key of peft 0.21.2 for a tensor that an older version stored under another key.
 
-    Older versions stored DoRA's magnitudes as weights of a module. A trained bias of an adapted
-    layer may have the name of the wrapped layer.
+    Older versions stored DoRA's magnitudes as weights of a module. The key of a
+    trained bias of an adapted layer may contain `.base_layer.`, because peft wraps the layer.
     """
     key = key.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
     return key if ".lora_" in key else key.replace(".base_layer.", ".")
@@ -245,9 +245,8 @@ def _is_target_parameter(name: str, config: Mapping[str, Any]) -> bool:
 
 
 def _is_fused(name: str, tensors: Mapping[str, Entry], config: Mapping[str, Any]) -> bool:
-    """Whether a LoRA layer is that of n fused experts, whose A has n r rows instead of r."""
-    rows = tensors["A"].shape[0] if "A" in tensors else 0
-    return rows != _layer_r(name, config)
+    """Whether a LoRA layer is that of n fused experts, whose A has n times r rows."""
+    return "A" in tensors and tensors["A"].shape[0] != _layer_r(name, config)
 
 
 def _layer_r(name: str, config: Mapping[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""Write report.html, a page about a run that loads no other files, to the run folder."""
+"""Write report.html, a page about a run, to the run folder. The page loads no other files."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -26,8 +26,8 @@ _SCORES = {
 _FORMATS: dict[str, Callable[[float], str]] = {
     "loss": "{:.4f}".format, "perplexity": "{:.4g}".format,
 }  # fmt: skip
-# Keys of the plan's `proof`, the results of the checks of the model's class. Each key has the
-# reasons for a consequence, which the page names with this text.
+# Keys of the plan's `proof` (results of the checks of the model's class), which has lists of
+# reasons -> text of the page for their consequence.
 _CONSEQUENCES = {
     "refusals": "not trained",
     "without_packs": "without packs",

@@ -37,14 +37,14 @@ KINDS = [
 def folders(tmp_path):
     """Function: kind of model -> its folder, and that of a random adapter with experts."""
 
-    def make(kind, dtype=torch.float32, **options):
+    def make(kind, dtype=torch.float32, other_targets=(), **options):
         build(kind, kinds=ALL).to(dtype).save_pretrained(tmp_path / "base")
         model = load_plain(tmp_path / "base", dtype=torch.float32)
         names = sorted({name.rsplit(".", 1)[-1] for name in expert_tensors(model)})
         config = LoraConfig(
             r=4,
             lora_alpha=6,
-            target_modules=["q_proj"] if kind != "deepseek_v3" else ["q_b_proj"],
+            target_modules=["q_proj" if kind != "deepseek_v3" else "q_b_proj", *other_targets],
             target_parameters=names,
             **options,
         )
@@ -61,7 +61,7 @@ def folders(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_merged_model_equals_that_of_peft(folders, tmp_path, kind):
-    base, adapter = folders(kind, use_rslora=kind == "qwen3_moe")
+    base, adapter = folders(kind, other_targets=["embed_tokens"], use_rslora=kind == "qwen3_moe")
     merge_adapter(base, adapter, tmp_path / "merged")
     model = PeftModel.from_pretrained(load_plain(base, dtype=torch.float32), adapter)
     model.merge_and_unload().save_pretrained(tmp_path / "by_peft")

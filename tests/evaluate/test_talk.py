@@ -30,7 +30,7 @@ def talk(run):
 
 @pytest.fixture
 def prompts(monkeypatch):
-    """A list to which each prompt is appended that is given to a model."""
+    """A list that records each prompt that is given to a model."""
     recorded, original = [], Generator.answers
 
     def record_and_answer(self, model, prompts, on_token, **options):

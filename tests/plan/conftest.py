@@ -1,4 +1,4 @@
-"""Fixtures that plan a run of a model's config.json."""
+"""Fixtures that plan a run for a model of which only a config.json exists."""
 
 import json
 

@@ -160,7 +160,7 @@ def test_anthropic_content_parts_become_reasoning_text_calls_and_results():
         (["tool_result"], ["tool_result"]),
     ],
 )
-def test_content_parts_in_an_order_that_no_template_renders_refuse_the_row(content, facts):
+def test_content_parts_of_an_answer_of_another_type_or_order_refuse_the_row(content, facts):
     value = {"text": "a", "thinking": "t", "name": "f"}
     keys = {"text": ["text"], "thinking": ["thinking"], "tool_use": ["name"]}
     parts = [{"type": kind} | {key: value[key] for key in keys.get(kind, [])} for kind in content]
@@ -181,7 +181,7 @@ def test_content_parts_in_an_order_that_no_template_renders_refuse_the_row(conte
         ({"role": "assistant", "content": [REASONING]}, ["assistant", "empty"]),
     ],
 )
-def test_content_parts_that_do_not_belong_to_the_role_refuse_the_row(message, facts):
+def test_content_parts_that_are_malformed_or_wrong_for_the_role_refuse_the_row(message, facts):
     with refused(*facts, error=RowError):
         read(message, ANSWER)
 
@@ -246,7 +246,7 @@ def test_metadata_of_messages_is_counted_as_unread_and_other_keys_refuse_the_row
 
 LISTED = [USER, message_with([CALL | {"id": "1"}]), {"role": "tool", "content": "rain"}, ANSWER]
 TOOL = {"name": "forecast", "parameters": {"type": "object", "properties": {}}}
-# The messages of LISTED as a struct of lists, in which Arrow tables may have them.
+# The messages of LISTED as one struct of lists, a form that Arrow tables may use.
 STRUCT = {
     "role": ["user", "assistant", "tool", "assistant"],
     "content": ["q", None, "rain", "a"],
@@ -295,7 +295,7 @@ def test_nulls_in_tools_are_dropped_from_objects_and_kept_in_json_text():
 
 
 @pytest.mark.parametrize("number", ["1e999", "NaN", "-Infinity"])
-def test_arguments_with_a_number_that_is_not_json_refuse_the_row(number):
+def test_arguments_with_a_number_that_is_not_finite_refuse_the_row(number):
     call = {"name": "f", "arguments": f'{{"n": {number}}}'}
     with refused("tool call", error=RowError):
         read(message_with([call]))
@@ -311,7 +311,7 @@ def test_a_content_part_with_only_text_needs_no_type():
         read(question, {"role": "assistant", "content": [{"text": "a", "image": "b.png"}]})
 
 
-def test_tools_of_every_api_become_the_same_tools():
+def test_tools_of_openai_and_anthropic_become_the_same_tools():
     schema = {"type": "object", "properties": {"city": {"type": "string"}}}
     function = {"name": "f", "description": "d", "parameters": schema}
     anthropic = {"name": "f", "description": "d", "input_schema": schema}
@@ -337,7 +337,7 @@ def test_reasoning_given_both_in_a_key_and_in_the_content_is_read_once():
 
 
 @pytest.mark.parametrize("schema", ["input_schema", "inputSchema", "parametersJsonSchema"])
-def test_every_key_of_a_tool_schema_becomes_parameters(schema):
+def test_a_tool_schema_under_any_known_key_is_read_as_parameters(schema):
     tool = {"name": "f", "description": "d", schema: {"type": "object", "properties": {}}}
     expected = {"name": "f", "description": "d", "parameters": tool[schema]}
     result = read(USER, ANSWER, tools=[tool])
@@ -437,7 +437,7 @@ def test_reasoning_may_be_opened_by_a_tag_with_attributes(opening):
 
 
 @pytest.mark.parametrize("tag", TAGS)
-def test_tags_of_reasoning_that_are_closed_untrained_or_quoted_are_read(tag):
+def test_a_reasoning_tag_is_kept_if_it_is_closed_or_quoted_or_in_an_untrained_message(tag):
     closing = tag.strip().replace("<", "</").replace("[", "[/")
     for message in (
         {"role": "assistant", "content": f"{tag}hm{closing}yes"},
@@ -447,7 +447,7 @@ def test_tags_of_reasoning_that_are_closed_untrained_or_quoted_are_read(tag):
         assert messages_of(USER, message, USER, ANSWER)[1].content == message["content"]
 
 
-def test_the_context_of_a_completion_may_be_cut_off_because_it_is_not_trained():
+def test_an_untrained_answer_in_the_prompt_may_end_within_its_reasoning():
     cut_off = {"role": "assistant", "content": "<think>I need"}
     row = {"prompt": [USER, cut_off, USER], "completion": [ANSWER]}
     assert read_example(row_of(row)).example.messages[1].content == "<think>I need"

@@ -1,8 +1,8 @@
 """Memory of the gradients of modules that are trained in full (`modules_to_save`), within a step.
 
 These modules are the embeddings and the head. A gradient is as large as the weight, and larger than
-ZeRO's reduce bucket. The sizes below are those of tensors at measured peaks
-(`python -m tests.bench.memory saved --explain`).
+ZeRO's reduce bucket. The formulas follow the tensors that were alive at measured peaks
+(`python -m tests.bench.memory saved --explain` lists them).
 """
 
 from dataclasses import dataclass
@@ -42,8 +42,9 @@ def saved_module_gradients(
     """Temporary gradients of the modules that are trained in full.
 
     If gradients are reduced once per step (fast path ONE_REDUCTION), autograd casts each gradient
-    to fp32 before it is accumulated. A weight has two gradients if the loss has several chunks, or
-    if head and embeddings are tied. Then the two gradients and their sum exist at the same time.
+    to fp32 before it is accumulated. If the loss has several chunks, the
+    gradient of each chunk is added to that of the earlier ones; if head and embeddings are tied,
+    their gradients are added. Then two gradients and their sum exist at the same time.
     """
     b = layout.bytes_per_value
     is_reduced_once = has_one_reduction(settings, layout)
@@ -60,7 +61,7 @@ def saved_module_gradients(
     trainable = trainable_parameters(shape, settings)
     part = min(max(head, embeddings), trainable // layout.world_size)
     copies = 4 if is_reduced_once or b == 4 else 4 + b  # bytes per value of the copies of a part
-    # A gradient stays in the bucket until the gradient of the next parameter is computed.
+    # A gradient waits in the bucket until it is reduced.
     waiting = 0 if is_reduced_once else b  # bytes per value
     is_reduced_early = not is_reduced_once and not is_tied
     early_reduction = waiting * head + copies * min(head, part) if is_reduced_early else 0

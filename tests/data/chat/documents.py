@@ -181,7 +181,10 @@ def tokenizer_without_im_end():
 
 
 def sentence_piece():
-    """A SentencePiece-like tokenizer with byte fallback: tokens begin with a space (Llama 2)."""
+    """A tokenizer like Llama 2's: a space is a part of the token that follows it.
+
+    It puts a space before the text, and splits unknown characters into bytes.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
@@ -207,7 +210,7 @@ def sentence_piece():
 
 
 def record_renderings(monkeypatch) -> list:
-    """Record renderings of chat templates: a list that gets the arguments of each from now on."""
+    """A list to which each later rendering of a chat template appends its positional arguments."""
     renderings, render = [], ChatTemplate._render
 
     def render_and_record(self, *arguments, **keywords):

@@ -1,4 +1,4 @@
-"""Settings that select adapted layers select them as in peft, or are refused with the key."""
+"""Settings of adapted layers and their r have the same effect as in peft, or are refused."""
 
 import pytest
 from peft.utils.other import get_pattern_key
@@ -42,7 +42,7 @@ def test_layers_to_transform_exclude_modules_and_rank_pattern_determine_the_adap
         ({"rank_pattern": {"(": 2}}, ["regular expression"]),
     ],
 )
-def test_a_setting_that_matches_no_layer_or_leaves_none_is_refused(tiny_model, settings, facts):
+def test_a_setting_that_is_no_pattern_or_selects_no_layer_is_refused(tiny_model, settings, facts):
     with refused(*facts):
         make_plan(tiny_model, **settings)
 
