@@ -182,10 +182,13 @@ def require_utf8(file: Path) -> None:
             f"{file}: {encoding} text (Windows PowerShell's > writes it), expected UTF-8; "
             f"{_conversion(file, f'iconv -f {encoding} -t UTF-8')}"
         )
-    if b"\0" in first:
+    # A JSON file with zero bytes was damaged, for example by a power cut; each of its rows is read.
+    is_json = first.strip(b"\0 \t\r\n" + _BYTE_ORDER_MARK)[:1] in (b"{", b"[", b"")
+    if b"\0" in first and not is_json:
         raise UserError(
             f"{file}: binary data of no known format ({SUFFIXES}); if it is an archive, unpack it; "
-            "else export its rows as JSONL, CSV or Parquet"
+            "if it is text in UTF-16, convert it with iconv -f UTF-16LE -t UTF-8; else export its "
+            "rows as JSONL, CSV or Parquet"
         )
 
 

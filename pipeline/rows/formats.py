@@ -6,8 +6,10 @@ The formats are messages, sharegpt, alpaca, prompt-completion, pre-tokenised and
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from itertools import compress
+from math import isnan
 from typing import Any, NamedTuple, get_args
 
 from pipeline.config.data_keys import Auto
@@ -85,12 +87,20 @@ _PREFERENCE = re.compile(
 )
 # Columns that say which tokens or turns count in the loss.
 _LOSS_MASK = re.compile(r"(loss|assistant|completion|answer|response|train(ing)?)_masks?")
-# Columns with the weight of a row in the loss, or with the weights of its messages.
+# Columns with the weight of a row in the loss, or with the weights of its messages or tokens.
+# `weight` alone may also be a fact about the row, such as kilograms, unless it is 0 or a list.
 _WEIGHT = re.compile(
     r"((sample|example|instance|row|data|loss|train(ing)?)_)?weights?", re.IGNORECASE
 )
-# Columns with the lengths or starts of the documents that a pre-tokenised row consists of.
-_PACKED = re.compile(r"(seq|sequence|doc|document)s?_?(len|length|start)s?(_ids?)?|cu_?seq_?lens?")
+# Columns of a pre-tokenised row with a value for each document that it consists of, and with the
+# number of the document for each token.
+_DOCUMENT_SIZES = re.compile(
+    r"((seq|sequence|doc|document)s?_?)?(len|length|start)s?(_ids?)?|cu_?seq_?lens?(_[qk])?",
+    re.IGNORECASE,
+)
+_DOCUMENT_NUMBERS = re.compile(
+    r"(segment|doc|document|seq|sequence)_?(ids?|idx|index)", re.IGNORECASE
+)
 # Columns that mark the answer of a row as desirable or undesirable, as in data for KTO.
 _DESIRABILITY = re.compile(r"label|kto_tag|(is_)?(un)?desirable", re.IGNORECASE)
 
@@ -119,6 +129,8 @@ def read_example(
     for column in value.keys() - _KNOWN_COLUMNS[name]:
         if has_value(value[column]):
             _refuse_loss_column(column, value[column])
+            if name == "pre-tokenised":
+                _refuse_packed(column, value[column])
             if media := _media_name(value[column], column):
                 raise RowError(_no_media(media))
             unread.add(columns.get(column, column) if columns else column)
@@ -188,34 +200,43 @@ def _refuse_media_and_preferences(value: Mapping[str, Any], columns: Mapping[str
 
 def _refuse_loss_column(column: str, value: Any) -> None:
     """Raise RowError if an unread column says which tokens count in the loss, or how much."""
-    if _LOSS_MASK.fullmatch(column):
+    match = _WEIGHT.fullmatch(column)
+    weights = {*_numbers(value)} if match else set()
+    has_other_weight = bool(weights - {1.0})
+    if _LOSS_MASK.fullmatch(column) or (has_other_weight and isinstance(value, list)):
         raise RowError(
             f"`{column}` has a value and is not read; use `weight: 0` in the messages that "
             "do not count in the loss, or `input_ids` and `labels`"
         )
-    if _WEIGHT.fullmatch(column) and any(map(_is_other_weight, _items(value))):
+    if match and has_other_weight and (match[1] or weights == {0.0}):
         raise RowError(
             f"`{column}` is not 1, and only messages and sources have a weight: leave out rows of "
             "weight 0, set `weight` in messages or in train_data, or remove the column if it means "
             "something else"
         )
-    if _PACKED.fullmatch(column) and len(_items(value)) > 1:
+
+
+def _refuse_packed(column: str, value: Any) -> None:
+    """Raise RowError if an unread column says that the row consists of several documents."""
+    if not isinstance(value, list):
+        return
+    has_sizes = _DOCUMENT_SIZES.fullmatch(column) and len(value) > 1
+    if has_sizes or (_DOCUMENT_NUMBERS.fullmatch(column) and len({*_numbers(value)}) > 1):
         raise RowError(
             f"`{column}` says that the row consists of several documents; each row must be one"
         )
 
 
-def _items(value: Any) -> list[Any]:
-    """The items of a list; a list with the value itself if it is none."""
-    return value if isinstance(value, list) else [value]
+def _numbers(value: Any) -> list[float]:
+    """The numbers of a list, or the value itself if it is one; in a CSV file numbers are text.
 
-
-def _is_other_weight(value: Any) -> bool:
-    """Whether a value is a number other than 1; in a CSV file numbers are text."""
-    try:
-        return float(value) != 1
-    except (TypeError, ValueError):
-        return False
+    NaN stands for a missing value in tables, and is left out.
+    """
+    numbers = []
+    for item in value if isinstance(value, list) else [value]:
+        with suppress(TypeError, ValueError, OverflowError):
+            numbers.append(float(item))
+    return [number for number in numbers if not isnan(number)]
 
 
 def _no_media(column: str) -> str:

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from decimal import Decimal
 from typing import Any
 
 from pipeline.rows.examples import ROLES, Message, Role, RowError
@@ -178,7 +179,7 @@ def _is_trained(role: Role, weight: Any) -> bool:
     """Whether a message counts in the loss. Raises RowError if the weight is invalid."""
     if weight is None:
         return True
-    if not isinstance(weight, int | float):
+    if not isinstance(weight, int | float | Decimal):  # Parquet has decimals
         raise RowError(f"the weight of a message is {json_type(weight)}; expected 0 or 1")
     if weight not in (0, 1):
         raise RowError("the weight of a message is neither 0 nor 1")

@@ -272,12 +272,18 @@ def _require_lines(file: Path, beginning: bytes) -> None:
 def _object_or_fault(content: bytes) -> dict[str, Any] | str:
     """Parse a JSON object; if the content is not one, the result is the reason as a string."""
     try:
-        value = DECODER.decode(content.decode("utf-8"))
+        text = content.decode("utf-8")
+        value = DECODER.decode(text)
     except UnicodeDecodeError:
         return NOT_UTF8
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
-            return "not valid JSON: a line with more than one value; write one row per line"
+            rest = text[error.pos :].strip()
+            if rest == ",":
+                return "not valid JSON: a comma after the row; remove it"
+            if rest.startswith(("{", "[")):
+                return "not valid JSON: a line with more than one value; write one row per line"
+            return f"not valid JSON: text after the row, {rest[:20]!r}; remove it"
         return f"not valid JSON: {error.msg.removesuffix(' at').removesuffix(' starting')}"
     except DuplicateKeyError:
         return "not valid JSON: duplicate key"

@@ -78,7 +78,7 @@ class RunFolder:
             if start == "resume" or is_from_path:
                 self._select_checkpoint(start)
         if start == "new" and not context.is_debug and (self.path / "plan.json").is_file():
-            logger.info("training starts at step 0 and replaces the earlier run in %s", self.path)
+            logger.info("this run replaces the earlier one in %s", self.path)
         if start != "done":
             self._earlier_status = read_status(status.path) if start == "resume" else None
             # The status of a finished run stays until `open`, because a check may refuse this

@@ -25,6 +25,9 @@ _HEARTBEAT_S = 10.0  # seconds between heartbeats
 _LOCK_WAIT_S = 0.1  # seconds to wait while another process checks whether the owner is alive
 # An owner on another machine counts as alive if its heartbeat is younger than this many seconds.
 _SILENCE_S = 60.0
+# The clocks of two machines differ by less. A heartbeat further in the future is from before a
+# clock was set back.
+_CLOCK_DIFFERENCE_S = 86_400.0
 
 
 class Ownership:
@@ -181,8 +184,8 @@ def is_running(owner: dict[str, Any], now: float | None = None) -> bool:
     """
     if owner.get("machine") != identity()["machine"]:
         now = time.time() if now is None else now
-        # A heartbeat far in the future is from before a clock was set back.
-        return abs(now - float(owner.get("heartbeat", 0))) < _SILENCE_S
+        age = now - float(owner.get("heartbeat", 0))
+        return -_CLOCK_DIFFERENCE_S < age < _SILENCE_S
     return any(_is_owner_process(pid, owner) for pid in owner.get("pids", ()))
 
 

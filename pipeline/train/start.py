@@ -147,10 +147,11 @@ def _state_of(folder: Path, status: Mapping[str, Any] | None) -> FolderState:
         return "no run"
     if status is not None and status.get("state") == "done":
         return "done" if _has_intact_adapter(folder) else "done, adapter missing"
-    if (folder / "adapter").exists() or _checkpoints(folder / "checkpoints"):
+    if _checkpoints(folder / "checkpoints", "output_dir"):
         return "unfinished"
-    has_saved = status is not None and bool(status.get("saved_step"))
-    return "checkpoints missing" if has_saved else "no progress"
+    if status is not None and status.get("saved_step"):
+        return "checkpoints missing"
+    return "unfinished" if (folder / "adapter").exists() else "no progress"
 
 
 def _has_intact_adapter(folder: Path) -> bool:
@@ -171,7 +172,7 @@ def _require_resume_exists(folder: Path, settings: RunSettings) -> None:
             f"resume: {path} is neither auto, must or never, nor the folder of a checkpoint such "
             f"as {folder / 'checkpoints/step-00000100'}"
         )
-    if inner := [*_checkpoints(path / "checkpoints"), *_checkpoints(path)]:
+    if inner := [*_checkpoints(path / "checkpoints", "resume"), *_checkpoints(path, "resume")]:
         raise UserError(f"resume: {path} holds checkpoints; give one of them, such as {inner[-1]}")
 
 
@@ -213,7 +214,7 @@ def _require_new_is_possible(folder: Path, settings: RunSettings) -> None:
 
 def _require_checkpoint(folder: Path, state: FolderState) -> None:
     """Raise UserError without a checkpoint, because a run from step 0 would replace the result."""
-    if _checkpoints(folder / "checkpoints"):
+    if _checkpoints(folder / "checkpoints", "output_dir"):
         return
     descriptions = {
         "done": "a finished run",
@@ -227,14 +228,17 @@ def _require_checkpoint(folder: Path, state: FolderState) -> None:
     )
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder `checkpoints`. Raises UserError if it cannot be read."""
+def _checkpoints(folder: Path, setting: Literal["output_dir", "resume"]) -> list[Path]:
+    """The checkpoints in a folder `checkpoints`. Raises UserError if it cannot be read.
+
+    `setting`: the one that names the folder or its parent, for the message.
+    """
     try:
         return checkpoints_in(folder)
     except OSError as error:
         raise UserError(
-            f"output_dir: {error.filename} cannot be read ({error.strerror}), but it may have a "
-            "checkpoint to resume from; make it readable, or set another output_dir"
+            f"{setting}: {error.filename} cannot be read ({error.strerror}), but it may have a "
+            f"checkpoint to resume from; make it readable, or set another {setting}"
         ) from None
 
 
@@ -387,7 +391,8 @@ def _key_in_checkpoint(folder: Path) -> str | None:
     A damaged checkpoint is reported later, by `Checkpoints.newest`.
     """
     try:
-        state = read_json(_checkpoints(folder / "checkpoints")[-1] / "state.json")
+        newest = _checkpoints(folder / "checkpoints", "output_dir")[-1]
+        state = read_json(newest / "state.json")
         return str(state["identity"]["data"])
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None

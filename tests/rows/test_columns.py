@@ -201,27 +201,43 @@ def test_a_loss_mask_that_is_not_read_refuses_the_row(name, column):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("column", ["weight", "weights", "sample_weight", "loss_weight", "Weight"])
+@pytest.mark.parametrize("column", ["weight", "Weights", "sample_weight", "Loss_weight"])
 def test_a_weight_of_the_row_that_is_not_read_refuses_the_row(name, column):
     """With it, a row of weight 0 would be trained as if it had weight 1."""
-    for value in (0, 0.5, 2.0, "0", " 0.5", False, [1, 0], ["1", "0"]):
+    is_fact = "_" not in column  # such as kilograms, unless it is 0
+    for value in (0, "0", False, *(() if is_fact else (0.5, 2.0, " 0.5"))):
         with refused(f"`{column}`", "weight 0", "train_data", error=RowError):
             read_example(row_of(FORMATS[name] | {column: value}))
-    for value in (1, 1.0, "1", True, [1, 1], "70 kg", {"kg": 70}):
+    for value in (1, 1.0, "1", True, [1, 1], "70 kg", {"kg": 70}, *((0.5, "3") if is_fact else ())):
         assert read_example(row_of(FORMATS[name] | {column: value})).unread == (column,)
+    for value in ([1, 0], ["1", "0"]):  # of messages or tokens
+        with refused(f"`{column}`", "weight: 0", "labels", error=RowError):
+            read_example(row_of(FORMATS[name] | {column: value}))
+    nan = float("nan")  # a missing value in a table
+    assert read_example(row_of(FORMATS[name] | {column: nan})).unread == (column,)
     for empty in EMPTY_TEXTS:
         assert read_example(row_of(FORMATS[name] | {column: empty})).unread == ()
 
 
 @pytest.mark.parametrize(
-    "column", ["seq_lengths", "seq_lens", "sequence_lengths", "cu_seqlens", "seq_start_id"]
+    ("column", "of_two", "of_one"),
+    [
+        *((name, [2, 2], [4]) for name in ("seq_lengths", "seq_lens", "lengths")),
+        ("seq_start_id", [0, 2], [0]),
+        *((name, [0, 2, 4], 4) for name in ("cu_seqlens", "cu_seq_lens_q")),
+        *(
+            (name, [1, 1, 2, 2], [1, 1, 1, 1])
+            for name in ("segment_ids", "seq_idx", "document_ids")
+        ),
+    ],
 )
-def test_a_pre_tokenised_row_of_several_documents_is_refused(column):
+def test_a_pre_tokenised_row_of_several_documents_is_refused(column, of_two, of_one):
     row = {"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}
     with refused(f"`{column}`", "several documents", error=RowError):
-        read_example(row_of(row | {column: [2, 2]}))
-    for value in ([4], 4):
-        assert read_example(row_of(row | {column: value})).unread == (column,)
+        read_example(row_of(row | {column: of_two}))
+    assert read_example(row_of(row | {column: of_one})).unread == (column,)
+    # In other formats it describes something else, such as documents that were retrieved.
+    assert read_example(row_of(FORMATS["messages"] | {column: of_two})).unread == (column,)
 
 
 def test_a_system_prompt_in_text_parts_is_joined():

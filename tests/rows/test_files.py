@@ -287,6 +287,15 @@ def test_binary_data_of_an_unknown_format_is_refused_as_binary(tmp_path, name, c
             read_file(tmp_path / name)
 
 
+def test_zero_bytes_in_a_json_file_damage_only_their_lines(tmp_path):
+    """A power cut may leave a block of zero bytes in a file."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\0" * 100 + b'\n{"text": "a"}\n')
+    damaged, row = read_file(path)
+    assert isinstance(damaged, BadRow)
+    assert row.value == {"text": "a"}
+
+
 @pytest.mark.parametrize("name", ["t.zip", "t.xlsx", "t.txt", "t"])
 def test_text_of_an_unknown_format_is_refused_with_advice_that_can_help(tmp_path, name):
     (tmp_path / name).write_text("a\tb\nc\td\n")

@@ -65,6 +65,8 @@ def read(tmp_path, content: bytes, name="rows.jsonl"):
         (b'{"n": ' + b"1" * 5000 + b"}", "number too long"),
         (b'{"a": {"role": "x", "role": "y"}}', "duplicate key"),
         (GOOD + b"\r" + GOOD, "more than one value"),
+        (GOOD + b",", "a comma after the row"),
+        (GOOD + b"x", "text after the row, 'x'"),
     ],
 )
 def test_a_bad_line_is_one_bad_row(tmp_path, line, reason):

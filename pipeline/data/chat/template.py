@@ -268,15 +268,13 @@ def require_generation_prompt(template: ChatTemplate) -> None:
     question, answer = placeholder("user"), placeholder("user", "assistant")
     try:
         prompt = template.render(question, add_generation_prompt=True).text
-        is_prompt_added = prompt != template.render(question).text
+        without_prompt = template.render(question).text
         text = template.render(answer).text
     except RowError:
         return  # for example, it needs a system message
+    is_prompt_added = prompt != without_prompt
     before_answer = text[: max(text.find(answer.messages[1].content), 0)]
-    length = common_prefix_length(prompt, before_answer)
-    is_in_tag = prompt.rfind("<", 0, length) > prompt.rfind(">", 0, length)  # <|START_THINKING|>
-    continue_with_words = prompt[length:][:1].isalpha() and before_answer[length:][:1].isalpha()
-    if is_prompt_added and continue_with_words and not is_in_tag:
+    if is_prompt_added and _headers_differ(without_prompt, prompt, before_answer):
         raise UserError(
             f"chat_template: before an answer the template writes "
             f"{before_answer.splitlines()[-1]!r}, but if add_generation_prompt is true, it writes "
@@ -291,6 +289,23 @@ def require_generation_prompt(template: ChatTemplate) -> None:
             "of the prompt if add_generation_prompt is true; a server would not write it, and the "
             "model would not learn to write it; add {%- if add_generation_prompt %}...{% endif %}"
         )
+
+
+def _headers_differ(without_prompt: str, prompt: str, before_answer: str) -> bool:
+    """Whether a prompt ends with another header than the text before an answer.
+
+    `without_prompt`: the same prompt without the header. The headers may differ after a part that
+    they share, such as the tag of the role, because templates write other tags for reasoning.
+    """
+    length = common_prefix_length(prompt, before_answer)
+    if length in (len(prompt), len(before_answer)):  # one continues the other
+        return False
+    tag = prompt.rfind("<", 0, length)
+    if tag > prompt.rfind(">", 0, length):  # they differ within a tag
+        length = tag
+    elif prompt[length].isalpha() and before_answer[length].isalpha():
+        return True
+    return before_answer.startswith(without_prompt) and length <= len(without_prompt)
 
 
 def chatml(tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -74,6 +74,17 @@ def test_a_template_file_with_another_header_in_the_generation_prompt_is_refused
         marked_text(chat("q", "a"), published("qwen3"), chat_template=str(path))
 
 
+@pytest.mark.parametrize("header_of_prompt", ["<|bot|>", "### Response:"])
+def test_a_template_file_whose_two_headers_share_nothing_is_refused(tmp_path, header_of_prompt):
+    path = tmp_path / "mine.jinja"
+    path.write_text(
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|im_end|>{% endfor %}"
+        f"{{% if add_generation_prompt %}}{header_of_prompt}{{% endif %}}"
+    )
+    with refused("chat_template", "<|assistant|>", header_of_prompt, "same header"):
+        marked_text(chat("q", "a"), published("qwen3"), chat_template=str(path))
+
+
 @pytest.mark.parametrize("family", sorted(SPECIAL))
 def test_each_published_template_is_accepted_as_a_file(family, tmp_path):
     path = tmp_path / "published.jinja"
