@@ -10,7 +10,7 @@
 # make test-serving  vLLM and llama.cpp answer the quickstart's held-out rows (installs both, 4 GB; 20 minutes)
 # make test-report  the report in headless Chromium: every kind of run, two widths, both themes (3 minutes)
 # make bench-quickstart  five seeds of the quickstart, scored on 300 fresh rows (15 minutes)
-# make bench-lora   the quickstart with other settings of the adapter (an hour; resumable)
+# make bench-lora   the quickstart with other settings of the adapter (two hours; resumable)
 # make screenshots  the images of docs/images, with headless Chromium (6 minutes)
 # make site         the pages of docs/ as a website in build/site (own environment, 1 minute)
 # make bench        speed beside HF Trainer, TRL, LLaMA-Factory and a bare loop (75 minutes, resumable; QUICK=1: 5)

@@ -58,7 +58,7 @@ def main() -> None:
     """Run the missing variants and seeds, then print the means of the quickstart's own settings."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quickstart", action="store_true")
-    parser.add_argument("--seeds", type=int, default=1, help="of each variant")
+    parser.add_argument("--seeds", type=int, default=2, help="of each variant")
     args = parser.parse_args()
     runs = [(name, seed) for name in OWN_SETTINGS for seed in SEEDS]  # variant and seed
     if not args.quickstart:
