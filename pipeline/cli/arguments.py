@@ -84,7 +84,11 @@ def _fitted(text: str, width: int) -> str:
         if max(map(len, lines)) <= width:
             blocks.append(block)
         elif not any(re.search(r" {2}|\[|^ ", line) for line in lines):
-            blocks.append(textwrap.fill(" ".join(lines), width, break_on_hyphens=False))
+            prose = " ".join(lines)
+            # A path stays whole, so that it can be copied.
+            blocks.append(
+                textwrap.fill(prose, width, break_on_hyphens=False, break_long_words=False)
+            )
         else:
             blocks.append("\n".join(_fitted_command(line, width) for line in lines))
     return "\n\n".join(blocks)

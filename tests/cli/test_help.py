@@ -37,3 +37,10 @@ def test_a_description_of_a_command_is_moved_below_it_only_if_its_block_is_too_w
     assert "rankzero score RUN_FOLDER\n    base, adapter" in help_text("score")
     monkeypatch.setenv("COLUMNS", "120")
     assert "rankzero score RUN_FOLDER      " in help_text("score")
+
+
+def test_a_path_that_is_longer_than_a_line_stays_whole(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/rankzero"])
+    monkeypatch.setenv("COLUMNS", "60")
+    path = "/a-long-folder-name" * 5 + "/scoring.md"
+    assert path in Parser("score", f"All measures are in {path} with examples.").format_help()

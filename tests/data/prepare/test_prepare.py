@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -78,6 +79,13 @@ def test_progress_is_logged(run, monkeypatch, caplog):
     monkeypatch.setattr(lines, "CHUNK_ROWS", 10)
     monkeypatch.setattr(progress, "_FIRST_LINE_S", 0.0)
     monkeypatch.setattr(progress, "_LINE_INTERVAL_S", 0.001)
+    advance = progress.Work.advance
+
+    def advance_slowly(work, amount=1):  # so that a line is logged before the work ends
+        advance(work, amount)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(progress.Work, "advance", advance_slowly)
     with caplog.at_level("INFO", "pipeline"):
         run.prepare()
     lines_with_count = re.findall(r"train_data: tokenising rows: (?:10|20|24),", caplog.text)
