@@ -150,7 +150,7 @@ def read_adapter(folder: Path) -> Adapter:
         )
     if not (folder / CONFIG).exists() and (folder / "adapter" / CONFIG).is_file():
         raise UserError(
-            f"adapter: {folder} is a run folder; give its adapter: {folder / 'adapter'}"
+            f"adapter: {folder} has its adapter in a subfolder; give {folder / 'adapter'}"
         )
     config = _PEFT_DEFAULTS | read_config(folder / CONFIG, "adapter")
     path = folder / WEIGHTS

@@ -96,9 +96,10 @@ def initial_layers(plan: Plan) -> dict[str, AdaptedLayer]:
 
 def initial_update(adapter: Adapter, key: str, layer: AdaptedLayer) -> LayerUpdate:
     """The adapter's LoRA layer with this name. Raises UserError if its A and B do not match r."""
-    if layer.num_experts == 1:
-        return adapter.layer_updates[f"{key}.weight"]
-    tensors = adapter.fused_experts[key]
+    update = adapter.layer_updates.get(f"{key}.weight")
+    if update is not None and layer.num_experts == 1:
+        return update
+    tensors = adapter.fused_experts[key] if update is None else update.tensors
     try:
         return layer_update(
             adapter.file.path, layer.name, tensors, adapter.config, layer.num_experts

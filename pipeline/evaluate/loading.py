@@ -82,6 +82,13 @@ def _with_adapter(base: Any, adapter: Path) -> PeftModel:
     except NoMatchingPeftModuleError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{adapter}: its layers are not in the base: {reason}") from None
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{adapter}: its weights do not have the sizes of the base: {reason}"
+        ) from None
     assert isinstance(model, PeftModel)
     # Blocks that share their weights (Zamba) have several keys in the model, and one in the file.
     named = dict(model.named_parameters(remove_duplicate=False))

@@ -135,8 +135,8 @@ def _specs_of_run(
     """Base, adapter and merged model of a run; their names begin with `prefix`."""
     adapter, base = folder / "adapter", settings.model_folder
     require_adapter(folder)
-    _require_sizes_of_base(read_adapter(adapter), settings)
     require_same_base(base, adapter, "restore the model that was used in training")
+    _require_sizes_of_base(read_adapter(adapter), settings)
     specs = [
         ModelSpec(
             name=f"{prefix}{name}", settings=settings, folder=base, adapter=adapter,

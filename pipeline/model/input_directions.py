@@ -90,7 +90,8 @@ def _require_directions(inputs: "Iterable[LayerInput]") -> None:
 def _gathered_modules(model: PeftModel) -> Iterator[None]:
     """In the body, a base that ZeRO-3 has sharded can run: each module is gathered when it runs.
 
-    These modules are the blocks, and the embeddings, final norm and head outside them.
+    These modules are the blocks, and the embeddings, final norm and head outside them. Parameters
+    of modules that contain blocks, which are small, are gathered for the whole body.
     """
     causal: Any = model.get_base_model()
     if not any(hasattr(p, "ds_id") for p in causal.parameters()):
@@ -99,7 +100,10 @@ def _gathered_modules(model: PeftModel) -> Iterator[None]:
     from deepspeed.runtime.zero import GatheredParameters
 
     gathers, handles = [], []
-    for module in _modules_to_gather(causal, set(blocks(causal))):
+    modules = list(_modules_to_gather(causal, set(blocks(causal))))
+    in_modules = {id(p) for module in modules for p in module.parameters()}
+    others = [p for p in causal.parameters() if id(p) not in in_modules]
+    for module in modules:
 
         def gather(module: nn.Module, arguments: Any) -> None:
             gathers.append(GatheredParameters([*module.parameters()]))
@@ -111,15 +115,20 @@ def _gathered_modules(model: PeftModel) -> Iterator[None]:
         handles.append(module.register_forward_pre_hook(gather))
         handles.append(module.register_forward_hook(release))
     try:
-        yield
+        with GatheredParameters(others):
+            yield
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _modules_to_gather(module: nn.Module, all_blocks: set[nn.Module]) -> Iterator[nn.Module]:
-    """The blocks inside a module, and the largest modules in it that contain no block."""
-    if module in all_blocks or all_blocks.isdisjoint(module.modules()):
+    """The blocks inside a module, and the largest modules in it without blocks that are called.
+
+    A container such as ModuleList has no forward method; its modules are called instead.
+    """
+    has_forward = type(module).forward is not nn.Module.forward
+    if module in all_blocks or (has_forward and all_blocks.isdisjoint(module.modules())):
         yield module
         return
     for child in module.children():

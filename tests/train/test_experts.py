@@ -3,6 +3,7 @@
 Fused experts are one 3-D weight for all experts of a layer, to which peft attaches LoRA matrices.
 """
 
+import json
 from functools import cache
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 from peft import PeftModel
 
 from pipeline.adapter.gather import OptimizerState, gather_moments, gather_weights, restore
+from pipeline.adapter.initial import read_initial_adapter
 from pipeline.adapter.publish import publish_adapter
 from pipeline.model.adapter import expected_shapes
 from pipeline.model.base import load_plain
 from pipeline.model.fingerprint import base_fingerprint
 from pipeline.train.assemble import load_initial_adapter
+from tests.messages import refused
 from tests.ranks import run_ranks
 from tests.tiny import Documents, make_plan
 from tests.train_tiny import batches_of_step, build_engine, distance, train_tiny
@@ -178,3 +181,16 @@ def test_a_run_starts_from_a_smaller_adapter_of_experts_with_its_outputs(folder_
     assert (untrained - expected).norm() > 0.1 * expected.norm()
     for logits in run_ranks(start_at_stages, folder, settings, tmp_path=tmp_path)[0]:
         assert (logits - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("kind_of_r", ["another r", "rows of all experts"])
+def test_an_adapter_whose_config_has_another_r_is_refused(folder_of, tmp_path, kind_of_r):
+    folder, adapter = folder_of("qwen3_moe"), tmp_path / "adapter"
+    plan = make_plan(folder, **EXPERTS)
+    r = plan.settings.lora_r * (plan.shape.num_experts if kind_of_r == "rows of all experts" else 3)
+    tensors = {key: torch.ones(shape) for key, shape in expected_shapes(plan).items()}
+    publish_adapter(plan, tensors, adapter, step=4, base=base_fingerprint(folder))
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": r}))
+    with refused("init_adapter", f"but r is {r} in adapter_config.json"):
+        read_initial_adapter(make_plan(folder, **EXPERTS, init_adapter=str(adapter)))

@@ -11,8 +11,10 @@ from pipeline.model.loss import SummedLoss
 from pipeline.train import assemble
 from pipeline.train.engine import Engine
 from tests.messages import assert_mentions
+from tests.model.models import build
+from tests.models.kinds import ALL
 from tests.ranks import run_ranks
-from tests.tiny import Documents, make_model, make_plan
+from tests.tiny import Documents, make_model, make_plan, make_tokenizer
 from tests.train_tiny import assert_stages_equal_and_resumes_exact, three_steps
 
 pytestmark = pytest.mark.engine
@@ -50,8 +52,8 @@ def train_at_each_stage(session, folder):
     return runs
 
 
-def initial_weights(session, folder, documents):
-    plan = make_plan(folder, session.placement.world_size, 40, **EVA, zero_stage=2)
+def initial_weights(session, folder, documents, zero_stage=2):
+    plan = make_plan(folder, session.placement.world_size, 40, **EVA, zero_stage=zero_stage)
     model, _ = assemble.build_model(plan, session, None, sequences(documents))
     return gather_weights(Engine(model, plan).parameters, keep=True)
 
@@ -83,6 +85,20 @@ def test_the_initial_values_depend_neither_on_the_stage_nor_on_the_number_of_ran
     for name in ("zero1", "zero2", "zero3"):
         for key, weight in on_one_rank.items():
             torch.testing.assert_close(runs[name]["initial"][key], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_zero_3_gathers_modules_of_lists_outside_the_blocks(tmp_path):
+    """Gemma 3n calls the elements of such lists, not the lists."""
+    folder = tmp_path / "base"
+    build("gemma3n_text/shared", kinds=ALL).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    make_plan(folder, 2, 40, **EVA)  # caches the shape of the class for the ranks
+    expected, sharded = (
+        run_ranks(initial_weights, folder, Documents(), stage, tmp_path=tmp_path)[0]
+        for stage in (2, 3)
+    )
+    for key, weight in expected.items():
+        torch.testing.assert_close(sharded[key], weight, rtol=1e-3, atol=1e-4)
 
 
 def test_rows_of_a_are_orthonormal_and_b_is_zero(runs):

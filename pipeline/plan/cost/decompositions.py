@@ -114,14 +114,15 @@ def initial_values_bytes(
     """Peak bytes of rank 0 beside its base while initial values are computed; 0 without any.
 
     `sequences`: profile of the longest sequences. At ZeRO-3 the weight that is decomposed is
-    gathered. EVA decomposes inputs during a forward pass over one sequence.
+    gathered. EVA decomposes inputs during a forward pass over one sequence, which each rank runs
+    whole, without tiles.
     """
     b = layout.bytes_per_value
     largest_linear = b * shape.largest_linear
     if not settings.initialises_from_inputs:
         decomposed = decomposition_bytes(shape, settings)
         return decomposed + largest_linear if decomposed and layout.is_sharded else decomposed
-    one_sequence = replace(layout, micro_batch_size=1)
+    one_sequence = replace(layout, micro_batch_size=1, sequence_parallel_size=1, mlp_tiles=1)
     acts = activations(shape, settings, one_sequence, hardware, sequences)
     head, block, _ = gathered_bytes(shape, settings, layout)
     # Without gradients a block has at most the tensors that it saves with them.
@@ -133,7 +134,9 @@ def initial_values_bytes(
     kept = sum(
         4 * (EVA_ROWS + layer.r) * layer.linear.d_in for layer in _layers_by_input(shape, settings)
     )
-    return adapter + kept + acts.of_tokens + acts.block_input + max(head + acts.logits, in_block)
+    outside = b * shape.largest_outside if layout.is_gathered else 0
+    forward = max(outside, head + acts.logits, in_block)
+    return adapter + kept + acts.of_tokens + acts.block_input + forward
 
 
 def _largest_bytes(matrices: Sequence[tuple[int, int, int]], *, is_approximate: bool) -> int:

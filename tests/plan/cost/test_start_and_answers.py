@@ -72,6 +72,14 @@ def test_eva_has_a_line_the_time_and_the_memory_of_its_passes_over_the_data(plan
     assert plan(init_lora_weights="eva", init_adapter="folder").decompositions is None
 
 
+def test_eva_runs_whole_sequences_also_if_ranks_share_a_sequence(plan):
+    loading_bytes = {
+        plan(init_lora_weights="eva", sequence_parallel_size=size).memory.loading_tensor_bytes
+        for size in (1, 4)
+    }
+    assert len(loading_bytes) == 1
+
+
 def test_an_adapter_to_start_from_replaces_the_decompositions_of_loftq(plan):
     loftq = {"init_lora_weights": "loftq", "load_in_4bit": True}
     assert plan(**loftq).decompositions.matrices == NUM_ADAPTED
