@@ -124,7 +124,7 @@ WRONG = {
     "undo-check": (no_damage, ["RUN", "--undo", "--check"], ["--undo", "--check"]),
     "weight": (no_damage, ["RUN", "--adapter", "RUN/adapter:inf"], ["weight", "finite"]),
     "dtype": (no_damage, ["RUN", "--dtype", "int4"], ["--dtype", "bf16"]),
-    "run-as-adapter": (no_damage, ["RUN", "--adapter", "RUN"], ["run folder", "RUN/adapter"]),
+    "run-as-adapter": (no_damage, ["RUN", "--adapter", "RUN"], ["subfolder", "RUN/adapter"]),
     "out-too-long": (no_damage, ["RUN", "--out", f"RUN/{300 * 'x'}"], ["too long", "--out"]),
     "out-is-the-base": (no_damage, ["RUN", "--out", "RUN/../base"], ["--out"]),
 }  # fmt: skip
