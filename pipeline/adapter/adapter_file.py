@@ -385,6 +385,20 @@ def _is_finite_number(value: Any) -> bool:
         return False
 
 
+def require_size_of_base(
+    location: str, update: LayerUpdate, d_out: int, d_in: int, model: Path | str
+) -> None:
+    """Raise UserError unless a LoRA layer belongs to a weight of this size.
+
+    `location`: adapter and layer, for the message. `model`: the base that is used now.
+    """
+    if update.shape != (d_out, d_in):
+        raise UserError(
+            f"{location} is {update.shape} in its base and {(d_out, d_in)} in {model}: it was "
+            "trained on another model; use that model, or another adapter"
+        )
+
+
 def read_config(path: Path, setting: str) -> dict[str, Any]:
     """The content of a JSON config file. Raises UserError if the file is missing or damaged.
 

@@ -10,7 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapter.adapter_file import Adapter, LayerUpdate, layer_update, read_adapter
+from pipeline.adapter.adapter_file import (
+    Adapter,
+    LayerUpdate,
+    layer_update,
+    read_adapter,
+    require_size_of_base,
+)
 from pipeline.adapter.trained_on import (
     QUANTISED,
     TRAINED_ON,
@@ -224,12 +230,8 @@ def _require_same_sizes(
     With `init_adapter_resize` a smaller r and another scaling are allowed.
     """
     location = f"init_adapter: {settings.init_adapter}: {layer.name}"
-    shape = (layer.linear.d_out, layer.linear.d_in)
-    if update.shape != shape:
-        raise UserError(
-            f"{location} is {update.shape} in its base and {shape} in {settings.model}: it was "
-            "trained on another model"
-        )
+    linear = layer.linear
+    require_size_of_base(location, update, linear.d_out, linear.d_in, settings.model)
     if (is_dora := "magnitude" in update.tensors) != layer.has_magnitude:
         raise UserError(
             f"{location} {'has' if is_dora else 'lacks'} the magnitude of DoRA; set use_dora: "

@@ -7,7 +7,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapter.adapter_file import Adapter, read_adapter, require_adapter
+from pipeline.adapter.adapter_file import (
+    Adapter,
+    read_adapter,
+    require_adapter,
+    require_size_of_base,
+)
 from pipeline.adapter.products import is_merged_from
 from pipeline.adapter.trained_on import adapter_sha256, require_same_base
 from pipeline.config.hub import snapshot_folder
@@ -156,12 +161,9 @@ def _require_sizes_of_base(adapter: Adapter, settings: RunSettings) -> None:
     shape = read_shape(str(settings.model_folder), trust_remote_code=settings.trust_remote_code)
     for name, linear in shape.linears.items():
         update = adapter.layer_updates.get(f"{name}.weight")
-        expected = (linear.d_out, linear.d_in)
-        if update is not None and update.shape != expected:
-            raise UserError(
-                f"{adapter.folder}: {name} is {update.shape} in its base and {expected} in "
-                f"{settings.model}: it was trained on another model; restore model or adapter"
-            )
+        if update is not None:
+            location = f"{adapter.folder}: {name}"
+            require_size_of_base(location, update, linear.d_out, linear.d_in, settings.model)
 
 
 def _has_scorable_merged_model(run_folder: Path) -> bool:

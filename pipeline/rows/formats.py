@@ -86,16 +86,20 @@ _PREFERENCE = re.compile(
     re.IGNORECASE,
 )
 # Columns that say which tokens or turns count in the loss.
-_LOSS_MASK = re.compile(r"(loss|assistant|completion|answer|response|train(ing)?)_masks?")
-# Columns with the weight of a row in the loss, or with the weights of its messages or tokens.
-# `weight` alone may also be a fact about the row, such as kilograms, unless it is 0 or a list.
+_LOSS_MASK = re.compile(
+    r"(loss|assistant|completion|answer|response|train(ing)?)_masks?", re.IGNORECASE
+)
+# Columns with the weight of a row in the loss, or with the weights of its messages or tokens. A
+# prefix of the group `loss` says that it is one; other columns may have a fact about the row.
 _WEIGHT = re.compile(
-    r"((sample|example|instance|row|data|loss|train(ing)?)_)?weights?", re.IGNORECASE
+    r"(?:(?P<loss>(sample|example|instance|row|data|loss|train(ing)?|importance)_)"
+    r"|(?P<other>\w+_))?weights?",
+    re.IGNORECASE,
 )
 # Columns of a pre-tokenised row with a value for each document that it consists of, and with the
 # number of the document for each token.
 _DOCUMENT_SIZES = re.compile(
-    r"((seq|sequence|doc|document)s?_?)?(len|length|start)s?(_ids?)?|cu_?seq_?lens?(_[qk])?",
+    r"(\w*(seq|sequence|doc|document)s?_?)?(len|length|start)s?(_ids?)?|cu_?seq_?lens?(_[qk])?",
     re.IGNORECASE,
 )
 _DOCUMENT_NUMBERS = re.compile(
@@ -200,20 +204,37 @@ def _refuse_media_and_preferences(value: Mapping[str, Any], columns: Mapping[str
 
 def _refuse_loss_column(column: str, value: Any) -> None:
     """Raise RowError if an unread column says which tokens count in the loss, or how much."""
-    match = _WEIGHT.fullmatch(column)
-    weights = {*_numbers(value)} if match else set()
-    has_other_weight = bool(weights - {1.0})
-    if _LOSS_MASK.fullmatch(column) or (has_other_weight and isinstance(value, list)):
+    if _LOSS_MASK.fullmatch(column) or _has_weights_of_parts(column, value):
         raise RowError(
             f"`{column}` has a value and is not read; use `weight: 0` in the messages that "
             "do not count in the loss, or `input_ids` and `labels`"
         )
-    if match and has_other_weight and (match[1] or weights == {0.0}):
+    if _has_weight_of_row(column, value):
         raise RowError(
             f"`{column}` is not 1, and only messages and sources have a weight: leave out rows of "
             "weight 0, set `weight` in messages or in train_data, or remove the column if it means "
             "something else"
         )
+
+
+def _has_weights_of_parts(column: str, value: Any) -> bool:
+    """Whether a column has weights of messages or tokens, of which one is not 1."""
+    match = _WEIGHT.fullmatch(column)
+    if match is None or match["other"] or not isinstance(value, list):
+        return False
+    return bool({*_numbers(value)} - {1.0})
+
+
+def _has_weight_of_row(column: str, value: Any) -> bool:
+    """Whether a column has a weight of the row in the loss that is not 1.
+
+    A number in other columns is a fact about the row, such as kilograms, unless it is 0.
+    """
+    match = _WEIGHT.fullmatch(column)
+    if match is None or isinstance(value, list):
+        return False
+    numbers = _numbers(value)
+    return numbers == [0.0] or (match["loss"] is not None and numbers not in ([], [1.0]))
 
 
 def _refuse_packed(column: str, value: Any) -> None:

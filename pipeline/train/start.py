@@ -28,8 +28,8 @@ from pipeline.train.status import is_alive, read_status
 
 Start = Literal["new", "resume", "done"]
 # State of the run folder. "no progress": it has a run without a checkpoint and without an adapter.
-# "checkpoints missing": the same, but its status records a checkpoint. An adapter with a damaged
-# file counts as missing.
+# "checkpoints missing": an unfinished run without a checkpoint, whose status records one. A damaged
+# adapter of a finished run counts as missing.
 FolderState = Literal[
     "no run", "no progress", "checkpoints missing", "unfinished", "done", "done, adapter missing"
 ]

@@ -234,7 +234,7 @@ def test_fp16_false_does_not_replace_bf16(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("program", [LLAMA_FACTORY, TRL])
 def test_a_constant_schedule_has_no_warmup(tmp_path: Path, program: str) -> None:
-    """Of the constant schedules of transformers only `constant_with_warmup` has one."""
+    """In transformers the schedule `constant` ignores the setting for the warm-up."""
     config = program.replace("lr_scheduler_type: constant_with_warmup\n", "")
     config += "lr_scheduler_type: constant\nwarmup_steps: 20\n"
     settings = converted(tmp_path, config)

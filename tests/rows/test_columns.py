@@ -201,7 +201,7 @@ def test_a_loss_mask_that_is_not_read_refuses_the_row(name, column):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("column", ["weight", "Weights", "sample_weight", "Loss_weight"])
+@pytest.mark.parametrize("column", ["weight", "Weights", "Sample_weight", "importance_weight"])
 def test_a_weight_of_the_row_that_is_not_read_refuses_the_row(name, column):
     """With it, a row of weight 0 would be trained as if it had weight 1."""
     is_fact = "_" not in column  # such as kilograms, unless it is 0
@@ -219,10 +219,18 @@ def test_a_weight_of_the_row_that_is_not_read_refuses_the_row(name, column):
         assert read_example(row_of(FORMATS[name] | {column: empty})).unread == ()
 
 
+def test_a_weight_of_something_else_is_not_that_of_the_row():
+    row = FORMATS["messages"]
+    for value in (80.5, [0.1, 0.5]):
+        assert read_example(row_of(row | {"edge_weights": value})).unread == ("edge_weights",)
+    with refused("`my_weight`", "weight 0", error=RowError):
+        read_example(row_of(row | {"my_weight": 0}))
+
+
 @pytest.mark.parametrize(
     ("column", "of_two", "of_one"),
     [
-        *((name, [2, 2], [4]) for name in ("seq_lengths", "seq_lens", "lengths")),
+        *((name, [2, 2], [4]) for name in ("seq_lengths", "sub_seq_lens", "lengths")),
         ("seq_start_id", [0, 2], [0]),
         *((name, [0, 2, 4], 4) for name in ("cu_seqlens", "cu_seq_lens_q")),
         *(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.settings import RunSettings
 from pipeline.errors import UserError
-from pipeline.files import read_json, read_json_or_empty
+from pipeline.files import read_json
 from pipeline.plan.given.new_tokens import TOKENIZER, token_rows
 from pipeline.plan.given.shape import read_shape, require_model_folder
 
@@ -69,13 +69,17 @@ def run_tokenizer(settings: RunSettings) -> "PreTrainedTokenizerBase":
 
 
 def num_embeddings(settings: RunSettings) -> int | None:
-    """Number of tokens for which the base has an embedding; None if it is not known.
+    """Number of token ids for which the model of a run has an embedding, `new_tokens` included.
 
-    With `new_tokens` it is not needed: `run_tokenizer` gives every token an embedding or fails.
+    None in a folder without config.json, which has a tokenizer alone.
     """
-    config = read_json_or_empty(settings.model_folder / "config.json")
-    size = (config.get("text_config") or config).get("vocab_size")
-    return None if settings.new_tokens else size
+    if not (settings.model_folder / "config.json").is_file():
+        return None
+    trust = settings.trust_remote_code
+    shape = read_shape(str(settings.model_folder), trust_remote_code=trust)
+    rows = token_rows(shape, settings)
+    added_ids = () if rows is None else rows.ids.values()
+    return max([shape.vocab_size, *(number + 1 for number in added_ids)])
 
 
 def require_tokenizer(folder: Path) -> None:

@@ -16,8 +16,8 @@ from pipeline.plan.cost.speed import gather_seconds, reachable_rates
 from pipeline.plan.given.adapter_counts import (
     AdaptedLayer,
     adapted_layers,
+    adapter_counts,
     input_of,
-    trainable_parameters,
 )
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import Layout, SequenceProfile
@@ -129,7 +129,7 @@ def initial_values_bytes(
     in_block = block + max(block.saved for block in acts.blocks)
     in_block += largest_linear if settings.is_quantised else 0  # dequantised
     in_block += decomposition_bytes(shape, settings)
-    adapter = b * trainable_parameters(shape, settings)
+    adapter = b * adapter_counts(shape, settings).parameters
     # For each input of layers, EVA keeps the directions and up to EVA_ROWS rows.
     kept = sum(
         4 * (EVA_ROWS + layer.r) * layer.linear.d_in for layer in _layers_by_input(shape, settings)

@@ -17,10 +17,7 @@ from pipeline.plan.cost.activations import Activations, activations, kept_activa
 from pipeline.plan.cost.decompositions import initial_values_bytes
 from pipeline.plan.cost.gathers import gathered_bytes, gathers
 from pipeline.plan.cost.saved_gradients import saved_module_gradients
-from pipeline.plan.given.adapter_counts import (
-    adapter_counts,
-    trainable_parameters,
-)
+from pipeline.plan.given.adapter_counts import adapter_counts, trainable_parameters
 from pipeline.plan.given.fast_paths import has_one_reduction
 from pipeline.plan.given.hardware import Hardware
 from pipeline.plan.given.layout import DTYPE_BYTES, Layout, SequenceProfile

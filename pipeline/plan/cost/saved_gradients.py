@@ -42,9 +42,9 @@ def saved_module_gradients(
     """Temporary gradients of the modules that are trained in full.
 
     If gradients are reduced once per step (fast path ONE_REDUCTION), autograd casts each gradient
-    to fp32 before it is accumulated. If the loss has several chunks, the
-    gradient of each chunk is added to that of the earlier ones; if head and embeddings are tied,
-    their gradients are added. Then two gradients and their sum exist at the same time.
+    to fp32 before it is accumulated. If the loss has several chunks, the gradient of each chunk is
+    added to that of the earlier ones; if head and embeddings are tied, their gradients are added.
+    Then two gradients and their sum exist at the same time.
     """
     b = layout.bytes_per_value
     is_reduced_once = has_one_reduction(settings, layout)
